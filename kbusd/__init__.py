@@ -1,0 +1,1 @@
+"""kbusd: a D-Bus message bus in userland, one confined process per client."""

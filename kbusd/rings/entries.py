@@ -1,0 +1,345 @@
+"""What the processes of one bus say to each other: control-log entries and line messages.
+
+Both ends treat what they decode here as hostile until checked: decoding by type is the first
+check, the reader's own rules are the second. Nothing here does I/O. Unique connection ids are
+integers: id 7 is the unique name ``:1.7``; 0 means "nobody" and -1 "the bus itself".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Credentials(msgspec.Struct, frozen=True, array_like=True):
+    """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
+
+    uid: int
+    gid: int
+    pid: int
+    groups: tuple[int, ...] = ()
+    label: bytes = b""
+
+
+# -- the control log -------------------------------------------------------------------------
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all control-log entries."""
+
+
+class ConnectionAdded(Entry, tag="C"):
+    """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id")."""
+
+    id: int
+    credentials: Credentials
+
+
+class ConnectionRemoved(Entry, tag="c"):
+    """A connection is gone; its well-known names changed owner in entries before this one."""
+
+    id: int
+
+
+class NameOwnerChanged(Entry, tag="N"):
+    """A well-known name changed its primary owner; 0 is nobody."""
+
+    name: str
+    old: int
+    new: int
+
+
+class MatchAdded(Entry, tag="M"):
+    """A connection added a match rule (the rule as the client wrote it, already validated)."""
+
+    id: int
+    rule: str
+
+
+class MatchRemoved(Entry, tag="m"):
+    """One match rule equal to `rule` was removed."""
+
+    id: int
+    rule: str
+
+
+class MonitorAttached(Entry, tag="O"):
+    """The connection became a monitor; it lost its names and its match rules before this entry."""
+
+    id: int
+    rules: tuple[str, ...]
+
+
+class ActivatableChanged(Entry, tag="A"):
+    """The whole list of activatable names (sent at start and after ReloadConfig)."""
+
+    names: tuple[str, ...]
+
+
+class PolicyChanged(Entry, tag="P"):
+    """A new compiled policy is in force; workers fetch it with FetchPolicy."""
+
+    generation: int
+
+
+LogEntry = (
+    ConnectionAdded
+    | ConnectionRemoved
+    | NameOwnerChanged
+    | MatchAdded
+    | MatchRemoved
+    | MonitorAttached
+    | ActivatableChanged
+    | PolicyChanged
+)
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True):
+    """The state of the bus at `position` of the control log; replaying from there catches up."""
+
+    position: int
+    stamp: int
+    connections: tuple[tuple[int, Credentials], ...]
+    names: tuple[tuple[str, int], ...]
+    matches: tuple[tuple[int, str], ...]
+    monitors: tuple[tuple[int, tuple[str, ...]], ...]
+    activatable: tuple[str, ...]
+    policy_generation: int
+
+
+# -- worker -> broker ------------------------------------------------------------------------
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """Base of all requests; `request` is the worker's number, echoed in Reply or Failure."""
+
+    request: int
+
+
+class Hello(Request, tag="hello"):
+    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot."""
+
+
+class RequestName(Request, tag="request_name"):
+    """Reply: the D-Bus result code 1..4."""
+
+    name: str
+    flags: int
+
+
+class ReleaseName(Request, tag="release_name"):
+    """Reply: the D-Bus result code 1..3."""
+
+    name: str
+
+
+class ListQueuedOwners(Request, tag="queued"):
+    """Reply: list of ids, primary owner first. Failure NameHasNoOwner."""
+
+    name: str
+
+
+class AddMatch(Request, tag="add_match"):
+    """Reply: None, once MatchAdded stands in the log."""
+
+    rule: str
+
+
+class RemoveMatch(Request, tag="remove_match"):
+    """Reply: None. Failure MatchRuleNotFound."""
+
+    rule: str
+
+
+class StartService(Request, tag="start"):
+    """Activate. Reply: 1 started, 2 already running, once the name has an owner in the log.
+
+    `auto` is set when a message to an unowned name caused it, and not StartServiceByName."""
+
+    name: str
+    auto: bool
+
+
+class UpdateEnvironment(Request, tag="environment"):
+    """UpdateActivationEnvironment. Reply: None."""
+
+    variables: dict[str, str]
+
+
+class ReloadConfig(Request, tag="reload"):
+    """Reply: None."""
+
+
+class BecomeMonitor(Request, tag="monitor"):
+    """Reply: None, once MonitorAttached stands in the log."""
+
+    rules: tuple[str, ...]
+
+
+class FetchSnapshot(Request, tag="snapshot"):
+    """For a worker that fell behind the log. Reply: None; fds: as Hello."""
+
+
+class FetchPolicy(Request, tag="policy"):
+    """Reply: generation; fds: one sealed memfd with the compiled policy."""
+
+
+class Statistics(Request, tag="stats"):
+    """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
+
+
+class Introduce(Request, tag="introduce"):
+    """Make this worker and `peer` known to each other.
+
+    fds: ring to the peer, my doorbell's write end, my status page, my Broadcast.
+    `slot`: the slot of my status page in which I publish my position in the peer's ring;
+    `broadcast_slot`: the same for the peer's Broadcast.
+    Reply: [peer's slot, peer's broadcast_slot]; fds: the peer's four, then my end of the side
+    socket. Failure: NameHasNoOwner, AccessDenied, LimitsExceeded."""
+
+    peer: int
+    slot: int
+    broadcast_slot: int
+
+
+class Introduced(Request, tag="introduced"):
+    """The answer to an Introduction (`request` is that Introduction's); fds as in Introduce."""
+
+    slot: int
+    broadcast_slot: int
+
+
+class Leaving(Request, tag="leaving"):
+    """The last word of a worker: why its client's connection ended (for the log)."""
+
+    reason: str
+
+
+WorkerMessage = (
+    Hello
+    | RequestName
+    | ReleaseName
+    | ListQueuedOwners
+    | AddMatch
+    | RemoveMatch
+    | StartService
+    | UpdateEnvironment
+    | ReloadConfig
+    | BecomeMonitor
+    | FetchSnapshot
+    | FetchPolicy
+    | Statistics
+    | Introduce
+    | Introduced
+    | Leaving
+)
+
+
+# -- broker -> worker ------------------------------------------------------------------------
+
+
+class FromBroker(msgspec.Struct, frozen=True, array_like=True):
+    """Base of what the broker says to a worker."""
+
+
+class Reply(FromBroker, tag="reply"):
+    """The answer to `request`. Log entries that it caused are in the log already."""
+
+    request: int
+    value: Any = None
+
+
+class Failure(FromBroker, tag="failure"):
+    """`request` failed: a D-Bus error name and its text."""
+
+    request: int
+    error: str
+    message: str
+
+
+class Introduction(FromBroker, tag="introduction"):
+    """`peer` wants to reach you. fds: its ring to you, its doorbell's write end, its status page,
+    its Broadcast, your end of the side socket. Answer with Introduced(request, ...)."""
+
+    request: int
+    peer: int
+    slot: int
+    broadcast_slot: int
+
+
+class Wake(FromBroker, tag="wake"):
+    """The log has entries that concern you (sent only to workers that may sleep through them)."""
+
+
+BrokerMessage = Reply | Failure | Introduction | Wake
+
+
+# -- supervisor <-> others -------------------------------------------------------------------
+
+
+class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
+    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line."""
+
+    worker: int
+    pid: int
+
+
+class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
+    """supervisor -> broker. `worker` now serves a client of these credentials."""
+
+    worker: int
+    credentials: Credentials
+
+
+class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):
+    """supervisor -> broker. The worker's process has ended; `reason` is for the log."""
+
+    worker: int
+    reason: str
+
+
+class LauncherLine(msgspec.Struct, frozen=True, array_like=True, tag="launcher"):
+    """supervisor -> broker. fd: broker's end of the line to the launcher."""
+
+
+class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigured"):
+    """supervisor -> broker. fd: a sealed memfd with a new compiled configuration."""
+
+
+SupervisorMessage = WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured
+
+
+class ReloadWanted(msgspec.Struct, frozen=True, array_like=True, tag="reload"):
+    """broker -> supervisor. A client called ReloadConfig; answered by Reconfigured."""
+
+
+class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
+    """broker -> supervisor. End this worker (quota, protocol violation)."""
+
+    worker: int
+    reason: str
+
+
+ToSupervisor = ReloadWanted | Kill
+
+
+# -- broker <-> launcher ---------------------------------------------------------------------
+
+
+class Launch(msgspec.Struct, frozen=True, array_like=True, tag="launch"):
+    """broker -> launcher. Run a service: arguments, user ("" is the bus's own), environment."""
+
+    job: int
+    name: str
+    arguments: tuple[str, ...]
+    user: str
+    environment: dict[str, str]
+
+
+class LaunchEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
+    """launcher -> broker. Could not start (`error` set) or exited with `status` (waitpid's)."""
+
+    job: int
+    status: int
+    error: str
