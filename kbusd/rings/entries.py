@@ -343,3 +343,45 @@ class LaunchEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     job: int
     status: int
     error: str
+
+
+# -- supervisor <-> zygote, supervisor -> worker ---------------------------------------------
+
+
+class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
+    """supervisor -> zygote. Fork one worker, locked down, and answer Forked."""
+
+    worker: int
+
+
+class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):
+    """supervisor -> zygote. fds: the new configuration in a sealed memfd; for workers to come."""
+
+
+ToZygote = Fork | Configured
+
+
+class Forked(msgspec.Struct, frozen=True, array_like=True, tag="forked"):
+    """zygote -> supervisor. fds: supervisor's end of the worker's line, broker's end, pidfd."""
+
+    worker: int
+    pid: int
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True, tag="worker_ended"):
+    """zygote -> supervisor. The worker's process was reaped; `status` is waitpid's."""
+
+    worker: int
+    status: int
+
+
+FromZygote = Forked | Ended
+
+
+class Client(msgspec.Struct, frozen=True, array_like=True, tag="client"):
+    """supervisor -> worker. Serve the client on this fd; it is who the kernel says it is."""
+
+    credentials: Credentials
+
+
+ToWorker = Client

@@ -1,0 +1,115 @@
+"""A line: one end of a SOCK_SEQPACKET socketpair between two processes of a bus.
+
+One record is one msgspec-encoded struct of `entries.py`, with up to 16 descriptors. What comes
+in is hostile until decoded by type; a record that was cut short, lost a descriptor or does not
+decode raises LineError, after which the line is not to be used again. Never blocks unless asked.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+MAX_RECORD = 256 * 1024
+MAX_FDS = 16
+_ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class LineError(Exception):
+    """The other end broke the rules of the line; the text says which."""
+
+
+class Line:
+    """Sends and receives typed records on `sock`. `messages` is the union that may come in."""
+
+    __slots__ = ("_decode", "queue", "sock")
+
+    def __init__(self, sock: socket.socket, messages: Any) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._decode = msgspec.msgpack.Decoder(messages).decode
+        self.queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+        """Send, or queue if the other end is slow (then call `flush` when writable).
+
+        Queued descriptors are duplicated. Raises OSError (EPIPE, ECONNRESET) if it is gone."""
+        data = _encode(message)
+        if self.queue or not self._try(data, fds):
+            self.queue.append((data, tuple(os.dup(fd) for fd in fds)))
+
+    def flush(self) -> bool:
+        """Send what is queued; False while something is left."""
+        while self.queue:
+            data, fds = self.queue[0]
+            if not self._try(data, fds):
+                return False
+            self.queue.popleft()
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _try(self, data: bytes, fds: Sequence[int]) -> bool:
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        )
+        try:
+            self.sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        return True
+
+    def receive(self) -> tuple[Any, list[int]] | None:
+        """The next record and its descriptors, or None if there is none now.
+
+        Raises EOFError when the other end has closed, LineError when it broke the rules."""
+        try:
+            data, ancillary, flags, _ = self.sock.recvmsg(
+                MAX_RECORD, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            raise EOFError from None
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % 4])
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise LineError("a record was cut short or lost descriptors")
+            if not data:
+                raise EOFError
+            return self._decode(data), fds.tolist()
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            close_all(fds)
+            raise LineError(f"a record does not decode: {error}") from None
+        except (LineError, EOFError):
+            close_all(fds)
+            raise
+
+    def close(self) -> None:
+        for _, fds in self.queue:
+            close_all(fds)
+        self.queue.clear()
+        self.sock.close()
+
+
+def close_all(fds: Sequence[int] | array.array[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a new line."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
