@@ -65,7 +65,10 @@ class MatchRemoved(Entry, tag="m"):
 
 
 class MonitorAttached(Entry, tag="O"):
-    """The connection became a monitor; it lost its names and its match rules before this entry."""
+    """The connection became a monitor; it lost its names and its match rules before this entry.
+
+    Implies NameOwnerChanged(":1.id", ":1.id", ""): its unique name is nobody's from here on. The
+    connection stays until its ConnectionRemoved, which then implies no change of a name."""
 
     id: int
     rules: tuple[str, ...]
@@ -196,7 +199,9 @@ class Introduce(Request, tag="introduce"):
     `slot`: the slot of my status page in which I publish my position in the peer's ring;
     `broadcast_slot`: the same for the peer's Broadcast.
     Reply: [peer's slot, peer's broadcast_slot]; fds: the peer's four, then my end of the side
-    socket. Failure: NameHasNoOwner, AccessDenied, LimitsExceeded."""
+    socket. Failure: NameHasNoOwner, AccessDenied, LimitsExceeded, TimedOut.
+    If the peer asked first and the two crossed, the Reply is None without fds: the Introduction
+    by the peer came before it on this line, and is the only one."""
 
     peer: int
     slot: int
@@ -211,7 +216,8 @@ class Introduced(Request, tag="introduced"):
 
 
 class Leaving(Request, tag="leaving"):
-    """The last word of a worker: why its client's connection ended (for the log)."""
+    """The last word of a worker: why its client's connection ended (for the admin; "" if there
+    is nothing to say)."""
 
     reason: str
 
@@ -268,11 +274,22 @@ class Introduction(FromBroker, tag="introduction"):
     broadcast_slot: int
 
 
+class Withdrawn(FromBroker, tag="withdrawn"):
+    """Introduction `request` by `peer` is void, its Introduced came too late: forget the peer's
+    rings, and ask for an introduction if you need one."""
+
+    request: int
+    peer: int
+
+
 class Wake(FromBroker, tag="wake"):
-    """The log has entries that concern you (sent only to workers that may sleep through them)."""
+    """The log has entries that concern you (sent only to workers that may sleep through them).
+
+    Left out when something else is on its way: whatever arrives on this line is a reason to look
+    at the log."""
 
 
-BrokerMessage = Reply | Failure | Introduction | Wake
+BrokerMessage = Reply | Failure | Introduction | Withdrawn | Wake
 
 
 # -- supervisor <-> others -------------------------------------------------------------------
@@ -321,7 +338,11 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
     reason: str
 
 
-ToSupervisor = ReloadWanted | Kill
+class BrokerReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """broker -> supervisor, its first word. fd: the control log's memfd, sealed."""
+
+
+ToSupervisor = ReloadWanted | Kill | BrokerReady
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------
@@ -337,12 +358,36 @@ class Launch(msgspec.Struct, frozen=True, array_like=True, tag="launch"):
     environment: dict[str, str]
 
 
+class EndLaunch(msgspec.Struct, frozen=True, array_like=True, tag="end"):
+    """broker -> launcher. The service did not take its name in time: kill it."""
+
+    job: int
+
+
+class Look(msgspec.Struct, frozen=True, array_like=True, tag="look"):
+    """broker -> launcher. When did these directories last change? Answered by Looked."""
+
+    directories: tuple[str, ...]
+
+
+ToLauncher = Launch | EndLaunch | Look
+
+
 class LaunchEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     """launcher -> broker. Could not start (`error` set) or exited with `status` (waitpid's)."""
 
     job: int
     status: int
     error: str
+
+
+class Looked(msgspec.Struct, frozen=True, array_like=True, tag="looked"):
+    """launcher -> broker. Modification times in ns in the order asked, 0 for what is not there."""
+
+    times: tuple[int, ...]
+
+
+FromLauncher = LaunchEnded | Looked
 
 
 # -- supervisor <-> zygote, supervisor -> worker ---------------------------------------------
