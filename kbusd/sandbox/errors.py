@@ -1,0 +1,23 @@
+"""What can go wrong on the way into a sandbox, told to the admin who has to mend it."""
+
+from __future__ import annotations
+
+
+class ProfileError(Exception):
+    """A profile is wrong. The text is `file: key: what is wrong; hint`."""
+
+    def __init__(self, file: str, key: str, problem: str, hint: str = "") -> None:
+        self.file, self.key, self.problem, self.hint = file, key, problem, hint
+        super().__init__(": ".join(p for p in (file, key, problem) if p) + (hint and f"; {hint}"))
+
+
+class SandboxError(Exception):
+    """A confinement that the profile requires can't be had here; the process must not go on."""
+
+    def __init__(self, profile: str, feature: str, problem: str) -> None:
+        self.profile, self.feature, self.problem = profile, feature, problem
+        super().__init__(
+            f"profile {profile}: [{feature}] is required but can't be had here: {problem}; "
+            f"make it possible, or set `required = false` under [{feature}] in a copy of the "
+            f"profile in /etc/kbusd/profiles"
+        )

@@ -1,0 +1,329 @@
+"""Reads sandbox profiles: who a kind of process is, and all that it may do.
+
+A profile is a TOML file; docs/sandbox.md describes it for its authors. Every section and rule
+says `why`. A profile may extend another; a section that it gives replaces the parent's, except
+that limits are merged by name, and seccomp rules by call: what a child says of a system call
+replaces what its parent said of it. Trusts the files that it finds (by
+place and owner, never by environment), but reports every mistake in them by file and key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+import sysconfig
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from kbusd.sandbox.errors import ProfileError
+
+OVERRIDES = Path("/etc/kbusd/profiles")
+"""Where an admin's own copy of a profile takes precedence, file by file."""
+
+_TREE = Path(__file__).resolve().parents[2] / "profiles"
+_NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
+
+Why = Annotated[str, msgspec.Meta(min_length=8)]
+Condition = Literal["always", "selinux", "no-selinux"]
+
+
+class _Section(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """What every section has: its reason, whether it is wanted, and whether one can do without."""
+
+    why: Why
+    enabled: bool = True
+    required: bool = True
+
+
+class User(_Section, frozen=True):
+    """Applied by root only. `names`: the first that exists. Empty: stays who it is."""
+
+    names: tuple[str, ...] = ()
+
+
+class Groups(_Section, frozen=True):
+    """Supplementary groups; applied by root only."""
+
+    keep: tuple[str, ...] = ()
+
+
+class Capabilities(_Section, frozen=True):
+    """`keep`: permitted and effective. `bounding`: what an execve could still bring."""
+
+    keep: tuple[str, ...] = ()
+    bounding: Literal["keep-only", "all"] = "keep-only"
+
+
+class Securebits(_Section, frozen=True):
+    """capabilities(7); applied by whoever has CAP_SETPCAP."""
+
+    set: tuple[str, ...] = ()
+
+
+class NoNewPrivileges(_Section, frozen=True):
+    """PR_SET_NO_NEW_PRIVS: no execve raises privileges."""
+
+
+class NotDumpable(_Section, frozen=True):
+    """PR_SET_DUMPABLE 0: no core file, no ptrace by others of the same user."""
+
+
+class Limit(_Section, frozen=True):
+    """setrlimit(2), soft and hard alike. `raise-to-hard`: soft up to hard, hard untouched."""
+
+    value: int | Literal["raise-to-hard"]
+
+
+class Namespaces(_Section, frozen=True):
+    """unshare(2); needs CAP_SYS_ADMIN."""
+
+    unshare: tuple[str, ...] = ()
+
+
+class Path_(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    rename="kebab",
+    tag=False,
+):
+    """One file hierarchy that stays reachable. A path that does not exist is skipped."""
+
+    why: Why
+    path: str
+    write: bool = False
+    when: Condition = "always"
+
+
+class Landlock(_Section, frozen=True):
+    """landlock(7): what of the file system stays reachable; all else, and TCP, is denied."""
+
+    paths: tuple[Path_, ...] = ()
+
+
+class Selinux(_Section, frozen=True):
+    """setcon(3) to `type`, the other fields of the context kept; only where SELinux is enabled."""
+
+    type: str = ""
+
+
+class Argument(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """One condition on argument `index` (from 0). Exactly one of the others is given.
+
+    `equals`: this value or all of these flags together and no other; `one-of`: any of the
+    values; `without`: none of the flags; `including`: all of the flags."""
+
+    index: Annotated[int, msgspec.Meta(ge=0, le=5)]
+    equals: tuple[str, ...] | None = None
+    one_of: tuple[str, ...] | None = None
+    without: tuple[str, ...] | None = None
+    including: tuple[str, ...] | None = None
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """System calls that are allowed (or, with `errno`, fail softly) if all `arguments` hold."""
+
+    why: Why
+    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    arguments: tuple[Argument, ...] = ()
+    errno: str = ""
+    when: Condition = "always"
+
+
+class Seccomp(_Section, frozen=True):
+    """seccomp(2). What no rule names ends the process, as does a foreign architecture."""
+
+    rules: tuple[Rule, ...] = ()
+
+
+class Profile(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """A profile file, or several merged. `files` and `name` are filled in by `load`."""
+
+    why: Why
+    title: Annotated[str, msgspec.Meta(max_length=15)] = ""
+    extends: str = ""
+    user: User | None = None
+    groups: Groups | None = None
+    capabilities: Capabilities | None = None
+    securebits: Securebits | None = None
+    no_new_privileges: NoNewPrivileges | None = None
+    not_dumpable: NotDumpable | None = None
+    limits: dict[str, Limit] = {}
+    namespaces: Namespaces | None = None
+    landlock: Landlock | None = None
+    selinux: Selinux | None = None
+    seccomp: Seccomp | None = None
+    name: str = ""
+    files: tuple[str, ...] = ()
+
+
+_SECTIONS = (
+    "user",
+    "groups",
+    "capabilities",
+    "securebits",
+    "no_new_privileges",
+    "not_dumpable",
+    "namespaces",
+    "landlock",
+    "selinux",
+    "seccomp",
+)
+
+
+def directories() -> list[Path]:
+    """Where profiles are looked for, in order."""
+    installed = Path(sysconfig.get_path("data")) / "share" / "kbusd" / "profiles"
+    return [OVERRIDES, _TREE, installed, Path("/usr/share/kbusd/profiles")]
+
+
+def names() -> list[str]:
+    """Every profile that can be loaded; base is none, it is only extended."""
+    found = {file.stem for folder in directories() for file in folder.glob("*.toml")}
+    return sorted(name for name in found if name != "base" and _NAME.match(name))
+
+
+def find(name: str) -> Path:
+    """The file of the profile `name`. Raises ProfileError if there is none to be trusted."""
+    if not _NAME.match(name):
+        raise ProfileError("profiles", name, "not a profile name", "lower-case letters and dashes")
+    for folder in directories():
+        file = folder / f"{name}.toml"
+        try:
+            status = file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if folder == OVERRIDES and (status.st_uid != 0 or status.st_mode & 0o022):
+            raise ProfileError(
+                str(file),
+                "",
+                f"an override must be owned by root and writable by nobody else "
+                f"(owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o})",
+                f"chown root {file} && chmod 644 {file}",
+            )
+        return file
+    places = ", ".join(str(folder) for folder in directories())
+    close = difflib.get_close_matches(name, names(), 1)
+    raise ProfileError(
+        f"{name}.toml",
+        "",
+        f"there is no such profile in {places}",
+        f"did you mean {close[0]}?" if close else "reinstall kbusd",
+    )
+
+
+def load(name: str) -> Profile:
+    """The profile `name`, merged with what it extends, complete. Raises ProfileError."""
+    if name == "base":
+        raise ProfileError("base.toml", "", "base is only extended, never loaded by itself")
+    profile = _load(find(name), ())
+    file = profile.files[0]
+    for section in _SECTIONS:
+        if getattr(profile, section) is None:
+            key = section.replace("_", "-")
+            raise ProfileError(
+                file,
+                key,
+                "the section is missing",
+                f"write [{key}], with `enabled = false` and why if it is not wanted",
+            )
+    if not profile.title:
+        raise ProfileError(file, "title", "is missing", "give the process a name, for ps(1)")
+    return msgspec.structs.replace(profile, name=name)
+
+
+def _load(file: Path, below: tuple[Path, ...]) -> Profile:
+    if file in below:
+        raise ProfileError(str(file), "extends", "the profile extends itself")
+    profile = parse(file.read_bytes(), str(file))
+    if not profile.extends:
+        return profile
+    beside = file.with_name(f"{profile.extends}.toml")
+    parent = beside if beside.exists() and _NAME.match(profile.extends) else find(profile.extends)
+    return _merge(_load(parent, (*below, file)), profile)
+
+
+def parse(text: bytes, file: str) -> Profile:
+    """One profile file as it stands. Raises ProfileError that names `file` and the key."""
+    try:
+        raw = tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(file, "", f"is not TOML: {error}") from None
+    for key in ("name", "files"):
+        if key in raw:
+            raise ProfileError(file, key, "is not yours to set", "the file's name is the name")
+    try:
+        profile = msgspec.convert(raw, Profile, strict=True)
+    except msgspec.ValidationError as error:
+        raise _explain(file, raw, str(error)) from None
+    return msgspec.structs.replace(profile, files=(file,))
+
+
+def _explain(file: str, raw: dict[str, Any], text: str) -> ProfileError:
+    """msgspec's `Problem - at `$.key`` as file, key and hint."""
+    problem, _, place = text.partition(" - at `$")
+    key = place.rstrip("`").lstrip(".").replace("[...]", ".*")
+    hint = ""
+    if unknown := re.search(r"unknown field `(.+)`", problem):
+        word = unknown.group(1)
+        known = sorted(_fields())
+        close = difflib.get_close_matches(word, known, 1)
+        hint = f"did you mean `{close[0]}`?" if close else "see docs/sandbox.md for the fields"
+    elif "`why`" in problem:
+        hint = "every section and rule says why it is there"
+    elif key.endswith("why"):
+        hint = "a reason has at least eight characters"
+    return ProfileError(file, key or "the file", problem[:1].lower() + problem[1:], hint)
+
+
+def _fields() -> set[str]:
+    structs = (Profile, User, Groups, Capabilities, Securebits, Limit, Namespaces, Landlock)
+    more = (Path_, Selinux, Rule, Argument, Seccomp)
+    return {
+        field.encode_name
+        for struct in (*structs, *more)
+        for field in msgspec.structs.fields(struct)
+    }
+
+
+def _merge(parent: Profile, child: Profile) -> Profile:
+    seccomp = child.seccomp
+    if seccomp is not None and seccomp.enabled and parent.seccomp is not None:
+        own = {call for rule in seccomp.rules for call in rule.calls}
+        seccomp = msgspec.structs.replace(
+            seccomp, rules=(*_without(parent.seccomp.rules, own), *seccomp.rules)
+        )
+    elif seccomp is None:
+        seccomp = parent.seccomp
+    sections = {
+        section: getattr(child, section) or getattr(parent, section)
+        for section in _SECTIONS
+        if section != "seccomp"
+    }
+    return Profile(
+        why=child.why,
+        title=child.title or parent.title,
+        limits=parent.limits | child.limits,
+        seccomp=seccomp,
+        files=child.files + parent.files,
+        **sections,
+    )
+
+
+def _without(rules: tuple[Rule, ...], calls: set[str]) -> list[Rule]:
+    rest = [
+        msgspec.structs.replace(rule, calls=tuple(c for c in rule.calls if c not in calls))
+        for rule in rules
+    ]
+    return [rule for rule in rest if rule.calls]
