@@ -1,0 +1,50 @@
+"""The process that reads the configuration: ``python -m kbusd.policy.reader``.
+
+The XML, the service files and the user database are read here, in a process that ends at once, so
+that neither supervisor nor broker holds a parser. On success an encoded Configuration is on
+stdout and the exit status is 0; else one line ``file:line: reason`` is on stderr, nothing on
+stdout, and the status is 1 (2 for wrong usage).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from kbusd.policy.configuration import (
+    SESSION_FILE,
+    SYSTEM_FILE,
+    ConfigurationError,
+    encode,
+    load,
+    selinux_policy_root,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, write, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="kbusd-config-reader", description=main.__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--session", action="store_const", dest="file", const=SESSION_FILE)
+    which.add_argument("--system", action="store_const", dest="file", const=SYSTEM_FILE)
+    which.add_argument("--config-file", dest="file", metavar="F")
+    parser.add_argument("--address", action="append", default=[], metavar="A")
+    options = parser.parse_args(arguments)
+    try:
+        configuration = load(options.file, selinux_root=selinux_policy_root())
+    except ConfigurationError as error:
+        # File names and text come from outside: keep it to the promised one line.
+        print(" ".join(str(error).splitlines()), file=sys.stderr)
+        return 1
+    if options.address:
+        configuration = msgspec.structs.replace(configuration, listen=tuple(options.address))
+    sys.stdout.buffer.write(encode(configuration))
+    sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
