@@ -1,0 +1,137 @@
+"""`kbusctl workers`: every process of a bus with its confinement as the kernel has it.
+
+Reads /proc and the profiles; changes nothing and talks to no process.
+"""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+
+import msgspec
+
+from kbusd.sandbox import inforce, profiles
+from kbusd.sandbox.compile import Compiled, compile_profile
+
+_HEAD = (
+    "PID",
+    "PROCESS",
+    "USER",
+    "CAPABILITIES",
+    "SECCOMP",
+    "NO_NEW_PRIVS",
+    "DUMPABLE",
+    "LANDLOCK",
+    "SELINUX",
+)
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One process: what is in force, Landlock as deduced, and what differs from its profile."""
+
+    process: inforce.InForce
+    landlock: bool | None
+    differences: tuple[str, ...]
+
+
+class Unclear(Exception):
+    """Which bus is meant can't be told; the text says what to give."""
+
+
+def survey(supervisor: int) -> list[Row]:
+    """A row for each process of the bus of `supervisor`; services that it started are left out.
+
+    Raises ProcessLookupError, Unclear (not a supervisor) and ProfileError."""
+    wanted = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
+    titles = {compiled.title: name for name, compiled in wanted.items()}
+    found: dict[int, inforce.InForce] = {}
+    for pid in inforce.family(supervisor):
+        try:
+            process = inforce.read(pid, titles)
+        except ProcessLookupError:
+            if pid == supervisor:
+                raise
+            continue
+        parent = found.get(process.parent)
+        if pid == supervisor and process.role != "supervisor":
+            raise Unclear(f"process {pid} is {process.title}, not the supervisor of a bus")
+        if parent is None and pid != supervisor or parent and parent.role == "launcher":
+            continue
+        found[pid] = process
+    return [_row(process, wanted, found, found[supervisor]) for process in found.values()]
+
+
+def _row(
+    process: inforce.InForce,
+    wanted: dict[str, Compiled],
+    found: dict[int, inforce.InForce],
+    supervisor: inforce.InForce,
+) -> Row:
+    parent = found.get(process.parent)
+    profile = wanted.get(process.role)
+    if profile is None:
+        return Row(process, None, (f"no profile is for a process named {process.title}",))
+    wrong = inforce.differences(process, profile, supervisor=supervisor, parent=parent)
+    return Row(process, inforce.deduce_landlock(process, profile, parent), tuple(wrong))
+
+
+def supervisor_of(pid: int | None, pidfile: str | None) -> int:
+    """The supervisor that is meant; without a hint, the only one there is. Raises Unclear."""
+    if pid is not None:
+        return pid
+    if pidfile is not None:
+        try:
+            return int(Path(pidfile).read_text())
+        except (OSError, ValueError) as error:
+            raise Unclear(f"pid file {pidfile}: {error}") from None
+    title = profiles.load("supervisor").title
+    running = inforce.named(title)
+    if len(running) != 1:
+        which = "none is" if not running else f"{', '.join(map(str, running))} are"
+        raise Unclear(f"say which bus by --pid or --pidfile: {which} running")
+    return running[0]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal."""
+    cells = [_HEAD, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+    if any(row.landlock for row in rows):
+        lines.append(
+            "* deduced: the kernel does not show Landlock; the filter, loaded after it, is there"
+        )
+    lines += [
+        f"DIFFERS  {row.process.pid} {row.process.title}: {wrong}"
+        for row in rows
+        for wrong in row.differences
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    process = row.process
+    mode = inforce.SECCOMP_MODES.get(process.seccomp, str(process.seccomp))
+    if process.seccomp == 2:
+        mode += f" x{process.filters}"
+    return (
+        str(process.pid),
+        process.title,
+        _user(process.uids[1]),
+        inforce.capability_names(process.effective | process.permitted),
+        mode,
+        "yes" if process.no_new_privileges else "no",
+        {True: "yes", False: "no", None: "?"}[process.dumpable],
+        {True: "yes*", False: "no", None: "?"}[row.landlock],
+        process.label or "-",
+    )
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"{uid} {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return str(uid)
