@@ -48,6 +48,10 @@ class Line:
         if self.queue or not self._try(data, fds):
             self.queue.append((data, tuple(os.dup(fd) for fd in fds)))
 
+    def offer(self, message: msgspec.Struct) -> bool:
+        """Send if that is possible at once; False if not, and nothing is queued. Raises OSError."""
+        return not self.queue and self._try(_encode(message), ())
+
     def flush(self) -> bool:
         """Send what is queued; False while something is left."""
         while self.queue:
