@@ -1,0 +1,98 @@
+"""What processes there are, read from /proc: to find a bus's processes and show that none is left.
+
+Reads only; the caller decides what to end. A process is told from a later one with the same id
+by its start time (proc_pid_stat(5), field 22, in clock ticks since boot).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Process(NamedTuple):
+    pid: int
+    ppid: int
+    start: int
+    state: str
+    comm: str
+
+
+def become_subreaper() -> None:
+    """Let orphans of our children become our own children, so that none gets out of sight."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def look(pid: int) -> Process | None:
+    """The process of this id, or None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    except OSError:
+        return None
+    comm, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+    return Process(pid, int(rest[1]), int(rest[19]), rest[0], comm)
+
+
+def all_processes() -> list[Process]:
+    found = (look(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return [process for process in found if process is not None]
+
+
+def descendants(pid: int) -> list[Process]:
+    """All processes below `pid`, without itself."""
+    children: dict[int, list[Process]] = {}
+    for process in all_processes():
+        children.setdefault(process.ppid, []).append(process)
+    found, pending = [], [pid]
+    while pending:
+        for child in children.get(pending.pop(), []):
+            found.append(child)
+            pending.append(child.pid)
+    return found
+
+
+def alive(process: Process) -> bool:
+    """Whether this very process still runs; a zombie of ours is reaped and does not count."""
+    now = look(process.pid)
+    if now is None or now.start != process.start:
+        return False
+    if now.state in "ZX":
+        if now.ppid == os.getpid():
+            os.waitpid(now.pid, os.WNOHANG)
+        return False
+    return True
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment a process was started with; empty if it may not be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            items = file.read().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(item.split("=", 1) for item in items if "=" in item)
+
+
+def pss(pid: int) -> int:
+    """Proportional set size in bytes; 0 for a process that is gone."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+            match = re.search(r"^Pss:\s+(\d+) kB", file.read(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(match[1]) * 1024 if match else 0
+
+
+def eventually(condition: Callable[[], object], what: str, timeout: float = 10.0) -> None:
+    """Wait until `condition` holds, for what has no descriptor to wait on; fail naming `what`."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.01)

@@ -1,0 +1,237 @@
+"""Authentication on the wire, before the first message (D-Bus specification, "Authentication").
+
+Answers are compared byte for byte with what dbus-daemon 1.14 says, because clients pipeline and
+count on them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from . import wireformat as w
+from .daemon import Bus
+from .rawclient import DRIVER, DRIVER_PATH, RawClient, RawSocket
+
+UID = str(os.geteuid()).encode().hex().encode()
+HELLO = w.build(
+    w.CALL,
+    {w.PATH: DRIVER_PATH, w.DESTINATION: DRIVER, w.INTERFACE: DRIVER, w.MEMBER: "Hello"},
+    serial=1,
+)
+
+
+@pytest.fixture
+def raw(bus: Bus) -> Iterator[RawSocket]:
+    """A connected socket that has said nothing but the NUL byte."""
+    sock = RawSocket(bus.address)
+    sock.write(b"\0")
+    yield sock
+    sock.close()
+
+
+def ok(bus: Bus) -> bytes:
+    return b"OK " + bus.guid.encode()
+
+
+def assert_hello_works(raw: RawSocket) -> None:
+    raw.write(b"BEGIN\r\n" + HELLO)
+    while len(raw.buffer) < 16 or len(raw.buffer) < w.total_length(bytes(raw.buffer[:16])):
+        raw.fill()
+    reply = w.parse(bytes(raw.buffer[: w.total_length(bytes(raw.buffer[:16]))]))
+    assert (reply.type, reply.reply_serial) == (w.RETURN, 1)
+
+
+def test_external_with_uid(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+    assert_hello_works(raw)
+
+
+def test_external_with_empty_data(bus: Bus, raw: RawSocket) -> None:
+    """No initial response: the server asks for data; empty data means whoever the kernel says."""
+    assert raw.line(b"AUTH EXTERNAL") == b"DATA"
+    assert raw.line(b"DATA") == ok(bus)
+    assert_hello_works(raw)
+
+
+def test_external_data_after_challenge(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"AUTH EXTERNAL") == b"DATA"
+    assert raw.line(b"DATA " + UID) == ok(bus)
+    assert_hello_works(raw)
+
+
+def test_pipelined_in_one_write(bus: Bus) -> None:
+    """As systemd's sd-bus does: everything to the first message at once."""
+    sock = RawSocket(bus.address)
+    sock.write(b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n" + HELLO)
+    expected = b"DATA\r\n" + ok(bus) + b"\r\nAGREE_UNIX_FD\r\n"
+    while len(sock.buffer) < len(expected) + 16:
+        sock.fill()
+    assert bytes(sock.buffer[: len(expected)]) == expected
+    assert sock.buffer[len(expected) : len(expected) + 2] == b"l\x02"
+    sock.close()
+
+
+def test_byte_by_byte(bus: Bus) -> None:
+    sock = RawSocket(bus.address)
+    for byte in b"\0AUTH EXTERNAL " + UID + b"\r\n":
+        sock.write(bytes([byte]))
+    assert sock.read_line() == ok(bus)
+    for byte in b"BEGIN\r\n" + HELLO:
+        sock.write(bytes([byte]))
+    sock.fill()
+    assert sock.buffer[:2] == b"l\x02"
+    sock.close()
+
+
+def test_auth_without_mechanism_lists_mechanisms(raw: RawSocket) -> None:
+    assert raw.line(b"AUTH") == b"REJECTED EXTERNAL"
+
+
+@pytest.mark.parametrize("mechanism", [b"ANONYMOUS", b"DBUS_COOKIE_SHA1 30", b"NONSENSE"])
+def test_other_mechanisms_are_rejected(bus: Bus, raw: RawSocket, mechanism: bytes) -> None:
+    assert raw.line(b"AUTH " + mechanism) == b"REJECTED EXTERNAL"
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+@pytest.mark.parametrize(
+    "claimed", [str(os.geteuid() + 1), "-1", "99999999999999999999", "root ", "no-such-user"]
+)
+def test_claim_to_be_another_is_rejected(bus: Bus, raw: RawSocket, claimed: str) -> None:
+    assert raw.line(b"AUTH EXTERNAL " + claimed.encode().hex().encode()) == b"REJECTED EXTERNAL"
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+def test_user_name_instead_of_uid_is_rejected(raw: RawSocket) -> None:
+    assert raw.line(b"AUTH EXTERNAL " + b"root".hex().encode()) == b"REJECTED EXTERNAL"
+
+
+@pytest.mark.parametrize("command", [b"NONSENSE", b"nonsense", b"", b"OK 1234", b"AUTHX EXTERNAL"])
+def test_unknown_command_is_an_error(bus: Bus, raw: RawSocket, command: bytes) -> None:
+    assert raw.line(command).startswith(b"ERROR")
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+@pytest.mark.parametrize("data", [b"xyz", b"30 30", b"3g"])
+def test_bad_hexadecimal_is_an_error(bus: Bus, raw: RawSocket, data: bytes) -> None:
+    assert raw.line(b"AUTH EXTERNAL " + data).startswith(b"ERROR")
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+def test_cancel_while_waiting_for_data(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"AUTH EXTERNAL") == b"DATA"
+    assert raw.line(b"CANCEL") == b"REJECTED EXTERNAL"
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+def test_cancel_after_ok(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+    assert raw.line(b"CANCEL") == b"REJECTED EXTERNAL"
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+def test_error_from_client_rejects(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"ERROR something") == b"REJECTED EXTERNAL"
+    assert raw.line(b"AUTH EXTERNAL") == b"DATA"
+    assert raw.line(b"ERROR") == b"REJECTED EXTERNAL"
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+
+
+def test_data_without_auth_is_an_error(raw: RawSocket) -> None:
+    assert raw.line(b"DATA").startswith(b"ERROR")
+
+
+def test_second_auth_is_an_error(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+    assert raw.line(b"AUTH EXTERNAL " + UID).startswith(b"ERROR")
+    assert_hello_works(raw)
+
+
+def test_negotiate_unix_fd_only_after_ok(bus: Bus, raw: RawSocket) -> None:
+    assert raw.line(b"NEGOTIATE_UNIX_FD").startswith(b"ERROR")
+    assert raw.line(b"AUTH EXTERNAL " + UID) == ok(bus)
+    assert raw.line(b"NEGOTIATE_UNIX_FD") == b"AGREE_UNIX_FD"
+    assert_hello_works(raw)
+
+
+def test_begin_before_ok_disconnects(raw: RawSocket) -> None:
+    raw.write(b"BEGIN\r\n")
+    assert raw.expect_disconnect() == b""
+
+
+def test_too_many_failures_disconnect(raw: RawSocket) -> None:
+    """A client that is rejected again and again does not get to try for ever."""
+    raw.write(b"AUTH NONSENSE\r\n" * 30)
+    assert raw.expect_disconnect().count(b"REJECTED") < 30
+
+
+def test_first_byte_must_be_nul(bus: Bus) -> None:
+    sock = RawSocket(bus.address)
+    sock.write(b"AUTH EXTERNAL " + UID + b"\r\n")
+    assert sock.expect_disconnect() == b""
+    sock.close()
+
+
+def test_endless_line_disconnects(raw: RawSocket) -> None:
+    """A line that never ends is not collected for ever: the limit is some tens of KiB."""
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        for _ in range(10_000):
+            raw.write(b"A" * 1024)
+
+
+def test_non_ascii_line_does_not_authenticate(bus: Bus, raw: RawSocket) -> None:
+    raw.write("AUTH EXTERNÄL\r\n".encode())
+    answer = raw.read_line()
+    assert answer.startswith((b"ERROR", b"REJECTED"))
+
+
+def test_disconnect_in_the_middle_hurts_nobody(bus: Bus) -> None:
+    other = bus.connect()
+    for part in (
+        b"",
+        b"\0",
+        b"\0AUTH",
+        b"\0AUTH EXTERNAL\r\n",
+        b"\0AUTH EXTERNAL " + UID + b"\r\n",
+    ):
+        sock = RawSocket(bus.address)
+        if part:
+            sock.write(part)
+        sock.close()
+    assert other.driver("GetNameOwner", "s", (other.name,)) == [other.name]
+
+
+def test_unauthenticated_client_is_dropped_in_time(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus = start_bus(limits={"auth_timeout": 300})
+    sock = RawSocket(bus.address)
+    sock.write(b"\0AUTH EXTERNAL\r\n")
+    assert sock.expect_disconnect() == b"DATA\r\n"
+    sock.close()
+
+
+def test_message_size_before_auth_is_not_trusted(bus: Bus) -> None:
+    """Bytes that look like a message are a broken SASL line until BEGIN."""
+    sock = RawSocket(bus.address)
+    sock.write(b"\0" + HELLO + b"\r\n")
+    answer = sock.read_line()
+    assert answer.startswith(b"ERROR")
+    sock.close()
+
+
+def test_fd_sent_with_auth_is_not_kept(bus: Bus) -> None:
+    """Descriptors before BEGIN are closed: the other end of the pipe sees it."""
+    reader, writer = os.pipe()
+    client = RawSocket(bus.address)
+    client.write(b"\0", [writer])
+    os.close(writer)
+    client.close()
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b""
+
+
+def test_client_without_negotiation_gets_no_fds(bus: Bus) -> None:
+    client = RawClient(bus.address, fds=False)
+    assert client.name.startswith(":1.")
+    client.close()
