@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterable
 
 from kbusd.sandbox import kernel
-from kbusd.sandbox.compiled import Compiled
+from kbusd.sandbox.model import Compiled
 from kbusd.sandbox.errors import SandboxError
 
 _SETPCAP = 1 << 8

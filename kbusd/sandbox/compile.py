@@ -16,17 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyseccomp  # type: ignore[import-untyped]
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode, encode_all, read
+from kbusd.sandbox.model import Compiled, Limit, Path, decode_compiled, encode_compiled
 from kbusd.sandbox.errors import ProfileError
 
 __all__ = [
     "Compiled",
     "compile_all",
     "compile_profile",
-    "decode",
-    "encode",
-    "encode_all",
-    "read",
+    "decode_compiled",
+    "encode_compiled",
     "selinux_enabled",
 ]
 

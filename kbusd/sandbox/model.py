@@ -6,8 +6,6 @@ well not apply it.
 
 from __future__ import annotations
 
-import os
-
 import msgspec
 
 
@@ -55,32 +53,13 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 _decode = msgspec.msgpack.Decoder(Compiled).decode
-_decode_all = msgspec.msgpack.Decoder(dict[str, Compiled]).decode
 
 
-def encode(compiled: Compiled) -> bytes:
-    """The bytes that `decode` takes."""
+def encode_compiled(compiled: Compiled) -> bytes:
+    """The bytes that `decode_compiled` takes."""
     return _encode(compiled)
 
 
-def decode(data: bytes) -> Compiled:
-    """Raises msgspec.DecodeError for anything but what `encode` made."""
+def decode_compiled(data: bytes) -> Compiled:
+    """Raises msgspec.DecodeError for anything but what `encode_compiled` made."""
     return _decode(data)
-
-
-def encode_all(profiles: dict[str, Compiled]) -> bytes:
-    """Several, by name: what the supervisor hands to the zygote."""
-    return _encode(profiles)
-
-
-def decode_all(data: bytes) -> dict[str, Compiled]:
-    """Raises msgspec.DecodeError for anything but what `encode_all` made."""
-    return _decode_all(data)
-
-
-def read(fd: int) -> Compiled:
-    """Decode a whole memfd or file from its start, without moving its offset; closes it."""
-    try:
-        return _decode(os.pread(fd, os.fstat(fd).st_size, 0))
-    finally:
-        os.close(fd)
