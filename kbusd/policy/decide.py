@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from kbusd.policy.rules import (
     GROUP,
@@ -34,6 +34,7 @@ ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
 DRIVER_NAME = "org.freedesktop.DBus"
 
 _SIGNAL = MESSAGE_TYPES["signal"]
+_REPLIES = (MESSAGE_TYPES["method_return"], MESSAGE_TYPES["error"])
 _TYPE_NAMES = {number: name for name, number in MESSAGE_TYPES.items()}
 
 
@@ -51,17 +52,17 @@ class CredentialsLike(Protocol):
 class Message(NamedTuple):
     """The header fields that rules may look at; an absent field is None.
 
-    `type` is the specification's number; `destination` is as the client wrote it; `reply` is
-    whether the message has a REPLY_SERIAL field; `fds` counts its descriptors.
+    `type` is the specification's number; `destination` is as the client wrote it; `fds` counts its
+    descriptors. Whether it is a reply follows from the type: dbus-daemon goes by REPLY_SERIAL, so
+    that there a method call which carries one can slip past a <deny>.
     """
 
     type: int
     path: str | None = None
     interface: str | None = None
     member: str | None = None
-    error: str | None = None
+    error_name: str | None = None
     destination: str | None = None
-    reply: bool = False
     fds: int = 0
 
 
@@ -80,7 +81,7 @@ class Verdict(NamedTuple):
 class Depends(NamedTuple):
     """Which parts of a message can change a verdict: what the key of a cached one must hold.
 
-    The message's type, its being a reply, requested or not, and the peer's names always can."""
+    The message's type, whether a reply was requested, and the peer's names always can."""
 
     path: bool
     interface: bool
@@ -197,7 +198,8 @@ class ClientPolicy:
         `requested_reply`: the message answers a call of that very receiver that was open."""
         if self.allows_everything_to_send:
             return _ALLOWED
-        type_, path, interface, member, error, destination, reply, fds = message
+        type_, path, interface, member, error, destination, fds = message
+        reply = type_ in _REPLIES
         broadcast = destination is None and type_ == _SIGNAL
 
         def matches(rule: Rule) -> bool:
@@ -235,7 +237,8 @@ class ClientPolicy:
         itself always do). `eavesdropping`: it is addressed to someone else."""
         if self.allows_everything_to_receive:
             return _ALLOWED
-        type_, path, interface, member, error, _, reply, fds = message
+        type_, path, interface, member, error, _, fds = message
+        reply = type_ in _REPLIES
 
         def matches(rule: Rule) -> bool:
             return (
@@ -359,18 +362,18 @@ def login_info(uid: int, pid: int, command: str, label: str = "") -> str:
 def rejection(
     verdict: Verdict,
     message: Message,
+    side: Literal["send", "receive"],
     *,
-    receiving: bool,
     sender: str,
     sender_info: str,
     receiver_info: str,
     requested_reply: bool,
 ) -> str:
     """The text of the AccessDenied error for a refused message, as dbus-daemon words it, with the
-    rule at the end. `receiving`: the receiver's policy refused it, not the sender's. The infos are
-    `login_info`'s, or "bus"."""
+    rule at the end. `side`: whose policy refused it, the sender's or the receiver's. The infos are
+    `login_info`'s; of the bus itself "bus"."""
     return _complaint(
-        f"Rejected {'receive' if receiving else 'send'} message",
+        f"Rejected {side} message",
         verdict,
         message,
         sender,
@@ -424,7 +427,7 @@ def _complaint(
     return (
         f'{what}, {verdict.matched} matched rules; type="{_TYPE_NAMES[message.type]}", '
         f'sender="{sender}" ({sender_info}) interface="{shown(message.interface)}" '
-        f'member="{shown(message.member)}" error name="{shown(message.error)}" '
+        f'member="{shown(message.member)}" error name="{shown(message.error_name)}" '
         f'requested_reply="{int(requested_reply)}" '
         f'destination="{message.destination or DRIVER_NAME}" ({receiver_info}) '
         f"({explain(verdict)})"
