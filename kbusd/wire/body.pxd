@@ -1,0 +1,15 @@
+from libc.stdint cimport uint8_t, uint32_t
+
+cdef struct Reader:
+    const uint8_t *data
+    size_t at
+    size_t end
+    bint swap  # the bytes are in the other order than this machine's
+
+cdef int check(const uint8_t *body, size_t size, const uint8_t *signature,
+               size_t signature_length, bint big_endian, uint32_t fds) noexcept nogil
+cdef int check_variant(Reader *reader, int depth) noexcept nogil
+cdef tuple strings(const uint8_t *body, size_t size, const uint8_t *signature,
+                   size_t signature_length, bint big_endian, int upto)
+cdef int _value(Reader *reader, const uint8_t *signature, int at, int depth) noexcept nogil
+cdef int _array(Reader *reader, const uint8_t *signature, int at, int depth) noexcept nogil
