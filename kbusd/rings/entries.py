@@ -29,20 +29,20 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     """Base of all control-log entries."""
 
 
-class ConnectionAdded(Entry, tag="C"):
+class ConnectionAdded(Entry, frozen=True, tag="C"):
     """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id")."""
 
     id: int
     credentials: Credentials
 
 
-class ConnectionRemoved(Entry, tag="c"):
+class ConnectionRemoved(Entry, frozen=True, tag="c"):
     """A connection is gone; its well-known names changed owner in entries before this one."""
 
     id: int
 
 
-class NameOwnerChanged(Entry, tag="N"):
+class NameOwnerChanged(Entry, frozen=True, tag="N"):
     """A well-known name changed its primary owner; 0 is nobody."""
 
     name: str
@@ -50,21 +50,21 @@ class NameOwnerChanged(Entry, tag="N"):
     new: int
 
 
-class MatchAdded(Entry, tag="M"):
+class MatchAdded(Entry, frozen=True, tag="M"):
     """A connection added a match rule (the rule as the client wrote it, already validated)."""
 
     id: int
     rule: str
 
 
-class MatchRemoved(Entry, tag="m"):
+class MatchRemoved(Entry, frozen=True, tag="m"):
     """One match rule equal to `rule` was removed."""
 
     id: int
     rule: str
 
 
-class MonitorAttached(Entry, tag="O"):
+class MonitorAttached(Entry, frozen=True, tag="O"):
     """The connection became a monitor; it lost its names and its match rules before this entry.
 
     Implies NameOwnerChanged(":1.id", ":1.id", ""): its unique name is nobody's from here on. The
@@ -74,13 +74,13 @@ class MonitorAttached(Entry, tag="O"):
     rules: tuple[str, ...]
 
 
-class ActivatableChanged(Entry, tag="A"):
+class ActivatableChanged(Entry, frozen=True, tag="A"):
     """The whole list of activatable names (sent at start and after ReloadConfig)."""
 
     names: tuple[str, ...]
 
 
-class PolicyChanged(Entry, tag="P"):
+class PolicyChanged(Entry, frozen=True, tag="P"):
     """A new compiled policy is in force; workers fetch it with FetchPolicy."""
 
     generation: int
@@ -120,42 +120,42 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     request: int
 
 
-class Hello(Request, tag="hello"):
+class Hello(Request, frozen=True, tag="hello"):
     """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot."""
 
 
-class RequestName(Request, tag="request_name"):
+class RequestName(Request, frozen=True, tag="request_name"):
     """Reply: the D-Bus result code 1..4."""
 
     name: str
     flags: int
 
 
-class ReleaseName(Request, tag="release_name"):
+class ReleaseName(Request, frozen=True, tag="release_name"):
     """Reply: the D-Bus result code 1..3."""
 
     name: str
 
 
-class ListQueuedOwners(Request, tag="queued"):
+class ListQueuedOwners(Request, frozen=True, tag="queued"):
     """Reply: list of ids, primary owner first. Failure NameHasNoOwner."""
 
     name: str
 
 
-class AddMatch(Request, tag="add_match"):
+class AddMatch(Request, frozen=True, tag="add_match"):
     """Reply: None, once MatchAdded stands in the log."""
 
     rule: str
 
 
-class RemoveMatch(Request, tag="remove_match"):
+class RemoveMatch(Request, frozen=True, tag="remove_match"):
     """Reply: None. Failure MatchRuleNotFound."""
 
     rule: str
 
 
-class StartService(Request, tag="start"):
+class StartService(Request, frozen=True, tag="start"):
     """Activate. Reply: 1 started, 2 already running, once the name has an owner in the log.
 
     `auto` is set when a message to an unowned name caused it, and not StartServiceByName."""
@@ -164,35 +164,35 @@ class StartService(Request, tag="start"):
     auto: bool
 
 
-class UpdateEnvironment(Request, tag="environment"):
+class UpdateEnvironment(Request, frozen=True, tag="environment"):
     """UpdateActivationEnvironment. Reply: None."""
 
     variables: dict[str, str]
 
 
-class ReloadConfig(Request, tag="reload"):
+class ReloadConfig(Request, frozen=True, tag="reload"):
     """Reply: None."""
 
 
-class BecomeMonitor(Request, tag="monitor"):
+class BecomeMonitor(Request, frozen=True, tag="monitor"):
     """Reply: None, once MonitorAttached stands in the log."""
 
     rules: tuple[str, ...]
 
 
-class FetchSnapshot(Request, tag="snapshot"):
+class FetchSnapshot(Request, frozen=True, tag="snapshot"):
     """For a worker that fell behind the log. Reply: None; fds: as Hello."""
 
 
-class FetchPolicy(Request, tag="policy"):
+class FetchPolicy(Request, frozen=True, tag="policy"):
     """Reply: generation; fds: one sealed memfd with the compiled policy."""
 
 
-class Statistics(Request, tag="stats"):
+class Statistics(Request, frozen=True, tag="stats"):
     """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
 
 
-class Introduce(Request, tag="introduce"):
+class Introduce(Request, frozen=True, tag="introduce"):
     """Make this worker and `peer` known to each other.
 
     fds: ring to the peer, my doorbell's write end, my status page, my Broadcast.
@@ -208,14 +208,14 @@ class Introduce(Request, tag="introduce"):
     broadcast_slot: int
 
 
-class Introduced(Request, tag="introduced"):
+class Introduced(Request, frozen=True, tag="introduced"):
     """The answer to an Introduction (`request` is that Introduction's); fds as in Introduce."""
 
     slot: int
     broadcast_slot: int
 
 
-class Leaving(Request, tag="leaving"):
+class Leaving(Request, frozen=True, tag="leaving"):
     """The last word of a worker: why its client's connection ended (for the admin; "" if there
     is nothing to say)."""
 
@@ -249,14 +249,14 @@ class FromBroker(msgspec.Struct, frozen=True, array_like=True):
     """Base of what the broker says to a worker."""
 
 
-class Reply(FromBroker, tag="reply"):
+class Reply(FromBroker, frozen=True, tag="reply"):
     """The answer to `request`. Log entries that it caused are in the log already."""
 
     request: int
     value: Any = None
 
 
-class Failure(FromBroker, tag="failure"):
+class Failure(FromBroker, frozen=True, tag="failure"):
     """`request` failed: a D-Bus error name and its text."""
 
     request: int
@@ -264,7 +264,7 @@ class Failure(FromBroker, tag="failure"):
     message: str
 
 
-class Introduction(FromBroker, tag="introduction"):
+class Introduction(FromBroker, frozen=True, tag="introduction"):
     """`peer` wants to reach you. fds: its ring to you, its doorbell's write end, its status page,
     its Broadcast, your end of the side socket. Answer with Introduced(request, ...)."""
 
@@ -274,7 +274,7 @@ class Introduction(FromBroker, tag="introduction"):
     broadcast_slot: int
 
 
-class Withdrawn(FromBroker, tag="withdrawn"):
+class Withdrawn(FromBroker, frozen=True, tag="withdrawn"):
     """Introduction `request` by `peer` is void, its Introduced came too late: forget the peer's
     rings, and ask for an introduction if you need one."""
 
@@ -282,7 +282,7 @@ class Withdrawn(FromBroker, tag="withdrawn"):
     peer: int
 
 
-class Wake(FromBroker, tag="wake"):
+class Wake(FromBroker, frozen=True, tag="wake"):
     """The log has entries that concern you (sent only to workers that may sleep through them).
 
     Left out when something else is on its way: whatever arrives on this line is a reason to look

@@ -32,7 +32,8 @@ class Line:
     __slots__ = ("_decode", "queue", "sock")
 
     def __init__(self, sock: socket.socket, messages: Any) -> None:
-        sock.setblocking(False)
+        if sock.gettimeout() != 0:
+            sock.setblocking(False)
         self.sock = sock
         self._decode = msgspec.msgpack.Decoder(messages).decode
         self.queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
@@ -64,11 +65,9 @@ class Line:
         return True
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
-        ancillary = (
-            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        )
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self.sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+            self.sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL | self._wait_flag())
         except BlockingIOError:
             return False
         return True
@@ -79,7 +78,7 @@ class Line:
         Raises EOFError when the other end has closed, LineError when it broke the rules."""
         try:
             data, ancillary, flags, _ = self.sock.recvmsg(
-                MAX_RECORD, _ANCILLARY, socket.MSG_CMSG_CLOEXEC
+                MAX_RECORD, _ANCILLARY, socket.MSG_CMSG_CLOEXEC | self._wait_flag()
             )
         except BlockingIOError:
             return None
@@ -102,6 +101,10 @@ class Line:
             close_all(fds)
             raise
 
+    def _wait_flag(self) -> int:
+        # By call, not by the descriptor's own flag: the other end of it may have been passed on.
+        return 0 if self.sock.gettimeout() is None else socket.MSG_DONTWAIT
+
     def close(self) -> None:
         for _, fds in self.queue:
             close_all(fds)
@@ -112,6 +115,13 @@ class Line:
 def close_all(fds: Sequence[int] | array.array[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def adopt(fd: int) -> socket.socket:
+    """The end of a line that was passed to us, non-blocking, without a system call.
+
+    socket.socket(fileno=...) and setblocking make some that a sandbox may refuse (FIONBIO)."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, fileno=fd)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

@@ -1,0 +1,69 @@
+"""The broker process: `python -m kbusd.broker --guid HEX --address ADDRESS`.
+
+fd 3 is the line to the supervisor, 4 the sealed memfd with the configuration, 5 the one with the
+compiled sandbox profile. The control log is made first and its descriptor is the first word to
+the supervisor; confinement comes last, when everything is imported. Ends with 0 when the
+supervisor closes the line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import pwd
+import signal
+import sys
+
+from kbusd.broker.server import Server, read_configuration
+from kbusd.rings.line import LineError, adopt
+from kbusd.sandbox import apply
+from kbusd.sandbox import compiled as profiles
+from kbusd.sandbox.errors import SandboxError
+
+SUPERVISOR = 3
+CONFIGURATION = 4
+PROFILE = 5
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="kbusd.broker", description=__doc__)
+    parser.add_argument("--guid", required=True)
+    parser.add_argument("--address", required=True)
+    options = parser.parse_args()
+    # A signal to the whole process group (Ctrl-C) is the supervisor's to act on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for fd in (SUPERVISOR, CONFIGURATION, PROFILE):
+        os.set_inheritable(fd, False)
+    profile = profiles.decode(os.pread(PROFILE, os.fstat(PROFILE).st_size, 0))
+    os.close(PROFILE)
+    owner = bus_owner(read_configuration(CONFIGURATION).user)
+    server = Server(adopt(SUPERVISOR), CONFIGURATION, options.address, owner)
+    try:
+        for warning in apply.confine(profile):
+            server.say(warning)
+    except SandboxError as error:
+        server.say(f"not started: {error}")
+        return 1
+    gc.collect()
+    gc.freeze()
+    try:
+        server.run()
+    except LineError as error:
+        server.say(f"ended: {error}")
+        return 1
+    return 0
+
+
+def bus_owner(user: str) -> int:
+    """The uid that the bus belongs to: that of <user>, if we are root and there is one."""
+    if user and os.geteuid() == 0:
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            pass
+    return os.geteuid()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""Starting the services that own names which nobody owns yet.
+
+A name is started once, whoever asks for it meanwhile; all who asked are answered when the name
+has an owner, when the service fails, or when it takes too long (then it is killed). Texts and
+order of the checks are dbus-daemon's. A service that exits with status 0 may have forked, so it
+is waited for until the time is up.
+
+A name that no service file provides may have got one since the configuration was read: the
+launcher looks whether a service directory has changed, and only then, at most every
+`READ_SECONDS`, the configuration is read again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kbusd.broker.connection import Connection
+from kbusd.broker.outside import Outside
+from kbusd.broker.refusal import (
+    ACCESS_DENIED,
+    INVALID_ARGS,
+    LIMITS_EXCEEDED,
+    SERVICE_UNKNOWN,
+    SPAWN_CHILD_EXITED,
+    SPAWN_CHILD_SIGNALED,
+    SPAWN_EXEC_FAILED,
+    SPAWN_FAILED,
+    TIMED_OUT,
+    Refused,
+)
+from kbusd.policy.configuration import Configuration
+from kbusd.policy.services import Service
+from kbusd.rings.entries import Failure, Launch, Looked, Reply, StartService
+
+STARTED = 1
+RUNNING = 2
+READ_SECONDS = 1.0  # reading the configuration costs a process; unknown names cost nothing
+MAX_LOOKING = 256
+MAX_VARIABLES = 4096
+MAX_VARIABLE_BYTES = 128 * 1024  # execve(2): MAX_ARG_STRLEN
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """Somebody who waits for a service, and the number of its request."""
+
+    connection: Connection
+    message: StartService
+
+
+@dataclass(slots=True)
+class Pending:
+    """A service that was started and has not taken its name yet."""
+
+    job: int
+    name: str
+    deadline: float
+    waiters: list[Waiter] = field(default_factory=list)
+
+
+class Activation:
+    """All services that are being started. `owned` tells whether a name has an owner,
+    `reload` has the configuration read again (then `configure` and `retry` follow)."""
+
+    def __init__(
+        self,
+        outside: Outside,
+        address: str,
+        owned: Callable[[str], bool],
+        reload: Callable[[], None],
+    ) -> None:
+        self._outside = outside
+        self._address = address
+        self._owned = owned
+        self._reload = reload
+        self._services: dict[str, Service] = {}
+        self._environment: dict[str, str] = {}
+        self._pending: dict[str, Pending] = {}
+        self._jobs: dict[int, Pending] = {}
+        self._next = 1
+        self._directories: tuple[str, ...] = ()
+        self._launcher = False
+        self._looking: list[Waiter] = []
+        self._times: tuple[int, ...] | None = None
+        self._read_at = 0.0
+
+    def configure(self, configuration: Configuration) -> None:
+        """Take up a configuration; services that are being started go on."""
+        self._services = {service.name: service for service in configuration.services}
+        directories = tuple(configuration.service_dirs)
+        if directories != self._directories:
+            self._directories = directories
+            self._times = None
+        self._read_at = self._outside.now()
+        self._system = configuration.type == "system"
+        self._timeout_ms = configuration.limits.get("service_start_timeout", 25_000)
+        self._max_pending = configuration.limits.get("max_pending_service_starts", 512)
+        # What a service is told of the bus that started it (dbus-daemon(1), org.freedesktop.DBus
+        # .UpdateActivationEnvironment in the specification).
+        self._starter = {"DBUS_STARTER_ADDRESS": self._address}
+        if configuration.type in ("session", "system"):
+            self._starter["DBUS_STARTER_BUS_TYPE"] = configuration.type
+            self._starter[f"DBUS_{configuration.type.upper()}_BUS_ADDRESS"] = self._address
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._services)
+
+    def start(self, connection: Connection, message: StartService) -> None:
+        """StartServiceByName, or a message to a name that nobody owns. Raises Refused."""
+        if len(self._pending) >= self._max_pending and message.name not in self._pending:
+            raise Refused(
+                LIMITS_EXCEEDED,
+                "The maximum number of pending activations has been reached, activation of"
+                f" {message.name} failed (max_pending_service_starts={self._max_pending})",
+            )
+        waiter = Waiter(connection, message)
+        service = self._services.get(message.name)
+        if service is None:
+            self._look(waiter)
+        elif self._owned(message.name):
+            self._outside.send(connection.worker, Reply(message.request, RUNNING))
+        elif (pending := self._pending.get(message.name)) is not None:
+            pending.waiters.append(waiter)
+        else:
+            self._launch(service, waiter)
+
+    def update_environment(self, variables: dict[str, str]) -> None:
+        """UpdateActivationEnvironment; what execve(2) cannot carry is left out. Raises Refused."""
+        if self._system:
+            raise Refused(ACCESS_DENIED, "Cannot change activation environment on a system bus.")
+        for key, value in variables.items():
+            if not key or "=" in key or "\0" in key + value:
+                continue
+            if len(key) + len(value) > MAX_VARIABLE_BYTES:
+                raise Refused(LIMITS_EXCEEDED, f"Environment variable {key[:64]} is too long")
+            if key not in self._environment and len(self._environment) >= MAX_VARIABLES:
+                raise Refused(LIMITS_EXCEEDED, "Too many environment variables")
+            self._environment[key] = value
+
+    # -- what happens meanwhile ----------------------------------------------------------------
+
+    def took_name(self, name: str) -> None:
+        """A name got an owner, as the log says already."""
+        pending = self._pending.get(name)
+        if pending is None:
+            return
+        self._forget(pending)
+        self._outside.say(f"service {name} started")
+        for waiter in pending.waiters:
+            self._outside.send(waiter.connection.worker, Reply(waiter.message.request, STARTED))
+
+    def ended(self, job: int, status: int, error: str) -> None:
+        """The launcher says that a service could not be started (`error`) or has exited."""
+        pending = self._jobs.get(job)
+        if pending is None:
+            return
+        if error:
+            self._fail(
+                pending, SPAWN_EXEC_FAILED, f"Failed to execute program {pending.name}: {error}"
+            )
+        elif os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status)
+            self._fail(
+                pending, SPAWN_CHILD_SIGNALED, f"Process {pending.name} received signal {number}"
+            )
+        elif (code := os.waitstatus_to_exitcode(status)) != 0:
+            self._fail(
+                pending, SPAWN_CHILD_EXITED, f"Process {pending.name} exited with status {code}"
+            )
+
+    def launcher_gone(self) -> None:
+        """The launcher ended, and what it did not report will not be reported."""
+        for pending in list(self._jobs.values()):
+            self._fail(pending, SPAWN_FAILED, f"The launcher of {pending.name} ended")
+        self._launcher = False
+        self.retry()
+
+    def gone(self, connection: Connection) -> None:
+        """The connection ended; a service that it wanted is started all the same."""
+        for pending in self._pending.values():
+            pending.waiters = [
+                each for each in pending.waiters if each.connection is not connection
+            ]
+        self._looking = [each for each in self._looking if each.connection is not connection]
+
+    def deadline(self) -> float | None:
+        """When `tick` has something to do."""
+        return min((each.deadline for each in self._pending.values()), default=None)
+
+    def tick(self, now: float) -> None:
+        """Kill what takes too long."""
+        for pending in [each for each in self._pending.values() if each.deadline <= now]:
+            self._outside.end_launch(pending.job)
+            self._fail(
+                pending,
+                TIMED_OUT,
+                f"Failed to activate service '{pending.name}': timed out"
+                f" (service_start_timeout={self._timeout_ms}ms)",
+            )
+
+    # -- services that came after the configuration was read ------------------------------------
+
+    def launcher_ready(self) -> None:
+        """There is a launcher: learn from it how the service directories look now."""
+        self._launcher = True
+        if self._directories:
+            self._outside.look(self._directories)
+
+    def looked(self, message: Looked) -> None:
+        """The launcher looked: if something changed, read the configuration again."""
+        now = self._outside.now()
+        if self._times is None or len(self._times) != len(message.times):
+            self._times = message.times
+        elif self._looking and message.times != self._times and now >= self._read_at + READ_SECONDS:
+            self._times = message.times  # of before reading: what changes meanwhile is seen next
+            self._reload()
+            return
+        self.retry()
+
+    def _look(self, waiter: Waiter) -> None:
+        if not self._directories or not self._launcher or len(self._looking) >= MAX_LOOKING:
+            raise unknown(waiter.message.name)
+        if not self._looking:
+            self._outside.look(self._directories)
+        self._looking.append(waiter)
+
+    def retry(self) -> None:
+        """The configuration is as new as it gets: those who waited for that get their answer."""
+        looking, self._looking = self._looking, []
+        for waiter in looking:
+            service = self._services.get(waiter.message.name)
+            if service is None:
+                refused = unknown(waiter.message.name)
+                self._answer(waiter, refused.error, refused.text)
+                continue
+            try:
+                self.start(waiter.connection, waiter.message)
+            except Refused as error:
+                self._answer(waiter, error.error, error.text)
+
+    # -- the launch ----------------------------------------------------------------------------
+
+    def _launch(self, service: Service, waiter: Waiter) -> None:
+        if not service.exec:
+            raise Refused(INVALID_ARGS, f"{service.file}: Exec: {service.exec_error}")
+        job = self._next
+        self._next += 1
+        deadline = self._outside.now() + self._timeout_ms / 1000
+        pending = Pending(job, service.name, deadline, [waiter])
+        self._pending[service.name] = self._jobs[job] = pending
+        self._outside.say(f"starting service {service.name}, wanted by {waiter.connection}")
+        user = service.user if self._system else ""
+        environment = self._environment | self._starter
+        self._outside.launch(Launch(job, service.name, service.exec, user, environment))
+
+    def _fail(self, pending: Pending, error: str, text: str) -> None:
+        self._forget(pending)
+        self._outside.say(f"service {pending.name} failed: {text}")
+        for waiter in pending.waiters:
+            self._answer(waiter, error, text)
+
+    def _answer(self, waiter: Waiter, error: str, text: str) -> None:
+        self._outside.send(waiter.connection.worker, Failure(waiter.message.request, error, text))
+
+    def _forget(self, pending: Pending) -> None:
+        del self._pending[pending.name]
+        del self._jobs[pending.job]
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+
+def unknown(name: str) -> Refused:
+    """What is said of a name that no service file provides."""
+    return Refused(SERVICE_UNKNOWN, f"The name {name} was not provided by any .service files")

@@ -1,0 +1,498 @@
+"""The broker's core: every change of the bus's state, in one thread, without I/O.
+
+Takes what workers, supervisor and launcher say, checks it, and makes it so by the calls of
+`outside.py`. The order is always: change the state, write it to the log, wake whom it concerns,
+answer. What a worker says is hostile: what an honest one never does raises Violation, what a
+client may try and not get raises Refused.
+
+    Hello            policy and limits, next id, ConnectionAdded, snapshot
+    RequestName ...  registry.py      AddMatch ...  matches.py
+    StartService ... activation.py    Introduce ... introductions.py
+    end of a worker  names pass on, ConnectionRemoved, peers are woken
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
+from kbusd.broker.activation import Activation
+from kbusd.broker.connection import NOT_YET, Connection
+from kbusd.broker.introductions import RING_FDS, Introductions
+from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
+from kbusd.broker.outside import Outside
+from kbusd.broker.refusal import (
+    ACCESS_DENIED,
+    FAILED,
+    INVALID_ARGS,
+    LIMITS_EXCEEDED,
+    NAME_HAS_NO_OWNER,
+    Refused,
+    Violation,
+)
+from kbusd.broker.registry import Change, Claim, Registry
+from kbusd.policy.configuration import Configuration
+from kbusd.policy.decide import ClientPolicy
+from kbusd.rings.entries import (
+    ActivatableChanged,
+    AddMatch,
+    BecomeMonitor,
+    ConnectionAdded,
+    ConnectionRemoved,
+    Credentials,
+    Failure,
+    FetchPolicy,
+    FetchSnapshot,
+    Hello,
+    Introduce,
+    Introduced,
+    Leaving,
+    ListQueuedOwners,
+    MatchAdded,
+    MatchRemoved,
+    MonitorAttached,
+    NameOwnerChanged,
+    PolicyChanged,
+    ReleaseName,
+    ReloadConfig,
+    RemoveMatch,
+    Reply,
+    Request,
+    RequestName,
+    Snapshot,
+    StartService,
+    Statistics,
+    UpdateEnvironment,
+)
+from kbusd.wire import names
+
+BUS_NAME = "org.freedesktop.DBus"
+NOBODY = 0
+MAX_MONITOR_RULES = 512
+_FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
+_FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
+
+
+class Bus:
+    """One bus. `owner` is the uid that the bus belongs to (beside root), `address` is for services.
+
+    `connections` is by worker number and holds spare workers too, `by_id` those that said Hello."""
+
+    def __init__(
+        self, outside: Outside, configuration: Configuration, address: str, owner: int
+    ) -> None:
+        self._outside = outside
+        self._owner = owner
+        self.registry = Registry()
+        self.matches = Matches()
+        self.introductions = Introductions(outside)
+        self.activation = Activation(outside, address, self._is_owned, self._read_configuration)
+        self.connections: dict[int, Connection] = {}
+        self.by_id: dict[int, Connection] = {}
+        self.monitors: set[Connection] = set()
+        self.generation = 0
+        self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
+        self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
+        self._reload_asked = False
+        self._next_id = 1  # 0 is nobody
+        self._per_uid: Counter[int] = Counter()
+        self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
+        self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
+        self._configure(configuration)
+
+    # -- the supervisor's word ------------------------------------------------------------------
+
+    def worker_started(self, worker: int, pid: int) -> None:
+        self.connections[worker] = Connection(worker, pid)
+
+    def assigned(self, worker: int, credentials: Credentials) -> None:
+        """The worker serves a client of these credentials from now on."""
+        connection = self.connections.get(worker)
+        if connection is not None:
+            connection.credentials = credentials
+
+    def reconfigure(self, configuration: Configuration) -> None:
+        """A configuration was read; those who asked for it get their answer."""
+        before = self.activation.names
+        self._configure(configuration)
+        self.generation += 1
+        self._outside.append(PolicyChanged(self.generation))
+        if self.activation.names != before:
+            self._activatable_changed()
+        waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
+        self._reload_asked = False
+        if self._reloading:
+            self._read_configuration()
+        for connection, request in waiting:
+            self._outside.send(connection.worker, Reply(request))
+        self.activation.retry()
+
+    def gone(self, worker: int, reason: str = "") -> None:
+        """The worker has ended or its line is closed. What it held passes on."""
+        connection = self.connections.pop(worker, None)
+        if connection is None:
+            return
+        said = connection.last_word if connection.last_word is not None else reason
+        if said:
+            self._outside.say(f"disconnected {connection}: {said}")
+        if connection.id == NOT_YET:
+            return
+        del self.by_id[connection.id]
+        assert connection.credentials is not None
+        self._leave_user(connection.credentials.uid)
+        self._reloading = [each for each in self._reloading if each[0] is not connection]
+        self._reload_next = [each for each in self._reload_next if each[0] is not connection]
+        self.activation.gone(connection)
+        self.matches.remove_all(connection)
+        self._release_all(connection)
+        was_monitor = connection in self.monitors
+        self.monitors.discard(connection)
+        self._outside.append(ConnectionRemoved(connection.id))
+        self._wake(self.introductions.gone(connection))
+        if not was_monitor:
+            name = connection.unique_name
+            self._wake(self.matches.watching(OWNER_CHANGED, (name, name, "")))
+        self._wake(self.monitors)
+
+    # -- a worker's requests -------------------------------------------------------------------
+
+    def handle(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
+        """Do what a worker asks; `fds` stay the caller's. Raises Violation."""
+        try:
+            self._check(connection, message, len(fds))
+            self._dispatch(connection, message, fds)
+        except Refused as refused:
+            self._outside.send(
+                connection.worker, Failure(message.request, refused.error, refused.text)
+            )
+
+    def _check(self, connection: Connection, message: Request, fds: int) -> None:
+        kind = type(message)
+        if fds != _FDS.get(kind, 0):
+            raise Violation(f"sent {fds} descriptors with {kind.__name__}")
+        if connection.id == NOT_YET and kind is not Hello and kind is not Leaving:
+            raise Violation(f"sent {kind.__name__} before Hello")
+        if connection.monitor is not None and kind not in _FOR_MONITORS:
+            raise Violation(f"is a monitor and sent {kind.__name__}")
+
+    def _dispatch(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
+        value: object = None
+        match message:
+            case Hello():
+                self._hello(connection, message)
+                return
+            case RequestName():
+                value = self._request_name(connection, message.name, message.flags)
+            case ReleaseName():
+                value = self._release_name(connection, message.name)
+            case ListQueuedOwners():
+                value = self._queued_owners(message.name)
+            case AddMatch():
+                self._add_match(connection, message.rule)
+            case RemoveMatch():
+                written = self.matches.remove(connection, message.rule)
+                self._outside.append(MatchRemoved(connection.id, written))
+            case StartService():
+                self.activation.start(connection, message)
+                return
+            case Introduce():
+                peer = self.by_id.get(message.peer)
+                self.introductions.introduce(connection, message, fds, peer)
+                return
+            case Introduced():
+                self.introductions.introduced(connection, message, fds)
+                return
+            case FetchSnapshot():
+                snapshot = self._outside.snapshot()
+                self._outside.send(connection.worker, Reply(message.request), [snapshot])
+                return
+            case FetchPolicy():
+                reply = Reply(message.request, self.generation)
+                self._outside.send(connection.worker, reply, [self._outside.policy()])
+                return
+            case BecomeMonitor():
+                self._become_monitor(connection, message.rules)
+            case UpdateEnvironment():
+                self._privileged(connection, "UpdateActivationEnvironment")
+                self.activation.update_environment(message.variables)
+            case ReloadConfig():
+                self._reload(connection, message.request)
+                return
+            case Statistics():
+                value = self.statistics()
+            case Leaving():
+                connection.last_word = message.reason[:512]
+                return
+        self._outside.send(connection.worker, Reply(message.request, value))
+
+    def _hello(self, connection: Connection, message: Hello) -> None:
+        credentials = connection.credentials
+        if credentials is None:
+            raise Violation("said Hello without a client")
+        if connection.id != NOT_YET:
+            raise Refused(FAILED, "Already handled an Hello message")
+        policy = self._policy_for(credentials)
+        verdict = policy.can_connect()
+        if not verdict.allowed:
+            self._outside.say(f"refused {connection}: policy: {verdict.rule}")
+            raise Refused(
+                ACCESS_DENIED,
+                f"A client of uid {credentials.uid} is not allowed to connect to this bus",
+            )
+        uid = credentials.uid
+        if len(self.by_id) >= self._limits["max_completed_connections"]:
+            raise Refused(
+                LIMITS_EXCEEDED, "The maximum number of active connections has been reached"
+            )
+        if self._per_uid[uid] >= self._limits["max_connections_per_user"]:
+            raise Refused(
+                LIMITS_EXCEEDED,
+                f"The maximum number of active connections for UID {uid} has been reached",
+            )
+        connection.policy = policy
+        connection.id = self._next_id
+        self._next_id += 1
+        self._per_uid[uid] += 1
+        # Before the entry: it may be the first thing that the replay of the snapshot shows.
+        snapshot = self._outside.snapshot()
+        self.by_id[connection.id] = connection
+        self._outside.append(ConnectionAdded(connection.id, credentials))
+        name = connection.unique_name
+        self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
+        self._wake(self.monitors)
+        self._outside.send(connection.worker, Reply(message.request, connection.id), [snapshot])
+
+    def _request_name(self, connection: Connection, name: str, flags: int) -> int:
+        if not names.is_bus_name(name):
+            raise Refused(INVALID_ARGS, f'Requested bus name "{name}" is not valid')
+        if name.startswith(":"):
+            raise Refused(
+                INVALID_ARGS, f"Cannot acquire a service starting with ':' such as \"{name}\""
+            )
+        refusal = f'Connection "{connection.unique_name}" is not allowed to own '
+        if name == BUS_NAME:
+            raise Refused(
+                INVALID_ARGS,
+                f'{refusal}the service "{name}"because it is reserved for D-Bus\' use only',
+            )
+        assert connection.policy is not None
+        verdict = connection.policy.can_own(name)
+        if not verdict.allowed:
+            self._outside.say(f"{connection} may not own {name}: policy: {verdict.rule}")
+            raise Refused(
+                ACCESS_DENIED,
+                f'{refusal}the service "{name}" due to security policies in the configuration file',
+            )
+        limit = self._limits["max_names_per_connection"]
+        if len(connection.names) + 1 >= limit:  # the unique name counts
+            raise Refused(
+                LIMITS_EXCEEDED,
+                f"{refusal}more services (increase limits in configuration file if required;"
+                f" max_names_per_connection={limit})",
+            )
+        code, change = self.registry.request(connection, name, flags)
+        self._owner_changed(change)
+        self._peak("names", len(self.registry.queues))
+        self._peak("names_each", len(connection.names))
+        return code
+
+    def _release_name(self, connection: Connection, name: str) -> int:
+        if not names.is_bus_name(name):
+            raise Refused(INVALID_ARGS, f'Given bus name "{name}" is not valid')
+        if name.startswith(":"):
+            raise Refused(
+                INVALID_ARGS, f"Cannot release a service starting with ':' such as \"{name}\""
+            )
+        if name == BUS_NAME:
+            raise Refused(
+                INVALID_ARGS,
+                f"Cannot release the {name} service because it is owned by the bus",
+            )
+        code, change = self.registry.release(connection, name)
+        self._owner_changed(change)
+        return code
+
+    def _queued_owners(self, name: str) -> list[int]:
+        if name.startswith(":1.") and name[3:].isdigit():
+            holder = self.by_id.get(int(name[3:]))
+            if holder is not None and holder.monitor is None and holder.unique_name == name:
+                return [holder.id]
+        owners = [each.id for each in self.registry.waiters(name)]
+        if not owners:
+            raise Refused(NAME_HAS_NO_OWNER, f"Could not get owners of name '{name}': no such name")
+        return owners
+
+    def _add_match(self, connection: Connection, rule: str) -> None:
+        limit = self._limits["max_match_rules_per_connection"]
+        self.matches.add(connection, rule, limit)
+        self._outside.append(MatchAdded(connection.id, rule))
+        self._peak("matches", self.matches.count)
+        self._peak("matches_each", sum(map(len, connection.matches.values())))
+
+    def _become_monitor(self, connection: Connection, rules: tuple[str, ...]) -> None:
+        self._privileged(connection, "BecomeMonitor")
+        if len(rules) > MAX_MONITOR_RULES:
+            raise Refused(LIMITS_EXCEEDED, f"A monitor has {MAX_MONITOR_RULES} rules at most")
+        for rule in rules:
+            parse(rule)
+        for rule in self.matches.remove_all(connection):
+            self._outside.append(MatchRemoved(connection.id, rule))
+        self._release_all(connection)
+        self._outside.append(MonitorAttached(connection.id, rules))
+        connection.monitor = rules
+        self.monitors.add(connection)
+        name = connection.unique_name
+        self._wake(self.matches.watching(OWNER_CHANGED, (name, name, "")))
+        self._wake(self.monitors)
+        self._wake(connection.introduced)
+        self._outside.say(f"{connection} became a monitor")
+
+    def _reload(self, connection: Connection, request: int) -> None:
+        if self._reload_asked:
+            self._reload_next.append((connection, request))
+        else:
+            self._reloading.append((connection, request))
+            self._read_configuration()
+
+    def _read_configuration(self) -> None:
+        if not self._reload_asked:
+            self._reload_asked = True
+            self._outside.reload()
+
+    def _privileged(self, connection: Connection, what: str) -> None:
+        assert connection.credentials is not None
+        uid, pid = connection.credentials.uid, connection.credentials.pid
+        if uid not in (0, self._owner):
+            text = (
+                f"rejected attempt to call {what} by connection {connection.unique_name}"
+                f" (uid={uid} pid={pid}) with uid {uid}"
+            )
+            self._outside.say(text)
+            raise Refused(ACCESS_DENIED, text)
+
+    # -- time ----------------------------------------------------------------------------------
+
+    def deadline(self) -> float | None:
+        """When `tick` is to be called (CLOCK_MONOTONIC, seconds), None for never."""
+        first, second = self.introductions.deadline(), self.activation.deadline()
+        if first is None or second is None:
+            return second if first is None else first
+        return min(first, second)
+
+    def tick(self) -> None:
+        """End what has waited too long."""
+        now = self._outside.now()
+        self.introductions.tick(now)
+        self.activation.tick(now)
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def snapshot(self, position: int, stamp: int) -> Snapshot:
+        """The state of the bus; everything in it stands in the log before `position`."""
+        connections: list[tuple[int, Credentials]] = []
+        matches: list[tuple[int, str]] = []
+        monitors: list[tuple[int, tuple[str, ...]]] = []
+        for id, connection in self.by_id.items():
+            assert connection.credentials is not None
+            connections.append((id, connection.credentials))
+            if connection.monitor is not None:
+                monitors.append((id, connection.monitor))
+            for texts in connection.matches.values():
+                matches += [(id, text) for text in texts]
+        return Snapshot(
+            position=position,
+            stamp=stamp,
+            connections=tuple(connections),
+            names=tuple((name, queue[0].connection.id) for name, queue in self._queues()),
+            matches=tuple(matches),
+            monitors=tuple(monitors),
+            activatable=self.activation.names,
+            policy_generation=self.generation,
+        )
+
+    def size(self) -> int:
+        """About how many entries a snapshot has."""
+        return len(self.by_id) + len(self.registry.queues) + self.matches.count
+
+    def statistics(self) -> dict[str, int]:
+        """Numbers for Debug.Stats; the first are named as dbus-daemon names them."""
+        return {
+            "ActiveConnections": len(self.by_id),
+            "IncompleteConnections": sum(
+                each.id == NOT_YET and each.credentials is not None
+                for each in self.connections.values()
+            ),
+            "BusNames": len(self.registry.queues) + len(self.by_id) - len(self.monitors),
+            "PeakBusNames": self._peaks["names"],
+            "PeakBusNamesPerConnection": self._peaks["names_each"],
+            "MatchRules": self.matches.count,
+            "PeakMatchRules": self._peaks["matches"],
+            "PeakMatchRulesPerConnection": self._peaks["matches_each"],
+            "SpareWorkers": sum(each.credentials is None for each in self.connections.values()),
+            "Monitors": len(self.monitors),
+            "Introductions": self.introductions.made,
+            "PendingIntroductions": len(self.introductions),
+            "PendingActivations": len(self.activation),
+        }
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _is_owned(self, name: str) -> bool:
+        return self.registry.owner(name) is not None
+
+    def _queues(self) -> Collection[tuple[str, list[Claim]]]:
+        return self.registry.queues.items()
+
+    def _configure(self, configuration: Configuration) -> None:
+        self._limits = configuration.limits
+        self._policy = configuration.policy
+        self._policies.clear()
+        self.activation.configure(configuration)
+        for connection in self.by_id.values():
+            assert connection.credentials is not None
+            connection.policy = self._policy_for(connection.credentials)
+
+    def _policy_for(self, credentials: Credentials) -> ClientPolicy:
+        key = (credentials.uid, credentials.gid, credentials.groups, credentials.label)
+        policy = self._policies.get(key)
+        if policy is None:
+            policy = self._policies[key] = ClientPolicy(
+                self._policy, credentials, owner=self._owner
+            )
+        return policy
+
+    def _leave_user(self, uid: int) -> None:
+        self._per_uid[uid] -= 1
+        if not self._per_uid[uid]:
+            del self._per_uid[uid]
+            self._policies = {key: each for key, each in self._policies.items() if key[0] != uid}
+
+    def _release_all(self, connection: Connection) -> None:
+        for name in reversed(connection.names.copy()):
+            self._owner_changed(self.registry.release(connection, name)[1])
+
+    def _owner_changed(self, change: Change | None) -> None:
+        if change is None:
+            return
+        name, old, new = change.name, change.old, change.new
+        self._outside.append(
+            NameOwnerChanged(name, old.id if old else NOBODY, new.id if new else NOBODY)
+        )
+        self._wake(each for each in (old, new) if each is not None)
+        args = (name, old.unique_name if old else "", new.unique_name if new else "")
+        self._wake(self.matches.watching(OWNER_CHANGED, args))
+        self._wake(self.monitors)
+        if new is not None:
+            self.activation.took_name(name)
+
+    def _activatable_changed(self) -> None:
+        self._outside.append(ActivatableChanged(self.activation.names))
+        self._wake(self.matches.watching(ACTIVATABLE_CHANGED, ()))
+        self._wake(self.monitors)
+
+    def _wake(self, connections: Iterable[Connection]) -> None:
+        for connection in connections:
+            self._outside.wake(connection.worker)
+
+    def _peak(self, what: str, value: int) -> None:
+        self._peaks[what] = max(self._peaks[what], value)

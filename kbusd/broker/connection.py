@@ -1,0 +1,58 @@
+"""One worker and the connection that it serves, as the broker knows them.
+
+A plain record: the registry, the match table, the introductions and the activation each keep
+their part of it. Who the client is comes from the supervisor alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kbusd.rings.entries import Credentials
+
+if TYPE_CHECKING:
+    from kbusd.policy.decide import ClientPolicy
+    from kbusd.wire.match import MatchRule
+
+NOT_YET = 0  # id of a connection that has not said Hello
+
+
+class Connection:
+    """`worker` is the supervisor's number for the process, `id` the N of the unique name :1.N."""
+
+    __slots__ = (
+        "credentials",
+        "id",
+        "introduced",
+        "introductions",
+        "last_word",
+        "matches",
+        "monitor",
+        "names",
+        "pid",
+        "policy",
+        "worker",
+    )
+
+    def __init__(self, worker: int, pid: int) -> None:
+        self.worker = worker
+        self.pid = pid
+        self.credentials: Credentials | None = None
+        self.policy: ClientPolicy | None = None
+        self.id = NOT_YET
+        self.monitor: tuple[str, ...] | None = None
+        self.names: list[str] = []  # owned or waited for, in the order in which they were asked
+        self.matches: dict[MatchRule, list[str]] = {}  # with the texts by which it was added
+        self.introduced: set[Connection] = set()
+        self.introductions = 0  # asked by this connection and not yet answered
+        self.last_word: str | None = None  # why it left, if it said so
+
+    @property
+    def unique_name(self) -> str:
+        return f":1.{self.id}"
+
+    def __str__(self) -> str:
+        name = self.unique_name if self.id != NOT_YET else "a client without a name"
+        if self.credentials is None:
+            return f"worker {self.worker}"
+        return f"{name} (uid {self.credentials.uid}, pid {self.credentials.pid})"

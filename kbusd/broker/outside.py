@@ -1,0 +1,58 @@
+"""What the broker's core may ask of the world. `server.py` does it; a test records it.
+
+The core decides and never touches a descriptor but by these calls, so that every scenario can
+be played without a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kbusd.rings.entries import BrokerMessage, Launch, LogEntry
+
+
+class Outside(Protocol):
+    """Effects. None of them blocks, and none calls back into the core."""
+
+    def append(self, entry: LogEntry) -> None:
+        """Write one entry to the control log."""
+
+    def send(self, worker: int, message: BrokerMessage, fds: Sequence[int] = ()) -> None:
+        """Send to a worker; `fds` stay the caller's."""
+
+    def wake(self, worker: int) -> None:
+        """See to it that the worker looks at the log once more than it has."""
+
+    def kill(self, worker: int, reason: str) -> None:
+        """Have the supervisor end the worker."""
+
+    def reload(self) -> None:
+        """Have the supervisor read the configuration again; `Bus.reconfigure` follows."""
+
+    def launch(self, launch: Launch) -> None:
+        """Have the launcher run a service; `Bus.launch_ended` follows, if it ends."""
+
+    def end_launch(self, job: int) -> None:
+        """Have the launcher kill a service that took too long."""
+
+    def look(self, directories: tuple[str, ...]) -> None:
+        """Have the launcher look when the directories changed; `Bus.looked` follows."""
+
+    def snapshot(self) -> int:
+        """A descriptor of a sealed memfd with a recent Snapshot; stays the callee's."""
+
+    def policy(self) -> int:
+        """A descriptor of the sealed memfd with the configuration; stays the callee's."""
+
+    def socketpair(self) -> tuple[int, int]:
+        """Both ends of a new side socket; they are the caller's to close."""
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor that `socketpair` gave."""
+
+    def now(self) -> float:
+        """CLOCK_MONOTONIC, in seconds."""
+
+    def say(self, text: str) -> None:
+        """One line for the admin."""

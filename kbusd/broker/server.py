@@ -1,0 +1,326 @@
+"""The broker's I/O: one thread, one epoll, lines to supervisor, launcher and every worker.
+
+Reads records, hands them to `bus.py`, and is the Outside that it acts through. Nothing blocks: a
+record that its reader does not take is queued, and a worker with too many of those is ended. A
+line that breaks its rules costs its worker and nobody else; when the supervisor's line closes the
+bus is over.
+
+A Wake carries nothing: it is sent at the end of a turn and only if nothing else was sent to
+that worker after the entry it is for. While a worker's socket is full it has records to read
+anyway, and looks at the log when it does; so Wakes are never queued.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import socket
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from kbusd.broker.bus import Bus
+from kbusd.broker.journal import Journal
+from kbusd.broker.log import Log
+from kbusd.broker.refusal import Violation
+from kbusd.policy import configuration
+from kbusd.rings.entries import (
+    Assigned,
+    BrokerMessage,
+    BrokerReady,
+    EndLaunch,
+    FromLauncher,
+    Kill,
+    Launch,
+    LaunchEnded,
+    LauncherLine,
+    LogEntry,
+    Look,
+    Reconfigured,
+    ReloadWanted,
+    SupervisorMessage,
+    ToLauncher,
+    Wake,
+    WorkerGone,
+    WorkerMessage,
+    WorkerStarted,
+)
+from kbusd.rings.line import Line, LineError, adopt, close_all
+
+MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
+MAX_RECORDS = 32  # of one line in one turn, so that a flood does not starve the others
+_READ = select.EPOLLIN
+_WRITE = select.EPOLLOUT
+
+
+class Server:
+    """Runs one bus until the supervisor's line closes."""
+
+    def __init__(
+        self, supervisor: socket.socket, configuration_fd: int, address: str, owner: int
+    ) -> None:
+        self._journal = Journal()
+        self._log = Log()
+        self._supervisor = Line(supervisor, SupervisorMessage)
+        self._launcher: Line | None = None
+        self._to_launcher: list[ToLauncher] = []
+        self._configuration = configuration_fd
+        self._lines: dict[int, Line] = {}  # by worker
+        self._workers: dict[int, int] = {}  # descriptor of a line -> worker
+        self._wake_up: set[int] = set()
+        self._over = False
+        self._broken: dict[int, str] = {}
+        self._epoll = select.epoll()
+        self._epoll.register(self._supervisor.fileno(), _READ)
+        self._bus = Bus(self, read_configuration(configuration_fd), address, owner)
+        self._supervisor.send(BrokerReady(), [self._log.fileno()])
+
+    def run(self) -> None:
+        """Serve. Returns when the supervisor has closed its line; raises LineError if it erred."""
+        while not self._over:
+            deadline = self._bus.deadline()
+            timeout = -1.0 if deadline is None else max(0.0, deadline - self.now())
+            for fd, events in self._epoll.poll(timeout):
+                self._ready(fd, events)
+            if deadline is not None and self.now() >= deadline:
+                self._bus.tick()
+            self._finish_turn()
+
+    def _ready(self, fd: int, events: int) -> None:
+        worker = self._workers.get(fd)
+        if worker is not None:
+            if events & _WRITE:
+                self._flush(worker)
+            if events & ~_WRITE:
+                self._from_worker(worker)
+        elif fd == self._supervisor.fileno():
+            if events & _WRITE:
+                self._flush_other(self._supervisor)
+            if events & ~_WRITE:
+                self._from_supervisor()
+        elif self._launcher is not None and fd == self._launcher.fileno():
+            if events & _WRITE:
+                self._flush_other(self._launcher)
+            if events & ~_WRITE:
+                self._from_launcher(self._launcher)
+
+    def _finish_turn(self) -> None:
+        while self._broken:
+            worker, reason = self._broken.popitem()
+            self._drop(worker, reason)
+        for worker in self._wake_up:
+            line = self._lines.get(worker)
+            if line is not None:
+                try:
+                    line.offer(Wake())
+                except OSError:
+                    pass  # it is gone; its line says so next
+        self._wake_up.clear()
+
+    # -- workers -------------------------------------------------------------------------------
+
+    def _from_worker(self, worker: int) -> None:
+        line = self._lines[worker]
+        try:
+            for _ in range(MAX_RECORDS):
+                received = line.receive()
+                if received is None:
+                    return
+                message, fds = received
+                try:
+                    connection = self._bus.connections[worker]
+                    if connection.credentials is None:
+                        self._from_supervisor()  # Assigned is there already, if it is honest
+                        if worker not in self._lines:
+                            return
+                    self._bus.handle(connection, message, fds)
+                finally:
+                    close_all(fds)
+        except EOFError:
+            self._forget(worker)
+        except Violation as error:
+            self._broken[worker] = f"its worker {error}"
+        except LineError as error:
+            self._broken[worker] = f"its worker broke the line's rules: {error}"
+
+    def _drop(self, worker: int, reason: str) -> None:
+        """A worker that broke the rules or does not read: have it ended, forget it now."""
+        if worker in self._lines:
+            self._tell_supervisor(Kill(worker, reason))
+            self._forget(worker, reason)
+
+    def _forget(self, worker: int, reason: str = "") -> None:
+        line = self._lines.pop(worker, None)
+        if line is not None:
+            del self._workers[line.fileno()]
+            self._epoll.unregister(line.fileno())
+            line.close()
+        self._wake_up.discard(worker)
+        self._broken.pop(worker, None)
+        self._bus.gone(worker, reason)
+
+    def _flush(self, worker: int) -> None:
+        line = self._lines[worker]
+        try:
+            if line.flush():
+                self._epoll.modify(line.fileno(), _READ)
+        except OSError:
+            pass  # it is gone; its line says so next
+
+    # -- supervisor and launcher ---------------------------------------------------------------
+
+    def _from_supervisor(self) -> None:
+        while not self._over:
+            try:
+                received = self._supervisor.receive()
+            except EOFError:
+                self._over = True
+                return
+            if received is None:
+                return
+            message, fds = received
+            match message:
+                case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
+                    line = Line(adopt(fds.pop()), WorkerMessage)
+                    self._lines[worker] = line
+                    self._workers[line.fileno()] = worker
+                    self._epoll.register(line.fileno(), _READ)
+                    self._bus.worker_started(worker, pid)
+                case Assigned(worker, credentials):
+                    self._bus.assigned(worker, credentials)
+                case WorkerGone(worker, reason):
+                    self._forget(worker, reason)
+                case LauncherLine() if len(fds) == 1:
+                    self._start_launcher(adopt(fds.pop()))
+                case Reconfigured() if len(fds) == 1:
+                    os.close(self._configuration)
+                    self._configuration = fds.pop()
+                    self._bus.reconfigure(read_configuration(self._configuration))
+                case _:
+                    raise LineError(f"the supervisor sent {message} with {len(fds)} descriptors")
+            close_all(fds)
+
+    def _start_launcher(self, sock: socket.socket) -> None:
+        if self._launcher is not None:
+            self._end_launcher(self._launcher)
+        self._launcher = Line(sock, FromLauncher)
+        self._epoll.register(sock.fileno(), _READ)
+        self._bus.activation.launcher_ready()
+        waiting, self._to_launcher = self._to_launcher, []
+        for message in waiting:
+            self._tell_launcher(message)
+
+    def _from_launcher(self, line: Line) -> None:
+        try:
+            while (received := line.receive()) is not None:
+                message, fds = received
+                close_all(fds)
+                if isinstance(message, LaunchEnded):
+                    self._bus.activation.ended(message.job, message.status, message.error)
+                else:
+                    self._bus.activation.looked(message)
+        except EOFError:
+            self._end_launcher(line)
+        except LineError as error:
+            self.say(f"launcher: {error}")
+            self._end_launcher(line)
+
+    def _end_launcher(self, line: Line) -> None:
+        self._epoll.unregister(line.fileno())
+        line.close()
+        self._launcher = None
+        self._bus.activation.launcher_gone()
+
+    def _tell_launcher(self, message: ToLauncher) -> None:
+        if self._launcher is None:
+            self._to_launcher.append(message)
+            return
+        self._send_other(self._launcher, message)
+
+    def _tell_supervisor(self, message: msgspec.Struct) -> None:
+        self._send_other(self._supervisor, message)
+
+    def _send_other(self, line: Line, message: msgspec.Struct) -> None:
+        try:
+            line.send(message)
+        except OSError:
+            return  # it is gone; its line says so next
+        if line.queue:
+            self._epoll.modify(line.fileno(), _READ | _WRITE)
+
+    def _flush_other(self, line: Line) -> None:
+        try:
+            if line.flush():
+                self._epoll.modify(line.fileno(), _READ)
+        except OSError:
+            pass
+
+    # -- what the core asks for (outside.py) -----------------------------------------------------
+
+    def append(self, entry: LogEntry) -> None:
+        self._log.append(entry)
+
+    def send(self, worker: int, message: BrokerMessage, fds: Sequence[int] = ()) -> None:
+        line = self._lines.get(worker)
+        if line is None:
+            return
+        self._wake_up.discard(worker)
+        try:
+            line.send(message, fds)
+        except BrokenPipeError:
+            return
+        except OSError as error:
+            self._broken[worker] = f"cannot be sent to: {error.strerror}"
+            return
+        if line.queue:
+            self._epoll.modify(line.fileno(), _READ | _WRITE)
+            if len(line.queue) > MAX_QUEUED:
+                self._broken[worker] = f"its worker left {MAX_QUEUED} records unread"
+
+    def wake(self, worker: int) -> None:
+        self._wake_up.add(worker)
+
+    def kill(self, worker: int, reason: str) -> None:
+        self._broken[worker] = reason
+
+    def reload(self) -> None:
+        self._tell_supervisor(ReloadWanted())
+
+    def launch(self, launch: Launch) -> None:
+        self._tell_launcher(launch)
+
+    def end_launch(self, job: int) -> None:
+        self._tell_launcher(EndLaunch(job))
+
+    def look(self, directories: tuple[str, ...]) -> None:
+        self._tell_launcher(Look(directories))
+
+    def snapshot(self) -> int:
+        return self._log.snapshot(self._bus.snapshot, self._bus.size())
+
+    def policy(self) -> int:
+        return self._configuration
+
+    def socketpair(self) -> tuple[int, int]:
+        ours, theirs = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        )
+        return ours.detach(), theirs.detach()
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._journal.say(text)
+
+
+def read_configuration(fd: int) -> configuration.Configuration:
+    """The configuration in a sealed memfd. Raises msgspec.DecodeError, OSError."""
+    # Mapped: the file offset is shared with the other processes that hold the memfd.
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
+        return configuration.decode(data[:])
