@@ -7,6 +7,11 @@ BIN := $(VENV)/bin
 build: $(VENV)/.installed
 	@flock .build.lock $(BIN)/python setup.py -q build_ext --inplace
 
+# kbusd, dbus-daemon and dbus-broker side by side: make bench BENCH="--quick --only round-trip"
+.PHONY: bench
+bench: build
+	@$(BIN)/python tests/bench/run.py $(BENCH)
+
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	touch $@

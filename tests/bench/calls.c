@@ -1,0 +1,138 @@
+/* Method calls: `calls SOCKET PAIRS WINDOW BYTES SIGNATURE SECONDS`.
+ *
+ * Each pair is an echo service that owns a well-known name and a caller that keeps WINDOW calls
+ * in flight, each with one argument of BYTES bytes that comes back in the reply. Window 1 is
+ * the round trip, pairs > 1 shows whether the bus scales. Latency is from before the call's
+ * sendmsg until its reply is parsed.
+ *
+ * With a window above 1, WINDOW messages must fit the sockets' buffers: two blocking sides that
+ * both write would wait for ever (100 messages of 200 B do).
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "client.h"
+#include "stage.h"
+
+enum { MAX_WINDOW = 1024 };
+
+struct outcome {
+    uint64_t calls, elapsed_ns;
+    struct histogram latency;
+};
+
+static const char *socket_path, *signature;
+static unsigned window;
+static size_t bytes;
+
+static void service_name(char *out, size_t size, int pair) {
+    snprintf(out, size, "org.kbusd.Bench.Echo%d", pair);
+}
+
+static void serve(int pair) {
+    struct client client;
+    struct message call;
+    char name[64];
+    service_name(name, sizeof name, pair);
+    client_connect(&client, socket_path);
+    client_request_name(&client, name);
+    stage_reached();
+    for (;;) {
+        client_next(&client, &call);
+        if (call.type == METHOD_CALL)
+            client_reply(&client, &call, call.body, call.body_size);
+    }
+}
+
+static void run(struct client *client, struct template *call, double seconds,
+                struct outcome *outcome) {
+    static uint64_t sent_at[MAX_WINDOW]; /* by serial: replies come in the order of the calls */
+    struct message reply;
+    uint64_t begin = now_ns(), end = begin + (uint64_t)(seconds * 1e9), now = begin;
+    uint32_t expected = client->serial + 1;
+    unsigned flying = 0;
+    memset(outcome, 0, sizeof *outcome);
+    for (;;) {
+        while (flying < window && now < end) {
+            now = now_ns();
+            uint32_t serial = client_send(client, call);
+            sent_at[serial % MAX_WINDOW] = now;
+            flying++;
+        }
+        if (!flying)
+            break;
+        do {
+            client_next(client, &reply);
+            if (reply.type != METHOD_RETURN)
+                continue;
+            if (reply.reply_serial != expected++ || reply.body_size != argument_size(signature, bytes))
+                die("reply to %u with %zu bytes instead of %u", reply.reply_serial,
+                    reply.body_size, expected - 1);
+            now = now_ns();
+            histogram_add(&outcome->latency, now - sent_at[reply.reply_serial % MAX_WINDOW]);
+            outcome->calls++;
+            flying--;
+        } while (flying && client_buffered(client));
+    }
+    outcome->elapsed_ns = now - begin;
+}
+
+static void call_repeatedly(int pair, double seconds, struct outcome *outcome) {
+    struct client client;
+    char name[64];
+    service_name(name, sizeof name, pair);
+    client_connect(&client, socket_path);
+    struct template call = template_new(METHOD_CALL, 0, name, "/org/kbusd/Bench",
+                                        "org.kbusd.Bench", "Echo", signature,
+                                        argument_size(signature, bytes));
+    argument_fill(call.body, signature, bytes);
+    run(&client, &call, seconds / 8, outcome); /* warm: caches, routes, introductions */
+    stage_reached();
+    stage_await_go();
+    run(&client, &call, seconds, outcome);
+    stage_reached();
+    stage_await_go();
+}
+
+int main(int argc, char **argv) {
+    if (argc != 7)
+        die("usage: calls SOCKET PAIRS WINDOW BYTES SIGNATURE SECONDS");
+    socket_path = argv[1];
+    int pairs = atoi(argv[2]);
+    window = (unsigned)atoi(argv[3]);
+    bytes = (size_t)atol(argv[4]);
+    signature = argv[5];
+    double seconds = atof(argv[6]);
+    if (pairs < 1 || pairs > 64 || window < 1 || window > MAX_WINDOW)
+        die("pairs 1 to 64, window 1 to %d", MAX_WINDOW);
+    stage_begin();
+    struct outcome *outcomes = shared_memory((size_t)pairs * sizeof *outcomes);
+    for (int pair = 0; pair < pairs; pair++)
+        if (!stage_fork())
+            serve(pair);
+    stage_wait(pairs);
+    for (int pair = 0; pair < pairs; pair++)
+        if (!stage_fork()) {
+            call_repeatedly(pair, seconds, &outcomes[pair]);
+            return 0;
+        }
+    stage_wait(pairs);
+    stage_ready("calls");
+    stage_go(pairs);
+    stage_wait(pairs);
+    double rate = 0;
+    uint64_t calls = 0;
+    struct histogram *all = calloc(1, sizeof *all);
+    for (int pair = 0; pair < pairs; pair++) {
+        calls += outcomes[pair].calls;
+        rate += (double)outcomes[pair].calls / ((double)outcomes[pair].elapsed_ns / 1e9);
+        histogram_merge(all, &outcomes[pair].latency);
+    }
+    stage_result("{\"calls\": %llu, \"per_second\": %.2f, \"us_per_call\": %.3f, "
+                 "\"p50_us\": %.3f, \"p99_us\": %.3f, \"mean_us\": %.3f, \"mb_per_second\": %.3f}",
+                 (unsigned long long)calls, rate, 1e6 / rate, histogram_quantile_us(all, 0.5),
+                 histogram_quantile_us(all, 0.99), histogram_mean_us(all),
+                 rate * (double)bytes / 1e6);
+    stage_end();
+}

@@ -1,0 +1,343 @@
+"""Turns recorded figures into the table of ratios, the list of medians and a plot.
+
+Pure functions of a `Recording`: no process, no clock, no file. A ratio is taken within each
+round, where the buses were measured seconds apart, and the median of those is shown with their
+spread: the machine's drift then falls out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from statistics import median
+from xml.sax.saxutils import escape
+
+import msgspec
+
+OURS = "kbusd"
+DAEMON = "dbus-daemon"
+BROKER = "dbus-broker"
+
+CAVEATS = """\
+What these figures can't show. The clients share the cores with the bus and cost about as much
+CPU as it does, so on a machine of few cores a bus that works in parallel has no spare core to
+show it on, and its worker processes compete with the clients for what there is. On a virtual
+machine the neighbours are part of every figure, and the cost of a wake-up is the hypervisor's as
+much as the kernel's. All clients are one lean C program with blocking sockets: real libraries
+spend more per message, so in real programs the buses differ by less than here. Everything is
+allowed by the policy, nothing is activated, and nobody reads slowly. Latencies under saturation
+are those of a queue whose length the benchmark chose. Compare ratios, not microseconds."""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One measurement of one bus. `error` is set where it failed; then there are no metrics."""
+
+    bus: str
+    test: str
+    round: int
+    metrics: dict[str, float] = {}
+    error: str = ""
+
+
+class Recording(msgspec.Struct, frozen=True):
+    """A run of the benchmark, as bench.json holds it."""
+
+    schema: int
+    date: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+    settings: dict[str, str | float]
+    samples: list[Sample]
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A figure that was promised. `at_least`: more is better; else less is. The targets are
+    ratios to a peer, or, `absolute`, a value in the metric's own unit."""
+
+    label: str
+    test: str
+    metric: str
+    at_least: bool
+    daemon: float | None = None
+    broker: float | None = None
+    absolute: float | None = None
+
+
+FIGURES = (
+    Row("round trip, time", "round-trip", "p50_us", False, 1.0, 1.15),
+    Row("pipelined calls, throughput", "pipelined", "per_second", True, 1.25, 1.0),
+    Row("two independent pairs, throughput", "pairs-2", "per_second", True, 1.3, 1.0),
+    Row("fan-out to 64, deliveries/s", "fanout-64/saturated", "deliveries_per_second", True, 2, 1),
+    Row("64 KiB payload, throughput", "payload-64KiB", "mb_per_second", True, 1.6, 1.0),
+    Row("1 MiB payload, throughput", "payload-1MiB", "mb_per_second", True, 6.0, 1.0),
+    Row("connect + Hello, p50, µs", "connect/spaced", "p50_us", False, absolute=600),
+    Row(
+        "connect + Hello sustained, ms",
+        "connect/sustained",
+        "ms_per_connect",
+        False,
+        absolute=2.5,
+    ),
+    Row("PSS per idle connection, MB", "idle", "pss_mb_each", False, absolute=2.5),
+)
+
+# What the plot shows: a label, the test, the metric, and whether more is better.
+PLOTTED = (
+    ("round trip", "round-trip", "p50_us", False),
+    ("pipelined calls", "pipelined", "per_second", True),
+    ("2 pairs", "pairs-2", "per_second", True),
+    ("4 pairs", "pairs-4", "per_second", True),
+    ("fan-out to 1", "fanout-1/saturated", "deliveries_per_second", True),
+    ("fan-out to 8", "fanout-8/saturated", "deliveries_per_second", True),
+    ("fan-out to 64", "fanout-64/saturated", "deliveries_per_second", True),
+    ("signal to 64, latency", "fanout-64/single", "p50_us", False),
+    ("payload 64 B", "payload-64B", "mb_per_second", True),
+    ("payload 1 KiB", "payload-1KiB", "mb_per_second", True),
+    ("payload 4 KiB", "payload-4KiB", "mb_per_second", True),
+    ("payload 16 KiB", "payload-16KiB", "mb_per_second", True),
+    ("payload 64 KiB", "payload-64KiB", "mb_per_second", True),
+    ("payload 256 KiB", "payload-256KiB", "mb_per_second", True),
+    ("payload 1 MiB", "payload-1MiB", "mb_per_second", True),
+    ("payload 8 MiB", "payload-8MiB", "mb_per_second", True),
+    ("connect + Hello", "connect/spaced", "p50_us", False),
+    ("connects in a row", "connect/sustained", "per_second", True),
+)
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Median, least and greatest of a figure over the rounds."""
+
+    median: float
+    least: float
+    greatest: float
+
+
+def _spread(values: list[float]) -> Spread | None:
+    return Spread(median(values), min(values), max(values)) if values else None
+
+
+def _by_round(recording: Recording, bus: str, test: str, metric: str) -> dict[int, float]:
+    return {
+        sample.round: sample.metrics[metric]
+        for sample in recording.samples
+        if sample.bus == bus and sample.test == test and metric in sample.metrics
+    }
+
+
+def value(recording: Recording, bus: str, test: str, metric: str) -> Spread | None:
+    """The figure of one bus, None if it was never measured."""
+    return _spread(list(_by_round(recording, bus, test, metric).values()))
+
+
+def ratio(recording: Recording, bus: str, peer: str, test: str, metric: str) -> Spread | None:
+    """`bus`'s figure over `peer`'s, paired by round; None without a round that has both."""
+    ours = _by_round(recording, bus, test, metric)
+    theirs = _by_round(recording, peer, test, metric)
+    return _spread([ours[n] / theirs[n] for n in ours if theirs.get(n)])
+
+
+def buses(recording: Recording) -> list[str]:
+    """Those that were measured, ours first."""
+    seen = {sample.bus for sample in recording.samples}
+    return [bus for bus in (OURS, DAEMON, BROKER) if bus in seen]
+
+
+def _number(figure: float) -> str:
+    if not figure:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(figure))))
+    return f"{figure:,.{min(digits, 4)}f}"
+
+
+def _align(rows: Iterable[list[str]], left: int = 1) -> str:
+    """Columns as wide as they need be; the first `left` to the left, the others to the right."""
+    table = list(rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
+
+
+def _judged(row: Row, figure: Spread | None, target: float | None) -> list[str]:
+    """Cells: the figure with its spread, the target, and whether it is reached."""
+    if target is None:
+        return ["", "", ""]
+    wanted = f"{'≥' if row.at_least else '≤'} {target:g}"
+    if figure is None:
+        return ["–", wanted, "not measured"]
+    reached = figure.median >= target if row.at_least else figure.median <= target
+    shown = f"{_number(figure.median)} ({_number(figure.least)}–{_number(figure.greatest)})"
+    return [shown, wanted, "pass" if reached else "MISS"]
+
+
+def missed(recording: Recording) -> list[str]:
+    """The promised figures that were measured and not reached, one line each."""
+    lines = []
+    for row in FIGURES:
+        for peer, target in ((DAEMON, row.daemon), (BROKER, row.broker), ("", row.absolute)):
+            if target is None:
+                continue
+            figure = (
+                ratio(recording, OURS, peer, row.test, row.metric)
+                if peer
+                else value(recording, OURS, row.test, row.metric)
+            )
+            if figure is not None and _judged(row, figure, target)[2] == "MISS":
+                against = f" against {peer}" if peer else ""
+                lines.append(f"{row.label}{against}: {_number(figure.median)}, wanted {target:g}")
+    return lines
+
+
+def figures_table(recording: Recording) -> str:
+    """The promised figures: kbusd over each peer, and the absolute ones."""
+    ratios = [["kbusd over", DAEMON, "target", "", BROKER, "target", ""]]
+    absolutes = [["kbusd alone", "value", "target", ""]]
+    for row in FIGURES:
+        if row.absolute is not None:
+            own = value(recording, OURS, row.test, row.metric)
+            absolutes.append([row.label, *_judged(row, own, row.absolute)])
+            continue
+        cells = [row.label]
+        for peer, target in ((DAEMON, row.daemon), (BROKER, row.broker)):
+            cells += _judged(row, ratio(recording, OURS, peer, row.test, row.metric), target)
+        ratios.append(cells)
+    return f"{_align(ratios)}\n\n{_align(absolutes)}"
+
+
+_SHOWN = (
+    ("p50_us", "p50 µs"),
+    ("p99_us", "p99 µs"),
+    ("per_second", "per s"),
+    ("deliveries_per_second", "deliveries/s"),
+    ("mb_per_second", "MB/s"),
+    ("us_per_call", "µs per call"),
+    ("us_per_delivery", "µs per delivery"),
+    ("daemon_cpu_us_each", "bus CPU µs each"),
+    ("clients_cpu_us_each", "clients' CPU µs each"),
+    ("daemon_cpu_s", "bus CPU s"),
+    ("clients_cpu_s", "clients' CPU s"),
+    ("ms_per_connect", "ms each"),
+    ("pss_mb_each", "PSS MB each"),
+    ("processes_after", "processes"),
+)
+
+
+def medians_table(recording: Recording) -> str:
+    """Every figure: the median over the rounds, for each bus."""
+    names = buses(recording)
+    rows = [["test", "figure", *names]]
+    tests = dict.fromkeys(sample.test for sample in recording.samples)
+    for test in tests:
+        first = True
+        for metric, label in _SHOWN:
+            figures = [value(recording, bus, test, metric) for bus in names]
+            if all(figure is None for figure in figures):
+                continue
+            shown = ["–" if figure is None else _number(figure.median) for figure in figures]
+            rows.append([test if first else "", label, *shown])
+            first = False
+    return _align(rows, left=2)
+
+
+def failures(recording: Recording) -> list[str]:
+    """One line for each measurement that did not work."""
+    return [
+        f"round {sample.round}, {sample.test} on {sample.bus}: {sample.error}"
+        for sample in recording.samples
+        if sample.error
+    ]
+
+
+def text(recording: Recording) -> str:
+    """The whole report."""
+    facts = {**recording.machine, **recording.versions}
+    parts = [
+        CAVEATS,
+        "\n".join(f"{name}: {fact}" for name, fact in facts.items()),
+        medians_table(recording),
+        figures_table(recording) if OURS in buses(recording) else "kbusd was not measured.",
+    ]
+    if broken := failures(recording):
+        parts.append("FAILED:\n" + "\n".join(broken))
+    return "\n\n".join(parts) + "\n"
+
+
+_COLOURS = {OURS: "#c0392b", DAEMON: "#7f8c8d", BROKER: "#2c6fad"}
+_BAR, _GAP, _LEFT, _WIDTH, _TOP = 9, 10, 170, 560, 72
+
+
+def svg(recording: Recording) -> str:
+    """Speed of each bus over dbus-daemon's (its bar is 1), on a logarithmic axis."""
+    names = buses(recording)
+    rows: list[tuple[str, dict[str, float]]] = []
+    for label, test, metric, more in PLOTTED:
+        speeds = {}
+        for bus in names:
+            figure = ratio(recording, bus, DAEMON, test, metric)
+            if figure is not None and figure.median > 0:
+                speeds[bus] = figure.median if more else 1 / figure.median
+        if speeds:
+            rows.append((label, speeds))
+    every = [speed for _, speeds in rows for speed in speeds.values()] or [1.0]
+    low = min(-1, math.floor(math.log2(min(every))))
+    high = max(1, math.ceil(math.log2(max(every))))
+
+    def x(speed: float) -> float:
+        return _LEFT + (math.log2(speed) - low) / (high - low) * _WIDTH
+
+    block = _BAR * len(names) + _GAP
+    height = _TOP + block * len(rows) + 40
+    total = _LEFT + _WIDTH + 70
+    out = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{total}" height="{height}" '
+            f'viewBox="0 0 {total} {height}" font-family="sans-serif" font-size="11">'
+        ),
+        f'<rect width="{total}" height="{height}" fill="white"/>',
+        (
+            f'<text x="{_LEFT}" y="20" font-size="14">Speed, dbus-daemon = 1 '
+            "(logarithmic; longer to the right is faster)</text>"
+        ),
+        (
+            f'<text x="{_LEFT}" y="36" fill="#555">'
+            f"{escape(recording.date)}, {escape(recording.machine.get('cpu', ''))}</text>"
+        ),
+    ]
+    for i, bus in enumerate(names):
+        left = _LEFT + i * 200
+        named = escape(recording.versions.get(bus) or bus)
+        out.append(
+            f'<rect x="{left}" y="46" width="10" height="10" fill="{_COLOURS[bus]}"/>'
+            f'<text x="{left + 15}" y="55">{named}</text>'
+        )
+    bottom = _TOP + block * len(rows)
+    for power in range(low, high + 1):
+        at = x(2.0**power)
+        out.append(
+            f'<line x1="{at:.1f}" y1="{_TOP - 8}" x2="{at:.1f}" y2="{bottom}" '
+            f'stroke="{"#333" if power == 0 else "#ddd"}"/>'
+            f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{2.0**power:g}×</text>'
+        )
+    for i, (label, speeds) in enumerate(rows):
+        top = _TOP + i * block
+        middle = top + _BAR * len(names) / 2 + 4
+        out.append(
+            f'<text x="{_LEFT - 8}" y="{middle:.1f}" text-anchor="end">{escape(label)}</text>'
+        )
+        for j, bus in enumerate(names):
+            if bus not in speeds:
+                continue
+            start, end = sorted((x(1), x(speeds[bus])))
+            y = top + j * _BAR
+            out.append(
+                f'<rect x="{start:.1f}" y="{y}" width="{max(end - start, 1.5):.1f}" '
+                f'height="{_BAR - 1}" fill="{_COLOURS[bus]}"/>'
+                f'<text x="{end + 4:.1f}" y="{y + 8}" font-size="8" fill="#333">'
+                f"{speeds[bus]:.2f}</text>"
+            )
+    out.append("</svg>\n")
+    return "\n".join(out)

@@ -1,0 +1,79 @@
+"""What is measured: each topology by name, the program that measures it and its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from measure import Metrics, run_program
+
+MESSAGE_BYTES = 200
+IN_FLIGHT = 100
+FANOUT_WINDOW = 32
+PAYLOADS = {
+    "64B": 64,
+    "1KiB": 1024,
+    "4KiB": 4096,
+    "16KiB": 16384,
+    "64KiB": 65536,
+    "256KiB": 262144,
+    "1MiB": 1048576,
+    "8MiB": 8388608,
+}
+IDLE_CONNECTIONS = 200
+
+
+class Topology(msgspec.Struct, frozen=True):
+    """`arguments` follow the socket's path; "SECONDS" in them stands for the time to measure."""
+
+    name: str
+    program: str
+    arguments: tuple[object, ...]
+
+
+def _calls(name: str, pairs: int, window: int, size: int, signature: str) -> Topology:
+    return Topology(name, "calls", (pairs, window, size, signature, "SECONDS"))
+
+
+TOPOLOGIES = (
+    # First, on a fresh bus: later the heap has room to spare and connections seem to cost nothing.
+    Topology("idle", "idle", (IDLE_CONNECTIONS,)),
+    _calls("round-trip", 1, 1, MESSAGE_BYTES, "s"),
+    _calls("pipelined", 1, IN_FLIGHT, MESSAGE_BYTES, "s"),
+    _calls("pairs-2", 2, IN_FLIGHT, MESSAGE_BYTES, "s"),
+    _calls("pairs-4", 4, IN_FLIGHT, MESSAGE_BYTES, "s"),
+    *(
+        Topology(f"fanout-{n}", "fanout", (n, FANOUT_WINDOW, MESSAGE_BYTES, "SECONDS"))
+        for n in (1, 8, 64)
+    ),
+    *(_calls(f"payload-{name}", 1, 1, size, "ay") for name, size in PAYLOADS.items()),
+    Topology("connect", "connects", (40, 10, 200)),
+)
+
+
+def measure(
+    topology: Topology, socket: Path, daemon: int, seconds: float, bin_directory: Path
+) -> dict[str, Metrics]:
+    """Runs it once. Returns metrics by "topology" or, with several phases, "topology/phase".
+
+    Raises `measure.Failed`.
+    """
+    arguments = [seconds if value == "SECONDS" else value for value in topology.arguments]
+    memory = topology.program == "idle"
+    phases = run_program(
+        bin_directory, topology.program, [socket, *arguments], daemon, memory=memory
+    )
+    results: dict[str, Metrics] = {}
+    for phase, metrics in phases.items():
+        operations = (
+            metrics.get("calls") or metrics.get("deliveries") or metrics.get("connects") or 0
+        )
+        if operations:
+            metrics["daemon_cpu_us_each"] = metrics["daemon_cpu_s"] * 1e6 / operations
+            metrics["clients_cpu_us_each"] = metrics["clients_cpu_s"] * 1e6 / operations
+        if memory:
+            grown = metrics["pss_after"] - metrics["pss_before"]
+            metrics["pss_mb_each"] = grown / metrics["connections"] / 1e6
+        name = topology.name if len(phases) == 1 else f"{topology.name}/{phase}"
+        results[name] = metrics
+    return results
