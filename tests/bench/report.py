@@ -266,25 +266,32 @@ def text(recording: Recording) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_COLOURS = {OURS: "#c0392b", DAEMON: "#7f8c8d", BROKER: "#2c6fad"}
-_BAR, _GAP, _LEFT, _WIDTH, _TOP = 9, 10, 170, 560, 72
+_COLOURS = {OURS: "#d9694f", BROKER: "#5b93c9"}
+_BAR, _GAP, _LEFT, _WIDTH, _TOP = 12, 8, 170, 560, 72
 
 
 def svg(recording: Recording) -> str:
-    """Speed of each bus over dbus-daemon's (its bar is 1), on a logarithmic axis."""
-    names = buses(recording)
-    rows: list[tuple[str, dict[str, float]]] = []
+    """Speed of the other buses over dbus-daemon's (the line at 1), on a logarithmic axis.
+
+    A bar is the median, the thin line across its end the spread over the rounds.
+    """
+    names = [bus for bus in buses(recording) if bus != DAEMON]
+    rows: list[tuple[str, dict[str, Spread]]] = []
     for label, test, metric, more in PLOTTED:
         speeds = {}
         for bus in names:
             figure = ratio(recording, bus, DAEMON, test, metric)
-            if figure is not None and figure.median > 0:
-                speeds[bus] = figure.median if more else 1 / figure.median
+            if figure is not None and figure.least > 0:
+                speeds[bus] = (
+                    figure
+                    if more
+                    else Spread(1 / figure.median, 1 / figure.greatest, 1 / figure.least)
+                )
         if speeds:
             rows.append((label, speeds))
-    every = [speed for _, speeds in rows for speed in speeds.values()] or [1.0]
-    low = min(-1, math.floor(math.log2(min(every))))
-    high = max(1, math.ceil(math.log2(max(every))))
+    every = [speed for _, speeds in rows for speed in speeds.values()]
+    low = math.floor(math.log2(min([0.5, *(speed.least for speed in every)])))
+    high = math.ceil(math.log2(max([2.0, *(speed.greatest for speed in every)])))
 
     def x(speed: float) -> float:
         return _LEFT + (math.log2(speed) - low) / (high - low) * _WIDTH
@@ -308,7 +315,7 @@ def svg(recording: Recording) -> str:
         ),
     ]
     for i, bus in enumerate(names):
-        left = _LEFT + i * 200
+        left = _LEFT + i * 240
         named = escape(recording.versions.get(bus) or bus)
         out.append(
             f'<rect x="{left}" y="46" width="10" height="10" fill="{_COLOURS[bus]}"/>'
@@ -331,13 +338,16 @@ def svg(recording: Recording) -> str:
         for j, bus in enumerate(names):
             if bus not in speeds:
                 continue
-            start, end = sorted((x(1), x(speeds[bus])))
+            speed = speeds[bus]
+            start, end = sorted((x(1), x(speed.median)))
             y = top + j * _BAR
             out.append(
                 f'<rect x="{start:.1f}" y="{y}" width="{max(end - start, 1.5):.1f}" '
                 f'height="{_BAR - 1}" fill="{_COLOURS[bus]}"/>'
-                f'<text x="{end + 4:.1f}" y="{y + 8}" font-size="8" fill="#333">'
-                f"{speeds[bus]:.2f}</text>"
+                f'<line x1="{x(speed.least):.1f}" y1="{y + _BAR / 2 - 0.5}" '
+                f'x2="{x(speed.greatest):.1f}" y2="{y + _BAR / 2 - 0.5}" stroke="#222"/>'
+                f'<text x="{max(end, x(speed.greatest)) + 4:.1f}" y="{y + 9}" font-size="9" '
+                f'fill="#333">{speed.median:.2f}</text>'
             )
     out.append("</svg>\n")
     return "\n".join(out)

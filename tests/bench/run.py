@@ -2,7 +2,9 @@
 
 In each round the three are started afresh and stay up; each topology is then measured on one
 after the other, in an order that turns round from round to round, so that a slow moment of the
-machine hits all of them. Writes out/bench.json, out/bench.txt and out/bench.svg.
+machine hits all of them. Rounds are many and short, because which core the scheduler gives to
+whom changes a round trip more than most buses differ, and stays as it is for one process's life.
+Writes out/bench.json, out/bench.txt and out/bench.svg.
 
     python tests/bench/run.py [--quick] [--only round-trip,fanout] [--buses ...] [--rounds N]
 
@@ -34,8 +36,8 @@ SCHEMA = 1
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, help="how often everything is measured (7)")
-    parser.add_argument("--seconds", type=float, help="length of one measurement (0.6)")
+    parser.add_argument("--rounds", type=int, help="how often everything is measured (11)")
+    parser.add_argument("--seconds", type=float, help="length of one measurement (0.35)")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 0.2 s")
     parser.add_argument("--only", default="", help="topologies, by the beginning of their names")
     parser.add_argument("--buses", default=",".join(buses.NAMES))
@@ -46,8 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="missed targets fail the run")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 7)
-    options.seconds = options.seconds or (0.2 if options.quick else 0.6)
+    options.rounds = options.rounds or (2 if options.quick else 11)
+    options.seconds = options.seconds or (0.2 if options.quick else 0.35)
     options.buses = options.buses.split(",")
     if unknown := set(options.buses) - set(buses.NAMES):
         parser.error(f"no such bus: {', '.join(sorted(unknown))}; there are {buses.NAMES}")
