@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyseccomp  # type: ignore[import-untyped]
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.model import Compiled, Limit, Path, decode_compiled, encode_compiled
 from kbusd.sandbox.errors import ProfileError
+from kbusd.sandbox.model import Compiled, Limit, Path, decode_compiled, encode_compiled
 
 __all__ = [
     "Compiled",
@@ -209,16 +209,17 @@ def _comparisons(file: str, key: str, argument: profiles.Argument) -> list[pysec
     """The alternatives by which a condition holds (a filter rule is a conjunction)."""
     given = [
         kind
-        for kind in ("equals", "one_of", "without", "including")
+        for kind in ("equals", "one_of", "not_equals", "without", "including")
         if getattr(argument, kind) is not None
     ]
     if len(given) != 1:
         raise ProfileError(
             file,
             f"{key}.arguments",
-            f"argument {argument.index} needs exactly one of equals, one-of, without, including",
+            f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without, including",
         )
-    names = getattr(argument, given[0])
+    value = getattr(argument, given[0])
+    names = (value,) if isinstance(value, str) else value
     values = [_lookup(file, f"{key}.arguments", name, constants.ARGUMENTS) for name in names]
     bits = 0
     for value in values:
@@ -229,6 +230,8 @@ def _comparisons(file: str, key: str, argument: profiles.Argument) -> list[pysec
             return [pyseccomp.Arg(index, pyseccomp.EQ, bits)]
         case "one_of":
             return [pyseccomp.Arg(index, pyseccomp.EQ, value) for value in values]
+        case "not_equals":
+            return [pyseccomp.Arg(index, pyseccomp.NE, bits)]
         case "without":
             return [pyseccomp.Arg(index, pyseccomp.MASKED_EQ, bits, 0)]
         case _:

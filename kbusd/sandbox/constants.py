@@ -11,7 +11,9 @@ import fcntl
 import mmap
 import os
 import resource
+import signal
 import socket
+import termios
 
 _CAPABILITY_NAMES = """
 chown dac_override dac_read_search fowner fsetid kill setgid setuid setpcap linux_immutable
@@ -71,7 +73,8 @@ ARGUMENTS: dict[str, int] = {
     "F_GET_SEALS": fcntl.F_GET_SEALS,
     "F_GETPIPE_SZ": getattr(fcntl, "F_GETPIPE_SZ", 1032),
     "F_SETPIPE_SZ": getattr(fcntl, "F_SETPIPE_SZ", 1031),
-    "SIGCHLD": 17,
+    "FIONBIO": termios.FIONBIO,
+    "SIGCHLD": signal.SIGCHLD,
     "CLONE_VM": 0x00000100,
     "CLONE_THREAD": 0x00010000,
     "CLONE_VFORK": 0x00004000,

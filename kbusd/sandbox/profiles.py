@@ -120,11 +120,12 @@ class Argument(
     """One condition on argument `index` (from 0). Exactly one of the others is given.
 
     `equals`: this value or all of these flags together and no other; `one-of`: any of the
-    values; `without`: none of the flags; `including`: all of the flags."""
+    values; `not-equals`: any other value; `without`: none of the flags; `including`: all of them."""
 
     index: Annotated[int, msgspec.Meta(ge=0, le=5)]
     equals: tuple[str, ...] | None = None
     one_of: tuple[str, ...] | None = None
+    not_equals: str | None = None
     without: tuple[str, ...] | None = None
     including: tuple[str, ...] | None = None
 

@@ -1,0 +1,167 @@
+"""`kbusctl workers`: a real family of processes, some of them not confined as they should be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import msgspec
+import pytest
+
+from kbusd.ctl import main as ctl
+from kbusd.ctl.workers import Row
+from kbusd.sandbox import apply, inforce, kernel, profiles
+from kbusd.sandbox.compile import compile_profile
+
+COMPILED = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
+Confine = Callable[[str], None]
+
+
+def properly(name: str) -> None:
+    apply.confine(COMPILED[name])
+
+
+def fork(say: int, hold: int, name: str, confine: Confine, *below: Callable[[], int]) -> int:
+    """A process that confines itself, starts those below, says so, and sleeps until killed."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        confine(name)
+        for start in below:
+            start()
+        os.write(say, b"x")
+        os.read(hold, 1)
+    finally:
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def bus(worker: Confine = properly, broker: Confine = properly) -> Iterator[int]:
+    """A supervisor with broker, zygote, two workers, launcher and a service, all asleep."""
+    ready, say = os.pipe()
+    hold, held = os.pipe()
+    start = partial(partial, fork, say, hold)
+    pid = fork(
+        say,
+        hold,
+        "supervisor",
+        properly,
+        start("broker", broker),
+        start("zygote", properly, start("worker", worker), start("worker", properly)),
+        start("launcher", properly, start("service", lambda _: None)),
+    )
+    try:
+        heard = 0
+        while heard < 7:
+            heard += len(os.read(ready, 7))
+        yield pid
+    finally:
+        for process in reversed(inforce.family(pid)):
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for fd in (ready, say, hold, held):
+            os.close(fd)
+
+
+def rows(text: str) -> list[Row]:
+    return msgspec.json.decode(text, type=list[Row])
+
+
+def test_a_bus_as_its_profiles_want_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with bus() as pid:
+        assert ctl.main(["workers", "--pid", str(pid)]) == 0
+        text = capsys.readouterr().out
+        assert ctl.main(["workers", "--pid", str(pid), "--json"]) == 0
+        found = rows(capsys.readouterr().out)
+    roles = [row.process.role for row in found]
+    assert sorted(roles) == ["broker", "launcher", "supervisor", "worker", "worker", "zygote"]
+    by_role = {row.process.role: row for row in found}
+    above = by_role["supervisor"].process.filters or 0
+    assert by_role["broker"].process.filters == above + 1
+    assert by_role["worker"].process.filters == above + 2
+    assert by_role["worker"].process.seccomp == 2
+    assert by_role["supervisor"].process.seccomp in (0, 2)
+    assert by_role["worker"].process.no_new_privileges
+    assert by_role["launcher"].landlock is False
+    assert text.splitlines()[0].split()[:3] == ["PID", "PROCESS", "USER"]
+    assert text.count("kbusd-worker") == 2
+    assert "DIFFERS" not in text
+
+
+def test_landlock_is_shown_as_deduced(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        kernel.landlock_abi()
+    except OSError:
+        pytest.skip("this kernel has no Landlock")
+    with bus() as pid:
+        ctl.main(["workers", "--pid", str(pid)])
+    out = capsys.readouterr().out
+    assert "yes*" in out
+    assert "* deduced" in out
+
+
+def bare(name: str) -> None:
+    """Takes the name and nothing else."""
+    kernel.set_name(COMPILED[name].title)
+
+
+def unfiltered(name: str) -> None:
+    apply.confine(msgspec.structs.replace(COMPILED[name], bpf=b""))
+
+
+def test_a_broker_that_is_not_confined_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with bus(broker=bare) as pid:
+        assert ctl.main(["workers", "--pid", str(pid)]) == 1
+    out = capsys.readouterr().out
+    wrong = [line for line in out.splitlines() if line.startswith("DIFFERS")]
+    assert all("kbusd-broker" in line for line in wrong)
+    assert any(
+        "seccomp mode is none" in line or "no more than its parent" in line for line in wrong
+    )
+    assert any("no_new_privs is not set" in line for line in wrong)
+    assert any("limit core" in line for line in wrong)
+    if os.getuid() == 0:
+        assert any("user ids are (0, 0, 0, 0)" in line for line in wrong)
+
+
+def test_a_worker_with_the_zygote_s_filter_only_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with bus(worker=unfiltered) as pid:
+        assert ctl.main(["workers", "--pid", str(pid), "--json"]) == 1
+    wrong = [row for row in rows(capsys.readouterr().out) if row.differences]
+    assert len(wrong) == 1
+    assert "no more than its parent" in wrong[0].differences[0]
+    assert wrong[0].landlock is not True
+
+
+def test_a_process_by_an_unknown_name_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def stranger(name: str) -> None:
+        kernel.set_name("intruder")
+
+    with bus(broker=stranger) as pid:
+        assert ctl.main(["workers", "--pid", str(pid)]) == 1
+    assert "no profile is for a process named intruder" in capsys.readouterr().out
+
+
+def test_the_pid_file_says_which_bus(
+    tmp_path: os.PathLike[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = os.path.join(tmp_path, "pid")
+    with bus() as pid:
+        with open(file, "w") as out:
+            out.write(f"{pid}\n")
+        assert ctl.main(["workers", "--pidfile", file]) == 0
+    assert ctl.main(["workers", "--pidfile", file + "x"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_what_is_no_bus_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ctl.main(["workers", "--pid", str(os.getpid())]) == 2
+    assert "not the supervisor of a bus" in capsys.readouterr().err
+    assert ctl.main(["workers", "--pid", "4194304"]) == 2
+    assert "no process 4194304" in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""Profiles as their authors meet them: what is read, and how mistakes are told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kbusd.sandbox import profiles
+from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox.errors import ProfileError
+
+WHY = 'why = "for the test"\n'
+
+
+def test_there_is_a_profile_for_each_kind_of_process() -> None:
+    assert set(profiles.names()) == {
+        "broker",
+        "config-reader",
+        "launcher",
+        "supervisor",
+        "worker",
+        "zygote",
+    }
+    titles = {profiles.load(name).title for name in profiles.names()}
+    assert len(titles) == 6
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_each_profile_compiles_with_and_without_selinux(name: str) -> None:
+    profile = profiles.load(name)
+    assert profile.seccomp is not None
+    for selinux in (False, True):
+        compiled = compile_profile(profile, selinux=selinux)
+        assert bool(compiled.bpf) == profile.seccomp.enabled
+        assert len(compiled.bpf) % 8 == 0
+        assert bool(compiled.selinux) == (
+            selinux and bool(profile.selinux and profile.selinux.type)
+        )
+
+
+@pytest.mark.parametrize("name", ["worker", "broker", "zygote", "config-reader"])
+def test_what_parses_other_people_s_bytes_may_not_go_without_its_walls(name: str) -> None:
+    required = compile_profile(profiles.load(name)).required
+    assert {"seccomp", "no-new-privileges", "capabilities", "user", "groups"} <= required
+
+
+def test_base_is_never_loaded_by_itself() -> None:
+    with pytest.raises(ProfileError, match="never loaded by itself"):
+        profiles.load("base")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory in which profiles are looked for first."""
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    file = folder / f"{name}.toml"
+    file.write_text(text)
+    file.chmod(0o644)
+    return file
+
+
+def test_a_child_replaces_what_its_parent_says_of_a_call_and_of_a_section(folder: Path) -> None:
+    write(
+        folder,
+        "worker",
+        'extends = "base"\ntitle = "w"\n'
+        + WHY
+        + "[limits.nofile]\nvalue = 7\n"
+        + WHY
+        + "[seccomp]\n"
+        + WHY
+        + '[[seccomp.rules]]\ncalls = ["read"]\nerrno = "EPERM"\n'
+        + WHY,
+    )
+    profile = profiles.load("worker")
+    assert profile.seccomp is not None
+    read = [rule for rule in profile.seccomp.rules if "read" in rule.calls]
+    assert [rule.errno for rule in read] == ["EPERM"]
+    assert profile.limits["nofile"].value == 7
+    assert profile.limits["core"].value == 0
+    assert any("write" in rule.calls for rule in profile.seccomp.rules)
+
+
+RULE = 'extends = "base"\ntitle = "w"\n' + WHY + "[seccomp]\n" + WHY + "[[seccomp.rules]]\n"
+
+MISTAKES = [
+    ("no toml", "why = ", "", "is not TOML", "Invalid value"),
+    ("unknown key", WHY + "secomp = 1\n", "the file", "unknown field", "did you mean `seccomp`?"),
+    (
+        "unknown key in a rule",
+        RULE + WHY + 'call = ["read"]\n',
+        "seccomp.rules[0]",
+        "unknown field `call`",
+        "did you mean `calls`?",
+    ),
+    ("no why", "[user]\n", "user", "missing required field `why`", "says why"),
+    (
+        "no why in a rule",
+        RULE + 'calls = ["read"]\n',
+        "seccomp.rules[0]",
+        "missing required field `why`",
+        "every section and rule says why",
+    ),
+    ("an idle why", 'why = "x"\n', "why", "length >= 8", "at least eight"),
+    (
+        "a wrong type",
+        WHY + "[user]\n" + WHY + 'names = "nobody"\n',
+        "user.names",
+        "expected `array`",
+        "",
+    ),
+    (
+        "unknown call",
+        RULE + WHY + 'calls = ["reed"]\n',
+        "seccomp.rules (reed)",
+        "`reed` is no system call",
+        "",
+    ),
+    (
+        "unknown errno",
+        RULE + WHY + 'calls = ["read"]\nerrno = "EACCESS"\n',
+        "seccomp.rules (read)",
+        "`EACCESS` is not known",
+        "did you mean `EACCES`?",
+    ),
+    (
+        "unknown constant",
+        RULE + WHY + 'calls = ["read"]\narguments = [{ index = 0, one-of = ["F_GETFLAGS"] }]\n',
+        "seccomp.rules (read).arguments",
+        "`F_GETFLAGS` is not known",
+        "F_GETFL",
+    ),
+    (
+        "two conditions in one",
+        RULE + WHY + 'calls = ["read"]\narguments = [{ index = 0, one-of = [], without = [] }]\n',
+        "seccomp.rules (read).arguments",
+        "needs exactly one of",
+        "",
+    ),
+    (
+        "a rule that would win silently",
+        RULE
+        + WHY
+        + 'calls = ["read"]\n[[seccomp.rules]]\n'
+        + WHY
+        + 'calls = ["read"]\narguments = [{ index = 0, equals = ["AF_UNIX"] }]\n',
+        "seccomp.rules (read)",
+        "has a rule without arguments and another one",
+        "silently win",
+    ),
+    (
+        "unknown capability",
+        'extends = "base"\ntitle = "w"\n'
+        + WHY
+        + "[capabilities]\n"
+        + WHY
+        + 'keep = ["net_admn"]\n',
+        "capabilities.keep",
+        "`net_admn` is not known",
+        "did you mean `net_admin`?",
+    ),
+    (
+        "unknown limit",
+        'extends = "base"\ntitle = "w"\n' + WHY + "[limits.nofiles]\nvalue = 1\n" + WHY,
+        "limits.nofiles",
+        "`nofiles` is not known",
+        "did you mean `nofile`?",
+    ),
+    ("a missing section", 'title = "w"\n' + WHY, "user", "section is missing", "write [user]"),
+    ("itself", 'extends = "worker"\n' + WHY, "extends", "extends itself", ""),
+    ("no parent", 'extends = "bass"\n' + WHY, "", "no such profile", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "problem", "hint"),
+    [m[1:] for m in MISTAKES],
+    ids=[m[0] for m in MISTAKES],
+)
+def test_a_mistake_names_file_key_and_hint(
+    folder: Path, text: str, key: str, problem: str, hint: str
+) -> None:
+    file = write(folder, "worker", text)
+    with pytest.raises(ProfileError) as caught:
+        compile_profile(profiles.load("worker"))
+    said = str(caught.value)
+    assert caught.value.key == key
+    assert problem in said
+    assert hint in said
+    assert caught.value.file == ("bass.toml" if key == "" and "bass" in text else str(file))
+
+
+def test_a_profile_that_does_not_exist_is_said_to(folder: Path) -> None:
+    with pytest.raises(ProfileError, match=r"no such profile in .*did you mean worker\?"):
+        profiles.load("workers")
+    with pytest.raises(ProfileError, match="not a profile name"):
+        profiles.load("../worker")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize(("owner", "mode"), [(1000, 0o644), (0, 0o664), (0, 0o646)])
+def test_an_override_that_others_can_write_is_not_believed(
+    folder: Path, owner: int, mode: int
+) -> None:
+    file = write(folder, "worker", WHY)
+    os.chown(file, owner, 0)
+    file.chmod(mode)
+    with pytest.raises(ProfileError, match="must be owned by root"):
+        profiles.load("worker")
