@@ -1,0 +1,232 @@
+"""Activation: who is answered what, and when; texts as dbus-daemon 1.14 words them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kbusd.policy.configuration import Configuration
+from kbusd.rings import entries as e
+from tests.unit.broker.world import ADDRESS, World, service
+
+ERROR = "org.freedesktop.DBus.Error."
+STARTER = {"DBUS_STARTER_ADDRESS": ADDRESS}
+SESSION = STARTER | {
+    "DBUS_STARTER_BUS_TYPE": "session",
+    "DBUS_SESSION_BUS_ADDRESS": ADDRESS,
+}
+
+
+def world_with(*names: str, **settings: Any) -> World:
+    return World(services=tuple(service(name) for name in names), **settings)
+
+
+def failure(request: int, error: str, text: str) -> e.Failure:
+    return e.Failure(request, ERROR + error, text)
+
+
+def test_all_who_asked_are_answered_once_the_name_has_an_owner() -> None:
+    world = world_with("a.b")
+    a, b, c = world.client(1), world.client(2), world.client(3)
+    assert world.ask(a, e.StartService(2, "a.b", False)) == [
+        ("launch", e.Launch(1, "a.b", ("/bin/true",), "", SESSION))
+    ]
+    assert world.ask(b, e.StartService(2, "a.b", True)) == []
+    assert world.ask(c, e.RequestName(2, "a.b", 0)) == [
+        ("log", e.NameOwnerChanged("a.b", 0, 3)),
+        (1, e.Reply(2, 1)),
+        (2, e.Reply(2, 1)),
+        (3, e.Reply(2, 1)),
+    ]
+    assert world.ask(a, e.StartService(3, "a.b", False)) == [(1, e.Reply(3, 2))]
+    assert world.bus.deadline() is None
+    world.events.clear()
+    world.bus.activation.ended(1, 256, "")
+    assert world.taken() == []
+
+
+def test_unknown_service() -> None:
+    world = world_with("a.b")
+    for request, name in enumerate(("a.c", ":1.1", "org.freedesktop.DBus", "bad", ""), 2):
+        a = world.client(request)
+        text = f"The name {name} was not provided by any .service files"
+        assert world.ask(a, e.StartService(9, name, False)) == [
+            (request, failure(9, "ServiceUnknown", text))
+        ]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "name", "text"),
+    [
+        (
+            0,
+            "No such file or directory",
+            "Spawn.ExecFailed",
+            "Failed to execute program a.b: No such file or directory",
+        ),
+        (3 << 8, "", "Spawn.ChildExited", "Process a.b exited with status 3"),
+        (9, "", "Spawn.ChildSignaled", "Process a.b received signal 9"),
+        (9 | 0x80, "", "Spawn.ChildSignaled", "Process a.b received signal 9"),
+    ],
+)
+def test_a_service_that_fails(status: int, error: str, name: str, text: str) -> None:
+    world = world_with("a.b")
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.b", False))
+    world.events.clear()
+    world.bus.activation.ended(1, status, error)
+    assert world.taken() == [(1, failure(2, name, text))]
+    assert world.ask(a, e.StartService(3, "a.b", False))[0][0] == "launch"
+
+
+def test_a_service_that_exits_well_may_have_forked_and_is_waited_for() -> None:
+    world = world_with("a.b", limits={"service_start_timeout": 1500})
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.b", False))
+    world.events.clear()
+    world.bus.activation.ended(1, 0, "")
+    assert world.taken() == []
+    world.time += 1.5
+    world.bus.tick()
+    text = "Failed to activate service 'a.b': timed out (service_start_timeout=1500ms)"
+    assert world.taken() == [("end", 1), (1, failure(2, "TimedOut", text))]
+
+
+def test_limit_of_services_being_started() -> None:
+    world = world_with("a.b", "a.c", limits={"max_pending_service_starts": 1})
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.b", False))
+    text = (
+        "The maximum number of pending activations has been reached, activation of a.c failed"
+        " (max_pending_service_starts=1)"
+    )
+    assert world.ask(a, e.StartService(3, "a.c", False)) == [(1, failure(3, "LimitsExceeded", text))]
+
+
+def test_one_who_left_is_not_answered_but_the_service_starts() -> None:
+    world = world_with("a.b")
+    world.ask(world.client(1), e.StartService(2, "a.b", False))
+    world.bus.gone(1)
+    b = world.client(2)
+    assert world.ask(b, e.RequestName(2, "a.b", 0))[1:] == [(2, e.Reply(2, 1))]
+
+
+def test_environment_reaches_services_started_later() -> None:
+    world = world_with("a.b")
+    owner = world.client(1, uid=500)
+    variables = {"LANG": "de", "": "x", "A=B": "x", "C": "\0", "DBUS_STARTER_ADDRESS": "x"}
+    assert world.ask(owner, e.UpdateEnvironment(2, variables)) == [(1, e.Reply(2))]
+    ((_, launch),) = world.ask(owner, e.StartService(3, "a.b", False))
+    assert launch.environment == SESSION | {"LANG": "de"}
+
+
+def test_environment_is_for_the_owner_of_the_bus_and_never_on_a_system_bus() -> None:
+    world = world_with("a.b")
+    (answer,) = world.ask(world.client(1, uid=7), e.UpdateEnvironment(2, {"A": "x"}))
+    assert answer[1].error == ERROR + "AccessDenied"
+    world = world_with("a.b", type="system")
+    text = "Cannot change activation environment on a system bus."
+    assert world.ask(world.client(1, uid=0), e.UpdateEnvironment(2, {"A": "x"})) == [
+        (1, failure(2, "AccessDenied", text))
+    ]
+
+
+def test_users_of_services_count_on_the_system_bus_only() -> None:
+    services = (service("a.b", "/x", "y", user="daemon"),)
+    world = World(services=services, type="system")
+    ((_, launch),) = world.ask(world.client(1), e.StartService(2, "a.b", False))
+    assert launch.user == "daemon"
+    assert launch.environment["DBUS_STARTER_BUS_TYPE"] == "system"
+    world = World(services=services, type="")
+    ((_, launch),) = world.ask(world.client(1), e.StartService(2, "a.b", False))
+    assert launch.user == ""
+    assert launch.environment == STARTER
+
+
+def test_when_the_launcher_dies_its_services_have_failed() -> None:
+    world = world_with("a.b")
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.b", False))
+    world.events.clear()
+    world.bus.activation.launcher_gone()
+    assert world.taken() == [
+        (1, failure(2, "Spawn.Failed", "The launcher of a.b ended")),
+    ]
+
+
+# -- services that came later ----------------------------------------------------------------------
+
+UNKNOWN = "The name a.c was not provided by any .service files"
+
+
+def looking_world() -> World:
+    world = world_with("a.b", service_dirs=("/s",))
+    world.bus.activation.launcher_ready()
+    assert world.taken() == [("look", ("/s",))]
+    world.bus.activation.looked(e.Looked((5,)))
+    world.time += 60
+    return world
+
+
+def later(world: World, *names: str) -> Configuration:
+    return World(
+        services=tuple(service(name) for name in names), service_dirs=("/s",)
+    ).configuration
+
+
+def test_an_unknown_name_costs_one_look_while_nothing_changed() -> None:
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    assert world.ask(a, e.StartService(2, "a.c", False)) == [("look", ("/s",))]
+    assert world.ask(b, e.StartService(3, "a.c", False)) == []
+    world.bus.activation.looked(e.Looked((5,)))
+    assert world.taken() == [
+        (1, failure(2, "ServiceUnknown", UNKNOWN)),
+        (2, failure(3, "ServiceUnknown", UNKNOWN)),
+    ]
+
+
+def test_a_changed_service_directory_is_read_again_before_the_answer() -> None:
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.events.clear()
+    world.bus.activation.looked(e.Looked((6,)))
+    assert world.taken() == [("reload",)]
+    world.events.clear()
+    world.bus.reconfigure(later(world, "a.b", "a.c"))
+    log, activatable, launch = world.taken()
+    assert log == ("log", e.PolicyChanged(1))
+    assert activatable == ("log", e.ActivatableChanged(("a.b", "a.c")))
+    assert launch[1].name == "a.c"
+    world.events.clear()
+    world.ask(a, e.RequestName(3, "a.c", 0))
+    assert (1, e.Reply(2, 1)) in world.taken()
+
+
+def test_a_service_that_is_still_unknown_after_reading_again() -> None:
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.bus.activation.looked(e.Looked((6,)))
+    world.events.clear()
+    world.bus.reconfigure(later(world, "a.b"))
+    assert world.taken()[-1] == (1, failure(2, "ServiceUnknown", UNKNOWN))
+
+
+def test_reading_again_is_limited_in_rate() -> None:
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.bus.activation.looked(e.Looked((6,)))
+    world.bus.reconfigure(later(world, "a.b"))
+    world.ask(a, e.StartService(3, "a.c", False))
+    world.events.clear()
+    world.bus.activation.looked(e.Looked((7,)))
+    assert world.taken() == [(1, failure(3, "ServiceUnknown", UNKNOWN))]
+    world.time += 60
+    world.ask(a, e.StartService(4, "a.c", False))
+    world.events.clear()
+    world.bus.activation.looked(e.Looked((7,)))
+    assert world.taken() == [("reload",)]

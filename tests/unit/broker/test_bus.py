@@ -1,0 +1,426 @@
+"""Scenarios of one bus: who asks what, and exactly what stands in the log and is answered."""
+
+from __future__ import annotations
+
+import pytest
+
+from kbusd.broker.refusal import Violation
+from kbusd.policy.rules import OWN, USER, Policy, Rule
+from kbusd.rings import entries as e
+from tests.unit.broker.world import OPEN, World, credentials
+
+ERROR = "org.freedesktop.DBus.Error."
+
+
+def refused(request: int, error: str, text: str) -> e.Failure:
+    return e.Failure(request, ERROR + error, text)
+
+
+# -- Hello -----------------------------------------------------------------------------------------
+
+
+def test_hello_is_answered_with_id_and_snapshot_once_it_stands_in_the_log() -> None:
+    world = World()
+    world.bus.worker_started(4, 44)
+    world.bus.assigned(4, credentials(4))
+    events = world.ask(world.bus.connections[4], e.Hello(1))
+    assert events == [
+        ("log", e.ConnectionAdded(1, credentials(4))),
+        (4, e.Reply(1, 1), 77),
+    ]
+
+
+def test_no_unique_name_is_spent_on_a_connection_without_hello() -> None:
+    world = World()
+    world.bus.worker_started(1, 11)
+    world.bus.assigned(1, credentials(1))
+    world.bus.gone(1)
+    assert world.events == []
+    assert world.client(2).unique_name == ":1.1"
+
+
+def test_second_hello_is_refused() -> None:
+    world = World()
+    a = world.client(1)
+    assert world.ask(a, e.Hello(2)) == [
+        (1, refused(2, "Failed", "Already handled an Hello message"))
+    ]
+
+
+def test_hello_of_a_spare_worker_is_a_violation() -> None:
+    world = World()
+    world.bus.worker_started(1, 11)
+    with pytest.raises(Violation):
+        world.ask(world.bus.connections[1], e.Hello(1))
+
+
+def test_anything_before_hello_is_a_violation() -> None:
+    world = World()
+    world.bus.worker_started(1, 11)
+    world.bus.assigned(1, credentials(1))
+    with pytest.raises(Violation):
+        world.ask(world.bus.connections[1], e.RequestName(1, "a.b", 0))
+
+
+def test_policy_decides_who_connects() -> None:
+    world = World(policy=Policy(default=(Rule(True, USER, "t", 1, id=7),)))
+    world.bus.worker_started(1, 11)
+    world.bus.assigned(1, credentials(1, uid=8))
+    (answer,) = world.ask(world.bus.connections[1], e.Hello(1))
+    assert answer[1].error == ERROR + "AccessDenied"
+    assert world.client(2, uid=7).unique_name == ":1.1"
+
+
+def test_limits_of_connections() -> None:
+    world = World(limits={"max_completed_connections": 3, "max_connections_per_user": 2})
+    a, _ = world.client(1, uid=1), world.client(2, uid=1)
+    world.client(3, uid=1)
+    assert world.taken() == [
+        (
+            3,
+            refused(
+                1,
+                "LimitsExceeded",
+                "The maximum number of active connections for UID 1 has been reached",
+            ),
+        )
+    ]
+    world.client(4, uid=2)
+    world.client(5, uid=3)
+    assert world.taken() == [
+        (
+            5,
+            refused(
+                1, "LimitsExceeded", "The maximum number of active connections has been reached"
+            ),
+        )
+    ]
+    world.bus.gone(a.worker)
+    assert world.client(6, uid=1).id != 0
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_names_pass_to_the_next_in_the_queue() -> None:
+    world = World()
+    a, b = world.client(1), world.client(2)
+    assert world.ask(a, e.RequestName(2, "a.b", 0)) == [
+        ("log", e.NameOwnerChanged("a.b", 0, 1)),
+        (1, e.Reply(2, 1)),
+    ]
+    assert world.ask(b, e.RequestName(2, "a.b", 0)) == [(2, e.Reply(2, 2))]
+    assert world.ask(b, e.ListQueuedOwners(3, "a.b")) == [(2, e.Reply(3, [1, 2]))]
+    assert world.ask(a, e.ReleaseName(3, "a.b")) == [
+        ("log", e.NameOwnerChanged("a.b", 1, 2)),
+        (1, e.Reply(3, 1)),
+    ]
+    assert world.woken == {1, 2}
+
+
+def test_replacing_an_owner_that_allows_it() -> None:
+    world = World()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.RequestName(2, "a.b", 1))
+    assert world.ask(b, e.RequestName(2, "a.b", 2)) == [
+        ("log", e.NameOwnerChanged("a.b", 1, 2)),
+        (2, e.Reply(2, 1)),
+    ]
+    assert world.ask(a, e.ListQueuedOwners(3, "a.b")) == [(1, e.Reply(3, [2, 1]))]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "text"),
+    [
+        ("bad", "InvalidArgs", 'Requested bus name "bad" is not valid'),
+        (
+            ":1.5",
+            "InvalidArgs",
+            "Cannot acquire a service starting with ':' such as \":1.5\"",
+        ),
+        (
+            "org.freedesktop.DBus",
+            "InvalidArgs",
+            'Connection ":1.1" is not allowed to own the service "org.freedesktop.DBus"because it'
+            " is reserved for D-Bus' use only",
+        ),
+        (
+            "not.yours",
+            "AccessDenied",
+            'Connection ":1.1" is not allowed to own the service "not.yours" due to security'
+            " policies in the configuration file",
+        ),
+    ],
+)
+def test_names_that_cannot_be_had(name: str, error: str, text: str) -> None:
+    world = World()
+    a = world.client(1)
+    assert world.ask(a, e.RequestName(2, name, 0)) == [(1, refused(2, error, text))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bad", 'Given bus name "bad" is not valid'),
+        (":1.1", "Cannot release a service starting with ':' such as \":1.1\""),
+        (
+            "org.freedesktop.DBus",
+            "Cannot release the org.freedesktop.DBus service because it is owned by the bus",
+        ),
+    ],
+)
+def test_names_that_cannot_be_released(name: str, text: str) -> None:
+    world = World()
+    a = world.client(1)
+    assert world.ask(a, e.ReleaseName(2, name)) == [(1, refused(2, "InvalidArgs", text))]
+
+
+def test_release_of_what_one_does_not_own() -> None:
+    world = World()
+    a, b = world.client(1), world.client(2)
+    world.ask(b, e.RequestName(2, "a.b", 0))
+    assert world.ask(a, e.ReleaseName(2, "a.b")) == [(1, e.Reply(2, 3))]
+    assert world.ask(a, e.ReleaseName(3, "c.d")) == [(1, e.Reply(3, 2))]
+
+
+def test_limit_of_names_counts_the_unique_one() -> None:
+    world = World(limits={"max_names_per_connection": 2})
+    a = world.client(1)
+    assert world.ask(a, e.RequestName(2, "a.b", 0))[-1] == (1, e.Reply(2, 1))
+    text = (
+        'Connection ":1.1" is not allowed to own more services (increase limits in configuration'
+        " file if required; max_names_per_connection=2)"
+    )
+    assert world.ask(a, e.RequestName(3, "a.c", 0)) == [
+        (1, refused(3, "LimitsExceeded", text))
+    ]
+
+
+def test_queued_owners_of_unique_and_unknown_names() -> None:
+    world = World()
+    a = world.client(1)
+    assert world.ask(a, e.ListQueuedOwners(2, ":1.1")) == [(1, e.Reply(2, [1]))]
+    for name in (":1.01", ":1.9", "a.b", "", ":1."):
+        text = f"Could not get owners of name '{name}': no such name"
+        assert world.ask(a, e.ListQueuedOwners(3, name)) == [
+            (1, refused(3, "NameHasNoOwner", text))
+        ]
+
+
+# -- match rules -----------------------------------------------------------------------------------
+
+
+def test_match_rules_are_logged_before_they_are_confirmed() -> None:
+    world = World()
+    a = world.client(1)
+    rule = "type='signal',member='X'"
+    assert world.ask(a, e.AddMatch(2, rule)) == [
+        ("log", e.MatchAdded(1, rule)),
+        (1, e.Reply(2)),
+    ]
+    assert world.ask(a, e.RemoveMatch(3, "member='X',type='signal'")) == [
+        ("log", e.MatchRemoved(1, rule)),
+        (1, e.Reply(3)),
+    ]
+    text = "The given match rule wasn't found and can't be removed"
+    assert world.ask(a, e.RemoveMatch(4, rule)) == [(1, refused(4, "MatchRuleNotFound", text))]
+
+
+def test_a_rule_that_was_added_twice_is_there_until_removed_twice() -> None:
+    world = World()
+    a = world.client(1)
+    for request in (2, 3):
+        world.ask(a, e.AddMatch(request, "member='X'"))
+    for request in (4, 5):
+        assert world.ask(a, e.RemoveMatch(request, "member='X'"))[-1] == (1, e.Reply(request))
+    assert world.ask(a, e.RemoveMatch(6, "member='X'"))[0][1].error == ERROR + "MatchRuleNotFound"
+
+
+def test_limit_of_match_rules_counts_equal_ones() -> None:
+    world = World(limits={"max_match_rules_per_connection": 2})
+    a = world.client(1)
+    for request in (2, 3):
+        world.ask(a, e.AddMatch(request, "member='X'"))
+    text = (
+        'Connection ":1.1" is not allowed to add more match rules (increase limits in'
+        " configuration file if required; max_match_rules_per_connection=2)"
+    )
+    assert world.ask(a, e.AddMatch(4, "member='X'")) == [(1, refused(4, "LimitsExceeded", text))]
+
+
+def test_invalid_match_rule() -> None:
+    world = World()
+    a = world.client(1)
+    (answer,) = world.ask(a, e.AddMatch(2, "member"))
+    assert answer[1].error == ERROR + "MatchRuleInvalid"
+
+
+# -- who is woken ----------------------------------------------------------------------------------
+
+
+def test_only_workers_whom_a_change_of_owner_concerns_are_woken() -> None:
+    world = World()
+    owner, everything, this, other, namespace, nothing = (world.client(n) for n in range(1, 7))
+    driver = "type='signal',sender='org.freedesktop.DBus'"
+    world.ask(everything, e.AddMatch(2, driver))
+    world.ask(this, e.AddMatch(2, f"{driver},member='NameOwnerChanged',arg0='a.b'"))
+    world.ask(other, e.AddMatch(2, f"{driver},member='NameOwnerChanged',arg0='a.c'"))
+    world.ask(namespace, e.AddMatch(2, f"{driver},member='NameOwnerChanged',arg0namespace='a'"))
+    world.ask(nothing, e.AddMatch(2, "type='signal',interface='a.b'"))
+    world.ask(nothing, e.AddMatch(3, "type='method_call'"))
+    world.ask(owner, e.RequestName(2, "a.b", 0))
+    assert world.woken == {1, 2, 3, 5}
+    world.ask(this, e.RemoveMatch(3, f"{driver},arg0='a.b',member='NameOwnerChanged'"))
+    world.ask(everything, e.RemoveMatch(3, driver))
+    world.ask(owner, e.ReleaseName(3, "a.b"))
+    assert world.woken == {1, 5}
+
+
+def test_a_new_connection_wakes_those_who_watch_for_it() -> None:
+    world = World()
+    a = world.client(1)
+    world.ask(a, e.AddMatch(2, "member='NameOwnerChanged',arg0=':1.3'"))
+    world.client(2)
+    assert world.woken == set()
+    world.client(3)
+    assert world.woken == {1}
+
+
+# -- the end of a connection -----------------------------------------------------------------------
+
+
+def test_names_of_a_connection_that_ends_pass_on_and_its_own_name_goes_last() -> None:
+    world = World()
+    a, b = world.client(1), world.client(2)
+    for request, name in enumerate(("a.a", "a.b", "a.c"), 2):
+        world.ask(a, e.RequestName(request, name, 0))
+    world.ask(b, e.RequestName(2, "a.b", 0))
+    world.ask(a, e.AddMatch(9, "member='NameOwnerChanged'"))
+    world.events.clear()
+    world.bus.gone(1)
+    assert world.taken() == [
+        ("log", e.NameOwnerChanged("a.c", 1, 0)),
+        ("log", e.NameOwnerChanged("a.b", 1, 2)),
+        ("log", e.NameOwnerChanged("a.a", 1, 0)),
+        ("log", e.ConnectionRemoved(1)),
+    ]
+    assert 2 in world.woken
+    assert world.bus.matches.count == 0
+    assert world.bus.snapshot(0, 0).names == (("a.b", 2),)
+
+
+def test_the_admin_reads_who_was_disconnected_and_why() -> None:
+    world = World()
+    a, _ = world.client(1), world.client(2)
+    world.ask(a, e.Leaving(2, "sent a message of an invalid type"))
+    world.bus.gone(1)
+    world.bus.gone(2)
+    assert world.words == [
+        "disconnected :1.1 (uid 1000, pid 9001): sent a message of an invalid type"
+    ]
+
+
+# -- monitors --------------------------------------------------------------------------------------
+
+
+def test_a_monitor_loses_names_and_rules_and_then_is_one() -> None:
+    world = World()
+    root = world.client(1, uid=0)
+    world.ask(root, e.RequestName(2, "a.b", 0))
+    world.ask(root, e.AddMatch(3, "member='X'"))
+    assert world.ask(root, e.BecomeMonitor(4, ("type='signal'",))) == [
+        ("log", e.MatchRemoved(1, "member='X'")),
+        ("log", e.NameOwnerChanged("a.b", 1, 0)),
+        ("log", e.MonitorAttached(1, ("type='signal'",))),
+        (1, e.Reply(4)),
+    ]
+    assert world.bus.snapshot(5, 6).monitors == ((1, ("type='signal'",)),)
+    with pytest.raises(Violation):
+        world.ask(root, e.RequestName(5, "a.b", 0))
+    other = world.client(2)
+    assert world.woken == {1}
+    assert world.ask(other, e.ListQueuedOwners(9, ":1.1"))[0][1].error == ERROR + "NameHasNoOwner"
+    world.events.clear()
+    world.bus.gone(1)
+    assert world.taken() == [("log", e.ConnectionRemoved(1))]
+
+
+def test_only_root_and_the_owner_of_the_bus_may_monitor() -> None:
+    world = World()
+    (answer,) = world.ask(world.client(1, uid=7), e.BecomeMonitor(2, ()))
+    assert answer[1].error == ERROR + "AccessDenied"
+    assert world.ask(world.client(2, uid=500), e.BecomeMonitor(2, ()))[-1] == (2, e.Reply(2))
+
+
+# -- configuration ---------------------------------------------------------------------------------
+
+
+def test_reload_is_answered_by_the_next_configuration_and_judged_by_it() -> None:
+    world = World()
+    a = world.client(1)
+    assert world.ask(a, e.ReloadConfig(2)) == [("reload",)]
+    world.events.clear()
+    policy = Policy(default=(*OPEN.default, Rule(False, OWN, "t.conf", 9, name="a.b")))
+    new = World(policy=policy).configuration
+    world.bus.reconfigure(new)
+    assert world.taken() == [("log", e.PolicyChanged(1)), (1, e.Reply(2))]
+    assert world.ask(a, e.RequestName(3, "a.b", 0))[0][1].error == ERROR + "AccessDenied"
+    assert world.ask(a, e.FetchPolicy(4)) == [(1, e.Reply(4, 1), 88)]
+
+
+def test_a_reload_asked_while_one_is_under_way_waits_for_another() -> None:
+    world = World()
+    a = world.client(1)
+    world.ask(a, e.ReloadConfig(2))
+    assert world.ask(a, e.ReloadConfig(3)) == []
+    world.events.clear()
+    world.bus.reconfigure(world.configuration)
+    assert ("reload",) in world.taken()
+    assert world.taken()[-1] == (1, e.Reply(2))
+    world.events.clear()
+    world.bus.reconfigure(world.configuration)
+    assert world.taken()[-1] == (1, e.Reply(3))
+
+
+# -- snapshots -------------------------------------------------------------------------------------
+
+
+def test_snapshot_tells_the_whole_state() -> None:
+    world = World()
+    a, b = world.client(1), world.client(2, uid=5)
+    world.ask(a, e.RequestName(2, "a.b", 0))
+    world.ask(b, e.RequestName(2, "a.b", 0))
+    world.ask(b, e.AddMatch(3, "member='X'"))
+    world.ask(b, e.AddMatch(4, "member='X'"))
+    assert world.bus.snapshot(10, 20) == e.Snapshot(
+        position=10,
+        stamp=20,
+        connections=((1, credentials(1)), (2, credentials(2, 5))),
+        names=(("a.b", 1),),
+        matches=((2, "member='X'"), (2, "member='X'")),
+        monitors=(),
+        activatable=(),
+        policy_generation=0,
+    )
+
+
+def test_statistics_count() -> None:
+    world = World()
+    a = world.client(1)
+    world.bus.worker_started(2, 2)
+    world.ask(a, e.RequestName(2, "a.b", 0))
+    world.ask(a, e.AddMatch(3, "member='X'"))
+    ((_, reply),) = world.ask(a, e.Statistics(4))
+    assert reply.value["BusNames"] == 2
+    assert reply.value["MatchRules"] == 1
+    assert reply.value["SpareWorkers"] == 1
+
+
+@pytest.mark.parametrize("fds", [[5], [5, 6, 7]])
+def test_wrong_number_of_descriptors_is_a_violation(fds: list[int]) -> None:
+    world = World()
+    a = world.client(1)
+    with pytest.raises(Violation):
+        world.ask(a, e.Introduce(2, 2, 0, 0), fds)
+    with pytest.raises(Violation):
+        world.ask(a, e.AddMatch(2, "member='X'"), fds)
