@@ -16,8 +16,8 @@ import stat
 from collections.abc import Callable, Iterable
 
 from kbusd.sandbox import kernel
+from kbusd.sandbox.compiled import Compiled
 from kbusd.sandbox.errors import SandboxError
-from kbusd.sandbox.model import Compiled
 
 _SETPCAP = 1 << 8
 _SYS_ADMIN = 1 << 21

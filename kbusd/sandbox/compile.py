@@ -16,15 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import pyseccomp  # type: ignore[import-untyped]
 
 from kbusd.sandbox import constants, profiles
+from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
-from kbusd.sandbox.model import Compiled, Limit, Path, decode_compiled, encode_compiled
 
 __all__ = [
     "Compiled",
     "compile_all",
     "compile_profile",
-    "decode_compiled",
-    "encode_compiled",
+    "decode",
+    "encode",
     "selinux_enabled",
 ]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import msgspec
 
 from kbusd.sandbox import constants, kernel
-from kbusd.sandbox.model import Compiled
+from kbusd.sandbox.compiled import Compiled
 
 SECCOMP_MODES = {0: "none", 1: "strict", 2: "filter"}
 

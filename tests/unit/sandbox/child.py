@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kbusd.sandbox import apply
-from kbusd.sandbox.model import Compiled
+from kbusd.sandbox.compiled import Compiled
 
 NOBODY = 65534
 

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from kbusd.sandbox import apply, inforce, kernel, profiles
-from kbusd.sandbox.compile import compile_profile, decode_compiled, encode_compiled
+from kbusd.sandbox.compile import compile_profile, decode, encode
+from kbusd.sandbox.compiled import Compiled
 from kbusd.sandbox.errors import ProfileError, SandboxError
-from kbusd.sandbox.model import Compiled
 from tests.unit.sandbox.child import NOBODY, run
 
 COMPILED = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
@@ -201,9 +201,9 @@ def test_a_worker_is_confined_twice_once_by_the_zygote() -> None:
 
 def test_what_is_compiled_survives_the_way_to_a_child() -> None:
     for compiled in COMPILED.values():
-        assert decode_compiled(encode_compiled(compiled)) == compiled
+        assert decode(encode(compiled)) == compiled
     with pytest.raises(msgspec.DecodeError):
-        decode_compiled(b"\x80")
+        decode(b"\x80")
 
 
 def test_the_bus_s_configured_user_is_preferred_and_root_never_taken() -> None:

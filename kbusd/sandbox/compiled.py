@@ -55,11 +55,11 @@ _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 _decode = msgspec.msgpack.Decoder(Compiled).decode
 
 
-def encode_compiled(compiled: Compiled) -> bytes:
-    """The bytes that `decode_compiled` takes."""
+def encode(compiled: Compiled) -> bytes:
+    """The bytes that `decode` takes."""
     return _encode(compiled)
 
 
-def decode_compiled(data: bytes) -> Compiled:
-    """Raises msgspec.DecodeError for anything but what `encode_compiled` made."""
+def decode(data: bytes) -> Compiled:
+    """Raises msgspec.DecodeError for anything but what `encode` made."""
     return _decode(data)
