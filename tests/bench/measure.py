@@ -12,7 +12,8 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -128,6 +129,27 @@ def settled_pss(root: int) -> tuple[int, int]:
         if abs(now - seen) <= seen // 100 or time.monotonic() > deadline:
             return now, len(tree)
         seen = now
+
+
+@contextmanager
+def held_on_one_core(daemon: int) -> Iterator[None]:
+    """Meanwhile the daemon's tree, and whatever we or it start, run on one core only."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        _set_affinity(daemon, {min(allowed)})
+        yield
+    finally:
+        _set_affinity(daemon, allowed)
+
+
+def _set_affinity(daemon: int, cores: set[int]) -> None:
+    os.sched_setaffinity(0, cores)
+    for pid in process_tree(daemon):
+        try:
+            for task in os.listdir(f"/proc/{pid}/task"):
+                os.sched_setaffinity(int(task), cores)
+        except OSError:
+            continue  # it ended meanwhile
 
 
 def run_program(

@@ -84,6 +84,7 @@ FIGURES = (
 # What the plot shows: a label, the test, the metric, and whether more is better.
 PLOTTED = (
     ("round trip", "round-trip", "p50_us", False),
+    ("round trip, one core", "round-trip-one-core", "p50_us", False),
     ("pipelined calls", "pipelined", "per_second", True),
     ("2 pairs", "pairs-2", "per_second", True),
     ("4 pairs", "pairs-4", "per_second", True),

@@ -2,9 +2,9 @@
 
 In each round the three are started afresh and stay up; each topology is then measured on one
 after the other, in an order that turns round from round to round, so that a slow moment of the
-machine hits all of them. Rounds are many and short, because which core the scheduler gives to
-whom changes a round trip more than most buses differ, and stays as it is for one process's life.
-Writes out/bench.json, out/bench.txt and out/bench.svg.
+machine hits all of them. Rounds are many and short, because it depends on the scheduler's
+placement whether a round trip takes 40 µs (all on one core) or 120; hence also a topology that is
+held on one core. Writes out/bench.json, out/bench.txt and out/bench.svg.
 
     python tests/bench/run.py [--quick] [--only round-trip,fanout] [--buses ...] [--rounds N]
 

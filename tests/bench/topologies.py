@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
-from measure import Metrics, run_program
+from measure import Metrics, held_on_one_core, run_program
 
 MESSAGE_BYTES = 200
 IN_FLIGHT = 100
@@ -24,11 +25,16 @@ IDLE_CONNECTIONS = 200
 
 
 class Topology(msgspec.Struct, frozen=True):
-    """`arguments` follow the socket's path; "SECONDS" in them stands for the time to measure."""
+    """`arguments` follow the socket's path; "SECONDS" in them stands for the time to measure.
+
+    With `one_core`, the bus and the clients are held on one core: without the scheduler's choice,
+    which moves a round trip by a factor of three, what is left is the work itself.
+    """
 
     name: str
     program: str
     arguments: tuple[object, ...]
+    one_core: bool = False
 
 
 def _calls(name: str, pairs: int, window: int, size: int, signature: str) -> Topology:
@@ -39,6 +45,7 @@ TOPOLOGIES = (
     # First, on a fresh bus: later the heap has room to spare and connections seem to cost nothing.
     Topology("idle", "idle", (IDLE_CONNECTIONS,)),
     _calls("round-trip", 1, 1, MESSAGE_BYTES, "s"),
+    Topology("round-trip-one-core", "calls", (1, 1, MESSAGE_BYTES, "s", "SECONDS"), one_core=True),
     _calls("pipelined", 1, IN_FLIGHT, MESSAGE_BYTES, "s"),
     _calls("pairs-2", 2, IN_FLIGHT, MESSAGE_BYTES, "s"),
     _calls("pairs-4", 4, IN_FLIGHT, MESSAGE_BYTES, "s"),
@@ -60,9 +67,10 @@ def measure(
     """
     arguments = [seconds if value == "SECONDS" else value for value in topology.arguments]
     memory = topology.program == "idle"
-    phases = run_program(
-        bin_directory, topology.program, [socket, *arguments], daemon, memory=memory
-    )
+    with held_on_one_core(daemon) if topology.one_core else nullcontext():
+        phases = run_program(
+            bin_directory, topology.program, [socket, *arguments], daemon, memory=memory
+        )
     results: dict[str, Metrics] = {}
     for phase, metrics in phases.items():
         operations = (
