@@ -221,3 +221,14 @@ def test_sandbox_errors_say_which_and_why() -> None:
     error = SandboxError("worker", "landlock", "Function not implemented")
     assert (error.profile, error.feature) == ("worker", "landlock")
     assert "required = false" in str(error)
+
+
+@pytest.mark.parametrize("name", [*CONFINED, "config-reader"])
+def test_a_log_file_of_any_size_can_be_written_to(name: str, tmp_path: Path) -> None:
+    # Standard error can be a file that is large already: no limit of file size may cut it off.
+    fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.ftruncate(fd, 1 << 40)
+    try:
+        assert run(lambda: os.write(fd, b"a line\n"), COMPILED[name]).said == "7"
+    finally:
+        os.close(fd)
