@@ -78,8 +78,10 @@ class Launcher:
             case EndLaunch(job):
                 pid = self._pids.get(job)
                 if pid is not None:
-                    with contextlib.suppress(ProcessLookupError):
+                    try:
                         os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is its own
+                    except OSError as error:
+                        say(f"cannot kill a late service, pid {pid}: {error.strerror}")
             case Look(directories):
                 self._line.send(Looked(tuple(map(modified, directories))))
 
@@ -127,7 +129,7 @@ def start(arguments: tuple[str, ...], environment: Mapping[str, str]) -> int:
 def start_as(user: str, arguments: tuple[str, ...], environment: Mapping[str, str]) -> int:
     """Run a program as `user` with that environment and nothing else; returns its pid.
 
-    Raises OSError (LookupError's place is taken by ENOENT with a text that names the user)."""
+    Raises OSError, also where there is no such user."""
     try:
         who = pwd.getpwnam(user)
     except KeyError:
@@ -145,10 +147,10 @@ def start_as(user: str, arguments: tuple[str, ...], environment: Mapping[str, st
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             os.umask(0o022)
             os.chdir("/")
-            if os.geteuid() == 0 or groups != sorted(os.getgroups()):
+            if who.pw_uid != os.geteuid():
                 os.setgroups(groups)
-            os.setresgid(who.pw_gid, who.pw_gid, who.pw_gid)
-            os.setresuid(who.pw_uid, who.pw_uid, who.pw_uid)
+                os.setresgid(who.pw_gid, who.pw_gid, who.pw_gid)
+                os.setresuid(who.pw_uid, who.pw_uid, who.pw_uid)
             os.execve(arguments[0], arguments, dict(environment))
         except OSError as error:
             os.write(writer, (error.errno or 1).to_bytes(_ERRNO_BYTES, "little"))
@@ -178,6 +180,11 @@ def modified(directory: str) -> int:
         return 0
 
 
+def say(text: str) -> None:
+    """One line for the admin."""
+    print(f"kbusd launcher: {text}", file=sys.stderr)
+
+
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to act on
     for fd in (BROKER, PROFILE):
@@ -187,10 +194,10 @@ def main() -> int:
     launcher = Launcher(adopt(BROKER), os.environ)
     try:
         for warning in apply.confine(profile):
-            print(f"kbusd launcher: {warning}", file=sys.stderr)
+            say(warning)
         launcher.run()
     except (SandboxError, LineError) as error:
-        print(f"kbusd launcher: ended: {error}", file=sys.stderr)
+        say(f"ended: {error}")
         return 1
     return 0
 

@@ -101,7 +101,9 @@ def test_limit_of_services_being_started() -> None:
         "The maximum number of pending activations has been reached, activation of a.c failed"
         " (max_pending_service_starts=1)"
     )
-    assert world.ask(a, e.StartService(3, "a.c", False)) == [(1, failure(3, "LimitsExceeded", text))]
+    assert world.ask(a, e.StartService(3, "a.c", False)) == [
+        (1, failure(3, "LimitsExceeded", text))
+    ]
 
 
 def test_one_who_left_is_not_answered_but_the_service_starts() -> None:

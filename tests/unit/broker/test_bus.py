@@ -141,14 +141,18 @@ def test_replacing_an_owner_that_allows_it() -> None:
         (
             "org.freedesktop.DBus",
             "InvalidArgs",
-            'Connection ":1.1" is not allowed to own the service "org.freedesktop.DBus"because it'
-            " is reserved for D-Bus' use only",
+            (
+                'Connection ":1.1" is not allowed to own the service "org.freedesktop.DBus"because it'
+                " is reserved for D-Bus' use only"
+            ),
         ),
         (
             "not.yours",
             "AccessDenied",
-            'Connection ":1.1" is not allowed to own the service "not.yours" due to security'
-            " policies in the configuration file",
+            (
+                'Connection ":1.1" is not allowed to own the service "not.yours" due to security'
+                " policies in the configuration file"
+            ),
         ),
     ],
 )
@@ -191,9 +195,7 @@ def test_limit_of_names_counts_the_unique_one() -> None:
         'Connection ":1.1" is not allowed to own more services (increase limits in configuration'
         " file if required; max_names_per_connection=2)"
     )
-    assert world.ask(a, e.RequestName(3, "a.c", 0)) == [
-        (1, refused(3, "LimitsExceeded", text))
-    ]
+    assert world.ask(a, e.RequestName(3, "a.c", 0)) == [(1, refused(3, "LimitsExceeded", text))]
 
 
 def test_queued_owners_of_unique_and_unknown_names() -> None:

@@ -1,0 +1,174 @@
+"""The launcher as a process: what it runs, what it reports, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbusd.rings import entries as e
+from kbusd.rings.line import Line, pair
+from kbusd.sandbox import compiled
+from kbusd.supervisor.spawn import sealed_memfd
+
+SECONDS = 10.0
+
+
+class Launcher:
+    """The process, and the broker's end of its line."""
+
+    def __init__(self) -> None:
+        ours, theirs = pair()
+        profile = compiled.encode(
+            compiled.Compiled(name="test", title="test", files=(), required=frozenset())
+        )
+        with theirs:
+            self.process = start(theirs, sealed_memfd("profile", profile))
+        self.line = Line(ours, e.FromLauncher)
+
+    def ask(self, message: Any) -> None:
+        self.line.send(message)
+
+    def answer(self) -> Any:
+        assert select.select([self.line], [], [], SECONDS)[0], "the launcher does not answer"
+        received = self.line.receive()
+        assert received is not None
+        return received[0]
+
+    def run(self, *arguments: str, user: str = "", **environment: str) -> Any:
+        self.ask(e.Launch(1, "a.b", arguments, user, environment))
+        return self.answer()
+
+    def end(self) -> int:
+        self.line.close()
+        return self.process.wait(SECONDS)
+
+
+def start(line: socket.socket, profile: int) -> subprocess.Popen[bytes]:
+    """`python -m kbusd.supervisor.launcher` with the line as 3 and the profile as 4."""
+    command = 'exec "$@" 3<&{0} 4<&{1} {0}<&- {1}<&-'.format(line.fileno() + 100, profile + 100)
+    high = [os.dup2(fd, fd + 100, inheritable=True) for fd in (line.fileno(), profile)]
+    try:
+        return subprocess.Popen(
+            ["bash", "-c", command, "sh", sys.executable, "-m", "kbusd.supervisor.launcher"],
+            pass_fds=high,
+            env=os.environ | {"KBUSD_TEST": "inherited"},
+        )
+    finally:
+        for fd in (*high, profile):
+            os.close(fd)
+
+
+@pytest.fixture
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher()
+    try:
+        yield launcher
+    finally:
+        launcher.line.close()
+        try:
+            launcher.process.wait(SECONDS)
+        finally:
+            launcher.process.kill()
+
+
+def test_reports_how_a_service_ended(launcher: Launcher) -> None:
+    assert launcher.run("/bin/sh", "-c", "exit 3") == e.LaunchEnded(1, 3 << 8, "")
+    ended = launcher.run("/bin/sh", "-c", "kill -9 $$")
+    assert os.WTERMSIG(ended.status) == signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("/nonexistent", "No such file or directory"),
+        ("/etc/passwd", "Permission denied"),
+        ("/tmp", "Permission denied"),
+        ("a\0b", "No such file or directory"),
+    ],
+)
+def test_reports_at_once_what_cannot_be_executed(
+    launcher: Launcher, program: str, reason: str
+) -> None:
+    assert launcher.run(program) == e.LaunchEnded(1, 0, reason)
+
+
+def test_a_service_inherits_environment_and_nothing_else(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    script = (
+        f'cd {tmp_path}; echo "$KBUSD_TEST $EXTRA" > env; ls /proc/$$/fd > fds;'
+        ' grep -E "^Sig(Blk|Ign)" /proc/self/status > signals; readlink /proc/$$/fd/0 > stdin;'
+        ' cut -d" " -f1,6 /proc/$$/stat > session'
+    )
+    assert launcher.run("/bin/sh", "-c", script, EXTRA="given").status == 0
+    assert (tmp_path / "env").read_text() == "inherited given\n"
+    assert set((tmp_path / "fds").read_text().split()) <= {"0", "1", "2", "10"}
+    for line in (tmp_path / "signals").read_text().splitlines():
+        # posix_spawn of glibc leaves its own two signals, 32 and 33, ignored.
+        assert int(line.split()[1], 16) & ~(3 << 31) == 0, line
+    assert (tmp_path / "stdin").read_text() == "/dev/null\n"
+    pid, session = (tmp_path / "session").read_text().split()
+    assert pid == session
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a service as another user")
+def test_a_service_of_another_user(launcher: Launcher, tmp_path: Path) -> None:
+    user = pwd.getpwnam("daemon")
+    os.chown(tmp_path, user.pw_uid, user.pw_gid)
+    for parent in tmp_path.parents:
+        if parent.stat().st_mode & 0o777 == 0o700:
+            parent.chmod(0o711)
+    script = f"cd {tmp_path}; id -u > id; id -G >> id; env > env; pwd -P >/dev/null"
+    assert launcher.run("/bin/sh", "-c", script, user="daemon", ONLY="this").status == 0
+    uid, groups = (tmp_path / "id").read_text().splitlines()
+    assert int(uid) == user.pw_uid
+    assert {int(group) for group in groups.split()} == set(os.getgrouplist("daemon", user.pw_gid))
+    environment = (tmp_path / "env").read_text()
+    assert "ONLY=this\n" in environment
+    assert "KBUSD_TEST" not in environment
+
+
+def test_a_user_that_does_not_exist(launcher: Launcher) -> None:
+    ended = launcher.run("/bin/true", user="no such user")
+    assert ended == e.LaunchEnded(1, 0, "there is no user no such user")
+
+
+def test_a_late_service_is_killed(launcher: Launcher, tmp_path: Path) -> None:
+    launcher.ask(e.Launch(5, "a.b", ("/bin/sleep", "1000"), "", {}))
+    launcher.ask(e.EndLaunch(5))
+    ended = launcher.answer()
+    assert ended.job == 5
+    assert os.WTERMSIG(ended.status) == signal.SIGKILL
+
+
+def test_looks_when_directories_changed(launcher: Launcher, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    launcher.ask(e.Look((str(tmp_path), missing)))
+    assert launcher.answer() == e.Looked((tmp_path.stat().st_mtime_ns, 0))
+
+
+def test_services_outlive_the_launcher(launcher: Launcher, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    script = f"echo $$ > {tmp_path}/pid; read line < {tmp_path}/fifo"
+    launcher.ask(e.Launch(1, "a.b", ("/bin/sh", "-c", script), "", {}))
+    launcher.ask(e.Look(()))
+    launcher.answer()
+    assert launcher.end() == 0
+    with open(tmp_path / "fifo", "w") as fifo:  # waits until the service reads
+        fifo.write("go on\n")
+    os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_record_that_does_not_decode_ends_it(launcher: Launcher) -> None:
+    launcher.line.sock.send(b"\xc1")
+    assert launcher.process.wait(SECONDS) == 1
