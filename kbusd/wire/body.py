@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """Whether a message body is what its signature says: the check before anything is passed on.
 
 D-Bus Specification, "Marshaling (Wire Format)". `check` trusts neither the body nor the
@@ -203,7 +204,7 @@ def check_variant(reader, depth):
     elif signature[0] == ord("(") or signature[0] == ord("{"):
         return -BAD_VARIANT_SIGNATURE
     code = _value(reader, signature, 0, depth + 1)
-    return code if code < 0 else 0
+    return min(0, code)
 
 
 def _array(reader, signature, at, depth):
@@ -277,6 +278,32 @@ def strings(body, size, signature, signature_length, big_endian, upto):
             found.append((index, "g", body[start + 1 : reader.at - 1].decode()))
         index += 1
     return tuple(found)
+
+
+class PathArgument(str):
+    """An argument of type OBJECT_PATH, which only some match rules look at."""
+
+    __slots__ = ()
+
+
+def match_arguments(body: bytes, signature: str, big_endian: bool) -> tuple:
+    """What match rules see of a body: one entry for each of its first 64 arguments, up to the
+    last one with text: a str for a string, a PathArgument for an object path, else None.
+
+    Raises WireError where what it walks over breaks a rule.
+    """
+    found: list = []
+    for index, kind, text in string_arguments(body, signature, big_endian):
+        if kind != "g":
+            found.extend([None] * (index - len(found)))
+            found.append(text if kind == "s" else PathArgument(text))
+    return tuple(found)
+
+
+def string(text: str, big_endian: bool = False) -> bytes:
+    """A body of the signature "s"."""
+    data = text.encode()
+    return len(data).to_bytes(4, "big" if big_endian else "little") + data + b"\0"
 
 
 def check_body(body: bytes, signature: bytes, big_endian: bool, fds: int = 0) -> None:

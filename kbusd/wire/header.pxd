@@ -2,7 +2,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 # What callers of this module need beside it, under one roof.
 from kbusd.wire.validate cimport (
-    reason, valid_bus_name, valid_error_name, valid_interface, valid_member, valid_path, valid_utf8,
+    valid_bus_name, valid_error_name, valid_interface, valid_member, valid_path, valid_utf8,
 )
 
 cdef struct Header:
@@ -29,3 +29,4 @@ cdef struct Header:
 
 cdef int64_t message_length(const uint8_t *first16) noexcept nogil
 cdef int scan(const uint8_t *data, size_t size, Header *out) noexcept nogil
+cpdef str reason(int code)

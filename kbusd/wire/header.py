@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """The header of a D-Bus message: how long a message is, what its header says, building one.
 
 D-Bus Specification, "Message Format", "Header Fields". `message_length` and `scan` take bytes as a
@@ -6,8 +7,6 @@ client wrote them, trust nothing, allocate nothing and read only what they are g
 `body.check`'s. `build` makes the header that a client sees from values that another process sent:
 it passes what it made through `scan`, so that no peer can make us send a header that breaks a rule.
 """
-
-import struct
 
 import cython
 import msgspec
@@ -45,7 +44,6 @@ from cython.cimports.kbusd.wire.validate import (
     WRONG_TYPE,
     WRONG_VERSION,
     check_signature,
-    reason,
     valid_bus_name,
     valid_error_name,
     valid_interface,
@@ -55,7 +53,7 @@ from cython.cimports.kbusd.wire.validate import (
 from cython.cimports.libc.stdint import int64_t, uint8_t, uint32_t
 from cython.cimports.libc.string import memcmp, memcpy, memset
 
-from kbusd.wire.validate import WireError
+from kbusd.wire.validate import RULES, WireError
 
 METHOD_CALL = 1
 METHOD_RETURN = 2
@@ -104,6 +102,11 @@ class ParsedHeader(msgspec.Struct, frozen=True):
     sender: str | None
     signature: str
     unknown_fields: bool
+
+
+def reason(code):
+    """The rule that a negative code of this package stands for, in words."""
+    return RULES[-code]
 
 
 @cython.cfunc
@@ -352,7 +355,11 @@ def build(
     """
     order = "big" if endian == ord("B") else "little"
     # Serials that are still to come count as 1 for the scan below.
-    made = bytearray(struct.pack("<BBBBIII", endian, type, flags, 1, 0, 0, 0))
+    made = bytearray(16)
+    made[0] = ord("B") if endian == ord("B") else ord("l")
+    made[1] = type if 0 < type < 256 else 0
+    made[2] = flags & 255
+    made[3] = 1
     made[4:8] = body_length.to_bytes(4, order)
     made[8:12] = (serial or 1).to_bytes(4, order)
     if has_reply_serial:

@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """Which names, strings and signatures D-Bus allows, at the speed of C; and a text for each rule.
 
 D-Bus Specification, "Valid Names", "Valid Object Paths", "Type System". Where the specification
