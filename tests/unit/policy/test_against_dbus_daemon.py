@@ -503,6 +503,47 @@ generated = settings(
 )
 
 
+ANY_ATTRIBUTE = (
+    SEND
+    | RECEIVE
+    | MODIFIERS
+    | {
+        "own": st.sampled_from([B_NAME, "*", ""]),
+        "own_prefix": st.sampled_from([B_NAME, "*"]),
+        "user": st.sampled_from(["root", "*", "no-such-user"]),
+        "group": st.sampled_from(["root", "*", "no-such-group"]),
+        "log": booleans,
+        "unknown": booleans,
+    }
+)
+odd_values = st.sampled_from(["", "maybe", "-1", "0x2", "1 2", "33554432", "33554433", "*"])
+
+
+@settings(generated, max_examples=300)
+@given(data=st.data())
+def test_same_elements_are_refused(reference: Reference, data: st.DataObject) -> None:
+    names = data.draw(st.lists(st.sampled_from(sorted(ANY_ATTRIBUTE)), max_size=4, unique=True))
+    attributes = {
+        name: data.draw(st.one_of(ANY_ATTRIBUTE[name], ANY_ATTRIBUTE[name], odd_values))
+        for name in names
+    }
+    context = data.draw(st.sampled_from(CONTEXTS))
+    written = " ".join(f"{name}={quoteattr(value)}" for name, value in attributes.items())
+    reference.write(
+        f'<policy {context}><allow {written}/></policy><policy context="default">{OPEN}</policy>'
+        f'<policy context="mandatory">{SCAFFOLD}</policy>'
+    )
+    address = DBusAddress("/org/freedesktop/DBus", DRIVER, DRIVER)
+    reply = reference.d.send_and_get_reply(new_method_call(address, "ReloadConfig"), timeout=20)
+    refused = reply.header.message_type is MessageType.error
+    try:
+        configuration.load(str(reference.file), environment={})
+    except configuration.ConfigurationError as error:
+        assert refused, error
+    else:
+        assert not refused, reply.body
+
+
 @settings(generated, max_examples=40)
 @given(policies=policy_documents())
 def test_same_verdicts(reference: Reference, policies: str) -> None:
@@ -510,7 +551,6 @@ def test_same_verdicts(reference: Reference, policies: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("KBUSD_SLOW" not in os.environ, reason="minutes long: set KBUSD_SLOW=1")
 @pytest.mark.timeout(1800)
 @settings(generated, max_examples=3000, derandomize=False)
 @given(policies=policy_documents())
@@ -538,7 +578,8 @@ def test_same_verdicts_at_length(reference: Reference, policies: str) -> None:
 )
 def test_same_verdict_on_one_rule(reference: Reference, element: str) -> None:
     """After a rule set that allows most, and alone."""
-    compare(reference, f'<policy context="default">{OPEN}{element}</policy>')
+    for before in (OPEN, '<allow user="*"/>'):
+        compare(reference, f'<policy context="default">{before}{element}</policy>')
 
 
 @settings(generated, max_examples=25)
