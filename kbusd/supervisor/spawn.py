@@ -1,0 +1,51 @@
+"""Starts the other processes of the bus afresh (execve), so that none shares our heap.
+
+Each gets just the descriptors that it is given, from 3 on, in the order given.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+_FIRST_FD = 3
+_CLEAR_OF = 64  # above every number that a child's descriptors are placed at
+
+
+def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int = 2) -> int:
+    """Run `python -m module arguments`; `fds` become its 3, 4, 5, ... Returns its pid."""
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for fd in (stderr, *fds)]
+    # Not our stdin and stdout: whoever reads our address from there waits for the end of file.
+    actions: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+        (os.POSIX_SPAWN_DUP2, 0, 1),
+        (os.POSIX_SPAWN_DUP2, high[0], 2),
+    ]
+    actions += [(os.POSIX_SPAWN_DUP2, fd, _FIRST_FD + n) for n, fd in enumerate(high[1:])]
+    try:
+        return os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-s", "-P", "-m", module, *arguments],
+            os.environ,
+            file_actions=actions,
+            setsigmask=[],
+            setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD],
+        )
+    finally:
+        for fd in high:
+            os.close(fd)
+
+
+def sealed_memfd(name: str, data: bytes) -> int:
+    """A memfd that holds `data` and can never change again (memfd_create(2), sealing)."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, data)
+    fcntl.fcntl(
+        fd,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL,
+    )
+    return fd

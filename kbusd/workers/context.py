@@ -1,0 +1,71 @@
+"""What every worker of a bus has in common, made once in the zygote and shared by forking."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from kbusd.policy.configuration import Configuration
+from kbusd.sandbox.compiled import Compiled
+
+_MACHINE_ID_FILES = ("/etc/machine-id", "/var/lib/dbus/machine-id")
+
+
+def read_all(fd: int) -> bytes:
+    """The whole content of a memfd, from its beginning."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def machine_id() -> str:
+    """This machine's id (machine-id(5)); zeros where there is none."""
+    for path in _MACHINE_ID_FILES:
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if len(text) == 32:
+            return text
+    return "0" * 32
+
+
+def bus_owner(user: str | None) -> int:
+    """The uid that the bus belongs to: that of <user>, if we were started as root."""
+    if user and os.geteuid() == 0:
+        try:
+            return pwd.getpwnam(user).pw_uid
+        except KeyError:
+            pass
+    return os.geteuid()
+
+
+@dataclass(frozen=True)
+class Context:
+    guid: str
+    bus: Bus
+    configuration: Configuration
+    profile: Compiled
+    log_fd: int
+
+    @classmethod
+    def make(
+        cls, guid: str, pid: int, configuration: bytes, profile: Compiled, log_fd: int
+    ) -> Context:
+        """`pid` is the supervisor's, which is the bus's to the outside."""
+        decoded = msgspec.msgpack.decode(configuration, type=Configuration)
+        bus = Bus(
+            guid,
+            machine_id(),
+            bus_owner(decoded.user),
+            pid,
+            system=decoded.type == "system",
+        )
+        return cls(guid, bus, decoded, profile, log_fd)
+
+    def with_configuration(self, configuration: bytes) -> Context:
+        return replace(
+            self, configuration=msgspec.msgpack.decode(configuration, type=Configuration)
+        )

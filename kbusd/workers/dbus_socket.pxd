@@ -1,0 +1,68 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kbusd.rings.broadcast cimport Broadcast, BroadcastReader
+from kbusd.rings.clock cimport Clock
+from kbusd.rings.doorbell cimport Doorbell
+from kbusd.rings.frame cimport FrameHead
+from kbusd.rings.merge cimport Merge
+from kbusd.rings.status cimport StatusPage
+from kbusd.wire.header cimport Header
+from kbusd.workers.input cimport Input
+from kbusd.workers.output cimport Output
+from kbusd.workers.peer cimport Peer, Template
+
+cdef class Route:
+    cdef bytes envelope
+    cdef object facts
+    cdef Peer peer
+    cdef tuple subscribers
+    cdef str destination
+    cdef bint to_bus
+    cdef bint to_self
+    cdef bint broadcast
+    cdef bint depends
+    cdef bint well_known
+    cdef object error
+    cdef object activate
+    cdef long long epoch
+    cdef long long matches
+
+cdef class Engine:
+    cdef object context, line, replica, driver, router, credentials
+    cdef object requests, activating, monitor_rules
+    cdef Clock clock
+    cdef StatusPage status
+    cdef Doorbell doorbell
+    cdef Broadcast broadcast
+    cdef BroadcastReader log
+    cdef Merge merge
+    cdef Input input
+    cdef Output output
+    cdef Peer me
+    cdef dict peers, routes, pending, by_source
+    cdef list touched, backlogged
+    cdef int epoll, client, supervisor
+    cdef long long id, epoch, names_version
+    cdef uint32_t serial
+    cdef int request
+    cdef int introducing
+    cdef bint unix_fds, reading, writing, hello, wake, loaded, monitor
+    cdef uint64_t stall_until
+    cdef size_t max_message, max_outgoing, max_pending
+    cdef uint32_t max_fds
+
+    cdef void _loop(self) except *
+    cdef void _watch_client(self) except *
+    cdef int _timeout(self) except -2
+    cdef bint _stalled(self) except -1
+    cdef void _messages(self) except *
+    cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1
+    cdef void _message(self, uint8_t *data, size_t size, const uint8_t *large) except *
+    cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
+    cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd) except *
+    cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
+    cdef void _inbound(self) except *
+    cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
+    cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void _bells(self) except *
+    cdef void _flush(self) except *

@@ -1,0 +1,1196 @@
+# cython: boundscheck=False
+"""The engine of a D-Bus worker: one client's socket on one side, the bus's rings on the other.
+
+A message goes down this file in the order in which it travels: `_messages` cuts the client's
+bytes, `_message` checks one, `_route` finds out whom it goes to, `_forward` writes it to a ring;
+in the receiver's worker `_inbound` merges rings and log, `_deliver` checks a frame again, `_emit`
+writes it for the client. Everything that comes in on either side is hostile: the client's bytes
+are checked whole before they go anywhere, frames are copied out of shared memory first.
+"""
+
+import os
+import socket
+
+import cython
+import msgspec
+from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
+from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
+from cython.cimports.kbusd.rings.clock import Clock
+from cython.cimports.kbusd.rings.doorbell import Doorbell
+from cython.cimports.kbusd.rings.frame import FrameHead
+from cython.cimports.kbusd.rings.merge import Merge
+from cython.cimports.kbusd.rings.ring import Ring, RingReader
+from cython.cimports.kbusd.rings.status import StatusPage, StatusView
+from cython.cimports.kbusd.wire.body import check as check_body
+from cython.cimports.kbusd.wire.header import Header, message_length, scan
+from cython.cimports.kbusd.workers.input import Input
+from cython.cimports.kbusd.workers.libc import (
+    EINTR,
+    EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD,
+    EPOLL_CTL_MOD,
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    MAP_FAILED,
+    MAP_POPULATE,
+    MAP_SHARED,
+    PROT_READ,
+    epoll_create1,
+    epoll_ctl,
+    epoll_event,
+    epoll_wait,
+    errno,
+    mmap,
+    munmap,
+)
+from cython.cimports.kbusd.workers.output import Output
+from cython.cimports.kbusd.workers.peer import Peer, Template
+from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
+from cython.cimports.libc.string import memcpy, memset
+
+from kbusd.policy.decide import ClientPolicy
+from kbusd.rings import entries
+from kbusd.rings import envelope as envelopes
+from kbusd.rings import memfd
+from kbusd.rings.line import LineError, close_all
+from kbusd.rings.memfd import RingError
+from kbusd.wire import body as wire_body
+from kbusd.wire import header as wire_header
+from kbusd.workers import driver as drivers
+from kbusd.workers.peer import HostilePeer
+from kbusd.workers.replica import BUS_ID, BUS_NAME, Replica, ReplicaError
+from kbusd.workers.routing import ACCESS_DENIED, Router
+
+CALL = cython.declare(cython.int, 1)
+RETURN = cython.declare(cython.int, 2)
+ERROR = cython.declare(cython.int, 3)
+SIGNAL = cython.declare(cython.int, 4)
+NO_REPLY = cython.declare(cython.int, 1)
+
+MESSAGE = cython.declare(cython.int, 1)
+LARGE = cython.declare(cython.int, 4)
+COPY = cython.declare(cython.int, 5)
+REFUSED = cython.declare(cython.int, 6)
+
+NEW = cython.declare(cython.int, 0)
+READY = cython.declare(cython.int, 2)
+GONE = cython.declare(cython.int, 3)
+
+HEAD = cython.declare(cython.size_t, 40)
+FROM_CLIENT, FROM_PEERS, FROM_BROKER, FROM_SUPERVISOR = range(4)
+CLIENT = cython.declare(cython.uint, 0)
+PEERS = cython.declare(cython.uint, 1)
+BROKER = cython.declare(cython.uint, 2)
+SUPERVISOR = cython.declare(cython.uint, 3)
+
+# A body above this travels as a sealed memfd: up to here two copies through the ring's warm pages
+# cost less than fresh pages do (tests/bench, payload).
+LARGE_BODY = cython.declare(cython.size_t, 98304)
+MAX_ROUTES = cython.declare(cython.int, 1024)
+# While a peer is being introduced, or has no room, our client's next messages wait this long: so
+# that order holds across receivers, and a peer that hangs holds up nobody for longer.
+STALL_NS = cython.declare(uint64_t, 20_000_000)
+BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
+
+BUS_PATH = "/org/freedesktop/DBus"
+NO_REPLY_ERROR = "org.freedesktop.DBus.Error.NoReply"
+LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
+NOT_SUPPORTED = "org.freedesktop.DBus.Error.NotSupported"
+NO_FDS_TEXT = (
+    "Tried to send message with Unix file descriptors to a client that doesn't support that."
+)
+DISCONNECTED_TEXT = "Message recipient disconnected from message bus without replying"
+
+
+msgspec_replace = msgspec.structs.replace
+decode_snapshot = msgspec.msgpack.Decoder(entries.Snapshot).decode
+decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
+encode_refusal = msgspec.msgpack.Encoder().encode
+decode_refusal = msgspec.msgpack.Decoder(tuple[str, str]).decode
+
+
+class Gone(Exception):
+    """The client's connection ends here; the text is for the log."""
+
+
+@cython.cclass
+class Route:
+    """Whom the messages with one header go to. Holds for one `epoch` of names and policy, and for
+    a broadcast also for one version of the match rules."""
+
+
+@cython.cfunc
+def _bytes(data: cython.pointer(cython.const[uint8_t]), length: cython.size_t) -> bytes:
+    return PyBytes_FromStringAndSize(cython.cast(cython.p_char, data), length)
+
+
+@cython.cfunc
+@cython.exceptval(check=False)
+def _store(place: cython.pointer(uint8_t), value: uint32_t, big: cython.bint) -> cython.void:
+    if big:
+        value = (
+            ((value & 0xFF) << 24)
+            | ((value & 0xFF00) << 8)
+            | ((value >> 8) & 0xFF00)
+            | (value >> 24)
+        )
+    memcpy(place, cython.address(value), 4)
+
+
+@cython.cclass
+class Engine:
+    """Serves one client. Made before lock-down, without a client; `serve` then runs to its end."""
+
+    def __init__(self, context, line):
+        self.context = context
+        self.line = line
+        self.clock = Clock()
+        self.status = StatusPage()
+        self.doorbell = Doorbell()
+        self.broadcast = Broadcast()
+        self.log = BroadcastReader(context.log_fd, 0)
+        self.merge = Merge()
+        self.input = Input()
+        self.output = Output()
+        self.replica = Replica()
+        self.peers = {}
+        self.by_source = {}
+        self.routes = {}
+        self.pending = {}
+        self.requests = {}
+        self.activating = {}
+        self.touched = []
+        self.backlogged = []
+        self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        self.serial = 0
+        self.request = 0
+        limits = context.configuration.limits
+        self.max_message = min(limits["max_message_size"], 128 << 20)
+        self.max_outgoing = limits["max_outgoing_bytes"]
+        self.max_pending = limits["max_replies_per_connection"]
+        self.max_fds = min(limits["max_message_unix_fds"], 253)
+
+    def descriptors(self) -> list:
+        """What must stay open through lock-down."""
+        return [
+            self.epoll,
+            self.doorbell.read_fd,
+            self.doorbell.write_fd,
+            self.status.fd,
+            self.broadcast.fd,
+        ]
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def serve(self, client, supervisor, credentials, rest, fds, unix_fds) -> None:
+        """Serve the authenticated client on descriptor `client` until it goes."""
+        self.client = client
+        self.supervisor = supervisor
+        self.credentials = credentials
+        self.unix_fds = unix_fds
+        policy = ClientPolicy(self.context.configuration.policy, credentials)
+        self.router = Router(self.replica, policy)
+        self.driver = drivers.Driver(self.replica, self.context.bus, credentials, policy)
+        reason = ""
+        try:
+            self._register(self.doorbell.read_fd, PEERS, EPOLLIN)
+            self._register(self.line.fileno(), BROKER, EPOLLIN)
+            self._register(supervisor, SUPERVISOR, EPOLLIN)
+            self._register(client, CLIENT, EPOLLIN)
+            self.reading = True
+            if rest or fds:
+                self.input.feed(rest, fds)
+                self._messages()
+            self._loop()
+        except Gone as error:
+            reason = str(error)
+        except EOFError:
+            return  # the broker is gone: the bus ends
+        try:
+            self._flush()
+            self.line.send(entries.Leaving(0, reason))
+            self.line.flush()
+        except (Gone, OSError):
+            pass
+
+    def _register(self, fd, source, events):
+        event: epoll_event
+        event.events = events
+        event.data.u32 = source
+        if epoll_ctl(self.epoll, EPOLL_CTL_ADD, fd, cython.address(event)) < 0:
+            raise OSError(errno, "epoll_ctl")
+
+    def _loop(self) -> cython.void:
+        events: epoll_event[8]
+        source: cython.uint
+        count: cython.int
+        i: cython.int
+        timeout: cython.int
+        while True:
+            self._inbound()
+            if self.introducing or self.backlogged or self.input.end - self.input.start >= 16:
+                if not self._stalled():
+                    self._messages()
+            self._bells()
+            self._flush()
+            self._watch_client()
+            timeout = self._timeout()
+            self.status.set_sleeping(True)  # pairs with Peer.ring_bell: publish, fence, look
+            if self.merge.pending():
+                timeout = 0
+            count = epoll_wait(self.epoll, events, 8, timeout)
+            self.status.set_sleeping(False)
+            if count < 0:
+                if errno == EINTR:
+                    continue
+                raise OSError(errno, "epoll_wait")
+            for i in range(count):
+                source = events[i].data.u32
+                if source == CLIENT:
+                    if events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR):
+                        if self.input.receive(self.client) < 0:
+                            raise Gone("")
+                        self._messages()
+                elif source == PEERS:
+                    self.doorbell.drain()
+                elif source == BROKER:
+                    self._from_broker()
+                else:
+                    raise Gone("the bus ends")
+
+    def _watch_client(self) -> cython.void:
+        """Ask for what we can use: input unless it must wait, output while something is left."""
+        event: epoll_event
+        reading: cython.bint = not ((self.introducing or self.backlogged) and self._stalled())
+        writing: cython.bint = self.output.pending > 0
+        if reading != self.reading or writing != self.writing:
+            event.events = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
+            event.data.u32 = CLIENT
+            epoll_ctl(self.epoll, EPOLL_CTL_MOD, self.client, cython.address(event))
+            self.reading = reading
+            self.writing = writing
+
+    def _timeout(self) -> cython.int:
+        """Milliseconds for epoll_wait(2)."""
+        now: uint64_t
+        if self.stall_until:
+            now = self.clock.next()
+            if now < self.stall_until:
+                return 1 + (self.stall_until - now) // 1_000_000
+            return 0 if self.input.end - self.input.start >= 16 and not self.reading else 50
+        return -1
+
+    def _stalled(self) -> cython.bint:
+        """Whether our client's next message must wait for an introduction or for room."""
+        if not self.introducing and not self.backlogged:
+            self.stall_until = 0
+            return False
+        now: uint64_t = self.clock.next()
+        if self.stall_until == 0:
+            self.stall_until = now + STALL_NS
+        return now < self.stall_until
+
+    def _flush(self) -> cython.void:
+        if self.output.pending and self.output.flush(self.client) < 0:
+            raise Gone("")
+
+    def _bells(self) -> cython.void:
+        """Wake the workers that got frames; once, however many frames."""
+        peer: Peer
+        if self.backlogged:
+            still = []
+            for item in self.backlogged:
+                peer = cython.cast(Peer, item)
+                if peer.state == GONE:
+                    continue
+                if peer.state != READY or not peer.flush(self.clock):
+                    still.append(peer)
+                elif peer.touched:
+                    self.touched.append(peer)
+            self.backlogged = still
+        for item in self.touched:
+            peer = cython.cast(Peer, item)
+            peer.touched = False
+            if peer.state == READY:
+                peer.ring_bell()
+        self.touched.clear()
+
+    # -- from our client -----------------------------------------------------------------------
+
+    def _messages(self) -> cython.void:
+        """Handle every whole message that the client has sent."""
+        data: cython.pointer(uint8_t)
+        have: cython.size_t
+        total: cython.longlong
+        while True:
+            if self.input.large != cython.NULL:
+                if self.input.large_have < self.input.large_need:
+                    return
+                if (self.introducing or self.backlogged) and self._stalled():
+                    return
+                data = self.input.data + self.input.start
+                have = self.input.end - self.input.start
+                self._message(data, have, self.input.large)
+                self.input.start = self.input.end
+                continue
+            have = self.input.end - self.input.start
+            if have < 16:
+                return
+            if (self.introducing or self.backlogged) and self._stalled():
+                return
+            data = self.input.data + self.input.start
+            total = message_length(data)
+            if total < 0:
+                raise Gone(f"sent an invalid message: {wire_header.reason(total)}")
+            if total > self.max_message:
+                raise Gone(
+                    f"sent a message of {total} bytes, over the limit max_message_size"
+                    f" of {self.max_message}"
+                )
+            if cython.cast(cython.size_t, total) > have:
+                if not self._begin_large(data, total, have):
+                    self.input.make_room(total)
+                return
+            self._message(data, total, cython.NULL)
+            self.input.start += total
+
+    def _begin_large(
+        self, data: cython.pointer(uint8_t), total: cython.size_t, have: cython.size_t
+    ) -> cython.bint:
+        """If the body is large and the header is here, receive the rest into a memfd."""
+        header: Header
+        body_length: uint32_t
+        code: cython.int
+        memcpy(cython.address(body_length), data + 4, 4)
+        if data[0] == 66:  # 'B'
+            body_length = (
+                ((body_length & 0xFF) << 24)
+                | ((body_length & 0xFF00) << 8)
+                | ((body_length >> 8) & 0xFF00)
+                | (body_length >> 24)
+            )
+        if body_length <= LARGE_BODY or total - body_length > have:
+            return False
+        code = scan(data, total - body_length, cython.address(header))
+        if code < 0:
+            raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
+        try:
+            self.input.begin_large(header.header_length, body_length)
+        except OSError as error:
+            raise Gone(f"no memory for a message of {total} bytes: {error.strerror}") from None
+        return True
+
+    def _message(
+        self,
+        data: cython.pointer(uint8_t),
+        size: cython.size_t,
+        large: cython.pointer(cython.const[uint8_t]),
+    ) -> cython.void:
+        header: Header
+        route: Route
+        body: cython.pointer(cython.const[uint8_t])
+        code: cython.int
+        large_fd: cython.int = -1
+        code = scan(data, size, cython.address(header))
+        if code < 0:
+            raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
+        body = large if large != cython.NULL else data + header.header_length
+        code = check_body(
+            body,
+            header.body_length,
+            data + header.signature_at,
+            header.signature_len,
+            header.endian == 66,
+            header.unix_fds,
+        )
+        if code < 0:
+            raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
+        fds: tuple = ()
+        if header.unix_fds:
+            fds = self._take_fds(header.unix_fds)
+        if self.log.head() != self.log.position:
+            self._inbound()
+        route = self._route(data, cython.address(header), body)
+        if large != cython.NULL and route.peer is not None and not self.replica.monitors:
+            self.input.end_large()
+            large_fd = self.input.take_large()
+            self._forward(route, cython.address(header), cython.NULL, fds, large_fd)
+            os.close(large_fd)
+        else:
+            self._forward(route, cython.address(header), body, fds, -1)
+            if large != cython.NULL:
+                self.input.end_large()
+                os.close(self.input.take_large())
+        close_all(fds)
+
+    def _take_fds(self, count) -> tuple:
+        if not self.unix_fds:
+            raise Gone("sent descriptors without having negotiated them")
+        if count > self.max_fds:
+            raise Gone(
+                f"sent {count} descriptors in one message, over the limit"
+                f" max_message_unix_fds of {self.max_fds}"
+            )
+        fds = self.input.take_fds(count)
+        if len(fds) < count:
+            close_all(fds)
+            raise Gone(f"sent {len(fds)} descriptors with a message that counts {count}")
+        return fds
+
+    def _route(
+        self,
+        data: cython.pointer(uint8_t),
+        header: cython.pointer(Header),
+        body: cython.pointer(cython.const[uint8_t]),
+    ) -> Route:
+        """The route of a message: kept under the bytes of its header without what varies."""
+        route: Route
+        memset(data + 4, 0, 8)  # body length and serial; the scanned header has them
+        data[2] = 0  # flags
+        if header.reply_serial_at:
+            memset(data + header.reply_serial_at, 0, 4)
+        key = _bytes(data, 16 + header.fields_length)
+        route = self.routes.get(key)
+        if (
+            route is not None
+            and route.epoch == self.epoch
+            and not route.depends
+            and (not route.broadcast or route.matches == self.replica.matches_version)
+        ):
+            return route
+        route = self._decide(
+            key,
+            header.reply_serial_at,
+            header.flags,
+            header.unix_fds,
+            _bytes(body, header.body_length) if header.type == SIGNAL else b"",
+            header.endian == 66,
+        )
+        if len(self.routes) >= MAX_ROUTES:
+            self.routes.clear()
+        # A refusal for want of an owner depends on the flags; it is decided anew each time.
+        if route.error is None and route.activate is None:
+            self.routes[key] = route
+        return route
+
+    def _decide(self, key, reply_at, flags, fds, body, big_endian) -> Route:
+        parsed = wire_header.parse(_with_serials(key, reply_at, big_endian))
+        envelope = envelopes.Envelope(
+            parsed.type,
+            big_endian,
+            parsed.destination,
+            parsed.path,
+            parsed.interface,
+            parsed.member,
+            parsed.error_name,
+            parsed.signature or "",
+        )
+        route = Route()
+        route.facts = envelope
+        route.envelope = envelopes.encode(envelope)
+        route.epoch = self.epoch
+        route.matches = self.replica.matches_version
+        if self.replica.me == 0 and envelope.destination != BUS_NAME:
+            raise Gone("sent a message other than Hello before Hello")
+        decision = self.router.decide(
+            envelope,
+            flags,
+            fds,
+            lambda: wire_body.match_arguments(body, envelope.signature, big_endian),
+        )
+        route.error = decision.error
+        route.activate = decision.activate
+        route.broadcast = decision.broadcast
+        route.depends = decision.depends
+        if decision.broadcast:
+            route.subscribers = tuple([self._peer(id) for id in decision.targets])
+        elif decision.targets == (BUS_ID,):
+            route.to_bus = True
+        elif decision.targets:
+            route.peer = self._peer(decision.targets[0])
+            route.to_self = route.peer is self.me
+            if route.to_self:
+                route.peer = None
+        return route
+
+    def _peer(self, id) -> Peer:
+        if id == self.replica.me:
+            return self.me
+        peer = self.peers.get(id)
+        if peer is None:
+            connection = self.replica.connections.get(id)
+            peer = self.peers[id] = Peer(id, f":1.{id}", connection)
+        return peer
+
+    def _forward(
+        self,
+        route: Route,
+        header: cython.pointer(Header),
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+        large_fd: cython.int,
+    ) -> cython.void:
+        head: FrameHead
+        peer: Peer
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = MESSAGE
+        head.flags = header.flags
+        head.fds = header.unix_fds
+        head.serial = header.serial
+        head.reply_serial = header.reply_serial
+        head.body_length = header.body_length
+        if self.replica.monitors:
+            self._copy(
+                route,
+                header.serial,
+                header.reply_serial,
+                header.flags,
+                _bytes(body, header.body_length),
+                fds,
+                self.replica.me,
+            )
+        if route.peer is not None:
+            if header.type == CALL and not header.flags & NO_REPLY:
+                if cython.cast(cython.size_t, len(self.pending)) >= self.max_pending:
+                    self._error(
+                        header.serial,
+                        LIMITS_EXCEEDED,
+                        "The maximum number of pending replies per connection has been reached",
+                    )
+                    return
+                self.pending[header.serial] = route.peer.id
+            if large_fd >= 0:
+                head.kind = LARGE
+                head.aux = header.body_length
+                head.body_length = 0
+                fds = (*fds, large_fd)
+            self._send(route.peer, cython.address(head), route.envelope, body, fds)
+        elif route.broadcast:
+            for item in route.subscribers:
+                peer = cython.cast(Peer, item)
+                if peer is self.me:
+                    self._to_myself(route, cython.address(head), body, fds)
+                else:
+                    self._send(peer, cython.address(head), route.envelope, body, fds)
+        elif route.to_bus:
+            self._call_bus(
+                route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
+            )
+        elif route.to_self:
+            if header.type == CALL and not header.flags & NO_REPLY:
+                self.pending[header.serial] = self.me.id
+            self._to_myself(route, cython.address(head), body, fds)
+        elif route.activate is not None:
+            self._activate(
+                route,
+                header.type,
+                header.flags,
+                _raw(cython.address(head)),
+                _bytes(body, header.body_length),
+                fds,
+            )
+        elif route.error is not None and header.type == CALL and not header.flags & NO_REPLY:
+            self._error(header.serial, route.error[0], route.error[1])
+
+    def _send(
+        self,
+        peer: Peer,
+        head: cython.pointer(FrameHead),
+        envelope: bytes,
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.void:
+        """One frame to one peer; asks for an introduction if there was none."""
+        copy: FrameHead = head[0]
+        own: cython.int = -1
+        if peer.state == GONE:
+            return
+        if peer.backlog_bytes > BACKLOG:
+            # The peer's worker does not run. Calls are answered; the rest would be lost unseen.
+            if head.reply_serial == 0 and self.pending.pop(head.serial, None) is not None:
+                self._error(head.serial, LIMITS_EXCEEDED, f"too much waits for {peer.name}")
+                return
+            raise Gone(f"sent more than {BACKLOG} bytes to {peer.name}, which does not take them")
+        if head.kind == MESSAGE and head.body_length > LARGE_BODY:
+            own = memfd.sealed(b"kbusd-body", _bytes(body, head.body_length))
+            copy.kind = LARGE
+            copy.aux = head.body_length
+            copy.body_length = 0
+            fds = (*fds, own)
+        try:
+            if not peer.put(cython.address(copy), envelope, body, fds, self.clock):
+                if peer.state == NEW:
+                    self._introduce(peer)
+                if peer not in self.backlogged:
+                    self.backlogged.append(peer)
+            elif len(self.touched) == 0 or self.touched[-1] is not peer:
+                self.touched.append(peer)
+        except HostilePeer as error:
+            self._drop(peer, str(error))
+        finally:
+            if own >= 0:
+                os.close(own)
+
+    def _to_myself(
+        self,
+        route: Route,
+        head: cython.pointer(FrameHead),
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ):
+        payload = route.envelope + _bytes(body, head.body_length)
+        data: cython.p_char = payload
+        head.envelope_length = len(route.envelope)
+        self._deliver(
+            self.me,
+            head,
+            cython.cast(cython.pointer(cython.const[uint8_t]), data),
+            tuple([os.dup(fd) for fd in fds]),
+        )
+
+    # -- the bus itself ------------------------------------------------------------------------
+
+    def _call_bus(self, route: Route, type, serial, flags, body):
+        facts = route.facts
+        if type != CALL:
+            return  # the bus expects no signals and no replies
+        self._act(
+            self.driver.call(
+                drivers.Call(
+                    serial,
+                    flags,
+                    facts.path,
+                    facts.interface,
+                    facts.member,
+                    facts.signature,
+                    body,
+                    facts.big_endian,
+                    facts.destination,
+                )
+            )
+        )
+
+    def _act(self, actions):
+        for action in actions:
+            match action:
+                case drivers.Return():
+                    self._bus_message(
+                        RETURN, action.reply_serial, None, None, action.signature, action.body
+                    )
+                case drivers.Error():
+                    self._error(action.reply_serial, action.name, action.text)
+                case drivers.Signal():
+                    self._bus_message(
+                        SIGNAL,
+                        0,
+                        action.member,
+                        None,
+                        action.signature,
+                        action.body,
+                        action.destination,
+                    )
+                case drivers.Ask():
+                    token = action.token
+                    self._ask(
+                        action.request,
+                        lambda answer, fds, token=token: self._answer_driver(token, answer, fds),
+                    )
+
+    def _answer_driver(self, token, answer, fds):
+        snapshot = memfd.read(fds[0]) if fds else b""
+        try:
+            actions = self.driver.answer(token, answer, snapshot)
+        except (msgspec.MsgspecError, ReplicaError, TypeError) as error:
+            raise Gone(f"the broker talks nonsense: {error}") from None
+        if snapshot and not self.loaded:
+            self._loaded(snapshot)
+        self._act(actions)
+
+    def _loaded(self, snapshot):
+        """Hello was answered: we are somebody, and follow the log from the snapshot on."""
+        self.loaded = True
+        self.id = self.replica.me
+        connection = self.replica.connections.get(self.id)
+        self.me = Peer(self.id, f":1.{self.id}", connection)
+        self._follow(decode_snapshot(snapshot).position)
+
+    def _error(self, reply_serial, name, text):
+        self._bus_message(ERROR, reply_serial, None, name, "s", wire_body.string(text))
+
+    def _bus_message(
+        self, type, reply_serial, member, error_name, signature, body, destination=True
+    ):
+        """A message from the bus itself to our client."""
+        self.serial = (self.serial % 0xFFFFFFFF) + 1
+        mine = f":1.{self.id}" if self.loaded else None
+        header = wire_header.build(
+            ord("l"),
+            type,
+            0 if type == SIGNAL else NO_REPLY,
+            BUS_PATH if type == SIGNAL else None,
+            BUS_NAME if type == SIGNAL else None,
+            member,
+            error_name,
+            mine if destination else None,
+            BUS_NAME,
+            signature,
+            0,
+            reply_serial != 0,
+            reply_serial,
+            self.serial,
+            len(body),
+        )
+        message: bytes = header + body
+        data: cython.p_char = message
+        length: cython.size_t = len(message)
+        memcpy(self.output.reserve(length), data, length)
+        self.output.commit(length)
+
+    # -- activation ----------------------------------------------------------------------------
+
+    def _activate(self, route: Route, type, flags, raw, body, fds):
+        """Hold a message until its destination is started; its order among its kind is kept."""
+        name = route.activate
+        held = (route.facts, type, flags, raw, body, tuple([os.dup(fd) for fd in fds]))
+        waiting = self.activating.get(name)
+        if waiting is not None:
+            waiting.append(held)
+            return
+        self.activating[name] = [held]
+        self._ask(
+            entries.StartService(0, name, True), lambda answer, _: self._activated(name, answer)
+        )
+
+    def _activated(self, name, answer):
+        for facts, type, flags, raw, body, fds in self.activating.pop(name, ()):
+            head: FrameHead
+            source: cython.p_char = raw
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            wants_reply = type == CALL and not flags & NO_REPLY
+            if isinstance(answer, entries.Failure):
+                if wants_reply:
+                    self._error(head.serial, answer.error, answer.message)
+            else:
+                self._send_later(facts, wants_reply, raw, body, fds)
+            close_all(fds)
+
+    def _send_later(self, facts, wants_reply, raw, body: bytes, fds: tuple):
+        """Send a message that was held; its destination may have an owner now."""
+        head: FrameHead
+        source: cython.p_char = raw
+        data: cython.p_char = body
+        memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+        decision = self.router.decide(facts, NO_AUTO_START, len(fds), tuple)
+        if decision.error is not None:
+            if wants_reply:
+                self._error(head.serial, decision.error[0], decision.error[1])
+            return
+        route = Route()
+        route.envelope = envelopes.encode(facts)
+        peer = self._peer(decision.targets[0])
+        if wants_reply:
+            self.pending[head.serial] = peer.id
+        place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
+        if peer is self.me:
+            self._to_myself(route, cython.address(head), place, fds)
+        else:
+            self._send(peer, cython.address(head), route.envelope, place, fds)
+
+    # -- the broker ----------------------------------------------------------------------------
+
+    def _from_broker(self):
+        try:
+            self.line.flush()
+            while (received := self.line.receive()) is not None:
+                message, fds = received
+                if self.loaded:
+                    self._inbound()  # what a reply caused stands in the log before it
+                try:
+                    self._broker_says(message, fds)
+                finally:
+                    close_all(fds)
+        except LineError as error:
+            raise Gone(f"the broker broke a rule: {error}") from None
+
+    def _broker_says(self, message, fds):
+        match message:
+            case entries.Reply() | entries.Failure():
+                then = self.requests.pop(message.request, None)
+                if then is not None:
+                    then(message, fds)
+            case entries.Introduction():
+                self._introduced_by(message, fds)
+            case entries.Withdrawn():
+                peer = self.peers.get(message.peer)
+                if peer is not None:
+                    self._detach(peer)
+                    cython.cast(Peer, peer).again()
+
+    def _ask(self, request, then):
+        """Ask the broker; `then(answer, fds)` is called with its Reply or Failure."""
+        self._ask_with(request, (), then)
+
+    def _ask_with(self, request, fds, then):
+        self.request += 1
+        self.requests[self.request] = then
+        self.line.send(msgspec_replace(request, request=self.request), fds)
+
+    # -- introductions -------------------------------------------------------------------------
+
+    def _half(self, peer: Peer):
+        """Our half of an introduction: slots and descriptors; kept if the two halves cross."""
+        ring = Ring()
+        slot = self.status.take_slot()
+        peer.asked(ring, slot)
+        return [ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
+
+    def _introduce(self, peer: Peer):
+        if not self.loaded:
+            return
+        fds = self._half(peer)
+        self.introducing += 1
+        self._ask_with(
+            entries.Introduce(0, peer.id, peer.slot, 0),
+            fds,
+            lambda answer, fds: self._introduced(peer, answer, fds),
+        )
+
+    def _introduced(self, peer: Peer, answer, fds):
+        self.introducing -= 1
+        if peer.state != 1:  # the peer's own introduction came first, or the peer went
+            return
+        if isinstance(answer, entries.Failure):
+            self._refused(peer, answer)
+            return
+        if answer.value is None or len(fds) != 5:
+            return
+        self._meet(peer, answer.value[0], fds)
+
+    def _introduced_by(self, message, fds):
+        peer: Peer = self._peer(message.peer)
+        if peer.state == READY or peer.state == GONE:
+            raise Gone(f"the broker introduced {peer.name} twice")
+        if peer.state == NEW:
+            mine = self._half(peer)
+        else:
+            mine = [peer.ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
+        self.line.send(entries.Introduced(message.request, peer.slot, 0), mine)
+        self._meet(peer, message.slot, fds)
+
+    def _meet(self, peer: Peer, their_slot, fds):
+        """Map the peer's half. A half that breaks a rule is the peer's loss alone."""
+        ring_fd, doorbell, status_fd, _, side = fds
+        try:
+            reader = RingReader(ring_fd, self.status, peer.slot)
+            view = StatusView(status_fd)
+        except RingError as error:
+            self._say(f"refused the rings of {peer.name}: {error}")
+            peer.gone()
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(side))
+        peer.ready(reader, view, their_slot, os.dup(doorbell), sock)
+        peer.ring.close_fd()
+        self.merge.add(reader)
+        self.by_source[reader] = peer
+        if peer.backlog and peer not in self.backlogged:
+            self.backlogged.append(peer)
+
+    def _refused(self, peer: Peer, failure):
+        """No introduction: calls that waited for it are answered."""
+        self._fail_pending(peer, failure.error, failure.message)
+        self.status.free_slot(peer.slot)
+        peer.again()
+
+    def _fail_pending(self, peer: Peer, error, text):
+        id = peer.id
+        for serial in [each for each, callee in self.pending.items() if callee == id]:
+            del self.pending[serial]
+            self._error(serial, error, text)
+
+    def _detach(self, peer: Peer):
+        if peer.reader is not None:
+            self.merge.remove(peer.reader)
+            self.by_source.pop(peer.reader, None)
+            self.status.free_slot(peer.slot)
+
+    def _drop(self, peer: Peer, text):
+        """The peer's worker broke a rule: have nothing to do with it any more."""
+        self._say(f"dropped {peer.name}: {text}")
+        self._detach(peer)
+        self._fail_pending(peer, NO_REPLY_ERROR, DISCONNECTED_TEXT)
+        peer.gone()
+
+    def _say(self, text):
+        """A line for the admin: standard error is the bus's journal."""
+        try:
+            os.write(2, f"kbusd-worker: :1.{self.id}: {text}\n".encode(errors="replace"))
+        except OSError:
+            pass
+
+    # -- from the bus --------------------------------------------------------------------------
+
+    def _inbound(self) -> cython.void:
+        """Deliver what stands in the rings and in the log, in the order of their stamps."""
+        head: FrameHead
+        payload: cython.pointer(cython.const[uint8_t])
+        peer: Peer
+        if not self.loaded:
+            return
+        while self.merge.gather() > 0:
+            while True:
+                source = self.merge.next(cython.address(head), cython.address(payload))
+                if source is None:
+                    break
+                peer = self.by_source.get(source)
+                if peer is None:
+                    self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
+                else:
+                    try:
+                        self._deliver(peer, cython.address(head), payload, None)
+                    except HostilePeer as error:
+                        self._drop(peer, str(error))
+            self.merge.publish()
+
+    def _log_entry(self, raw):
+        entry = decode_entry(raw)
+        match entry:
+            case entries.ConnectionRemoved():
+                self.epoch += 1
+                peer = self.peers.pop(entry.id, None)
+                actions = self.driver.entry(entry)
+                if peer is not None:
+                    self._detach(peer)
+                    self._fail_pending(peer, NO_REPLY_ERROR, DISCONNECTED_TEXT)
+                    cython.cast(Peer, peer).gone()
+            case entries.NameOwnerChanged() | entries.MonitorAttached() | entries.PolicyChanged():
+                self.epoch += 1
+                actions = self.driver.entry(entry)
+            case _:
+                actions = self.driver.entry(entry)
+        self._act(actions)
+
+    def _deliver(
+        self,
+        peer: Peer,
+        head: cython.pointer(FrameHead),
+        payload: cython.pointer(cython.const[uint8_t]),
+        own_fds: tuple,
+    ) -> cython.void:
+        """One frame of a peer. Raises HostilePeer if it breaks a rule."""
+        template: Template
+        fds: tuple = () if own_fds is None else own_fds
+        count: cython.size_t = head.fds + (1 if head.kind == LARGE else 0)
+        if count and own_fds is None:
+            fds = peer.receive_fds(count)
+        if head.kind == REFUSED:
+            self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
+            return
+        if head.kind != MESSAGE and head.kind != LARGE:
+            close_all(fds)
+            raise HostilePeer(f"a frame of kind {head.kind}")
+        envelope = _bytes(payload, head.envelope_length)
+        key = envelope if not head.fds else (envelope, head.fds)
+        template = peer.templates.get(key)
+        if (
+            template is None
+            or template.epoch != self.epoch
+            or template.depends
+            or (template.broadcast and template.mine != self.replica.my_version)
+        ):
+            template = self._judge(
+                peer,
+                key,
+                envelope,
+                head.fds,
+                _bytes(payload + head.envelope_length, head.body_length),
+            )
+        if template.type == RETURN or template.type == ERROR:
+            if self.pending.get(head.reply_serial) != peer.id:
+                close_all(fds)
+                return  # nobody asked, or somebody else was asked
+            del self.pending[head.reply_serial]
+        if template.refusal is not None:
+            close_all(fds)
+            if template.type == CALL and not head.flags & NO_REPLY:
+                self._refuse(peer, head.serial, ACCESS_DENIED, template.refusal)
+            return
+        if template.broadcast and not template.subscribed:
+            close_all(fds)
+            return
+        if head.fds and not self.unix_fds:
+            close_all(fds)
+            if template.type == CALL and not head.flags & NO_REPLY:
+                self._refuse(peer, head.serial, NOT_SUPPORTED, NO_FDS_TEXT)
+            return
+        if self.output.pending > self.max_outgoing:
+            close_all(fds)
+            self._overflow(peer, template.type, head.serial, head.flags)
+            return
+        self._emit(template, head, payload + head.envelope_length, fds)
+
+    def _emit(
+        self,
+        template: Template,
+        head: cython.pointer(FrameHead),
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.void:
+        """Write a checked frame for our client: the header from the envelope, then the body."""
+        n: cython.size_t = template.header_length
+        length: cython.size_t = head.body_length
+        source: cython.p_char = template.header
+        signature: cython.p_char = template.signature
+        mapping: cython.pointer(uint8_t) = cython.NULL
+        place: cython.pointer(uint8_t)
+        code: cython.int
+        if head.kind == LARGE:
+            length = head.aux
+            mapping = _map_large(fds[len(fds) - 1], length)
+            os.close(fds[len(fds) - 1])
+            fds = fds[: len(fds) - 1]
+        if fds:
+            self.output.begin_with_fds(fds)
+        place = self.output.reserve(n if mapping != cython.NULL else n + length)
+        memcpy(place, source, n)
+        if mapping == cython.NULL:
+            memcpy(place + n, body, length)
+        code = check_body(
+            mapping if mapping != cython.NULL else place + n,
+            length,
+            cython.cast(cython.pointer(cython.const[uint8_t]), signature),
+            len(template.signature),
+            template.big_endian,
+            head.fds,
+        )
+        if code < 0:
+            if mapping != cython.NULL:
+                munmap(mapping, length)
+            raise HostilePeer(f"a body that breaks a rule: {wire_header.reason(code)}")
+        place[2] = head.flags
+        _store(place + 4, length, template.big_endian)
+        _store(place + 8, head.serial, template.big_endian)
+        if head.reply_serial:
+            _store(place + 20, head.reply_serial, template.big_endian)
+        if mapping != cython.NULL:
+            self.output.commit(n)
+            self.output.add_mapping(mapping, length, length)
+        else:
+            self.output.commit(n + length)
+
+    def _judge(self, peer: Peer, key, raw, fds, body) -> Template:
+        """Decode an envelope by type, check its names, ask policy and our match rules."""
+        try:
+            envelope = envelopes.decode(raw)
+            header = wire_header.build(
+                ord("B") if envelope.big_endian else ord("l"),
+                envelope.type,
+                0,
+                envelope.path,
+                envelope.interface,
+                envelope.member,
+                envelope.error_name,
+                envelope.destination,
+                peer.name,
+                envelope.signature,
+                fds,
+                envelope.type == RETURN or envelope.type == ERROR,
+                1,
+                1,
+                0,
+            )
+        except ValueError as error:
+            raise HostilePeer(f"an envelope that breaks a rule: {error}") from None
+        template = Template()
+        template.header = header
+        template.header_length = len(header)
+        template.signature = envelope.signature.encode()
+        template.type = envelope.type
+        template.big_endian = envelope.big_endian
+        template.epoch = self.epoch
+        template.mine = self.replica.my_version
+        template.refusal = self.router.admit(envelope, peer.connection, fds)
+        template.broadcast = envelope.destination is None
+        if template.broadcast:
+            if envelope.type != SIGNAL:
+                raise HostilePeer("a broadcast that is not a signal")
+            template.subscribed, template.depends = self.replica.receives(
+                SIGNAL,
+                peer.id,
+                envelope.path,
+                envelope.interface,
+                envelope.member,
+                lambda: wire_body.match_arguments(body, envelope.signature, envelope.big_endian),
+            )
+        if len(peer.templates) >= MAX_ROUTES:
+            peer.templates.clear()
+        peer.templates[key] = template
+        return template
+
+    def _refuse(self, peer: Peer, serial, error, text):
+        """Tell the sender's worker that its call was not delivered; it answers its client."""
+        head: FrameHead
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = REFUSED
+        head.reply_serial = serial
+        if peer is self.me:
+            self.pending.pop(serial, None)
+            self._error(serial, error, text)
+            return
+        self._send(peer, cython.address(head), encode_refusal((error, text)), cython.NULL, ())
+
+    def _peer_refused(self, peer: Peer, serial, raw):
+        if self.pending.get(serial) != peer.id:
+            return
+        del self.pending[serial]
+        try:
+            error, text = decode_refusal(raw)
+        except ValueError:
+            raise HostilePeer("a refusal that does not decode") from None
+        if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED):
+            raise HostilePeer(f"a refusal with the error {error!r}")
+        self._error(serial, error, text)
+
+    def _overflow(self, peer: Peer, type, serial, flags):
+        """Our client does not read: the sender of a call pays, a signal unread ends the client."""
+        if type == CALL and not flags & NO_REPLY:
+            self._refuse(
+                peer,
+                serial,
+                LIMITS_EXCEEDED,
+                "The destination's queue is full (limit max_outgoing_bytes)",
+            )
+        elif type != CALL:
+            raise Gone(
+                f"does not read: {self.output.pending} bytes wait for it, over the limit"
+                f" max_outgoing_bytes of {self.max_outgoing}"
+            )
+
+
+@cython.cfunc
+@cython.exceptval(cython.NULL)
+def _map_large(fd: cython.int, length: cython.size_t) -> cython.pointer(uint8_t):
+    """Map a large body; it must be sealed, so that it is what we check, and of the size told."""
+    try:
+        memfd.check_sealed(fd, length)
+    except RingError as error:
+        raise HostilePeer(str(error)) from None
+    where = mmap(cython.NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0)
+    if where == MAP_FAILED:
+        raise HostilePeer("a large body could not be mapped")
+    return cython.cast(cython.pointer(uint8_t), where)
+
+
+@cython.cfunc
+def _raw(head: cython.pointer(FrameHead)) -> bytes:
+    return _bytes(cython.cast(cython.pointer(uint8_t), head), cython.sizeof(FrameHead))
+
+
+def _with_serials(key: bytes, reply_at: int, big_endian: bool) -> bytes:
+    """A header whose varying parts were zeroed, made valid again so that it can be parsed."""
+    one = b"\0\0\0\1" if big_endian else b"\1\0\0\0"
+    key = key[:8] + one + key[12:]
+    if reply_at:
+        key = key[:reply_at] + one + key[reply_at + 4 :]
+    return key + bytes(-len(key) % 8)

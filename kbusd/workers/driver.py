@@ -1,0 +1,773 @@
+"""The bus driver, org.freedesktop.DBus, as one client sees it.
+
+Answers the client's calls from the worker's replica, turns changes into requests to the broker,
+and turns control-log entries into the signals that the client must get. Sans-IO: everything goes
+in as values and comes out as a list of actions, to be carried out in their order:
+
+    call(call)               a method call of the client to the driver (or to nobody)
+    answer(token, message)   the broker's Reply or Failure to an Ask
+    entry(entry)             the next entry of the control log; it is applied to the replica here
+    resync(snapshot)         in place of entries that were missed
+
+It trusts the replica (the broker's word) and nothing of the client; bodies must have been checked
+against their signature before. Policy on *sending* to the driver and on *receiving* from it is
+the caller's business, owning names is judged here.
+
+Order. While `busy`, an earlier call of the client has not taken effect yet: the caller must hold
+back what the client sends to others. Calls to the driver may go on coming in until `full`: those
+that read wait here until they can see what came before. StartServiceByName is never waited for,
+as it may take as long as a service likes.
+
+Reference: D-Bus specification, "Message Bus Messages"; texts, and what the specification leaves
+open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py compares them).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+from jeepney.low_level import Endianness, parse_signature
+
+from kbusd.rings.entries import (
+    ActivatableChanged,
+    AddMatch,
+    BecomeMonitor,
+    ConnectionAdded,
+    ConnectionRemoved,
+    Credentials,
+    Failure,
+    Hello,
+    ListQueuedOwners,
+    LogEntry,
+    MonitorAttached,
+    NameOwnerChanged,
+    ReleaseName,
+    ReloadConfig,
+    RemoveMatch,
+    Reply,
+    Request,
+    RequestName,
+    Snapshot,
+    StartService,
+    Statistics,
+    UpdateEnvironment,
+)
+from kbusd.wire import match, names
+from kbusd.workers import errors
+from kbusd.workers.introspection import (
+    BUS,
+    BUS_PATH,
+    INTERFACES,
+    MONITORING,
+    PEER,
+    STATS,
+    Method,
+    introspect,
+)
+from kbusd.workers.replica import (
+    BUS_ID,
+    BUS_NAME,
+    NOBODY,
+    SIGNAL,
+    Connection,
+    Replica,
+    unique_name,
+)
+
+NO_REPLY_EXPECTED = 1
+ALREADY_RUNNING = 2
+MAX_UNFINISHED = 128  # calls of one client; each may hold a match rule or a name
+
+_MAX_U32 = 0xFFFFFFFF
+_decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+
+
+class Call(NamedTuple):
+    """A method call whose header and body have been checked. `destination` None: to nobody."""
+
+    serial: int
+    flags: int
+    path: str
+    interface: str | None
+    member: str
+    signature: str
+    body: bytes
+    big_endian: bool
+    destination: str | None
+
+
+class Return(NamedTuple):
+    """Send a method return (body little-endian)."""
+
+    reply_serial: int
+    signature: str = ""
+    body: bytes = b""
+
+
+class Error(NamedTuple):
+    """Send an error with one string."""
+
+    reply_serial: int
+    name: str
+    text: str
+
+
+class Signal(NamedTuple):
+    """Send a signal of the bus (path BUS_PATH, interface BUS_NAME, body little-endian).
+
+    Every worker makes its own client's copy of these, a monitor's worker the monitor's: they are
+    not to be published or copied to others."""
+
+    member: str
+    signature: str
+    body: bytes
+    destination: str | None
+
+
+class Token(NamedTuple):
+    """What an Ask is about; give it back with the answer."""
+
+    call: Call
+    request: Request
+    held: bool
+
+
+class Ask(NamedTuple):
+    """Send `request`, numbered by the caller, to the broker, and call `answer(token, reply)`."""
+
+    request: Request
+    token: Token
+
+
+Action = Return | Error | Signal | Ask
+
+
+class Owning(Protocol):
+    """The part of policy/decide.py's ClientPolicy that is asked here."""
+
+    def can_own(self, name: str) -> Any: ...
+
+
+class Bus(NamedTuple):
+    """What the driver says of the bus itself. `system`: no environment for services from clients.
+
+    `owner` is the uid that the bus belongs to, `pid` the process that was started as the bus."""
+
+    guid: str
+    machine_id: str
+    owner: int
+    pid: int
+    system: bool = False
+    systemd_activation: bool = False
+    apparmor: bool = False
+    selinux: bool = False
+    label: bytes = b""
+
+
+class Refusal(Exception):
+    """A call cannot be granted; becomes an Error."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(name, text)
+        self.name = name
+        self.text = text
+
+
+class Driver:
+    """One client's view of org.freedesktop.DBus. `policy` may be replaced at any time.
+
+    `pending`: how many changes of the client the broker has not confirmed yet. `traffic` gives
+    further numbers of the client's own connection for GetConnectionStats."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        bus: Bus,
+        credentials: Credentials,
+        policy: Owning | None = None,
+        traffic: Callable[[], Mapping[str, int]] | None = None,
+    ) -> None:
+        self.replica = replica
+        self.bus = bus
+        self.credentials = credentials
+        self.policy = policy
+        self.pending = 0
+        self._traffic = traffic
+        self._waiting: deque[Call] = deque()
+        self._held_back: list[Action] | None = None
+        self._hello_asked = False
+
+    @property
+    def me(self) -> int:
+        """The client's id; 0 before Hello was answered."""
+        return self.replica.me
+
+    @property
+    def name(self) -> str:
+        """The client's unique name as messages to it must be addressed."""
+        return unique_name(self.me) if self.me else errors.NOT_ACTIVE_YET
+
+    @property
+    def busy(self) -> bool:
+        """Whether something that the client did has not taken effect yet."""
+        return self.pending > 0 or bool(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many calls wait that the client should not be read from for now."""
+        return self.pending + len(self._waiting) >= MAX_UNFINISHED
+
+    # -- calls -------------------------------------------------------------------------------
+
+    def call(self, call: Call) -> list[Action]:
+        """What to do about a method call. The replica must have caught up with the log."""
+        if call.destination is None:
+            return self._finish(call, self._call_to_nobody)
+        if self._waiting or (self._hello_asked and not self.me):
+            self._waiting.append(call)
+            return []
+        return self._start(call)
+
+    def _start(self, call: Call) -> list[Action]:
+        """Carry out a call. One that needs no broker must not overtake those that still do."""
+        unconfirmed = self.pending
+        actions = self._finish(call, self._carry_out)
+        if unconfirmed and not (actions and isinstance(actions[0], Ask)):
+            self._waiting.append(call)
+            return []
+        return actions
+
+    def _finish(
+        self, call: Call, function: Callable[[Call], Ask | tuple[Any, ...]]
+    ) -> list[Action]:
+        try:
+            result = function(call)
+        except Refusal as refusal:
+            return self._error(call, refusal.name, refusal.text)
+        if isinstance(result, Ask):
+            return [result]
+        return self._return(call, *result)
+
+    def _return(self, call: Call, signature: str = "", *values: Any) -> list[Action]:
+        if call.flags & NO_REPLY_EXPECTED:
+            return []
+        return [Return(call.serial, signature, _serialise(signature, values))]
+
+    def _error(self, call: Call, name: str, text: str) -> list[Action]:
+        if call.flags & NO_REPLY_EXPECTED:
+            return []
+        return [Error(call.serial, name, text)]
+
+    def _call_to_nobody(self, call: Call) -> tuple[Any, ...]:
+        """A call without a destination: the bus is only the other end of the socket here."""
+        if call.interface == PEER:
+            if call.member == "Ping":
+                return ("",)
+            if call.member == "GetMachineId":
+                return ("s", self.bus.machine_id)
+            raise Refusal(errors.UNKNOWN_METHOD, f"Unknown method invoked on {PEER} interface")
+        interface = call.interface if call.interface is not None else "(null)"
+        raise Refusal(
+            errors.UNKNOWN_METHOD,
+            f'Method "{call.member}" with signature "{call.signature}" on interface'
+            f' "{interface}" doesn\'t exist\n',
+        )
+
+    def _method(self, call: Call) -> Method:
+        """The method that is called. Raises Refusal if there is none or not like this."""
+        is_hello = call.member == "Hello" and call.interface in (None, BUS)
+        if not self.me and not is_hello:
+            raise Refusal(errors.ACCESS_DENIED, errors.NOT_REGISTERED)
+        canonical = call.path == BUS_PATH
+        known = False
+        for name, interface in INTERFACES.items():
+            if call.interface is not None and call.interface != name:
+                continue
+            if not (canonical or interface.anywhere):
+                continue
+            known = True
+            method = interface.methods.get(call.member)
+            if method is None:
+                continue
+            if method.privileged and self.credentials.uid not in (0, self.bus.owner):
+                raise Refusal(errors.ACCESS_DENIED, self._not_privileged(call.member))
+            if not (canonical or method.anywhere):
+                raise Refusal(
+                    errors.ACCESS_DENIED,
+                    f"Method '{call.member}' is only available at the canonical object path"
+                    f" '{BUS_PATH}'",
+                )
+            if call.signature != method.signature:
+                raise Refusal(
+                    errors.INVALID_ARGS,
+                    f"Call to {call.member} has wrong args ({call.signature},"
+                    f" expected {method.signature})\n",
+                )
+            return method
+        raise Refusal(
+            errors.UNKNOWN_METHOD if known else errors.UNKNOWN_INTERFACE,
+            f"{BUS_NAME} does not understand message {call.member}",
+        )
+
+    def _not_privileged(self, member: str) -> str:
+        uid, pid, label = self.credentials.uid, self.credentials.pid, self.credentials.label
+        who = f"uid={uid} pid={pid}"
+        if label:
+            who += f' label="{_text(label)}"'
+        return f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}"
+
+    def _carry_out(self, call: Call) -> Ask | tuple[Any, ...]:
+        """Answer from the replica, or ask the broker. Raises Refusal."""
+        method = self._method(call)
+        match call.member, _arguments(call, method):
+            case "Hello", []:
+                if self.me or self._hello_asked:
+                    raise Refusal(errors.FAILED, "Already handled an Hello message")
+                self._hello_asked = True
+                return self._ask(call, Hello(0))
+            case "RequestName", [str(name), int(flags)]:
+                self._check_request(name)
+                return self._ask(call, RequestName(0, name, flags))
+            case "ReleaseName", [str(name)]:
+                _check_release(name)
+                return self._ask(call, ReleaseName(0, name))
+            case "StartServiceByName", [str(name), int(_)]:
+                if name not in self.replica.activatable or name == BUS_NAME:
+                    raise Refusal(errors.SERVICE_UNKNOWN, errors.no_service(name))
+                if self.replica.owner(name) is not None:
+                    return "u", ALREADY_RUNNING
+                return self._ask(call, StartService(0, name, auto=False), held=False)
+            case "UpdateActivationEnvironment", [dict(variables)]:
+                if self.bus.system:
+                    raise Refusal(
+                        errors.ACCESS_DENIED,
+                        "Cannot change activation environment on a system bus.",
+                    )
+                return self._ask(call, UpdateEnvironment(0, variables))
+            case "NameHasOwner", [str(name)]:
+                return "b", self.replica.owner(name) is not None
+            case "ListNames", []:
+                unique = (each.name for each in self.replica.connections.values())
+                return "as", [BUS_NAME, *self.replica.names, *unique]
+            case "ListActivatableNames", []:
+                listed = (name for name in self.replica.activatable if name != BUS_NAME)
+                return "as", [BUS_NAME, *listed]
+            case "AddMatch", [str(rule)]:
+                _check_rule(rule)
+                return self._ask(call, AddMatch(0, rule))
+            case "RemoveMatch", [str(rule)]:
+                _check_rule(rule)
+                return self._ask(call, RemoveMatch(0, rule))
+            case "GetNameOwner", [str(name)]:
+                owner = self.replica.owner(name)
+                if owner is None:
+                    raise _nobody("owner", name)
+                return "s", unique_name(owner)
+            case "ListQueuedOwners", [str(name)]:
+                owner = self.replica.owner(name)
+                if owner is None:
+                    raise _nobody("owners", name)
+                if owner == BUS_ID or name.startswith(":"):
+                    return "as", [unique_name(owner)]
+                return self._ask(call, ListQueuedOwners(0, name))
+            case "GetConnectionUnixUser", [str(name)]:
+                connection = self._connection(name, "UID")
+                return "u", connection.credentials.uid if connection else self.bus.owner
+            case "GetConnectionUnixProcessID", [str(name)]:
+                connection = self._connection(name, "PID")
+                pid = connection.credentials.pid if connection else self.bus.pid
+                if pid <= 0:
+                    raise Refusal(
+                        errors.UNIX_PROCESS_ID_UNKNOWN, f"Could not determine PID for '{name}'"
+                    )
+                return "u", pid
+            case "GetAdtAuditSessionData", [str(name)]:
+                self._connection(name, "audit session data")
+                raise Refusal(
+                    errors.ADT_AUDIT_DATA_UNKNOWN,
+                    f"Could not determine audit session data for '{name}'",
+                )
+            case "GetConnectionSELinuxSecurityContext", [str(name)]:
+                connection = self._connection(name, "security context")
+                label = connection.credentials.label if connection else self.bus.label
+                if not (self.bus.selinux and label):
+                    raise Refusal(
+                        errors.SELINUX_CONTEXT_UNKNOWN,
+                        f"Could not determine security context for '{name}'",
+                    )
+                return "ay", label.rstrip(b"\0")
+            case "GetConnectionCredentials", [str(name)]:
+                return "a{sv}", self._credentials(self._connection(name, "credentials"))
+            case "ReloadConfig", []:
+                return self._ask(call, ReloadConfig(0))
+            case "GetId", []:
+                return "s", self.bus.guid
+            case "Get", [str(interface), str(member)]:
+                return "v", self._property(interface, member)
+            case "GetAll", [str(interface)]:
+                return "a{sv}", self._properties(interface)
+            case "Set", [str(interface), str(member)]:
+                self._property(interface, member)
+                raise Refusal(
+                    errors.PROPERTY_READ_ONLY, f"Property '{interface}.{member}' cannot be set"
+                )
+            case "Introspect", []:
+                return "s", introspect(call.path)
+            case "BecomeMonitor", [list(rules), int(flags)]:
+                if flags:
+                    raise Refusal(
+                        errors.INVALID_ARGS, "BecomeMonitor does not support any flags yet"
+                    )
+                for rule in rules:
+                    _check_rule(rule)
+                self._held_back = []
+                return self._ask(call, BecomeMonitor(0, tuple(rules)))
+            case "GetStats", []:
+                return self._ask(call, Statistics(0))
+            case "GetConnectionStats", [str(name)]:
+                return "a{sv}", self._connection_statistics(name)
+            case "GetAllMatchRules", []:
+                return "a{sas}", self._match_rules()
+            case "GetMachineId", []:
+                return "s", self.bus.machine_id
+            case "Ping", []:
+                return ("",)
+        raise AssertionError(f"{call.member} is in the table of methods, but is not done here")
+
+    def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask:
+        self.pending += held
+        return Ask(request, Token(call, request, held))
+
+    def _check_request(self, name: str) -> None:
+        if not names.is_bus_name(name):
+            raise Refusal(errors.INVALID_ARGS, f'Requested bus name "{name}" is not valid')
+        if name.startswith(":"):
+            raise Refusal(
+                errors.INVALID_ARGS,
+                f"Cannot acquire a service starting with ':' such as \"{name}\"",
+            )
+        if name == BUS_NAME:
+            raise Refusal(
+                errors.INVALID_ARGS,
+                f'Connection "{self.name}" is not allowed to own the service "{name}"because it'
+                " is reserved for D-Bus' use only",
+            )
+        if self.policy is not None and not self.policy.can_own(name).allowed:
+            raise Refusal(
+                errors.ACCESS_DENIED,
+                f'Connection "{self.name}" is not allowed to own the service "{name}" due to'
+                " security policies in the configuration file",
+            )
+
+    def _connection(self, name: str, what: str) -> Connection | None:
+        """The owner of `name`, None for the bus itself. Raises Refusal if there is none."""
+        owner = self.replica.owner(name)
+        if owner is None:
+            raise _nobody(what, name)
+        return None if owner == BUS_ID else self.replica.connections[owner]
+
+    def _credentials(self, connection: Connection | None) -> dict[str, tuple[str, Any]]:
+        if connection is None:
+            found: dict[str, tuple[str, Any]] = {
+                "ProcessID": ("u", self.bus.pid),
+                "UnixUserID": ("u", self.bus.owner),
+            }
+            label = self.bus.label
+        else:
+            credentials = connection.credentials
+            found = {}
+            if credentials.pid > 0:
+                found["ProcessID"] = ("u", credentials.pid)
+            found["UnixUserID"] = ("u", credentials.uid)
+            groups = sorted({credentials.gid, *credentials.groups})
+            found["UnixGroupIDs"] = ("au", groups)
+            label = credentials.label
+        if label:
+            found["LinuxSecurityLabel"] = ("ay", label.rstrip(b"\0") + b"\0")
+        return found
+
+    # -- properties and statistics -----------------------------------------------------------
+
+    def _properties(self, interface: str) -> dict[str, tuple[str, Any]]:
+        if interface not in INTERFACES:
+            raise Refusal(errors.UNKNOWN_INTERFACE, f'Interface "{interface}" not found')
+        if interface != BUS:
+            return {}
+        features = ["ActivatableServicesChanged"]
+        if self.bus.apparmor:
+            features.append("AppArmor")
+        features.append("HeaderFiltering")
+        if self.bus.selinux:
+            features.append("SELinux")
+        if self.bus.systemd_activation:
+            features.append("SystemdActivation")
+        return {"Features": ("as", features), "Interfaces": ("as", [MONITORING, STATS])}
+
+    def _property(self, interface: str, member: str) -> tuple[str, Any]:
+        try:
+            return self._properties(interface)[member]
+        except KeyError:
+            raise Refusal(
+                errors.UNKNOWN_PROPERTY, f'Property "{interface}.{member}" not found'
+            ) from None
+
+    def _bus_statistics(self, reported: Mapping[str, int]) -> dict[str, tuple[str, Any]]:
+        replica = self.replica
+        numbers: dict[str, int] = {
+            "Serial": 0,
+            "ActiveConnections": len(replica.connections) + len(replica.monitors),
+            "BusNames": len(replica.connections) + len(replica.names),
+            "MatchRules": replica.match_rules(),
+        }
+        numbers.update(reported)
+        return {key: _number(value) for key, value in numbers.items()}
+
+    def _connection_statistics(self, name: str) -> dict[str, tuple[str, Any]]:
+        if name == BUS_NAME:
+            raise Refusal(
+                errors.INVALID_ARGS,
+                f'GetConnectionStats is not meaningful for the message bus "{name}" itself',
+            )
+        connection = self._connection(name, "statistics")
+        assert connection is not None
+        found: dict[str, tuple[str, Any]] = {
+            "UniqueName": ("s", connection.name),
+            "Serial": ("u", 0),
+            "MatchRules": _number(len(connection.matches)),
+            "BusNames": _number(1 + len(connection.names)),
+        }
+        if connection.id == self.me and self._traffic is not None:
+            for key, value in self._traffic().items():
+                found[key] = _number(value)
+        return found
+
+    def _match_rules(self) -> dict[str, list[str]]:
+        return {
+            connection.name: [str(watch.rule) for watch in connection.matches]
+            for connection in self.replica.connections.values()
+        }
+
+    # -- the broker's answers ----------------------------------------------------------------
+
+    def answer(
+        self, token: Token, message: Reply | Failure, snapshot: bytes = b""
+    ) -> list[Action]:
+        """What to do when the broker has answered; `snapshot` is what came with Hello's reply.
+
+        All log entries that the request caused must have been given to `entry` before, except
+        for Hello: there the log is read from the snapshot's position on, afterwards.
+        Raises msgspec.MsgspecError, ReplicaError or TypeError if the broker talks nonsense."""
+        self.pending -= token.held
+        call = token.call
+        if isinstance(message, Failure):
+            if isinstance(token.request, Hello):
+                self._hello_asked = False
+            actions = self._error(call, message.error, message.message)
+        else:
+            actions = self._confirmed(call, token.request, message.value, snapshot)
+        if isinstance(token.request, BecomeMonitor) and self._held_back is not None:
+            actions += self._held_back
+            self._held_back = None
+        while self._waiting and not self.pending:
+            actions += self._start(self._waiting.popleft())
+        return actions
+
+    def _confirmed(
+        self, call: Call, request: Request, value: Any, snapshot: bytes
+    ) -> list[Action]:
+        match request:
+            case Hello():
+                self.replica.me = _id(value)
+                self.replica.load(_decode_snapshot(snapshot))
+                return [
+                    *self._return(call, "s", self.name),
+                    self._signal("NameAcquired", self.name, destination=self.name),
+                ]
+            case RequestName() | ReleaseName() | StartService():
+                return self._return(call, "u", _code(value))
+            case ListQueuedOwners():
+                owners = msgspec.convert(value, list[int])
+                return self._return(call, "as", [unique_name(id) for id in owners])
+            case Statistics():
+                reported = msgspec.convert(value, dict[str, int])
+                return self._return(call, "a{sv}", self._bus_statistics(reported))
+            case _:
+                return self._return(call)
+
+    # -- the log -----------------------------------------------------------------------------
+
+    def entry(self, entry: LogEntry) -> list[Action]:
+        """Apply the entry to the replica; the signals that the client gets for it, in order.
+
+        Raises ReplicaError if the log contradicts itself."""
+        replica = self.replica
+        signals: list[Signal | None] = []
+        match entry:
+            case NameOwnerChanged(name, old, new):
+                signals = self._owner_changed(name, old, new)
+            case ConnectionAdded(id):
+                if id != self.me:
+                    signals = self._owner_changed(unique_name(id), NOBODY, id)
+            case ConnectionRemoved(id) | MonitorAttached(id):
+                if id in replica.connections:
+                    signals = self._owner_changed(unique_name(id), id, NOBODY)
+            case ActivatableChanged():
+                signals = [self._broadcast("ActivatableServicesChanged")]
+        replica.apply(entry)
+        sent: list[Action] = [signal for signal in signals if signal is not None]
+        if self._held_back is not None:
+            self._held_back += sent
+            return []
+        return sent
+
+    def resync(self, snapshot: bytes) -> list[Action]:
+        """Go on from a snapshot after entries were missed; the signals that make up for them.
+
+        Changes that have been undone since are left out. Raises MsgspecError or ReplicaError."""
+        replica = self.replica
+        old_names, old_ids = dict(replica.names), set(replica.connections)
+        old_activatable = replica.activatable
+        state = _decode_snapshot(snapshot)
+        replica.load(state)
+        signals: list[Signal | None] = []
+        for id in sorted(replica.connections.keys() - old_ids - {self.me}):
+            signals += self._owner_changed(unique_name(id), NOBODY, id)
+        for name in sorted(old_names.keys() | replica.names.keys()):
+            old, new = old_names.get(name, NOBODY), replica.names.get(name, NOBODY)
+            if old != new:
+                signals += self._owner_changed(name, old, new)
+        for id in sorted(old_ids - replica.connections.keys()):
+            signals += self._owner_changed(unique_name(id), id, NOBODY)
+        if replica.activatable != old_activatable:
+            signals.append(self._broadcast("ActivatableServicesChanged"))
+        return [signal for signal in signals if signal is not None]
+
+    def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
+        """The order is dbus-daemon's: the loser first, then everybody, then the winner."""
+        return [
+            self._unicast("NameLost", name, old),
+            self._broadcast(
+                "NameOwnerChanged",
+                name,
+                unique_name(old) if old else "",
+                unique_name(new) if new else "",
+            ),
+            self._unicast("NameAcquired", name, new),
+        ]
+
+    def _unicast(self, member: str, name: str, receiver: int) -> Signal | None:
+        if receiver == NOBODY:
+            return None
+        destination = unique_name(receiver)
+        if receiver == self.me or self._monitored(member, destination, (name,)):
+            return self._signal(member, name, destination=destination)
+        return None
+
+    def _broadcast(self, member: str, *values: str) -> Signal | None:
+        subscribed, _ = self.replica.receives(
+            SIGNAL, BUS_ID, BUS_PATH, BUS_NAME, member, lambda: _match_arguments(values)
+        )
+        if subscribed or self._monitored(member, None, values):
+            return self._signal(member, *values, destination=None)
+        return None
+
+    def _monitored(
+        self, member: str, destination: str | None, values: Sequence[str]
+    ) -> bool:
+        """Whether the client is a monitor that wants to see this signal."""
+        if self.me not in self.replica.monitors:
+            return False
+        return self.replica.monitor_sees(
+            self.me,
+            SIGNAL,
+            BUS_ID,
+            destination,
+            BUS_PATH,
+            BUS_NAME,
+            member,
+            lambda: _match_arguments(values),
+        )
+
+    def _signal(self, member: str, *values: str, destination: str | None) -> Signal:
+        signature = "s" * len(values)
+        return Signal(member, signature, _serialise(signature, values), destination)
+
+
+def _check_release(name: str) -> None:
+    if not names.is_bus_name(name):
+        raise Refusal(errors.INVALID_ARGS, f'Given bus name "{name}" is not valid')
+    if name.startswith(":"):
+        raise Refusal(
+            errors.INVALID_ARGS, f"Cannot release a service starting with ':' such as \"{name}\""
+        )
+    if name == BUS_NAME:
+        raise Refusal(
+            errors.INVALID_ARGS, f"Cannot release the {name} service because it is owned by the bus"
+        )
+
+
+def _check_rule(text: str) -> None:
+    try:
+        match.parse(text)
+    except ValueError as error:
+        raise Refusal(errors.MATCH_RULE_INVALID, str(error)) from None
+
+
+def _nobody(what: str, name: str) -> Refusal:
+    return Refusal(errors.NAME_HAS_NO_OWNER, f"Could not get {what} of name '{name}': no such name")
+
+
+def _number(value: int) -> tuple[str, int]:
+    return ("u", value) if 0 <= value <= _MAX_U32 else ("t", max(value, 0))
+
+
+def _text(label: bytes) -> str:
+    return label.rstrip(b"\0").decode("ascii", "replace")
+
+
+def _id(value: object) -> int:
+    """The id in Hello's reply. Raises TypeError."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, int) or value <= NOBODY:
+        raise TypeError(f"the broker answered Hello with {value!r}")
+    return value
+
+
+def _code(value: object) -> int:
+    """A result code of the broker. Raises TypeError."""
+    if not isinstance(value, int) or not 0 <= value <= _MAX_U32:
+        raise TypeError(f"the broker answered with {value!r} in place of a result code")
+    return value
+
+
+@lru_cache(maxsize=64)
+def _types(signature: str) -> tuple[Any, ...]:
+    """jeepney's codec of each argument in `signature` (ours, never a client's)."""
+    rest = list(signature)
+    types = []
+    while rest:
+        types.append(parse_signature(rest))
+    return tuple(types)
+
+
+def _arguments(call: Call, method: Method) -> list[Any]:
+    """The values in a checked body, up to the first variant: no method looks at one."""
+    endianness = Endianness.big if call.big_endian else Endianness.little
+    values: list[Any] = []
+    position = 0
+    for codec in _types(method.signature.partition("v")[0]):
+        value, position = codec.parse_data(call.body, position, endianness)
+        values.append(value)
+    return values
+
+
+def _serialise(signature: str, values: Sequence[Any]) -> bytes:
+    body = b""
+    for codec, value in zip(_types(signature), values, strict=True):
+        body += codec.serialise(value, len(body), Endianness.little)
+    return body

@@ -1,0 +1,15 @@
+from libc.stdint cimport uint8_t
+
+cdef class Input:
+    cdef uint8_t *data
+    cdef size_t start, end, capacity
+    cdef list fds
+    cdef uint8_t *large
+    cdef size_t large_have, large_need
+    cdef readonly int large_fd
+    cdef int receive(self, int fd) except -2
+    cdef void make_room(self, size_t total) except *
+    cdef void begin_large(self, size_t header, size_t body) except *
+    cdef void end_large(self) except *
+    cdef tuple take_fds(self, size_t count)
+    cdef int _take(self, uint8_t *control, size_t length) except -2

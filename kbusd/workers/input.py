@@ -1,0 +1,202 @@
+# cython: boundscheck=False
+"""What a client has sent and we have not handled yet: bytes, and the descriptors beside them.
+
+All of it is hostile. A buffer holds the messages as they came; the body of a large message goes
+straight from the socket into a memfd, which the receiver's worker will map. Nothing here blocks.
+"""
+
+import fcntl
+import os
+
+import cython
+from cython.cimports.kbusd.workers.libc import (
+    CMSG_DATA,
+    CMSG_FIRSTHDR,
+    CMSG_LEN,
+    CMSG_NXTHDR,
+    EAGAIN,
+    EINTR,
+    MAP_FAILED,
+    MAP_POPULATE,
+    MAP_SHARED,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    MSG_DONTWAIT,
+    PROT_READ,
+    PROT_WRITE,
+    SCM_RIGHTS,
+    SOL_SOCKET,
+    cmsghdr,
+    errno,
+    iovec,
+    mmap,
+    msghdr,
+    munmap,
+    recvmsg,
+)
+from cython.cimports.libc.stdint import uint8_t
+from cython.cimports.libc.stdlib import free, malloc
+from cython.cimports.libc.string import memcpy, memmove, memset
+
+BUFFER = cython.declare(cython.size_t, 65536)
+MAX_PENDING_FDS = cython.declare(cython.size_t, 1024)
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+@cython.cclass
+class Input:
+    """The bytes from `start` to `end` of `data` are unread; `large` is a body being received."""
+
+    def __cinit__(self):
+        self.capacity = BUFFER
+        self.data = cython.cast(cython.pointer(uint8_t), malloc(BUFFER))
+        if self.data == cython.NULL:
+            raise MemoryError
+        self.start = self.end = 0
+        self.fds = []
+        self.large = cython.NULL
+        self.large_fd = -1
+
+    def __dealloc__(self):
+        free(self.data)
+        if self.large != cython.NULL:
+            munmap(self.large, self.large_need)
+
+    def feed(self, data: bytes, fds: list) -> None:
+        """Take over what the authentication has read too much."""
+        self.make_room(len(data))
+        source: cython.p_char = data
+        memcpy(self.data + self.end, source, len(data))
+        self.end += len(data)
+        self.fds.extend(fds)
+
+    def receive(self, fd: cython.int) -> cython.int:
+        """One recvmsg(2): 1 something came, 0 nothing now, -1 the client is gone or broke a rule
+        of descriptor passing."""
+        vector: iovec
+        header: msghdr
+        control: uint8_t[1064]
+        got: cython.Py_ssize_t
+        if self.large != cython.NULL:
+            vector.iov_base = self.large + self.large_have
+            vector.iov_len = self.large_need - self.large_have
+        else:
+            if self.start == self.end:
+                self.start = self.end = 0
+            elif self.end == self.capacity and self.start:
+                memmove(self.data, self.data + self.start, self.end - self.start)
+                self.end -= self.start
+                self.start = 0
+            if self.end == self.capacity:
+                return 0
+            vector.iov_base = self.data + self.end
+            vector.iov_len = self.capacity - self.end
+        memset(cython.address(header), 0, cython.sizeof(msghdr))
+        header.msg_iov = cython.address(vector)
+        header.msg_iovlen = 1
+        header.msg_control = control
+        header.msg_controllen = 1064
+        got = recvmsg(fd, cython.address(header), MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+        if got < 0:
+            return 0 if errno == EAGAIN or errno == EINTR else -1
+        if header.msg_controllen and self._take(control, header.msg_controllen) < 0:
+            return -1
+        if header.msg_flags & MSG_CTRUNC or got == 0:
+            return -1
+        if self.large != cython.NULL:
+            self.large_have += got
+        else:
+            self.end += got
+        return 1
+
+    def _take(self, control: cython.pointer(uint8_t), length: cython.size_t) -> cython.int:
+        header: msghdr
+        block: cython.pointer(cmsghdr)
+        numbers: cython.pointer(cython.int)
+        count: cython.size_t
+        i: cython.size_t
+        header.msg_control = control
+        header.msg_controllen = length
+        block = CMSG_FIRSTHDR(cython.address(header))
+        while block != cython.NULL:
+            if block.cmsg_level == SOL_SOCKET and block.cmsg_type == SCM_RIGHTS:
+                count = (block.cmsg_len - CMSG_LEN(0)) // 4
+                numbers = cython.cast(cython.pointer(cython.int), CMSG_DATA(block))
+                for i in range(count):
+                    self.fds.append(numbers[i])
+            block = CMSG_NXTHDR(cython.address(header), block)
+        return -1 if cython.cast(cython.size_t, len(self.fds)) > MAX_PENDING_FDS else 0
+
+    def make_room(self, total: cython.size_t) -> cython.void:
+        """See to it that a message of `total` bytes fits behind `start`."""
+        data: cython.pointer(uint8_t)
+        capacity: cython.size_t = self.capacity
+        if self.capacity - self.start >= total:
+            if self.start == self.end and self.capacity > BUFFER and total <= BUFFER:
+                capacity = BUFFER  # a buffer that grew for one message is given back
+            else:
+                return
+        elif total > capacity:
+            capacity = total
+        data = cython.cast(cython.pointer(uint8_t), malloc(capacity))
+        if data == cython.NULL:
+            raise MemoryError
+        memcpy(data, self.data + self.start, self.end - self.start)
+        free(self.data)
+        self.data = data
+        self.capacity = capacity
+        self.end -= self.start
+        self.start = 0
+
+    def begin_large(self, header: cython.size_t, body: cython.size_t) -> cython.void:
+        """The message at `start` has `body` bytes behind its header: receive them into a memfd.
+
+        Raises OSError when there is no memory or no descriptor for it."""
+        have: cython.size_t = self.end - self.start - header
+        fd = os.memfd_create("kbusd-body", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, body)
+            where = mmap(
+                cython.NULL, body, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0
+            )
+            if where == MAP_FAILED:
+                raise OSError(errno, "mmap")
+        except OSError:
+            os.close(fd)
+            raise
+        self.large_fd = fd
+        self.large = cython.cast(cython.pointer(uint8_t), where)
+        memcpy(self.large, self.data + self.start + header, have)
+        self.large_have = have
+        self.large_need = body
+        self.end = self.start + header
+
+    def end_large(self) -> cython.void:
+        """Unmap the large body and seal it; `large_fd` is the caller's from now on."""
+        munmap(self.large, self.large_need)
+        self.large = cython.NULL
+        fcntl.fcntl(self.large_fd, fcntl.F_ADD_SEALS, _SEALS)
+
+    def take_large(self) -> int:
+        """The sealed body's descriptor, the caller's from now on."""
+        fd = self.large_fd
+        self.large_fd = -1
+        return fd
+
+    def take_fds(self, count: cython.size_t) -> tuple:
+        """The first `count` pending descriptors."""
+        taken = tuple(self.fds[:count])
+        del self.fds[:count]
+        return taken
+
+    def pending_fds(self) -> int:
+        return len(self.fds)
+
+    def close(self) -> None:
+        """Close what was never taken."""
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+        if self.large_fd >= 0:
+            os.close(self.large_fd)
+            self.large_fd = -1

@@ -1,0 +1,203 @@
+# cython: boundscheck=False
+"""What a client is still to be sent: bytes, descriptors and mapped payloads, in order.
+
+Small messages are written side by side into one buffer and leave with one sendmsg(2). A message
+with descriptors starts a segment of its own, since descriptors travel with a first byte. A large
+payload is sent from its mapping, without a copy. Owns what is put into it; nothing here blocks.
+"""
+
+import os
+from collections import deque
+
+import cython
+from cython.cimports.kbusd.workers.libc import (
+    CMSG_DATA,
+    CMSG_FIRSTHDR,
+    CMSG_LEN,
+    CMSG_SPACE,
+    EAGAIN,
+    EINTR,
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    SCM_RIGHTS,
+    SOL_SOCKET,
+    cmsghdr,
+    errno,
+    iovec,
+    msghdr,
+    munmap,
+    sendmsg,
+)
+from cython.cimports.libc.stdint import uint8_t
+from cython.cimports.libc.stdlib import free, malloc
+from cython.cimports.libc.string import memcpy, memset
+
+SEGMENT = cython.declare(cython.size_t, 32768)
+KEEP = cython.declare(cython.size_t, 262144)  # a buffer above this is given back once it is empty
+MAX_FDS = 253  # SCM_MAX_FD of the kernel
+
+
+@cython.cclass
+class Segment:
+    """A run of bytes to send; `fds` go with its first byte."""
+
+    def __cinit__(self):
+        self.data = cython.NULL
+        self.mapped = False
+        self.fds = ()
+
+    def __dealloc__(self):
+        if self.data != cython.NULL:
+            if self.mapped:
+                munmap(self.data, self.capacity)
+            else:
+                free(self.data)
+
+
+@cython.cfunc
+def _segment(capacity: cython.size_t) -> Segment:
+    segment: Segment = Segment()
+    segment.data = cython.cast(cython.pointer(uint8_t), malloc(capacity))
+    if segment.data == cython.NULL:
+        raise MemoryError
+    segment.capacity = capacity
+    segment.start = segment.end = 0
+    return segment
+
+
+@cython.cclass
+class Output:
+    """The queue to one client. `pending` counts the bytes in it."""
+
+    def __init__(self):
+        self.tail = _segment(SEGMENT)
+        self.segments = deque([self.tail])
+        self.pending = 0
+
+    def reserve(self, length: cython.size_t) -> cython.pointer(uint8_t):
+        """Room for `length` bytes in a row; write there, then `commit`."""
+        tail: Segment = self.tail
+        if tail.mapped or tail.capacity - tail.end < length:
+            tail = _segment(length if length > SEGMENT else SEGMENT)
+            if self.tail.start == self.tail.end and not self.tail.mapped and not self.tail.fds:
+                self.segments.pop()
+            self.segments.append(tail)
+            self.tail = tail
+        return tail.data + tail.end
+
+    def commit(self, length: cython.size_t) -> cython.void:
+        self.tail.end += length
+        self.pending += length
+
+    def begin_with_fds(self, fds: tuple) -> cython.void:
+        """What is reserved next is the first byte of a message with these descriptors."""
+        if self.tail.start == self.tail.end and not self.tail.mapped and not self.tail.fds:
+            self.tail.fds = fds
+            return
+        tail = _segment(SEGMENT)
+        tail.fds = fds
+        self.segments.append(tail)
+        self.tail = tail
+
+    def add_mapping(
+        self,
+        data: cython.pointer(uint8_t),
+        length: cython.size_t,
+        mapped_length: cython.size_t,
+    ) -> cython.void:
+        """Send `length` bytes at `data` from there, then unmap it."""
+        segment: Segment = Segment()
+        segment.data = data
+        segment.mapped = True
+        segment.start = 0
+        segment.end = length
+        segment.capacity = mapped_length
+        self.segments.append(segment)
+        self.tail = segment
+        self.pending += length
+
+    def flush(self, fd: cython.int) -> cython.int:
+        """Send what the socket takes: 0 all is sent, 1 some is left, -1 the client is gone."""
+        vector: iovec[16]
+        control: uint8_t[1064]
+        header: msghdr
+        block: cython.pointer(cmsghdr)
+        segment: Segment
+        count: cython.size_t
+        sent: cython.Py_ssize_t
+        wanted: cython.size_t
+        while self.pending:
+            count = 0
+            wanted = 0
+            memset(cython.address(header), 0, cython.sizeof(msghdr))
+            for item in self.segments:
+                segment = cython.cast(Segment, item)
+                if count == 16 or (count and segment.fds):
+                    break
+                vector[count].iov_base = segment.data + segment.start
+                vector[count].iov_len = segment.end - segment.start
+                wanted += segment.end - segment.start
+                count += 1
+            header.msg_iov = vector
+            header.msg_iovlen = count
+            segment = self.segments[0]
+            if segment.fds:
+                self._attach(cython.address(header), control, segment.fds)
+            sent = sendmsg(fd, cython.address(header), MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent < 0:
+                if errno == EINTR:
+                    continue
+                return 1 if errno == EAGAIN else -1
+            self._sent(sent)
+            if cython.cast(cython.size_t, sent) < wanted:
+                return 1
+        return 0
+
+    def _attach(
+        self, header: cython.pointer(msghdr), control: cython.pointer(uint8_t), fds: tuple
+    ) -> cython.void:
+        count: cython.size_t = len(fds)
+        numbers: cython.int[253]
+        i: cython.size_t
+        if count > 253:
+            raise ValueError("more than 253 descriptors in one message")
+        for i in range(count):
+            numbers[i] = fds[i]
+        memset(control, 0, 1064)
+        header.msg_control = control
+        header.msg_controllen = CMSG_SPACE(count * 4)
+        block = CMSG_FIRSTHDR(header)
+        block.cmsg_level = SOL_SOCKET
+        block.cmsg_type = SCM_RIGHTS
+        block.cmsg_len = CMSG_LEN(count * 4)
+        memcpy(CMSG_DATA(block), numbers, count * 4)
+
+    def _sent(self, sent: cython.size_t) -> cython.void:
+        self.pending -= sent
+        while True:
+            segment: Segment = self.segments[0]
+            if sent and segment.fds:
+                for number in segment.fds:
+                    os.close(number)
+                segment.fds = ()
+            here: cython.size_t = segment.end - segment.start
+            if sent < here:
+                segment.start += sent
+                return
+            sent -= here
+            if len(self.segments) == 1:
+                break
+            self.segments.popleft()
+        if segment.mapped or segment.capacity > KEEP:
+            self.tail = _segment(SEGMENT)
+            self.segments[0] = self.tail
+        else:
+            segment.start = segment.end = 0
+
+    def close(self) -> None:
+        """Close the descriptors that were never sent."""
+        for item in self.segments:
+            segment: Segment = item
+            for number in segment.fds:
+                os.close(number)
+            segment.fds = ()

@@ -1,0 +1,42 @@
+from libc.stdint cimport uint8_t
+
+from kbusd.rings.broadcast cimport BroadcastReader
+from kbusd.rings.clock cimport Clock
+from kbusd.rings.frame cimport FrameHead
+from kbusd.rings.ring cimport Ring, RingReader
+from kbusd.rings.status cimport StatusView
+
+cdef class Template:
+    cdef bytes header
+    cdef bytes signature
+    cdef size_t header_length
+    cdef int type
+    cdef bint big_endian
+    cdef bint broadcast
+    cdef bint subscribed
+    cdef bint depends
+    cdef object refusal
+    cdef object envelope
+    cdef long long epoch
+    cdef long long mine
+
+cdef class Peer:
+    cdef readonly long long id
+    cdef readonly str name
+    cdef public object connection
+    cdef Ring ring
+    cdef RingReader reader
+    cdef StatusView view
+    cdef int doorbell
+    cdef object side
+    cdef readonly int slot
+    cdef readonly int state
+    cdef bint touched
+    cdef object backlog
+    cdef readonly size_t backlog_bytes
+    cdef dict templates
+    cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
+    cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -1
+    cdef int flush(self, Clock clock) except -2
+    cdef object _send_fds(self, object stamp, tuple fds)
+    cdef tuple receive_fds(self, size_t count)

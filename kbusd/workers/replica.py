@@ -1,0 +1,487 @@
+"""The worker's copy of what the control log says: connections, names, match rules, monitors.
+
+Fed by the engine with a Snapshot and then with every log entry, in order; it answers all reads
+of the bus driver and tells a publishing worker who subscribed to a message. Sans-IO. The log is
+the broker's word: an entry that contradicts what came before raises ReplicaError, because a copy
+that no longer agrees with the bus must not be used for policy.
+
+There is one of these in every worker, so that its size counts connections times connections:
+rules are kept as text, one object for all connections that wrote the same, and are parsed only
+when this worker first publishes (or when they are its own client's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from kbusd.rings.entries import (
+    ActivatableChanged,
+    ConnectionAdded,
+    ConnectionRemoved,
+    Credentials,
+    Entry,
+    LogEntry,
+    MatchAdded,
+    MatchRemoved,
+    MonitorAttached,
+    NameOwnerChanged,
+    PolicyChanged,
+    Snapshot,
+)
+from kbusd.wire.match import MatchRule, parse
+
+BUS_NAME = "org.freedesktop.DBus"
+BUS_ID = -1
+NOBODY = 0
+SIGNAL = 4
+
+Arguments = Sequence[str | None]
+_K = TypeVar("_K")
+
+_BUS_NAMES = (BUS_NAME,)
+_NO_NAMES: frozenset[str] = frozenset()
+
+
+class ReplicaError(ValueError):
+    """The log contradicts itself; the text says how."""
+
+
+class Watch:
+    """One match rule as written, and the ids that hold it (as often as they added it)."""
+
+    __slots__ = ("_rule", "holders", "text")
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.holders: tuple[int, ...] = ()
+        self._rule: MatchRule | None = None
+
+    @property
+    def rule(self) -> MatchRule:
+        """The parsed rule. Raises ReplicaError: the broker has accepted it, so it must parse."""
+        if self._rule is None:
+            try:
+                self._rule = parse(self.text)
+            except ValueError as error:
+                raise ReplicaError(f"match rule {self.text!r}: {error}") from None
+        return self._rule
+
+
+class Connection:
+    """A client that has said Hello. `version` grows whenever `names` changes."""
+
+    __slots__ = ("credentials", "id", "matches", "name", "names", "version")
+
+    def __init__(self, id: int, credentials: Credentials) -> None:
+        self.id = id
+        self.name = unique_name(id)
+        self.credentials = credentials
+        self.names: frozenset[str] = _NO_NAMES
+        self.version = 0
+        self.matches: tuple[Watch, ...] = ()
+
+
+def unique_name(id: int) -> str:
+    """The name of a connection; the bus itself is -1."""
+    return f":1.{id}" if id != BUS_ID else BUS_NAME
+
+
+def parse_unique(name: str) -> int | None:
+    """The id in `:1.N`, or None for anything that this bus could not have given out."""
+    digits = name[3:]
+    if not name.startswith(":1.") or not digits.isascii() or not digits.isdigit():
+        return None
+    if len(digits) > 20 or (digits[0] == "0" and digits != "0"):
+        return None
+    return int(digits)
+
+
+class _Bucket:
+    """Rules with the same sender, path, interface and member; `arg0` splits them further."""
+
+    __slots__ = ("arg0", "plain")
+
+    def __init__(self) -> None:
+        self.plain: list[Watch] = []
+        self.arg0: dict[str, list[Watch]] = {}
+
+
+_Key = tuple[str | None, str | None, str | None, str | None]
+_Shape = tuple[bool, bool, bool, bool]
+
+
+class MatchIndex:
+    """Finds the rules that match a broadcast without asking each one.
+
+    Rules are filed under what they say of sender, path, interface and member. A message can only
+    match under its own values in each *shape* (which of the four are given) that is in use, so a
+    search costs one dictionary look-up per shape and then the few rules filed there."""
+
+    __slots__ = ("_buckets", "_shapes", "senders")
+
+    def __init__(self) -> None:
+        self._buckets: dict[_Key, _Bucket] = {}
+        self._shapes: dict[_Shape, int] = {}
+        self.senders: dict[str, int] = {}
+
+    def add(self, watch: Watch) -> bool:
+        """File a rule; False if it can never match a broadcast and was left out."""
+        rule = watch.rule
+        if not _can_match_broadcast(rule):
+            return False
+        key = (rule.sender, rule.path, rule.interface, rule.member)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = _Bucket()
+        arg0 = _exact_arg0(rule)
+        if arg0 is None:
+            bucket.plain.append(watch)
+        else:
+            bucket.arg0.setdefault(arg0, []).append(watch)
+        shape = _shape(key)
+        self._shapes[shape] = self._shapes.get(shape, 0) + 1
+        if rule.sender is not None:
+            self.senders[rule.sender] = self.senders.get(rule.sender, 0) + 1
+        return True
+
+    def discard(self, watch: Watch) -> bool:
+        """Take a rule out again; False if it was never filed."""
+        rule = watch.rule
+        if not _can_match_broadcast(rule):
+            return False
+        key = (rule.sender, rule.path, rule.interface, rule.member)
+        bucket = self._buckets[key]
+        arg0 = _exact_arg0(rule)
+        if arg0 is None:
+            bucket.plain.remove(watch)
+        else:
+            bucket.arg0[arg0].remove(watch)
+            if not bucket.arg0[arg0]:
+                del bucket.arg0[arg0]
+        if not bucket.plain and not bucket.arg0:
+            del self._buckets[key]
+        _decrement(self._shapes, _shape(key))
+        if rule.sender is not None:
+            _decrement(self.senders, rule.sender)
+        return True
+
+    def find(
+        self,
+        type: int,
+        sender_names: Sequence[str],
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        args: Callable[[], Arguments],
+    ) -> tuple[list[Watch], bool]:
+        """The rules that match, and whether other arguments could change the answer.
+
+        `args` is called at most once, and only if some rule wants to see arguments."""
+        found: list[Watch] = []
+        known: Arguments | None = None
+        depends = False
+        for with_sender, with_path, with_interface, with_member in self._shapes:
+            for sender in sender_names if with_sender else (None,):
+                bucket = self._buckets.get(
+                    (
+                        sender,
+                        path if with_path else None,
+                        interface if with_interface else None,
+                        member if with_member else None,
+                    )
+                )
+                if bucket is None:
+                    continue
+                candidates: Iterable[Watch] = bucket.plain
+                if bucket.arg0:
+                    depends = True
+                    if known is None:
+                        known = args()
+                    first = known[0] if known else None
+                    if first is not None and first in bucket.arg0:
+                        candidates = [*bucket.plain, *bucket.arg0[first]]
+                for watch in candidates:
+                    rule = watch.rule
+                    if rule.needs_args:
+                        depends = True
+                        if known is None:
+                            known = args()
+                    if rule.matches(
+                        type, sender_names, None, path, interface, member, known or ()
+                    ):
+                        found.append(watch)
+        return found, depends
+
+
+def _can_match_broadcast(rule: MatchRule) -> bool:
+    """Broadcasts are signals without a destination; eavesdropping is not supported."""
+    return rule.destination is None and rule.type in (0, SIGNAL)
+
+
+def _exact_arg0(rule: MatchRule) -> str | None:
+    return next((value for number, value in rule.args if number == 0), None)
+
+
+def _shape(key: _Key) -> _Shape:
+    sender, path, interface, member = key
+    return (sender is not None, path is not None, interface is not None, member is not None)
+
+
+def _decrement(counts: dict[_K, int], key: _K) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
+
+
+class Replica:
+    """The state of the bus as far as the log has been read.
+
+    `me` is the id of this worker's client, 0 before Hello. `matches_version` grows when a result
+    of `subscribers` may have become stale, `my_version` likewise for `receives`,
+    `monitors_version` for `watching`; all three stand still otherwise, so that the caller may
+    keep results per header."""
+
+    def __init__(self) -> None:
+        self.me = NOBODY
+        self.connections: dict[int, Connection] = {}
+        self.names: dict[str, int] = {}
+        self.monitors: dict[int, tuple[MatchRule, ...]] = {}
+        self.activatable: tuple[str, ...] = ()
+        self.policy_generation = 0
+        self.matches_version = 0
+        self.my_version = 0
+        self.monitors_version = 0
+        self._watches: dict[str, Watch] = {}
+        self._index: MatchIndex | None = None
+        self._mine = MatchIndex()
+        self._group_lists: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    # -- following the log -------------------------------------------------------------------
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Forget everything and start from `snapshot`. `me` stays. Raises ReplicaError."""
+        self.connections = {}
+        self.names = {}
+        self.monitors = {}
+        self.activatable = snapshot.activatable
+        self.policy_generation = snapshot.policy_generation
+        self._watches = {}
+        self._index = None
+        self._mine = MatchIndex()
+        self._group_lists = {}
+        for id, credentials in snapshot.connections:
+            self._add_connection(id, credentials)
+        for name, owner in snapshot.names:
+            self._change_owner(name, NOBODY, owner)
+        for id, rule in snapshot.matches:
+            self._add_match(id, rule)
+        for id, rules in snapshot.monitors:
+            self._attach_monitor(id, rules)
+        self.matches_version += 1
+        self.my_version += 1
+        self.monitors_version += 1
+
+    def apply(self, entry: LogEntry) -> None:
+        """Take over one log entry. Raises ReplicaError if it contradicts the state."""
+        match entry:
+            case ConnectionAdded(id, credentials):
+                self._add_connection(id, credentials)
+            case ConnectionRemoved(id):
+                self._remove_connection(id)
+            case NameOwnerChanged(name, old, new):
+                self._change_owner(name, old, new)
+            case MatchAdded(id, rule):
+                self._add_match(id, rule)
+            case MatchRemoved(id, rule):
+                self._remove_match(id, rule)
+            case MonitorAttached(id, rules):
+                self._attach_monitor(id, rules)
+            case ActivatableChanged(names):
+                self.activatable = names
+            case PolicyChanged(generation):
+                self.policy_generation = generation
+
+    def _add_connection(self, id: int, credentials: Credentials) -> None:
+        if id < 0 or id in self.connections or id in self.monitors:
+            raise ReplicaError(f"connection {id} was added twice")
+        groups = self._group_lists.setdefault(credentials.groups, credentials.groups)
+        if groups is not credentials.groups:
+            credentials = msgspec.structs.replace(credentials, groups=groups)
+        self.connections[id] = Connection(id, credentials)
+
+    def _remove_connection(self, id: int) -> None:
+        if id in self.monitors:
+            del self.monitors[id]
+            self.monitors_version += 1
+            return
+        connection = self._connection(id)
+        if connection.names:
+            raise ReplicaError(f"connection {id} was removed while it owned names")
+        for watch in connection.matches:
+            self._release(id, watch)
+        del self.connections[id]
+        if self._index is not None and connection.name in self._index.senders:
+            self.matches_version += 1
+        if connection.name in self._mine.senders:
+            self.my_version += 1
+
+    def _change_owner(self, name: str, old: int, new: int) -> None:
+        if self.names.get(name, NOBODY) != old:
+            raise ReplicaError(f"{name} changed owner from {old}, who did not own it")
+        if old != NOBODY:
+            loser = self._connection(old)
+            loser.names -= {name}
+            loser.version += 1
+            del self.names[name]
+        if new != NOBODY:
+            winner = self._connection(new)
+            winner.names |= {name}
+            winner.version += 1
+            self.names[name] = new
+        if self._index is not None and name in self._index.senders:
+            self.matches_version += 1
+        if name in self._mine.senders:
+            self.my_version += 1
+        if self.monitors:
+            self.monitors_version += 1
+
+    def _add_match(self, id: int, text: str) -> None:
+        connection = self._connection(id)
+        watch = self._watches.get(text)
+        if watch is None:
+            watch = self._watches[text] = Watch(text)
+        if self._index is not None and not watch.holders and self._index.add(watch):
+            self.matches_version += 1
+        elif self._index is not None and id not in watch.holders:
+            self.matches_version += 1
+        if id == self.me and id not in watch.holders and self._mine.add(watch):
+            self.my_version += 1
+        watch.holders += (id,)
+        connection.matches += (watch,)
+
+    def _remove_match(self, id: int, text: str) -> None:
+        connection = self._connection(id)
+        watch = next((w for w in connection.matches if w.text == text), None)
+        if watch is None:
+            try:
+                rule = parse(text)
+            except ValueError as error:
+                raise ReplicaError(f"match rule {text!r}: {error}") from None
+            watch = next((w for w in connection.matches if w.rule == rule), None)
+        if watch is None:
+            raise ReplicaError(f"connection {id} lost a match rule that it did not have: {text!r}")
+        self._release(id, watch)
+        position = connection.matches.index(watch)
+        connection.matches = connection.matches[:position] + connection.matches[position + 1 :]
+
+    def _release(self, id: int, watch: Watch) -> None:
+        """Undo one addition of `watch` by `id`, except in the connection's own list."""
+        position = watch.holders.index(id)
+        watch.holders = watch.holders[:position] + watch.holders[position + 1 :]
+        if id not in watch.holders:
+            if self._index is not None:
+                self.matches_version += 1
+            if id == self.me and self._mine.discard(watch):
+                self.my_version += 1
+        if not watch.holders:
+            del self._watches[watch.text]
+            if self._index is not None:
+                self._index.discard(watch)
+
+    def _attach_monitor(self, id: int, rules: tuple[str, ...]) -> None:
+        connection = self.connections.get(id)
+        if connection is not None:
+            if connection.names or connection.matches:
+                raise ReplicaError(f"connection {id} became a monitor with names or match rules")
+            del self.connections[id]
+        try:
+            self.monitors[id] = tuple(parse(rule) for rule in rules)
+        except ValueError as error:
+            raise ReplicaError(f"match rule of monitor {id}: {error}") from None
+        self.monitors_version += 1
+
+    def _connection(self, id: int) -> Connection:
+        try:
+            return self.connections[id]
+        except KeyError:
+            raise ReplicaError(f"the log speaks of connection {id}, which does not exist") from None
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def owner(self, name: str) -> int | None:
+        """The id behind a unique or well-known name; -1 for the bus itself, None for nobody."""
+        if name.startswith(":"):
+            id = parse_unique(name)
+            return id if id in self.connections else None
+        if name == BUS_NAME:
+            return BUS_ID
+        return self.names.get(name)
+
+    def connection(self, name: str) -> Connection | None:
+        """The connection behind a name, None for nobody and for the bus itself."""
+        id = self.owner(name)
+        return None if id is None else self.connections.get(id)
+
+    def sender_names(self, id: int) -> Sequence[str]:
+        """All names that `sender=` in a match rule may use for the connection."""
+        if id == BUS_ID:
+            return _BUS_NAMES
+        connection = self.connections.get(id)
+        if connection is None:
+            return (unique_name(id),)
+        return (connection.name, *connection.names)
+
+    def match_rules(self) -> int:
+        """How many match rules there are on the bus."""
+        return sum(len(watch.holders) for watch in self._watches.values())
+
+    def subscribers(
+        self,
+        type: int,
+        sender_id: int,
+        destination: str | None,
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        args: Callable[[], Arguments],
+    ) -> tuple[tuple[int, ...], bool]:
+        """Whom a broadcast goes to, each once, in ascending order; and whether it depends on args.
+
+        While the second is False, the answer holds for every message with the same header until
+        `matches_version` changes. A message with a destination has no subscribers."""
+        if destination is not None:
+            return (), False
+        index = self._index
+        if index is None:
+            index = self._index = MatchIndex()
+            for watch in self._watches.values():
+                index.add(watch)
+        found, depends = index.find(
+            type, self.sender_names(sender_id), path, interface, member, args
+        )
+        if not found:
+            return (), depends
+        ids: set[int] = set()
+        for watch in found:
+            ids.update(watch.holders)
+        return tuple(sorted(ids)), depends
+
+    def receives(
+        self,
+        type: int,
+        sender_id: int,
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        args: Callable[[], Arguments],
+    ) -> tuple[bool, bool]:
+        """Whether this worker's own client subscribed to a broadcast; and if it depends on args.
+
+        While the second is False, the answer holds for the header until `my_version` changes."""
+        found, depends = self._mine.find(
+            type, self.sender_names(sender_id), path, interface, member, args
+        )
+        return bool(found), depends

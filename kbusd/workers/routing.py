@@ -1,0 +1,126 @@
+"""Whom a message goes to, and whether it may: the part of routing that is decided once per kind.
+
+Plain Python, off the hot path: the engine keeps each answer under the bytes of the header until
+names, match rules or policy change. Policy is asked on both sides, by the sender's worker in
+`decide` and by the receiver's in `admit`; every refusal names the rule with its file and line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kbusd.policy import decide as policy
+from kbusd.rings.envelope import Envelope
+from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica
+
+CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
+NO_AUTO_START = 0x2
+
+ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
+NAME_HAS_NO_OWNER = "org.freedesktop.DBus.Error.NameHasNoOwner"
+SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
+
+
+class Decision(NamedTuple):
+    """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
+    `activate`: the name to be started first. `depends`: on the message's arguments."""
+
+    targets: tuple[int, ...] = ()
+    broadcast: bool = False
+    depends: bool = False
+    error: tuple[str, str] | None = None
+    activate: str | None = None
+
+
+class Router:
+    """Decides for one client (the replica's `me`)."""
+
+    def __init__(self, replica: Replica, client_policy: policy.ClientPolicy) -> None:
+        self.replica = replica
+        self.policy = client_policy
+
+    def decide(
+        self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
+    ) -> Decision:
+        """For a message of our own client."""
+        if envelope.destination is None:
+            if envelope.type == SIGNAL:
+                return self._broadcast(envelope, fds, args)
+            return Decision(targets=(BUS_ID,))
+        id = self.replica.owner(envelope.destination)
+        if id is None:
+            return self._unowned(envelope, flags)
+        names: Sequence[str] = (BUS_NAME,) if id == BUS_ID else self.replica.sender_names(id)
+        refusal = self._may_send(envelope, names, fds)
+        if refusal is not None:
+            return Decision(error=(ACCESS_DENIED, refusal))
+        return Decision(targets=(id,))
+
+    def _broadcast(
+        self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
+    ) -> Decision:
+        ids, depends = self.replica.subscribers(
+            SIGNAL,
+            self.replica.me,
+            None,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+        )
+        if not self.policy.allows_everything_to_send:
+            ids = tuple(
+                id
+                for id in ids
+                if self._may_send(envelope, self.replica.sender_names(id), fds) is None
+            )
+        return Decision(targets=ids, broadcast=True, depends=depends)
+
+    def _unowned(self, envelope: Envelope, flags: int) -> Decision:
+        name = envelope.destination
+        assert name is not None
+        if flags & NO_AUTO_START:
+            return Decision(error=(NAME_HAS_NO_OWNER, f'Name "{name}" does not exist'))
+        if name.startswith(":"):
+            text = f"The name {name} was not provided by any .service files"
+            return Decision(error=(SERVICE_UNKNOWN, text))
+        return Decision(activate=name)
+
+    def _may_send(self, envelope: Envelope, names: Sequence[str], fds: int) -> str | None:
+        if self.policy.allows_everything_to_send:
+            return None
+        message = as_message(envelope, fds)
+        verdict = self.policy.can_send(
+            message, names, requested_reply=envelope.type in (RETURN, ERROR)
+        )
+        if verdict.allowed:
+            return None
+        return policy.rejection(verdict, message, "send", names)
+
+    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
+        """None if our client may get a message of `sender`, else why not.
+
+        Replies come here only if our client asked for them."""
+        if self.policy.allows_everything_to_receive:
+            return None
+        message = as_message(envelope, fds)
+        names = (sender.name, *sender.names)
+        verdict = self.policy.can_receive(
+            message, names, requested_reply=envelope.type in (RETURN, ERROR)
+        )
+        if verdict.allowed:
+            return None
+        return policy.rejection(verdict, message, "receive", names)
+
+
+def as_message(envelope: Envelope, fds: int) -> policy.Message:
+    return policy.Message(
+        type=envelope.type,
+        path=envelope.path,
+        interface=envelope.interface,
+        member=envelope.member,
+        error_name=envelope.error_name,
+        destination=envelope.destination,
+        fds=fds,
+    )

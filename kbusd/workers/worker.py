@@ -1,0 +1,125 @@
+"""The life of one worker: lock down, wait for a client, authenticate it, serve it, end.
+
+Hostile: the client, every peer's shared memory, and, should it have been taken over, whatever a
+line says. What the worker holds is listed in the design; after `confine` it can get no more.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import socket
+import time
+
+import prctl
+
+from kbusd.rings import entries
+from kbusd.rings.line import Line
+from kbusd.sandbox import apply
+from kbusd.wire.auth import ServerAuth
+from kbusd.workers.context import Context
+from kbusd.workers.dbus_socket import Engine
+
+_SASL_READ = 16384
+
+
+def main(context: Context, supervisor: socket.socket, broker: socket.socket, locked: int) -> int:
+    """Run one worker to its end; returns the process's exit status."""
+    prctl.set_name("kbusd-worker")
+    line = Line(broker, entries.BrokerMessage)
+    engine = Engine(context, line)
+    keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked, *engine.descriptors()]
+    apply.confine(context.profile, keep_fds=keep)
+    gc.set_threshold(50_000)
+    os.write(locked, b"1")
+    os.close(locked)
+    assigned = _wait_for_client(supervisor)
+    if assigned is None:
+        return 0
+    credentials, client = assigned
+    started = _authenticate(context, credentials, client, supervisor)
+    if isinstance(started, str):
+        line.send(entries.Leaving(0, started))
+        return 0
+    rest, fds, unix_fds = started
+    engine.serve(client.fileno(), supervisor.fileno(), credentials, rest, fds, unix_fds)
+    return 0
+
+
+def _wait_for_client(
+    supervisor: socket.socket,
+) -> tuple[entries.Credentials, socket.socket] | None:
+    line = Line(supervisor, entries.ToWorker)
+    supervisor.setblocking(True)
+    try:
+        received = line.receive()
+    except EOFError:
+        return None
+    supervisor.setblocking(False)
+    assert received is not None
+    message, (fd,) = received
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    client.setblocking(False)
+    return message.credentials, client
+
+
+def _authenticate(
+    context: Context,
+    credentials: entries.Credentials,
+    client: socket.socket,
+    supervisor: socket.socket,
+) -> tuple[bytes, list[int], bool] | str:
+    """Do SASL. Returns what the client sent after BEGIN, or the reason why it must go."""
+    mechanisms = context.configuration.auth or ("EXTERNAL",)
+    auth = ServerAuth(
+        context.guid,
+        credentials.uid,
+        mechanisms=mechanisms,
+        allow_anonymous=context.configuration.allow_anonymous,
+    )
+    limit = context.configuration.limits["auth_timeout"] / 1000
+    deadline = time.monotonic() + limit
+    poller = select.epoll(flags=select.EPOLL_CLOEXEC)
+    poller.register(client.fileno(), select.EPOLLIN)
+    poller.register(supervisor.fileno(), select.EPOLLIN)
+    out = b""
+    with poller:
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return f"did not authenticate within {limit:.0f} s (limit auth_timeout)"
+            events = dict(poller.poll(left))
+            if supervisor.fileno() in events:
+                return "the bus ends"
+            if client.fileno() not in events:
+                continue
+            try:
+                data = client.recv(_SASL_READ)
+            except (BlockingIOError, InterruptedError):
+                data = None
+            except OSError:
+                data = b""
+            if data == b"":
+                return "disconnected before it was authenticated"
+            if data is not None:
+                step = auth.receive(data)
+                out += step.reply
+                if step.failed is not None:
+                    _send(client, out)
+                    return f"authentication failed: {step.failed}"
+                if step.done:
+                    _send(client, out)
+                    return step.rest, [], step.unix_fds
+            out = _send(client, out)
+            poller.modify(client.fileno(), select.EPOLLIN | (select.EPOLLOUT if out else 0))
+
+
+def _send(client: socket.socket, data: bytes) -> bytes:
+    """Send what the socket takes; returns the rest. A client that is gone shows at the next read."""
+    if not data:
+        return data
+    try:
+        return data[client.send(data, socket.MSG_NOSIGNAL) :]
+    except OSError:
+        return b""
