@@ -102,7 +102,9 @@ def _settle_capabilities(
     step: Callable[[str, Callable[[], object]], None],
 ) -> None:
     keep = (compiled.capabilities or 0) & capable
-    step("capabilities", lambda: kernel.prctl(kernel.PR_CAP_AMBIENT, 4))
+    step(
+        "capabilities", lambda: kernel.prctl(kernel.PR_CAP_AMBIENT, kernel.PR_CAP_AMBIENT_CLEAR_ALL)
+    )
     if compiled.securebits and (capable & _SETPCAP or root):
 
         def lock() -> None:
