@@ -15,7 +15,6 @@ from functools import lru_cache
 from kbusd.broker.connection import Connection
 from kbusd.broker.refusal import (
     LIMITS_EXCEEDED,
-    MATCH_RULE_INVALID,
     MATCH_RULE_NOT_FOUND,
     Refused,
 )
@@ -123,5 +122,5 @@ def parse(text: str) -> match.MatchRule:
     """The rule in its normal form. Raises Refused."""
     try:
         return _parse(text)
-    except ValueError as error:
-        raise Refused(MATCH_RULE_INVALID, str(error)) from None
+    except match.MatchError as error:
+        raise Refused(error.error, str(error)) from None

@@ -1,0 +1,351 @@
+"""The broker as a process, driven over its lines as supervisor, workers and launcher drive it."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from kbusd.policy import configuration
+from kbusd.rings import entries as e
+from kbusd.rings.broadcast import BroadcastReader
+from kbusd.rings.line import Line, close_all, pair
+from kbusd.rings.memfd import sealed
+from kbusd.sandbox import compiled
+from tests.unit.broker.world import ADDRESS, World, credentials, service
+
+SECONDS = 10.0
+LOG = 2
+_decode_entry = msgspec.msgpack.Decoder(e.LogEntry).decode
+_decode_snapshot = msgspec.msgpack.Decoder(e.Snapshot).decode
+OPEN_PROFILE = compiled.Compiled(name="test", title="test", files=(), required=frozenset())
+
+
+class Broker:
+    """The process; we are its supervisor."""
+
+    def __init__(self, profile: compiled.Compiled = OPEN_PROFILE, **settings: Any) -> None:
+        ours, theirs = pair()
+        fds = (
+            theirs.detach(),
+            sealed("configuration", configuration.encode(World(**settings).configuration)),
+            sealed("profile", compiled.encode(profile)),
+        )
+        self.process = start(["--guid", "00", "--address", ADDRESS], fds)
+        self.line = Line(ours, e.ToSupervisor)
+        self.next_worker = 1
+        message, (self.log_fd,) = self.hear()
+        assert message == e.BrokerReady()
+        self.log = BroadcastReader(self.log_fd)
+
+    def hear(self) -> tuple[Any, list[int]]:
+        return hear(self.line)
+
+    def worker(self, uid: int = 1000) -> Worker:
+        """A worker that has a client, which has not said Hello yet."""
+        worker = self.spare()
+        self.line.send(e.Assigned(worker.number, credentials(worker.number, uid)))
+        return worker
+
+    def spare(self) -> Worker:
+        ours, theirs = pair()
+        worker = Worker(self.next_worker, Line(ours, e.BrokerMessage))
+        self.next_worker += 1
+        with theirs:
+            self.line.send(e.WorkerStarted(worker.number, 1), [theirs.fileno()])
+        return worker
+
+    def client(self, uid: int = 1000) -> Worker:
+        worker = self.worker(uid)
+        reply, (fd,) = worker.ask(e.Hello(1))
+        worker.id = reply.value
+        os.close(fd)
+        return worker
+
+    def entries(self) -> list[e.LogEntry]:
+        """What stands in the log and was not taken yet."""
+        found: list[e.LogEntry] = []
+        while (frame := self.log.read()) is not None:
+            assert (frame.kind, frame.envelope) == (LOG, b"")
+            found.append(_decode_entry(frame.body))
+        return found
+
+    def fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+class Worker:
+    """A worker's end of its line."""
+
+    def __init__(self, number: int, line: Line) -> None:
+        self.number = number
+        self.line = line
+        self.id = 0
+
+    def ask(self, message: e.Request, fds: Sequence[int] = ()) -> tuple[Any, list[int]]:
+        """Ask and pass by what is not the answer."""
+        self.line.send(message, fds)
+        while True:
+            answer, received = hear(self.line)
+            if isinstance(answer, e.Reply | e.Failure) and answer.request == message.request:
+                return answer, received
+
+
+def hear(line: Line) -> tuple[Any, list[int]]:
+    assert select.select([line], [], [], SECONDS)[0], "no answer"
+    received = line.receive()
+    assert received is not None
+    return received
+
+
+def closed(line: Line) -> bool:
+    """Whether the other end closes the line, whatever comes before."""
+    try:
+        while True:
+            close_all(hear(line)[1])
+    except EOFError:
+        return True
+
+
+def start(arguments: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """`python -m kbusd.broker` with `fds` (which are closed here) as 3, 4, 5."""
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 200) for fd in fds]
+    close_all(fds)
+    moves = " ".join(f"{n}<&{fd} {fd}<&-" for n, fd in enumerate(high, 3))
+    try:
+        return subprocess.Popen(
+            ["bash", "-c", f'exec "$@" {moves}', "sh"]
+            + [sys.executable, "-m", "kbusd.broker", *arguments],
+            pass_fds=high,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        close_all(high)
+
+
+@pytest.fixture
+def broker() -> Iterator[Broker]:
+    yield from running(Broker())
+
+
+def running(broker: Broker) -> Iterator[Broker]:
+    try:
+        yield broker
+    finally:
+        broker.line.close()
+        try:
+            broker.process.wait(SECONDS)
+        finally:
+            broker.process.kill()
+            broker.process.wait()
+            assert broker.process.stderr is not None
+            broker.process.stderr.close()
+            os.close(broker.log_fd)
+
+
+def snapshot(fd: int) -> e.Snapshot:
+    with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
+        return _decode_snapshot(data[:])
+
+
+def test_hello_gives_an_id_and_a_snapshot_from_which_the_log_leads_on(broker: Broker) -> None:
+    a = broker.worker()
+    reply, (fd,) = a.ask(e.Hello(1))
+    assert reply.value == 1
+    state = snapshot(fd)
+    broker.log.seek(state.position)
+    assert broker.entries() == [e.ConnectionAdded(1, credentials(1))]
+    with pytest.raises(OSError, match="denied|permitted"):
+        os.truncate(fd, 0)
+    os.close(fd)
+
+
+def test_a_snapshot_is_used_again_and_renewed(broker: Broker) -> None:
+    a = broker.client()
+    _, (first,) = broker.worker().ask(e.Hello(1))
+    _, (second,) = broker.worker().ask(e.Hello(1))
+    assert os.fstat(first).st_ino == os.fstat(second).st_ino
+    for request in range(100):
+        a.ask(e.AddMatch(request, f"member='M{request}'"))
+    _, (third,) = a.ask(e.FetchSnapshot(200))
+    assert os.fstat(first).st_ino != os.fstat(third).st_ino
+    assert len(snapshot(third).matches) == 100
+    close_all([first, second, third])
+
+
+def test_the_log_cannot_be_written_by_its_readers(broker: Broker) -> None:
+    with pytest.raises(PermissionError):
+        mmap.mmap(broker.log_fd, 4096, prot=mmap.PROT_WRITE)
+    with pytest.raises(PermissionError):
+        os.write(broker.log_fd, b"x")
+
+
+def test_a_name_changes_hands_and_the_next_owner_is_woken(broker: Broker) -> None:
+    a, b = broker.client(), broker.client()
+    assert a.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
+    assert b.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 2)
+    broker.entries()
+    a.line.close()
+    assert hear(b.line)[0] == e.Wake()
+    assert broker.entries() == [
+        e.NameOwnerChanged("a.b", a.id, b.id),
+        e.ConnectionRemoved(a.id),
+    ]
+
+
+def test_introduced_workers_share_a_side_socket(broker: Broker) -> None:
+    a, b = broker.client(), broker.client()
+    gifts = [os.memfd_create(f"gift{n}") for n in range(8)]
+    a.line.send(e.Introduce(2, b.id, 1, 2), gifts[:4])
+    message, for_b = hear(b.line)
+    assert message == e.Introduction(1, a.id, 1, 2)
+    b.line.send(e.Introduced(1, 3, 4), gifts[4:])
+    reply, for_a = hear(a.line)
+    assert reply == e.Reply(2, [3, 4])
+    same = [os.fstat(fd).st_ino for fd in gifts]
+    assert [os.fstat(fd).st_ino for fd in for_b[:4] + for_a[:4]] == same
+    left, right = (socket.socket(fileno=fds.pop()) for fds in (for_a, for_b))
+    with left, right:
+        assert right.type == socket.SOCK_SEQPACKET
+        left.send(b"one")
+        left.send(b"two")
+        assert [right.recv(100), right.recv(100)] == [b"one", b"two"]
+    close_all([*gifts, *for_a, *for_b])
+
+
+def test_a_worker_that_sends_garbage_is_ended_and_nobody_else(broker: Broker) -> None:
+    a, b = broker.client(), broker.client()
+    a.line.sock.send(b"\xc1 garbage")
+    message, _ = broker.hear()
+    assert (type(message), message.worker) == (e.Kill, a.number)
+    assert closed(a.line)
+    assert b.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_worker_that_sends_descriptors_too_many_is_ended(broker: Broker, count: int) -> None:
+    a = broker.client()
+    before = broker.fds()
+    gift = os.memfd_create("gift")
+    a.line.send(e.Introduce(2, 99, 0, 0), [gift] * count)
+    message, _ = broker.hear()
+    assert (type(message), message.worker) == (e.Kill, a.number)
+    assert closed(a.line)
+    broker.client()
+    assert broker.fds() == before
+    os.close(gift)
+
+
+def test_hello_on_a_line_without_a_client_is_ended(broker: Broker) -> None:
+    spare = broker.spare()
+    spare.line.send(e.Hello(1))
+    message, _ = broker.hear()
+    assert (type(message), message.worker) == (e.Kill, spare.number)
+
+
+def test_a_worker_that_does_not_read_is_ended_and_blocks_nobody(broker: Broker) -> None:
+    lazy, other = broker.client(), broker.client()
+    lazy.line.send(e.AddMatch(2, "member='NameOwnerChanged'"))
+    for request in range(3, 200):  # Wakes alone never do it
+        other.ask(e.RequestName(request, f"a.b{request}", 0))
+    lazy.line.sock.setblocking(True)
+    ended = False
+    request = 3
+    while not ended:
+        try:
+            lazy.line.sock.send(msgspec.msgpack.encode(e.ReleaseName(request, "a.b")))
+        except BrokenPipeError:
+            pass
+        request += 1
+        ended = bool(select.select([broker.line], [], [], 0)[0])
+    message, _ = broker.hear()
+    assert (type(message), message.worker) == (e.Kill, lazy.number)
+    assert other.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
+
+
+def test_a_sleeping_worker_is_not_sent_one_wake_per_change(broker: Broker) -> None:
+    watcher, other = broker.client(), broker.client()
+    watcher.ask(e.AddMatch(2, "member='NameOwnerChanged'"))
+    for request in range(3000):
+        other.ask(e.RequestName(request, "a.b", 0))
+        other.ask(e.ReleaseName(request, "a.b"))
+    assert watcher.ask(e.ListQueuedOwners(3, "a.b"))[0].request == 3
+
+
+def test_services_are_launched_by_the_launcher(broker: Broker) -> None:
+    for broker in running(Broker(services=(service("a.b", "/x"),))):
+        a, b = broker.client(), broker.client()
+        a.line.send(e.StartService(2, "a.b", False))
+        ours, theirs = pair()
+        launcher = Line(ours, e.ToLauncher)
+        with theirs:
+            broker.line.send(e.LauncherLine(), [theirs.fileno()])
+        message, _ = hear(launcher)
+        assert (message.name, message.arguments) == ("a.b", ("/x",))
+        assert b.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
+        assert hear(a.line)[0] == e.Reply(2, 1)
+        launcher.close()
+
+
+def test_a_late_service_is_given_up_on_time() -> None:
+    late = Broker(services=(service("a.b", "/x"),), limits={"service_start_timeout": 50})
+    for broker in running(late):
+        reply, _ = broker.client().ask(e.StartService(2, "a.b", False))
+        assert reply.error == "org.freedesktop.DBus.Error.TimedOut"
+
+
+def test_a_new_configuration_is_in_force_once_the_reload_is_answered(broker: Broker) -> None:
+    a = broker.client()
+    broker.entries()
+    a.line.send(e.ReloadConfig(2))
+    assert broker.hear()[0] == e.ReloadWanted()
+    fd = sealed(
+        "new", configuration.encode(World(limits={"max_names_per_connection": 1}).configuration)
+    )
+    broker.line.send(e.Reconfigured(), [fd])
+    assert hear(a.line)[0] == e.Reply(2)
+    assert broker.entries() == [e.PolicyChanged(1)]
+    assert isinstance(a.ask(e.RequestName(3, "a.b", 0))[0], e.Failure)
+    reply, (policy,) = a.ask(e.FetchPolicy(4))
+    assert reply.value == 1
+    assert os.fstat(policy).st_ino == os.fstat(fd).st_ino
+    close_all([fd, policy])
+
+
+def test_descriptors_return_to_where_they_were(broker: Broker) -> None:
+    broker.client()
+    before = broker.fds()
+    gifts = [os.memfd_create("gift") for _ in range(4)]
+    for _ in range(50):
+        a, b = broker.client(), broker.client()
+        a.line.send(e.Introduce(2, b.id, 0, 0), gifts)
+        message, fds = hear(b.line)
+        close_all(fds)
+        if a.number % 4 == 0:
+            b.line.send(e.Introduced(message.request, 0, 0), gifts)
+            close_all(hear(a.line)[1])
+        a.line.close()
+        b.line.close()
+    broker.client()
+    assert broker.fds() <= before + 2  # one more client, perhaps another snapshot
+    close_all(gifts)
+
+
+def test_ends_well_when_the_supervisor_goes(broker: Broker) -> None:
+    broker.line.close()
+    assert broker.process.wait(SECONDS) == 0
+
+
+def test_ctrl_c_is_left_to_the_supervisor(broker: Broker) -> None:
+    broker.process.send_signal(signal.SIGINT)
+    assert broker.client().id == 1
