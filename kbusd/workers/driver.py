@@ -57,7 +57,7 @@ from kbusd.rings.entries import (
     UpdateEnvironment,
 )
 from kbusd.wire import match, names
-from kbusd.workers import errors
+from kbusd.workers import errors, statistics
 from kbusd.workers.introspection import (
     BUS,
     BUS_PATH,
@@ -431,7 +431,7 @@ class Driver:
             case "GetConnectionStats", [str(name)]:
                 return "a{sv}", self._connection_statistics(name)
             case "GetAllMatchRules", []:
-                return "a{sas}", self._match_rules()
+                return "a{sas}", statistics.match_rules(self.replica)
             case "GetMachineId", []:
                 return "s", self.bus.machine_id
             case "Ping", []:
@@ -515,17 +515,6 @@ class Driver:
                 errors.UNKNOWN_PROPERTY, f'Property "{interface}.{member}" not found'
             ) from None
 
-    def _bus_statistics(self, reported: Mapping[str, int]) -> dict[str, tuple[str, Any]]:
-        replica = self.replica
-        numbers: dict[str, int] = {
-            "Serial": 0,
-            "ActiveConnections": len(replica.connections) + len(replica.monitors),
-            "BusNames": len(replica.connections) + len(replica.names),
-            "MatchRules": replica.match_rules(),
-        }
-        numbers.update(reported)
-        return {key: _number(value) for key, value in numbers.items()}
-
     def _connection_statistics(self, name: str) -> dict[str, tuple[str, Any]]:
         if name == BUS_NAME:
             raise Refusal(
@@ -534,28 +523,12 @@ class Driver:
             )
         connection = self._connection(name, "statistics")
         assert connection is not None
-        found: dict[str, tuple[str, Any]] = {
-            "UniqueName": ("s", connection.name),
-            "Serial": ("u", 0),
-            "MatchRules": _number(len(connection.matches)),
-            "BusNames": _number(1 + len(connection.names)),
-        }
-        if connection.id == self.me and self._traffic is not None:
-            for key, value in self._traffic().items():
-                found[key] = _number(value)
-        return found
-
-    def _match_rules(self) -> dict[str, list[str]]:
-        return {
-            connection.name: [str(watch.rule) for watch in connection.matches]
-            for connection in self.replica.connections.values()
-        }
+        traffic = self._traffic() if self._traffic and connection.id == self.me else {}
+        return statistics.of_connection(connection, traffic)
 
     # -- the broker's answers ----------------------------------------------------------------
 
-    def answer(
-        self, token: Token, message: Reply | Failure, snapshot: bytes = b""
-    ) -> list[Action]:
+    def answer(self, token: Token, message: Reply | Failure, snapshot: bytes = b"") -> list[Action]:
         """What to do when the broker has answered; `snapshot` is what came with Hello's reply.
 
         All log entries that the request caused must have been given to `entry` before, except
@@ -576,9 +549,7 @@ class Driver:
             actions += self._start(self._waiting.popleft())
         return actions
 
-    def _confirmed(
-        self, call: Call, request: Request, value: Any, snapshot: bytes
-    ) -> list[Action]:
+    def _confirmed(self, call: Call, request: Request, value: Any, snapshot: bytes) -> list[Action]:
         match request:
             case Hello():
                 self.replica.me = _id(value)
@@ -594,7 +565,7 @@ class Driver:
                 return self._return(call, "as", [unique_name(id) for id in owners])
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
-                return self._return(call, "a{sv}", self._bus_statistics(reported))
+                return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))
             case _:
                 return self._return(call)
 
@@ -669,28 +640,20 @@ class Driver:
 
     def _broadcast(self, member: str, *values: str) -> Signal | None:
         subscribed, _ = self.replica.receives(
-            SIGNAL, BUS_ID, BUS_PATH, BUS_NAME, member, lambda: _match_arguments(values)
+            SIGNAL, BUS_ID, BUS_PATH, BUS_NAME, member, lambda: values
         )
         if subscribed or self._monitored(member, None, values):
             return self._signal(member, *values, destination=None)
         return None
 
-    def _monitored(
-        self, member: str, destination: str | None, values: Sequence[str]
-    ) -> bool:
+    def _monitored(self, member: str, destination: str | None, values: Sequence[str]) -> bool:
         """Whether the client is a monitor that wants to see this signal."""
         if self.me not in self.replica.monitors:
             return False
-        return self.replica.monitor_sees(
-            self.me,
-            SIGNAL,
-            BUS_ID,
-            destination,
-            BUS_PATH,
-            BUS_NAME,
-            member,
-            lambda: _match_arguments(values),
+        monitors, _ = self.replica.watching(
+            SIGNAL, BUS_ID, destination, BUS_PATH, BUS_NAME, member, lambda: values
         )
+        return self.me in monitors
 
     def _signal(self, member: str, *values: str, destination: str | None) -> Signal:
         signature = "s" * len(values)
@@ -713,16 +676,12 @@ def _check_release(name: str) -> None:
 def _check_rule(text: str) -> None:
     try:
         match.parse(text)
-    except ValueError as error:
-        raise Refusal(errors.MATCH_RULE_INVALID, str(error)) from None
+    except match.MatchError as error:
+        raise Refusal(error.error, str(error)) from None
 
 
 def _nobody(what: str, name: str) -> Refusal:
     return Refusal(errors.NAME_HAS_NO_OWNER, f"Could not get {what} of name '{name}': no such name")
-
-
-def _number(value: int) -> tuple[str, int]:
-    return ("u", value) if 0 <= value <= _MAX_U32 else ("t", max(value, 0))
 
 
 def _text(label: bytes) -> str:

@@ -57,9 +57,7 @@ INTERFACES: dict[str, Interface] = {
             "RequestName": Method(("s", "u"), ("u",)),
             "ReleaseName": Method(_ONE_NAME, ("u",)),
             "StartServiceByName": Method(("s", "u"), ("u",)),
-            "UpdateActivationEnvironment": Method(
-                ("a{ss}",), privileged=True, anywhere=False
-            ),
+            "UpdateActivationEnvironment": Method(("a{ss}",), privileged=True, anywhere=False),
             "NameHasOwner": Method(_ONE_NAME, ("b",)),
             "ListNames": Method((), ("as",)),
             "ListActivatableNames": Method((), ("as",)),
@@ -116,18 +114,14 @@ INTERFACES: dict[str, Interface] = {
         {},
         anywhere=False,
     ),
-    PEER: Interface(
-        {"GetMachineId": Method((), ("s",)), "Ping": Method()}, {}, {}, anywhere=True
-    ),
+    PEER: Interface({"GetMachineId": Method((), ("s",)), "Ping": Method()}, {}, {}, anywhere=True),
 }
 
 _DOCTYPE = (
     '<!DOCTYPE node PUBLIC "-//freedesktop//DTD D-BUS Object Introspection 1.0//EN"\n'
     '"http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd">\n'
 )
-_CONSTANT = (
-    '<annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>'
-)
+_CONSTANT = '<annotation name="org.freedesktop.DBus.Property.EmitsChangedSignal" value="const"/>'
 
 
 def introspect(path: str) -> str:

@@ -22,7 +22,6 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
-    Entry,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -31,7 +30,8 @@ from kbusd.rings.entries import (
     PolicyChanged,
     Snapshot,
 )
-from kbusd.wire.match import MatchRule, parse
+from kbusd.wire.body import PathArgument
+from kbusd.wire.match import MatchRule, eavesdropping, parse
 
 BUS_NAME = "org.freedesktop.DBus"
 BUS_ID = -1
@@ -106,7 +106,7 @@ class _Bucket:
 
     def __init__(self) -> None:
         self.plain: list[Watch] = []
-        self.arg0: dict[str, list[Watch]] = {}
+        self.arg0: dict[str | None, list[Watch]] = {}
 
 
 _Key = tuple[str | None, str | None, str | None, str | None]
@@ -201,7 +201,7 @@ class MatchIndex:
                     if known is None:
                         known = args()
                     first = known[0] if known else None
-                    if first is not None and first in bucket.arg0:
+                    if first in bucket.arg0 and not isinstance(first, PathArgument):
                         candidates = [*bucket.plain, *bucket.arg0[first]]
                 for watch in candidates:
                     rule = watch.rule
@@ -209,9 +209,7 @@ class MatchIndex:
                         depends = True
                         if known is None:
                             known = args()
-                    if rule.matches(
-                        type, sender_names, None, path, interface, member, known or ()
-                    ):
+                    if rule.matches(type, sender_names, None, path, interface, member, known or ()):
                         found.append(watch)
         return found, depends
 
@@ -353,12 +351,13 @@ class Replica:
         watch = self._watches.get(text)
         if watch is None:
             watch = self._watches[text] = Watch(text)
-        if self._index is not None and not watch.holders and self._index.add(watch):
-            self.matches_version += 1
-        elif self._index is not None and id not in watch.holders:
-            self.matches_version += 1
-        if id == self.me and id not in watch.holders and self._mine.add(watch):
-            self.my_version += 1
+        if id not in watch.holders:
+            if self._index is not None:
+                self.matches_version += 1
+                if not watch.holders:
+                    self._index.add(watch)
+            if id == self.me and self._mine.add(watch):
+                self.my_version += 1
         watch.holders += (id,)
         connection.matches += (watch,)
 
@@ -398,7 +397,7 @@ class Replica:
                 raise ReplicaError(f"connection {id} became a monitor with names or match rules")
             del self.connections[id]
         try:
-            self.monitors[id] = tuple(parse(rule) for rule in rules)
+            self.monitors[id] = tuple(eavesdropping(parse(rule)) for rule in rules)
         except ValueError as error:
             raise ReplicaError(f"match rule of monitor {id}: {error}") from None
         self.monitors_version += 1
@@ -485,3 +484,42 @@ class Replica:
             type, self.sender_names(sender_id), path, interface, member, args
         )
         return bool(found), depends
+
+    def watching(
+        self,
+        type: int,
+        sender_id: int,
+        destination: str | None,
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        args: Callable[[], Arguments],
+    ) -> tuple[tuple[int, ...], bool]:
+        """The monitors that want a copy of a message, and whether that depends on its arguments.
+
+        While the second is False, the answer holds for the header until `monitors_version`
+        changes. `destination` is as the sender wrote it."""
+        depends = any(rule.needs_args for rules in self.monitors.values() for rule in rules)
+        known = args() if depends else ()
+        sender_names = self.sender_names(sender_id)
+        recipient = self.connection(destination) if destination is not None else None
+        recipient_names = (recipient.name, *recipient.names) if recipient is not None else None
+        found = (
+            id
+            for id, rules in self.monitors.items()
+            if not rules
+            or any(
+                rule.matches(
+                    type,
+                    sender_names,
+                    destination,
+                    path,
+                    interface,
+                    member,
+                    known,
+                    recipient_names,
+                )
+                for rule in rules
+            )
+        )
+        return tuple(sorted(found)), depends
