@@ -1,0 +1,329 @@
+"""Policy from the configuration file: what is denied is answered or dropped, the rest passes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from . import wireformat as w
+from .daemon import OPEN_POLICY, Bus
+from .rawclient import DRIVER, DRIVER_PATH, BusError, RawClient, RawSocket
+
+DENIED = "org.freedesktop.DBus.Error.AccessDenied"
+ALLOW_ALL = '<allow send_destination="*"/><allow receive_sender="*"/><allow own="*"/>'
+UID = os.geteuid()
+OTHER_UID = 65534
+
+
+def default(rules: str, base: str = ALLOW_ALL) -> str:
+    return f'<policy context="default">{base}\n{rules}</policy>\n'
+
+
+def denied(client: RawClient, *args: Any, **options: Any) -> str:
+    """The text with which a call is refused."""
+    with pytest.raises(BusError) as caught:
+        client.call(*args, **options)
+    assert caught.value.name == DENIED
+    return caught.value.text
+
+
+def allowed(caller: RawClient, callee: RawClient, to: str, interface: str, member: str) -> None:
+    caller.send_call(to, "/", interface, member, flags=w.NO_REPLY_EXPECTED)
+    assert callee.wait_call(member).interface == interface
+
+
+# -- own ---------------------------------------------------------------------------------
+
+
+def test_own(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(
+        policy=default('<deny own="test.own.Denied"/><deny own_prefix="test.prefix"/>')
+    )
+    client = bus.connect()
+    for name in ("test.own.Denied", "test.prefix", "test.prefix.x.y"):
+        text = denied(client, DRIVER, DRIVER_PATH, DRIVER, "RequestName", "su", (name, 0))
+        assert name in text
+        assert client.driver("NameHasOwner", "s", (name,)) == [False]
+    for name in ("test.own.Denied2", "test.own", "test.prefixed"):
+        assert client.request_name(name) == 1
+
+
+def test_nothing_may_be_owned_unless_allowed(start_bus) -> None:  # type: ignore[no-untyped-def]
+    base = '<allow send_destination="*"/><allow receive_sender="*"/>'
+    policy = default('<allow own="test.own.Only"/>', base)
+    client = start_bus(policy=policy).connect()
+    assert client.request_name("test.own.Only") == 1
+    with pytest.raises(BusError, match="AccessDenied"):
+        client.request_name("test.own.Other")
+
+
+# -- send --------------------------------------------------------------------------------
+
+SEND = default(
+    """
+    <deny send_destination="test.dest.Denied"/>
+    <deny send_interface="test.denied.Interface" send_type="method_call"/>
+    <deny send_interface="test.one.Member" send_member="Forbidden"/>
+    <deny send_type="signal" send_interface="test.denied.Signal"/>
+    <deny send_path="/forbidden" send_type="method_call"/>
+    <deny send_destination="org.freedesktop.DBus"
+          send_interface="org.freedesktop.DBus" send_member="UpdateActivationEnvironment"/>
+    <deny send_destination_prefix="test.destprefix"/>
+    """
+)
+
+
+@pytest.fixture
+def send_bus(start_bus) -> Bus:  # type: ignore[no-untyped-def]
+    return start_bus(policy=SEND)  # type: ignore[no-any-return]
+
+
+def test_send_destination(send_bus: Bus) -> None:
+    a, b, c = (send_bus.connect() for _ in range(3))
+    b.request_name("test.dest.Denied")
+    b.request_name("test.dest.Other")
+    c.request_name("test.dest.Free")
+    denied(a, "test.dest.Denied", "/", "test.I", "M")
+    # The rule is about the owner, however it is addressed.
+    denied(a, "test.dest.Other", "/", "test.I", "M")
+    denied(a, b.name, "/", "test.I", "M")
+    allowed(a, c, "test.dest.Free", "test.I", "M")
+    b.driver("ReleaseName", "s", ("test.dest.Denied",))
+    allowed(a, b, b.name, "test.I", "M")
+
+
+def test_send_destination_prefix(send_bus: Bus) -> None:
+    a, b, c = (send_bus.connect() for _ in range(3))
+    b.request_name("test.destprefix.x")
+    c.request_name("test.destprefixed")
+    denied(a, b.name, "/", "test.I", "M")
+    allowed(a, c, c.name, "test.I", "M")
+
+
+def test_send_interface_member_and_path(send_bus: Bus) -> None:
+    a, b = send_bus.connect(), send_bus.connect()
+    denied(a, b.name, "/", "test.denied.Interface", "M")
+    denied(a, b.name, "/", "test.one.Member", "Forbidden")
+    denied(a, b.name, "/forbidden", "test.I", "M")
+    allowed(a, b, b.name, "test.one.Member", "Other")
+    a.signal("/forbidden", "test.denied.Interface", "S", to=b.name)
+    assert b.wait_signal("S").interface == "test.denied.Interface"
+
+
+def test_send_signal(send_bus: Bus) -> None:
+    a, b = send_bus.connect(), send_bus.connect()
+    b.add_match("interface='test.denied.Signal'")
+    b.add_match("interface='test.allowed.Signal'")
+    a.signal("/", "test.denied.Signal", "Broadcast")
+    a.signal("/", "test.denied.Signal", "Unicast", to=b.name)
+    a.signal("/", "test.allowed.Signal", "Fine")
+    assert [m.member for m in b.drain(a)] == ["Fine"]
+
+
+def test_send_to_the_driver(send_bus: Bus) -> None:
+    client = send_bus.connect()
+    denied(client, DRIVER, DRIVER_PATH, DRIVER, "UpdateActivationEnvironment", "a{ss}", ({},))
+    assert client.driver("NameHasOwner", "s", (client.name,)) == [True]
+
+
+def test_replies_are_allowed_where_calls_are_denied(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """The system bus's way: no method calls by default, but whoever is called may answer."""
+    policy = default(
+        """
+        <allow user="*"/><allow send_type="signal"/>
+        <allow send_requested_reply="true" send_type="method_return"/>
+        <allow send_requested_reply="true" send_type="error"/>
+        <allow receive_type="method_call"/><allow receive_type="method_return"/>
+        <allow receive_type="error"/><allow receive_type="signal"/>
+        <allow send_destination="org.freedesktop.DBus"/>
+        <allow own="test.reply.Service"/>
+        <allow send_destination="test.reply.Service"/>
+        """,
+        '<deny own="*"/><deny send_type="method_call"/>',
+    )
+    bus: Bus = start_bus(policy=policy, type_="system")
+    client, service, other = (bus.connect() for _ in range(3))
+    service.request_name("test.reply.Service")
+    serial = client.send_call("test.reply.Service", "/", "test.I", "M")
+    service.reply(service.wait_call("M"), "s", ("answer",))
+    assert client.wait_reply(serial).args == ["answer"]
+    denied(service, client.name, "/", "test.I", "M")
+    denied(client, other.name, "/", "test.I", "M")
+    other.send(w.RETURN, {w.DESTINATION: client.name, w.REPLY_SERIAL: 99})
+    other.signal("/", "test.I", "After", to=client.name)
+    assert client.read().member == "After"
+
+
+def test_denied_call_that_wants_no_reply_is_dropped(send_bus: Bus) -> None:
+    a, b = send_bus.connect(), send_bus.connect()
+    a.send_call(b.name, "/", "test.denied.Interface", "M", flags=w.NO_REPLY_EXPECTED)
+    assert b.drain(a) == []
+
+
+def test_last_matching_rule_wins(start_bus) -> None:  # type: ignore[no-untyped-def]
+    policy = default(
+        """
+        <deny send_interface="test.rule.One"/>
+        <allow send_interface="test.rule.One" send_member="Yes"/>
+        <deny send_interface="test.rule.Two" send_member="No"/>
+        <allow send_interface="test.rule.Two"/>
+        """
+    )
+    bus: Bus = start_bus(policy=policy)
+    a, b = bus.connect(), bus.connect()
+    denied(a, b.name, "/", "test.rule.One", "No")
+    allowed(a, b, b.name, "test.rule.One", "Yes")
+    allowed(a, b, b.name, "test.rule.Two", "No")
+
+
+def test_mandatory_comes_after_default(start_bus) -> None:  # type: ignore[no-untyped-def]
+    policy = (
+        '<policy context="mandatory"><deny send_interface="test.Mandatory"/></policy>'
+        + default('<allow send_interface="test.Mandatory"/>')
+    )
+    bus: Bus = start_bus(policy=policy)
+    a, b = bus.connect(), bus.connect()
+    denied(a, b.name, "/", "test.Mandatory", "M")
+
+
+# -- receive -----------------------------------------------------------------------------
+
+
+def test_receive(start_bus) -> None:  # type: ignore[no-untyped-def]
+    policy = default(
+        """
+        <deny receive_interface="test.unreceived.Interface"/>
+        <deny receive_sender="test.unreceived.Sender"/>
+        <deny receive_type="signal" receive_member="Unreceived" receive_interface="test.I"/>
+        """
+    )
+    bus: Bus = start_bus(policy=policy)
+    a, b, c = (bus.connect() for _ in range(3))
+    denied(a, b.name, "/", "test.unreceived.Interface", "M")
+    c.request_name("test.unreceived.Sender")
+    denied(c, b.name, "/", "test.I", "M")
+    b.add_match("type='signal'")
+    c.signal("/", "test.I", "FromC")
+    a.signal("/", "test.I", "Unreceived")
+    a.signal("/", "test.unreceived.Interface", "Unreceived")
+    a.signal("/", "test.I", "Received")
+    got = [m.member for m in b.drain(a) if m.sender != DRIVER]
+    assert got == ["Received"]
+
+
+# -- who ---------------------------------------------------------------------------------
+
+
+def test_user_rules(start_bus) -> None:  # type: ignore[no-untyped-def]
+    policy = default('<deny own="*"/><deny send_interface="test.ForNobody"/>') + (
+        f'<policy user="{UID}"><allow own="test.user.Mine"/></policy>'
+        f'<policy user="{OTHER_UID}"><allow own="test.user.Theirs"/></policy>'
+    )
+    client = start_bus(policy=policy).connect()
+    assert client.request_name("test.user.Mine") == 1
+    with pytest.raises(BusError, match="AccessDenied"):
+        client.request_name("test.user.Theirs")
+
+
+def test_user_comes_after_group_and_default(start_bus) -> None:  # type: ignore[no-untyped-def]
+    policy = (
+        f'<policy user="{UID}"><allow own="test.order.A"/><deny own="test.order.B"/></policy>'
+        f'<policy group="{os.getegid()}"><deny own="test.order.A"/><allow own="test.order.B"/>'
+        '<allow own="test.order.C"/></policy>' + default('<deny own="test.order.C"/>')
+    )
+    client = start_bus(policy=policy).connect()
+    assert client.request_name("test.order.A") == 1
+    with pytest.raises(BusError, match="AccessDenied"):
+        client.request_name("test.order.B")
+    assert client.request_name("test.order.C") == 1
+
+
+@pytest.mark.parametrize("rule", [f'<deny user="{UID}"/>', f'<deny group="{os.getegid()}"/>'])
+def test_who_may_connect(start_bus, rule: str) -> None:  # type: ignore[no-untyped-def]
+    """A user that policy keeps out does not get past authentication."""
+    bus: Bus = start_bus(policy=OPEN_POLICY + f'<policy context="mandatory">{rule}</policy>')
+    raw = RawSocket(bus.address)
+    raw.write(b"\0AUTH EXTERNAL " + str(UID).encode().hex().encode() + b"\r\nBEGIN\r\n")
+    raw.expect_disconnect()
+    raw.close()
+
+
+def test_another_user_may_not_connect_to_a_session_bus(start_bus) -> None:  # type: ignore[no-untyped-def]
+    if UID != 0:
+        pytest.skip("needs root to be somebody else")
+    bus: Bus = start_bus()
+    bus.socket.chmod(0o777)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(OTHER_UID)
+            os.setuid(OTHER_UID)
+            raw = RawSocket(bus.address)
+            raw.write(b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n")
+            raw.expect_disconnect()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_another_user_on_a_system_bus(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """Anybody may connect there, and is seen as whom the kernel says."""
+    if UID != 0:
+        pytest.skip("needs root to be somebody else")
+    policy = default('<allow user="*"/>')
+    bus: Bus = start_bus(type_="system", policy=policy)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(OTHER_UID)
+            os.setuid(OTHER_UID)
+            client = RawClient(bus.address)
+            user = client.driver("GetConnectionUnixUser", "s", (client.name,))
+            status = 0 if user == [OTHER_UID] else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- reload and report -------------------------------------------------------------------
+
+
+def test_reload_config_changes_the_policy(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default(""))
+    a, b = bus.connect(), bus.connect()
+    allowed(a, b, b.name, "test.Reload", "M")
+    text = bus.config.read_text()
+    changed = text.replace("</policy>", '<deny send_interface="test.Reload"/></policy>')
+    bus.config.write_text(changed)
+    a.driver("ReloadConfig")
+    denied(a, b.name, "/", "test.Reload", "M")
+    bus.config.write_text(text)
+    a.driver("ReloadConfig")
+    allowed(a, b, b.name, "test.Reload", "M")
+
+
+def test_reload_of_a_broken_file_keeps_the_old_policy(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default('<deny send_interface="test.Denied"/>'))
+    a, b = bus.connect(), bus.connect()
+    bus.config.write_text("<busconfig><nonsense/></busconfig>")
+    with pytest.raises(BusError):
+        a.driver("ReloadConfig")
+    denied(a, b.name, "/", "test.Denied", "M")
+    allowed(a, b, b.name, "test.Fine", "M")
+
+
+@pytest.mark.kbusd_only
+def test_a_refusal_names_the_rule_with_file_and_line(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default('<deny send_interface="test.Denied"/>'))
+    lines = bus.config.read_text().splitlines()
+    number = next(n for n, line in enumerate(lines, 1) if "test.Denied" in line)
+    a, b = bus.connect(), bus.connect()
+    text = denied(a, b.name, "/", "test.Denied", "M")
+    assert f"{bus.config}:{number}" in text + bus.log()
