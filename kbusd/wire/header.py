@@ -79,6 +79,7 @@ SENDER = cython.declare(cython.int, 7)
 SIGNATURE = cython.declare(cython.int, 8)
 UNIX_FDS = cython.declare(cython.int, 9)
 
+FIELD_TYPES = cython.declare(cython.p_const_char, b"-osssussgu")  # by code
 LOCAL_PATH_TEXT = cython.declare(cython.p_const_char, b"/org/freedesktop/DBus/Local")
 LOCAL_INTERFACE_TEXT = cython.declare(cython.p_const_char, b"org.freedesktop.DBus.Local")
 
@@ -242,30 +243,25 @@ def _fields(
             return -FIELD_TWICE
         out.fields_seen |= 1 << code
         at += 4
+        if letter != FIELD_TYPES[code]:
+            return -FIELD_TYPE
         if code == SIGNATURE:
-            if letter != ord("g"):
-                return -FIELD_TYPE
             length = data[at]
             at += 1
         else:
             if end - at < 4:
                 return -FIELD_PAST_END
-            if code == REPLY_SERIAL or code == UNIX_FDS:
-                if letter != ord("u"):
-                    return -FIELD_TYPE
-                if code == UNIX_FDS:
-                    out.unix_fds = _uint32(data + at, swap)
-                else:
-                    out.reply_serial_at = at
-                    out.reply_serial = _uint32(data + at, swap)
-                    if out.reply_serial == 0:
-                        return -REPLY_SERIAL_ZERO
-                at += 4
-                continue
-            if letter != (ord("o") if code == PATH else ord("s")):
-                return -FIELD_TYPE
             length = _uint32(data + at, swap)
+            if code == UNIX_FDS:
+                out.unix_fds = length
+            elif code == REPLY_SERIAL:
+                if length == 0:
+                    return -REPLY_SERIAL_ZERO
+                out.reply_serial_at = at
+                out.reply_serial = length
             at += 4
+            if letter == ord("u"):
+                continue
         if length >= end - at:
             return -FIELD_PAST_END
         if data[at + length]:
