@@ -64,6 +64,8 @@ def read(pid: int, titles: Mapping[str, str] | None = None) -> InForce:
     Raises ProcessLookupError if there is no such process (any more)."""
     try:
         status = _status(pid)
+        if status["State"].startswith(("Z", "X")):
+            raise ProcessLookupError(f"process {pid} has ended")
         uids = _four(status["Uid"])
         return InForce(
             pid=pid,
@@ -180,11 +182,12 @@ def deduce_landlock(found: InForce, wanted: Compiled, parent: InForce | None) ->
 
 
 def capability_names(bits: int) -> str:
-    """Capabilities as profiles name them, "-" for none, "all" for what this kernel has."""
-    if not bits:
-        return "-"
-    names = [name for name, number in constants.CAPABILITIES.items() if bits >> number & 1]
-    return "all" if len(names) == len(constants.CAPABILITIES) else ",".join(names)
+    """Capabilities as profiles name them; "-" for none, "all but ..." for most of them."""
+    have = [name for name, number in constants.CAPABILITIES.items() if bits >> number & 1]
+    lack = [name for name in constants.CAPABILITIES if name not in have]
+    if not lack:
+        return "all"
+    return f"all but {','.join(lack)}" if len(lack) < 8 else ",".join(have) or "-"
 
 
 def selinux_type(label: str) -> str:

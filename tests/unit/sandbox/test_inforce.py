@@ -165,3 +165,23 @@ def test_what_is_no_bus_is_said_to_be_none(capsys: pytest.CaptureFixture[str]) -
     assert "not the supervisor of a bus" in capsys.readouterr().err
     assert ctl.main(["workers", "--pid", "4194304"]) == 2
     assert "no process 4194304" in capsys.readouterr().err
+
+
+def test_a_process_that_has_ended_is_not_one_that_differs() -> None:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # a zombie from now on
+    try:
+        with pytest.raises(ProcessLookupError, match="has ended"):
+            inforce.read(pid)
+    finally:
+        os.waitpid(pid, 0)
+
+
+def test_capabilities_are_told_by_what_is_shorter() -> None:
+    assert inforce.capability_names(0) == "-"
+    assert inforce.capability_names(0b11 << 6) == "setgid,setuid"
+    everything = (1 << 41) - 1
+    assert inforce.capability_names(everything) == "all"
+    assert inforce.capability_names(everything & ~(1 << 24)) == "all but sys_resource"
