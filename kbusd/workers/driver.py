@@ -30,7 +30,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from jeepney.low_level import Endianness, parse_signature
+from jeepney.low_level import (  # type: ignore[import-untyped]
+    Endianness,
+    parse_signature,
+)
 
 from kbusd.rings.entries import (
     ActivatableChanged,
@@ -79,7 +82,6 @@ from kbusd.workers.replica import (
 )
 
 NO_REPLY_EXPECTED = 1
-ALREADY_RUNNING = 2
 MAX_UNFINISHED = 128  # calls of one client; each may hold a match rule or a name
 
 _MAX_U32 = 0xFFFFFFFF
@@ -214,12 +216,18 @@ class Driver:
     @property
     def busy(self) -> bool:
         """Whether something that the client did has not taken effect yet."""
-        return self.pending > 0 or bool(self._waiting)
+        unregistered = self._hello_asked and not self._registered
+        return self.pending > 0 or bool(self._waiting) or unregistered
 
     @property
     def full(self) -> bool:
         """Whether so many calls wait that the client should not be read from for now."""
         return self.pending + len(self._waiting) >= MAX_UNFINISHED
+
+    @property
+    def _registered(self) -> bool:
+        """Whether the replica knows the client, so that all calls can be judged."""
+        return self.me in self.replica.connections or self.me in self.replica.monitors
 
     # -- calls -------------------------------------------------------------------------------
 
@@ -227,7 +235,7 @@ class Driver:
         """What to do about a method call. The replica must have caught up with the log."""
         if call.destination is None:
             return self._finish(call, self._call_to_nobody)
-        if self._waiting or (self._hello_asked and not self.me):
+        if self._waiting or (self._hello_asked and not self._registered):
             self._waiting.append(call)
             return []
         return self._start(call)
@@ -336,10 +344,6 @@ class Driver:
                 _check_release(name)
                 return self._ask(call, ReleaseName(0, name))
             case "StartServiceByName", [str(name), int(_)]:
-                if name not in self.replica.activatable or name == BUS_NAME:
-                    raise Refusal(errors.SERVICE_UNKNOWN, errors.no_service(name))
-                if self.replica.owner(name) is not None:
-                    return "u", ALREADY_RUNNING
                 return self._ask(call, StartService(0, name, auto=False), held=False)
             case "UpdateActivationEnvironment", [dict(variables)]:
                 if self.bus.system:
@@ -545,7 +549,12 @@ class Driver:
         if isinstance(token.request, BecomeMonitor) and self._held_back is not None:
             actions += self._held_back
             self._held_back = None
-        while self._waiting and not self.pending:
+        return actions + self._resume()
+
+    def _resume(self) -> list[Action]:
+        """Start the calls that waited, as far as they may go now."""
+        actions: list[Action] = []
+        while self._waiting and not self.pending and (self._registered or not self._hello_asked):
             actions += self._start(self._waiting.popleft())
         return actions
 
@@ -593,6 +602,8 @@ class Driver:
         if self._held_back is not None:
             self._held_back += sent
             return []
+        if isinstance(entry, ConnectionAdded) and entry.id == self.me:
+            sent += self._resume()
         return sent
 
     def resync(self, snapshot: bytes) -> list[Action]:
