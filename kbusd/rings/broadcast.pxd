@@ -18,6 +18,8 @@ cdef class Broadcast:
     cdef uint8_t *reserve(self, size_t length, uint64_t limit) noexcept
     cdef void commit(self) noexcept
     cdef void want_space(self, bint on) noexcept
+    cdef void begin(self, uint64_t stamp) noexcept
+    cdef void end(self) noexcept
 
 cdef class BroadcastReader:
     cdef readonly size_t size
@@ -27,6 +29,7 @@ cdef class BroadcastReader:
     cdef uint64_t frames
     cdef uint64_t head(self) noexcept
     cdef uint64_t tail(self) noexcept
+    cdef uint64_t begun(self) noexcept
     cdef bint producer_waits(self) noexcept
     cdef int look(self, uint64_t at, uint64_t upto, FrameHead *out) noexcept
     cdef int copy(self, uint64_t upto, FrameHead *out, uint8_t *to, size_t room) noexcept

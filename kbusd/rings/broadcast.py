@@ -6,7 +6,11 @@ at `tail` again: if it has passed, the copy is worth nothing and the reader was 
 not be overrun is the producer's business (`limit`, fanout.py); of the control log, nobody: who
 was overrun there loads a snapshot.
 
-Control page: u64 head, u32 want_space, at byte 16 u64 tail; one cache line.
+A producer that puts one message into several rings is between the first and the last of them for
+a moment; `begin` and `end` say so to all who map its Broadcast. (Else a subscriber could get the
+answer of another one before the signal that it answers; merge.py waits for the end.)
+
+Control page: u64 head, u32 want_space, at byte 16 u64 tail, u64 begun; one cache line.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from kbusd.rings.values import BroadcastStatistics, Frame, ReaderStatistics
 MAX_SIZE = cython.declare(cython.size_t, 64 * 1024 * 1024)  # more than any honest peer asks for
 WANT_AT = cython.declare(cython.int, 8)
 TAIL_AT = cython.declare(cython.int, 16)
+BEGUN_AT = cython.declare(cython.int, 24)
 NOBODY = 2**64 - 1  # the limit when no reader is to be spared
 
 
@@ -100,6 +105,17 @@ class Broadcast:
             # Pairs with the fence in BroadcastReader.producer_waits.
             fence_seq_cst()
 
+    def begin(self, stamp) -> cython.void:
+        """What follows, with stamps from `stamp` on, goes into more than one ring, until `end`."""
+        # Pairs with BroadcastReader.begun: whoever sees a frame that follows sees this.
+        store_release(cython.cast(cython.pointer(uint64_t), self.base + BEGUN_AT), stamp)
+        fence_release()
+
+    def end(self) -> cython.void:
+        """It stands in all of them."""
+        # Pairs with BroadcastReader.begun: whoever sees this sees all frames before.
+        store_release(cython.cast(cython.pointer(uint64_t), self.base + BEGUN_AT), 0)
+
     def append(self, kind: int, stamp: int, envelope: bytes, body: bytes) -> int:
         """Write one frame, whoever has not read what it overwrites; the position behind it.
 
@@ -131,6 +147,14 @@ class Broadcast:
         memcpy(place + HEAD + len(envelope), cython.cast(cython.p_char, body), len(body))
         self.commit()
         return True
+
+    def open_many(self, stamp: int) -> None:
+        """`begin` for Python."""
+        self.begin(stamp)
+
+    def close_many(self) -> None:
+        """`end` for Python."""
+        self.end()
 
     def close_fd(self) -> None:
         """After hand-over: the mapping stays."""
@@ -180,6 +204,13 @@ class BroadcastReader:
         # Pairs with Broadcast.reserve.
         return load_acquire(
             cython.cast(cython.pointer(cython.const[uint64_t]), self.base + TAIL_AT)
+        )
+
+    def begun(self) -> uint64_t:
+        """The stamp from which on frames may stand in some rings and not yet in others; or 0."""
+        # Pairs with Broadcast.begin and end. Look at this before the heads.
+        return load_acquire(
+            cython.cast(cython.pointer(cython.const[uint64_t]), self.base + BEGUN_AT)
         )
 
     def producer_waits(self) -> cython.bint:

@@ -3,12 +3,32 @@ from libc.stdint cimport uint8_t, uint64_t
 from kbusd.rings.clock cimport Clock
 from kbusd.rings.frame cimport FrameHead
 
-cdef struct Source:
-    void *reader
+cdef struct Stream:
     const uint64_t *head_at
-    uint64_t position, seen, newer, stamp, last
-    bint is_ring, bad, unpublished
+    uint64_t position
+    uint64_t seen       # the head in the first scan
+    uint64_t newer      # the head in the second
+    uint64_t last       # stamp of the last frame delivered
+
+cdef struct Source:
+    void *reader        # what add was given
+    void *ring          # RingReader, or NULL for the log
+    void *cast          # BroadcastReader, or NULL
+    void *held          # CatchUp, or NULL until it was overrun once
+    Stream unicast
+    Stream broadcast
+    int state
+    int turn            # where its next frame comes from
+    uint64_t stamp      # of its next frame
+    int doorbell        # the producer's, or -1
+    int slot            # where its Broadcast position is published, or -1
     int blame
+    bint bad
+    bint unpublished
+    uint64_t ignored    # a `begun` that was waited for in vain
+    uint64_t budget     # ns that it may still make us wait
+    uint64_t held_since
+    uint64_t held_until
 
 cdef class Merge:
     cdef Clock clock
@@ -16,17 +36,31 @@ cdef class Merge:
     cdef int *ready
     cdef int sources, room, count, current
     cdef size_t length
-    cdef uint64_t cut
+    cdef uint64_t aux, cut
+    cdef bint again
+    cdef readonly bint holding
     cdef uint8_t *buffer
     cdef size_t capacity
+    cdef object status
     cdef list readers, broken
-    cdef object held
+    cdef object kept
     cdef int gather(self) except -1
     cdef object next(self, FrameHead *head, const uint8_t **payload)
     cdef int publish(self) except -1
-    cdef bint pending(self) noexcept
-    cdef int _look(self, Source *source, uint64_t at, uint64_t upto, FrameHead *head) noexcept
-    cdef void _settle(self) noexcept
-    cdef bint _first(self, int index) noexcept
-    cdef void _break(self, Source *source, int code) noexcept
+    cdef bint pending(self) except -1
+    cdef list take_broken(self)
+    cdef void _grow(self) except *
     cdef int _index(self, object reader) except -2
+    cdef void _break(self, Source *source, int code) except *
+    cdef void _settle(self) except *
+    cdef int _scan(self, Source *source) except -1
+    cdef int _overrun(self, Source *source) except -1
+    cdef int _catch_up(self, Source *source) except -1
+    cdef int _mark(self, Source *source, uint64_t aux) except -1
+    cdef void _skip(self, Source *source, size_t length) noexcept
+    cdef bint _first(self, Source *source) except -1
+    cdef int _first_copy(self, Source *source, uint64_t *stamp) except -1
+    cdef int _first_unicast(self, Source *source, uint64_t *stamp) except -1
+    cdef bint _waits(self, Source *source, uint64_t begun) noexcept
+    cdef void _publish_one(self, Source *source) except *
+    cdef int _take(self, Source *source, FrameHead *head, const uint8_t **payload) except -9

@@ -56,3 +56,20 @@ class StatusStatistics(msgspec.Struct, frozen=True):
     slots: int
     taken: int
     sleeping: bool
+
+
+class FanoutStatistics(msgspec.Struct, frozen=True):
+    """A Broadcast's subscribers that read it now, and how often one was demoted."""
+
+    joined: int
+    demotions: int
+    broadcast: BroadcastStatistics
+
+
+class MergeStatistics(msgspec.Struct, frozen=True):
+    """A merge: its sources, those that follow a Broadcast, those that catch up; bytes held."""
+
+    sources: int
+    following: int
+    catching_up: int
+    held: int

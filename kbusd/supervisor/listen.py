@@ -105,6 +105,7 @@ def _bind_path(path: str, address: str) -> Listener:
         sock.close()
         raise AddressError(f"cannot listen on {address!r}: {path}: {error.strerror}") from None
     sock.listen(socket.SOMAXCONN)
+    sock.setblocking(False)
     return Listener(sock, f"unix:path={escape(path)}", path)
 
 
@@ -132,6 +133,7 @@ def _bind_abstract(name: str, address: str) -> Listener:
         sock.close()
         raise AddressError(f"cannot listen on {address!r}: {error.strerror}") from None
     sock.listen(socket.SOMAXCONN)
+    sock.setblocking(False)
     return Listener(sock, f"unix:abstract={escape(name)}", None)
 
 
@@ -148,6 +150,7 @@ def _activated(environ: Mapping[str, str]) -> list[Listener]:
         sock = socket.socket(fileno=fd)
         if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
             raise AddressError(f"address 'systemd:': descriptor {fd} is not a Unix stream socket")
+        sock.setblocking(False)
         name = sock.getsockname()
         if isinstance(name, bytes):
             address = f"unix:abstract={escape(os.fsdecode(name[1:]))}"

@@ -36,6 +36,7 @@ from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import sealed_memfd, spawn
 
 SPARE_WORKERS = 4  # a connect costs a hand-over while these last; forking one takes about 2 ms
+MAX_SPARES_LOST = 16  # in a row: something is wrong with all of them
 START_SECONDS = 30.0
 STOP_SECONDS = 2.0
 RETRY_SECONDS = 0.1  # after the system ran out of something
@@ -99,6 +100,7 @@ class Supervisor:
         self.by_uid: Counter[int] = Counter()
         self.next_worker = 1
         self.forking = 0
+        self.spares_lost = 0
         self.listening = False
         self.pause_until = 0.0
         self.exit_status: int | None = None
@@ -242,6 +244,7 @@ class Supervisor:
                 self.pause_until = time.monotonic() + RETRY_SECONDS
                 return
             with client:
+                client.setblocking(False)  # for the worker, which may not change it
                 self._serve(client)
 
     def _serve(self, client: socket.socket) -> None:
@@ -258,11 +261,11 @@ class Supervisor:
             )
             return
         worker = self.spare.popleft()
+        self.spares_lost = 0
         worker.client = credentials
         self.by_uid[credentials.uid] += 1
         self._tell(self.broker, entries.Assigned(worker.number, credentials))
         self._tell(worker.line, entries.Client(credentials), [client.fileno()])
-        worker.line.close()
         self._refill()
 
     # -- workers -------------------------------------------------------------------------------
@@ -309,8 +312,12 @@ class Supervisor:
             self.by_uid[worker.client.uid] -= 1
         else:
             self.spare.remove(worker)
-            worker.line.close()
+            self.spares_lost += 1
+            if self.spares_lost >= MAX_SPARES_LOST:
+                self.journal.warn(f"{self.spares_lost} spare workers in a row ended by themselves")
+                self.exit_status = 1
         self._tell(self.broker, entries.WorkerGone(number, reason))
+        worker.line.close()
         os.close(worker.pidfd)
         if self.exit_status is None:
             self._refill()

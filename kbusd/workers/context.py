@@ -10,6 +10,7 @@ import msgspec
 
 from kbusd.policy.configuration import Configuration
 from kbusd.sandbox.compiled import Compiled
+from kbusd.workers.driver import Bus
 
 _MACHINE_ID_FILES = ("/etc/machine-id", "/var/lib/dbus/machine-id")
 

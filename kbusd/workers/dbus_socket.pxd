@@ -40,7 +40,7 @@ cdef class Engine:
     cdef Output output
     cdef Peer me
     cdef dict peers, routes, pending, by_source
-    cdef list touched, backlogged
+    cdef list touched, backlogged, heard
     cdef int epoll, client, supervisor
     cdef long long id, epoch, names_version
     cdef uint32_t serial
@@ -61,6 +61,7 @@ cdef class Engine:
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd) except *
     cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
+    cdef void _to_myself(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
     cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *

@@ -16,7 +16,7 @@ import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
 from cython.cimports.kbusd.rings.clock import Clock
-from cython.cimports.kbusd.rings.doorbell import Doorbell
+from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
@@ -68,6 +68,7 @@ RETURN = cython.declare(cython.int, 2)
 ERROR = cython.declare(cython.int, 3)
 SIGNAL = cython.declare(cython.int, 4)
 NO_REPLY = cython.declare(cython.int, 1)
+NO_AUTO_START = cython.declare(cython.int, 2)
 
 MESSAGE = cython.declare(cython.int, 1)
 LARGE = cython.declare(cython.int, 4)
@@ -104,6 +105,14 @@ NO_FDS_TEXT = (
 DISCONNECTED_TEXT = "Message recipient disconnected from message bus without replying"
 
 
+_CHANGES = frozenset(
+    (
+        entries.ConnectionRemoved,
+        entries.NameOwnerChanged,
+        entries.MonitorAttached,
+        entries.PolicyChanged,
+    )
+)
 msgspec_replace = msgspec.structs.replace
 decode_snapshot = msgspec.msgpack.Decoder(entries.Snapshot).decode
 decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
@@ -151,7 +160,7 @@ class Engine:
         self.doorbell = Doorbell()
         self.broadcast = Broadcast()
         self.log = BroadcastReader(context.log_fd, 0)
-        self.merge = Merge()
+        self.merge = Merge(self.clock)
         self.input = Input()
         self.output = Output()
         self.replica = Replica()
@@ -162,6 +171,7 @@ class Engine:
         self.requests = {}
         self.activating = {}
         self.touched = []
+        self.heard = []
         self.backlogged = []
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         self.serial = 0
@@ -410,7 +420,7 @@ class Engine:
         fds: tuple = ()
         if header.unix_fds:
             fds = self._take_fds(header.unix_fds)
-        if self.log.head() != self.log.position:
+        if self.loaded and self.log.head() != self.log.position:
             self._inbound()
         route = self._route(data, cython.address(header), body)
         if large != cython.NULL and route.peer is not None and not self.replica.monitors:
@@ -639,7 +649,7 @@ class Engine:
         head: cython.pointer(FrameHead),
         body: cython.pointer(cython.const[uint8_t]),
         fds: tuple,
-    ):
+    ) -> cython.void:
         payload = route.envelope + _bytes(body, head.body_length)
         data: cython.p_char = payload
         head.envelope_length = len(route.envelope)
@@ -674,29 +684,29 @@ class Engine:
 
     def _act(self, actions):
         for action in actions:
-            match action:
-                case drivers.Return():
-                    self._bus_message(
-                        RETURN, action.reply_serial, None, None, action.signature, action.body
-                    )
-                case drivers.Error():
-                    self._error(action.reply_serial, action.name, action.text)
-                case drivers.Signal():
-                    self._bus_message(
-                        SIGNAL,
-                        0,
-                        action.member,
-                        None,
-                        action.signature,
-                        action.body,
-                        action.destination,
-                    )
-                case drivers.Ask():
-                    token = action.token
-                    self._ask(
-                        action.request,
-                        lambda answer, fds, token=token: self._answer_driver(token, answer, fds),
-                    )
+            kind = type(action)
+            if kind is drivers.Return:
+                self._bus_message(
+                    RETURN, action.reply_serial, None, None, action.signature, action.body
+                )
+            elif kind is drivers.Error:
+                self._error(action.reply_serial, action.name, action.text)
+            elif kind is drivers.Signal:
+                self._bus_message(
+                    SIGNAL,
+                    0,
+                    action.member,
+                    None,
+                    action.signature,
+                    action.body,
+                    action.destination,
+                )
+            elif kind is drivers.Ask:
+                token = action.token
+                self._ask(
+                    action.request,
+                    lambda answer, fds, token=token: self._answer_driver(token, answer, fds),
+                )
 
     def _answer_driver(self, token, answer, fds):
         snapshot = memfd.read(fds[0]) if fds else b""
@@ -815,18 +825,18 @@ class Engine:
             raise Gone(f"the broker broke a rule: {error}") from None
 
     def _broker_says(self, message, fds):
-        match message:
-            case entries.Reply() | entries.Failure():
-                then = self.requests.pop(message.request, None)
-                if then is not None:
-                    then(message, fds)
-            case entries.Introduction():
-                self._introduced_by(message, fds)
-            case entries.Withdrawn():
-                peer = self.peers.get(message.peer)
-                if peer is not None:
-                    self._detach(peer)
-                    cython.cast(Peer, peer).again()
+        kind = type(message)
+        if kind is entries.Reply or kind is entries.Failure:
+            then = self.requests.pop(message.request, None)
+            if then is not None:
+                then(message, fds)
+        elif kind is entries.Introduction:
+            self._introduced_by(message, fds)
+        elif kind is entries.Withdrawn:
+            peer = self.peers.get(message.peer)
+            if peer is not None:
+                self._detach(peer)
+                cython.cast(Peer, peer).again()
 
     def _ask(self, request, then):
         """Ask the broker; `then(answer, fds)` is called with its Reply or Failure."""
@@ -943,33 +953,69 @@ class Engine:
                 source = self.merge.next(cython.address(head), cython.address(payload))
                 if source is None:
                     break
-                peer = self.by_source.get(source)
-                if peer is None:
+                if source is self.log:
                     self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
-                else:
-                    try:
-                        self._deliver(peer, cython.address(head), payload, None)
-                    except HostilePeer as error:
-                        self._drop(peer, str(error))
+                    continue
+                peer = self.by_source[source]
+                if not peer.heard:
+                    peer.heard = True
+                    self.heard.append(peer)
+                try:
+                    self._deliver(peer, cython.address(head), payload, None)
+                except HostilePeer as error:
+                    self._drop(peer, str(error))
             self.merge.publish()
+            for item in self.heard:
+                peer = cython.cast(Peer, item)
+                peer.heard = False
+                if peer.state == READY and peer.reader.producer_waits():
+                    ring_doorbell(peer.doorbell)
+            self.heard.clear()
+        for source, text in self.merge.take_broken():
+            if source is self.log:
+                self._behind()
+            else:
+                self._drop(self.by_source[source], text)
+
+    def _behind(self):
+        """The log has gone round before we read it: start again from a snapshot."""
+        self._ask(entries.FetchSnapshot(0), self._resync)
+
+    def _resync(self, answer, fds):
+        snapshot = memfd.read(fds[0])
+        actions = self.driver.resync(snapshot)
+        self.epoch += 1
+        self._follow(decode_snapshot(snapshot).position)
+        for peer in [
+            each for each in self.peers.values() if each.id not in self.replica.connections
+        ]:
+            self._peer_left(peer)
+        self._act(actions)
+
+    def _follow(self, position):
+        """Read the log from `position` on."""
+        self.merge.remove(self.log)
+        self.log.seek(position)
+        self.merge.add(self.log)
 
     def _log_entry(self, raw):
         entry = decode_entry(raw)
-        match entry:
-            case entries.ConnectionRemoved():
-                self.epoch += 1
-                peer = self.peers.pop(entry.id, None)
-                actions = self.driver.entry(entry)
-                if peer is not None:
-                    self._detach(peer)
-                    self._fail_pending(peer, NO_REPLY_ERROR, DISCONNECTED_TEXT)
-                    cython.cast(Peer, peer).gone()
-            case entries.NameOwnerChanged() | entries.MonitorAttached() | entries.PolicyChanged():
-                self.epoch += 1
-                actions = self.driver.entry(entry)
-            case _:
-                actions = self.driver.entry(entry)
+        kind = type(entry)
+        if kind in _CHANGES:
+            self.epoch += 1
+        actions = self.driver.entry(entry)
+        if kind is entries.ConnectionRemoved or kind is entries.MonitorAttached:
+            peer = self.peers.get(entry.id)
+            if peer is not None:
+                self._peer_left(peer)
         self._act(actions)
+
+    def _peer_left(self, peer: Peer):
+        """Its connection ended; what it had sent is delivered, what we asked of it will not be."""
+        del self.peers[peer.id]
+        self._detach(peer)
+        self._fail_pending(peer, NO_REPLY_ERROR, DISCONNECTED_TEXT)
+        peer.gone()
 
     def _deliver(
         self,
@@ -1169,7 +1215,6 @@ class Engine:
 
 
 @cython.cfunc
-@cython.exceptval(cython.NULL)
 def _map_large(fd: cython.int, length: cython.size_t) -> cython.pointer(uint8_t):
     """Map a large body; it must be sealed, so that it is what we check, and of the size told."""
     try:

@@ -31,7 +31,7 @@ cdef class Peer:
     cdef object side
     cdef readonly int slot
     cdef readonly int state
-    cdef bint touched
+    cdef bint touched, heard
     cdef object backlog
     cdef readonly size_t backlog_bytes
     cdef dict templates

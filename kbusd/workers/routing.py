@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kbusd.policy import decide as policy
 from kbusd.rings.envelope import Envelope
-from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica
+from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica, unique_name
 
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_AUTO_START = 0x2
@@ -52,7 +52,7 @@ class Router:
         if id is None:
             return self._unowned(envelope, flags)
         names: Sequence[str] = (BUS_NAME,) if id == BUS_ID else self.replica.sender_names(id)
-        refusal = self._may_send(envelope, names, fds)
+        refusal = self._may_send(envelope, id, names, fds)
         if refusal is not None:
             return Decision(error=(ACCESS_DENIED, refusal))
         return Decision(targets=(id,))
@@ -73,7 +73,7 @@ class Router:
             ids = tuple(
                 id
                 for id in ids
-                if self._may_send(envelope, self.replica.sender_names(id), fds) is None
+                if self._may_send(envelope, id, self.replica.sender_names(id), fds) is None
             )
         return Decision(targets=ids, broadcast=True, depends=depends)
 
@@ -87,16 +87,26 @@ class Router:
             return Decision(error=(SERVICE_UNKNOWN, text))
         return Decision(activate=name)
 
-    def _may_send(self, envelope: Envelope, names: Sequence[str], fds: int) -> str | None:
+    def _may_send(
+        self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
+    ) -> str | None:
+        """None if our client may send this to the owner of `names`, else why not."""
         if self.policy.allows_everything_to_send:
             return None
         message = as_message(envelope, fds)
-        verdict = self.policy.can_send(
-            message, names, requested_reply=envelope.type in (RETURN, ERROR)
-        )
+        requested = envelope.type in (RETURN, ERROR)
+        verdict = self.policy.can_send(message, names, requested_reply=requested)
         if verdict.allowed:
             return None
-        return policy.rejection(verdict, message, "send", names)
+        return policy.rejection(
+            verdict,
+            message,
+            "send",
+            sender=unique_name(self.replica.me),
+            sender_info=self._info(self.replica.me),
+            receiver_info=self._info(receiver),
+            requested_reply=requested,
+        )
 
     def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
         """None if our client may get a message of `sender`, else why not.
@@ -105,22 +115,37 @@ class Router:
         if self.policy.allows_everything_to_receive:
             return None
         message = as_message(envelope, fds)
+        requested = envelope.type in (RETURN, ERROR)
         names = (sender.name, *sender.names)
-        verdict = self.policy.can_receive(
-            message, names, requested_reply=envelope.type in (RETURN, ERROR)
-        )
+        verdict = self.policy.can_receive(message, names, requested_reply=requested)
         if verdict.allowed:
             return None
-        return policy.rejection(verdict, message, "receive", names)
+        return policy.rejection(
+            verdict,
+            message,
+            "receive",
+            sender=sender.name,
+            sender_info=self._info(sender.id),
+            receiver_info=self._info(self.replica.me),
+            requested_reply=requested,
+        )
+
+    def _info(self, id: int) -> str:
+        connection = self.replica.connections.get(id)
+        if connection is None:
+            return "bus"
+        credentials = connection.credentials
+        label = credentials.label.decode(errors="replace")
+        return policy.login_info(credentials.uid, credentials.pid, "", label)
 
 
 def as_message(envelope: Envelope, fds: int) -> policy.Message:
     return policy.Message(
-        type=envelope.type,
-        path=envelope.path,
-        interface=envelope.interface,
-        member=envelope.member,
-        error_name=envelope.error_name,
-        destination=envelope.destination,
-        fds=fds,
+        envelope.type,
+        envelope.path,
+        envelope.interface,
+        envelope.member,
+        envelope.error_name,
+        envelope.destination,
+        fds,
     )

@@ -28,13 +28,14 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     """Run one worker to its end; returns the process's exit status."""
     prctl.set_name("kbusd-worker")
     line = Line(broker, entries.BrokerMessage)
+    hand_over = Line(supervisor, entries.ToWorker)
     engine = Engine(context, line)
     keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked, *engine.descriptors()]
     apply.confine(context.profile, keep_fds=keep)
     gc.set_threshold(50_000)
     os.write(locked, b"1")
     os.close(locked)
-    assigned = _wait_for_client(supervisor)
+    assigned = _wait_for_client(hand_over)
     if assigned is None:
         return 0
     credentials, client = assigned
@@ -47,21 +48,20 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     return 0
 
 
-def _wait_for_client(
-    supervisor: socket.socket,
-) -> tuple[entries.Credentials, socket.socket] | None:
-    line = Line(supervisor, entries.ToWorker)
-    supervisor.setblocking(True)
-    try:
-        received = line.receive()
-    except EOFError:
-        return None
-    supervisor.setblocking(False)
-    assert received is not None
+def _wait_for_client(line: Line) -> tuple[entries.Credentials, socket.socket] | None:
+    """The client that the supervisor hands over, None if it closes the line instead."""
+    poller = select.epoll(flags=select.EPOLL_CLOEXEC)
+    with poller:
+        poller.register(line.fileno(), select.EPOLLIN)
+        received = None
+        while received is None:
+            poller.poll()
+            try:
+                received = line.receive()
+            except EOFError:
+                return None
     message, (fd,) = received
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-    client.setblocking(False)
-    return message.credentials, client
+    return message.credentials, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
 
 
 def _authenticate(

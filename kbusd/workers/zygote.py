@@ -117,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     prctl.set_name("kbusd-zygote")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is the supervisor's to handle
-    own, workers = (model.decode(read_all(fd)) for fd in (5, 6))
+    own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     context = Context.make(options.guid, options.pid, read_all(4), workers, log_fd=7)
     for fd in (4, 5, 6):
@@ -126,7 +126,7 @@ def main() -> None:
     apply.confine(own, keep_fds=[0, 1, 2, 3, 7])
     gc.collect()
     gc.freeze()
-    with contextlib.suppress(EOFError, LineError, BrokenPipeError):
+    with contextlib.suppress(EOFError, LineError, ConnectionError):
         zygote.run()
 
 

@@ -1,0 +1,205 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
+"""Fan-out: who reads my Broadcast, how far they are, and what becomes of one that is late.
+
+The rules, for a publisher P with its Broadcast B and a reader R with its Ring from P. Positions
+are B's byte counts.
+
+P, for each R:
+ 1. R is *apart* or *joined*. It begins apart: all that R is to get from P goes by Ring.
+ 2. To join, all that waits for R's Ring must be in it; then P puts MARK(aux = B's head) there.
+    From then on signals for R need only be in B. P counts R as being at that position until R
+    publishes a higher one. A position beyond B's head is a lie: R is `broken` and P drops it.
+ 3. B overwrites nothing that a joined R has not read. If R is in the way (P may wait for it a
+    while), P *demotes* it: for each frame from R's position to the last one meant for R, a
+    copy of it, with the same stamp and with aux = the position behind it in B, goes by Ring
+    (or waits for it, with want_space on). Only then may B's tail pass R's position. R is apart.
+ 4. While R is apart, a signal for R goes by Ring; if it stands in B too, its aux says where, and
+    the Ring gets it before B's head moves. Else aux is 0, as in any unicast frame.
+ 5. To make R stop reading B, P demotes it and puts MARK(aux = 0) behind the copies.
+
+R, with b = how far it has read B; merge.py does this:
+ 6. R begins apart. MARK(aux > 0): b = max(b, aux), R *follows* B: it reads it from b on.
+ 7. A copy with aux <= b is dropped: R has had it. One with aux > b in its turn in the Ring: R
+    is apart from here on, and b = aux. (It was demoted, and all from b on comes by Ring.)
+ 8. R follows and finds tail > b: it was overrun. Rule 3 says that all it misses is in the Ring or
+    waits for it, but perhaps behind unicast frames with higher stamps. So R *catches up*: it
+    takes frames out of the Ring into two queues, copies and unicast, and delivers none of P's
+    until the copies of rule 3 are complete: when a unicast frame or a MARK follows a copy, or
+    when the Ring is empty and want_space off. Then it goes on in the order of stamps, first
+    from the queues. An overrun without copies or MARK breaks rule 3: P is hostile.
+
+Nothing is lost: what B may overwrite is in the Ring before (3, 4); what R skips at a MARK was
+not meant for it or came before the MARK (2, 3). Nothing comes twice: by 7, each position of B is
+passed once. Nothing overtakes: B and the copies have rising stamps; unicast frames in the Ring
+have rising stamps; R only ever delivers the lower of the two heads, and by 8 it knows both.
+A signal for several that are apart is not in all Rings at the same moment: P says so with
+Broadcast.begin and end around rule 4, and the merge waits for the end.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
+from cython.cimports.kbusd.rings.atomics import load_acquire
+from cython.cimports.kbusd.rings.broadcast import Broadcast
+from cython.cimports.kbusd.rings.frame import HEAD, FrameHead, sound
+from cython.cimports.kbusd.rings.status import StatusView
+from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.string import memcpy
+
+from kbusd.rings.values import FanoutStatistics
+
+NOBODY = cython.declare(uint64_t, 2**64 - 1)
+
+
+@cython.cclass
+class Subscriber:
+    """A reader of my Broadcast: publishes its position in `slot` of `view`. Raises RingError.
+
+    `owner` is the caller's; `wanted` the position behind the last frame that is meant for it."""
+
+    def __init__(self, view: StatusView, slot: cython.int, owner: object = None):
+        self.claimed = view.place(slot)
+        self.view = view
+        self.owner = owner
+
+    def position(self, head) -> uint64_t:
+        """How far it has read, as far as it can be believed."""
+        # Pairs with StatusPage.set: it is done with what we overwrite.
+        claim: uint64_t = load_acquire(self.claimed)
+        if claim > head:
+            self.broken = True
+        elif claim > self.floor:
+            self.floor = claim
+        return self.floor
+
+
+@cython.cclass
+class Fanout:
+    """The joined subscribers of `broadcast`; nobody else may write to it."""
+
+    def __init__(self, broadcast: Broadcast):
+        self.broadcast = broadcast
+        self.joined = []
+        self.lowest = NOBODY
+
+    def join(self, subscriber: Subscriber) -> uint64_t:
+        """`subscriber` reads the Broadcast from now on: put a MARK with this aux into its Ring.
+
+        Only when nothing waits for that Ring. Raises ValueError if it has joined or is broken."""
+        if subscriber.joined or subscriber.broken:
+            raise ValueError("a subscriber that has joined already, or that broke the rules")
+        subscriber.floor = subscriber.wanted = self.broadcast.position
+        subscriber.joined = True
+        self.joined.append(subscriber)
+        if subscriber.floor < self.lowest:
+            self.lowest = subscriber.floor
+        return subscriber.floor
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """`subscriber` is gone, or apart: it is not spared any more."""
+        if subscriber.joined:
+            subscriber.joined = False
+            self.joined.remove(subscriber)
+            if not self.joined:
+                self.lowest = NOBODY
+
+    def want(self, subscriber: Subscriber) -> None:
+        """The frame committed last is meant for `subscriber`."""
+        subscriber.wanted = self.broadcast.position
+
+    def rescan(self) -> cython.void:
+        """Look again how far all have read. Those that lie are taken out, and `broken`."""
+        subscriber: Subscriber
+        liars = None
+        position: uint64_t
+        self.lowest = NOBODY
+        for subscriber in self.joined:
+            position = subscriber.position(self.broadcast.position)
+            if subscriber.broken:
+                liars = [subscriber] if liars is None else [*liars, subscriber]
+            elif position < self.lowest:
+                self.lowest = position
+        if liars is not None:
+            for subscriber in liars:
+                self.leave(subscriber)
+
+    def reserve(self, length) -> cython.pointer(uint8_t):
+        """Room in the Broadcast for `length` bytes; NULL if somebody is in the way: see `late`."""
+        place: cython.pointer(uint8_t) = self.broadcast.reserve(length, self.lowest)
+        if place == cython.NULL:
+            self.rescan()
+            place = self.broadcast.reserve(length, self.lowest)
+        return place
+
+    def commit(self) -> cython.void:
+        self.broadcast.commit()
+
+    def late(self, length) -> list:
+        """Who is in the way of `length` bytes more."""
+        subscriber: Subscriber
+        head: uint64_t = self.broadcast.position
+        size: uint64_t = self.broadcast.size
+        found: list = []
+        self.rescan()
+        for subscriber in self.joined:
+            if subscriber.floor + size < head + length:
+                found.append(subscriber)
+        return found
+
+    def demote(self, subscriber: Subscriber) -> list:
+        """Rule 3: what `subscriber` has not read, as (head, envelope, body), to go by its Ring.
+
+        Put all of it there, or in wait for it with want_space on, before the next `reserve`."""
+        head: FrameHead
+        at: uint64_t
+        available: uint64_t
+        place: cython.pointer(uint8_t)
+        text: cython.p_char
+        frames: list = []
+        if not subscriber.joined:
+            return frames
+        at = subscriber.position(self.broadcast.position)
+        self.leave(subscriber)
+        self.demotions += 1
+        while at < subscriber.wanted and not subscriber.broken:
+            available = subscriber.wanted - at
+            place = self.broadcast.data + (at & (self.broadcast.size - 1))
+            memcpy(cython.address(head), place, HEAD)
+            # Where it begins is what the subscriber says: it need not be the head of a frame.
+            if not sound(cython.address(head), available):
+                subscriber.broken = True
+                break
+            at += head.length
+            head.aux = at
+            text = cython.cast(cython.p_char, place) + HEAD
+            frames.append(
+                (
+                    PyBytes_FromStringAndSize(
+                        cython.cast(cython.p_char, cython.address(head)), HEAD
+                    ),
+                    PyBytes_FromStringAndSize(text, head.envelope_length),
+                    PyBytes_FromStringAndSize(text + head.envelope_length, head.body_length),
+                )
+            )
+        return frames
+
+    def add(self, subscriber: Subscriber) -> int:
+        """`join` for Python."""
+        return self.join(subscriber)
+
+    def in_the_way(self, length: int) -> list:
+        """`late` for Python."""
+        return self.late(length)
+
+    def take_out(self, subscriber: Subscriber) -> list:
+        """`demote` for Python."""
+        return self.demote(subscriber)
+
+    def limit(self) -> int:
+        """The lowest position that somebody may still read, looked up anew."""
+        self.rescan()
+        return self.lowest
+
+    def statistics(self) -> FanoutStatistics:
+        return FanoutStatistics(len(self.joined), self.demotions, self.broadcast.statistics())
