@@ -1,9 +1,9 @@
 """The broker process: `python -m kbusd.broker --guid HEX --address ADDRESS`.
 
 fd 3 is the line to the supervisor, 4 the sealed memfd with the configuration, 5 the one with the
-compiled sandbox profile. The control log is made first and its descriptor is the first word to
-the supervisor; confinement comes last, when everything is imported. Ends with 0 when the
-supervisor closes the line.
+compiled sandbox profile. Confinement comes last, when everything is imported; the first word to
+the supervisor, with the control log's descriptor, comes from a confined process. Ends with 0 when
+the supervisor closes the line.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kbusd.broker.connection import Connection
+from kbusd.broker.connection import MAX_WAITING, Connection
 from kbusd.broker.outside import Outside
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
@@ -27,6 +27,7 @@ from kbusd.broker.refusal import (
     SPAWN_CHILD_SIGNALED,
     SPAWN_EXEC_FAILED,
     SPAWN_FAILED,
+    SPAWN_FILE_INVALID,
     TIMED_OUT,
     Refused,
 )
@@ -94,7 +95,9 @@ class Activation:
             self._directories = directories
             self._times = None
         self._read_at = self._outside.now()
-        self._system = configuration.type == "system"
+        # With a <servicehelper> services run as their own users. We need no helper for that.
+        self._as_users = bool(configuration.service_helper)
+        self._system = configuration.type == "system" or self._as_users
         self._timeout_ms = configuration.limits.get("service_start_timeout", 25_000)
         self._max_pending = configuration.limits.get("max_pending_service_starts", 512)
         # What a service is told of the bus that started it (dbus-daemon(1), org.freedesktop.DBus
@@ -116,16 +119,20 @@ class Activation:
                 "The maximum number of pending activations has been reached, activation of"
                 f" {message.name} failed (max_pending_service_starts={self._max_pending})",
             )
+        if connection.waiting >= MAX_WAITING:
+            raise Refused(LIMITS_EXCEEDED, f"{connection} waits for too many services")
         waiter = Waiter(connection, message)
         service = self._services.get(message.name)
         if service is None:
             self._look(waiter)
         elif self._owned(message.name):
             self._outside.send(connection.worker, Reply(message.request, RUNNING))
+            return
         elif (pending := self._pending.get(message.name)) is not None:
             pending.waiters.append(waiter)
         else:
             self._launch(service, waiter)
+        connection.waiting += 1
 
     def update_environment(self, variables: dict[str, str]) -> None:
         """UpdateActivationEnvironment; what execve(2) cannot carry is left out. Raises Refused."""
@@ -150,6 +157,7 @@ class Activation:
         self._forget(pending)
         self._outside.say(f"service {name} started")
         for waiter in pending.waiters:
+            waiter.connection.waiting -= 1
             self._outside.send(waiter.connection.worker, Reply(waiter.message.request, STARTED))
 
     def ended(self, job: int, status: int, error: str) -> None:
@@ -231,14 +239,15 @@ class Activation:
         """The configuration is as new as it gets: those who waited for that get their answer."""
         looking, self._looking = self._looking, []
         for waiter in looking:
-            service = self._services.get(waiter.message.name)
-            if service is None:
+            if waiter.message.name not in self._services:
                 refused = unknown(waiter.message.name)
                 self._answer(waiter, refused.error, refused.text)
                 continue
+            waiter.connection.waiting -= 1
             try:
                 self.start(waiter.connection, waiter.message)
             except Refused as error:
+                waiter.connection.waiting += 1
                 self._answer(waiter, error.error, error.text)
 
     # -- the launch ----------------------------------------------------------------------------
@@ -246,13 +255,15 @@ class Activation:
     def _launch(self, service: Service, waiter: Waiter) -> None:
         if not service.exec:
             raise Refused(INVALID_ARGS, f"{service.file}: Exec: {service.exec_error}")
+        if self._as_users and not service.user:
+            raise Refused(SPAWN_FILE_INVALID, "Cannot do system-bus activation with no user\n")
         job = self._next
         self._next += 1
         deadline = self._outside.now() + self._timeout_ms / 1000
         pending = Pending(job, service.name, deadline, [waiter])
         self._pending[service.name] = self._jobs[job] = pending
         self._outside.say(f"starting service {service.name}, wanted by {waiter.connection}")
-        user = service.user if self._system else ""
+        user = service.user if self._as_users else ""
         environment = self._environment | self._starter
         self._outside.launch(Launch(job, service.name, service.exec, user, environment))
 
@@ -263,6 +274,7 @@ class Activation:
             self._answer(waiter, error, text)
 
     def _answer(self, waiter: Waiter, error: str, text: str) -> None:
+        waiter.connection.waiting -= 1
         self._outside.send(waiter.connection.worker, Failure(waiter.message.request, error, text))
 
     def _forget(self, pending: Pending) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from kbusd.broker.activation import Activation
-from kbusd.broker.connection import NOT_YET, Connection
+from kbusd.broker.connection import MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.outside import Outside
@@ -27,6 +27,7 @@ from kbusd.broker.refusal import (
     INVALID_ARGS,
     LIMITS_EXCEEDED,
     NAME_HAS_NO_OWNER,
+    NO_MEMORY,
     Refused,
     Violation,
 )
@@ -69,6 +70,7 @@ from kbusd.wire import names
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
+MAX_DIGITS = 20  # of an id; more than will ever be given out
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
 _FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
 
@@ -111,19 +113,21 @@ class Bus:
         if connection is not None:
             connection.credentials = credentials
 
-    def reconfigure(self, configuration: Configuration) -> None:
-        """A configuration was read; those who asked for it get their answer."""
-        before = self.activation.names
-        self._configure(configuration)
-        self.generation += 1
-        self._outside.append(PolicyChanged(self.generation))
-        if self.activation.names != before:
-            self._activatable_changed()
+    def reconfigure(self, configuration: Configuration | None) -> None:
+        """A configuration was read (None: it was no good); who asked for it is answered."""
+        if configuration is not None:
+            before = self.activation.names
+            self._configure(configuration)
+            self.generation += 1
+            self._outside.append(PolicyChanged(self.generation))
+            if self.activation.names != before:
+                self._activatable_changed()
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
         if self._reloading:
             self._read_configuration()
         for connection, request in waiting:
+            connection.waiting -= 1
             self._outside.send(connection.worker, Reply(request))
         self.activation.retry()
 
@@ -162,9 +166,13 @@ class Bus:
             self._check(connection, message, len(fds))
             self._dispatch(connection, message, fds)
         except Refused as refused:
-            self._outside.send(
-                connection.worker, Failure(message.request, refused.error, refused.text)
-            )
+            self._refuse(connection, message, refused.error, refused.text)
+        except OSError as error:  # of making a snapshot or a side socket, before anything changed
+            self._outside.say(f"{connection} got no {type(message).__name__}: {error.strerror}")
+            self._refuse(connection, message, NO_MEMORY, f"The bus is short of: {error.strerror}")
+
+    def _refuse(self, connection: Connection, message: Request, error: str, text: str) -> None:
+        self._outside.send(connection.worker, Failure(message.request, error, text))
 
     def _check(self, connection: Connection, message: Request, fds: int) -> None:
         kind = type(message)
@@ -249,12 +257,12 @@ class Bus:
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
             )
+        # Before the entry, which its replay shows; and before anything changes, as it may fail.
+        snapshot = self._outside.snapshot()
         connection.policy = policy
         connection.id = self._next_id
         self._next_id += 1
         self._per_uid[uid] += 1
-        # Before the entry: it may be the first thing that the replay of the snapshot shows.
-        snapshot = self._outside.snapshot()
         self.by_id[connection.id] = connection
         self._outside.append(ConnectionAdded(connection.id, credentials))
         name = connection.unique_name
@@ -313,14 +321,20 @@ class Bus:
         return code
 
     def _queued_owners(self, name: str) -> list[int]:
-        if name.startswith(":1.") and name[3:].isdigit():
-            holder = self.by_id.get(int(name[3:]))
-            if holder is not None and holder.monitor is None and holder.unique_name == name:
-                return [holder.id]
+        holder = self._holder(name)
+        if holder is not None and holder.monitor is None:
+            return [holder.id]
         owners = [each.id for each in self.registry.waiters(name)]
         if not owners:
             raise Refused(NAME_HAS_NO_OWNER, f"Could not get owners of name '{name}': no such name")
         return owners
+
+    def _holder(self, unique_name: str) -> Connection | None:
+        digits = unique_name.removeprefix(":1.")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < MAX_DIGITS):
+            return None
+        holder = self.by_id.get(int(digits))
+        return holder if holder is not None and holder.unique_name == unique_name else None
 
     def _add_match(self, connection: Connection, rule: str) -> None:
         limit = self._limits["max_match_rules_per_connection"]
@@ -348,6 +362,9 @@ class Bus:
         self._outside.say(f"{connection} became a monitor")
 
     def _reload(self, connection: Connection, request: int) -> None:
+        if connection.waiting >= MAX_WAITING:
+            raise Refused(LIMITS_EXCEEDED, f"{connection} waits for too much at once")
+        connection.waiting += 1
         if self._reload_asked:
             self._reload_next.append((connection, request))
         else:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kbusd.wire.match import MatchRule
 
 NOT_YET = 0  # id of a connection that has not said Hello
+MAX_WAITING = 1024  # requests of one connection that are answered later
 
 
 class Connection:
@@ -31,6 +32,7 @@ class Connection:
         "names",
         "pid",
         "policy",
+        "waiting",
         "worker",
     )
 
@@ -45,6 +47,7 @@ class Connection:
         self.matches: dict[MatchRule, list[str]] = {}  # with the texts by which it was added
         self.introduced: set[Connection] = set()
         self.introductions = 0  # asked by this connection and not yet answered
+        self.waiting = 0  # requests that are answered later: services, configurations
         self.last_word: str | None = None  # why it left, if it said so
 
     @property

@@ -31,8 +31,9 @@ class Log:
     def __init__(self) -> None:
         self._ring = Broadcast(CAPACITY)
         self._clock = Clock()
+        self._end = 0  # the position behind the last entry
         self._snapshot = -1
-        self._position = 0
+        self._position = 0  # of the snapshot
         self._since = 0
         self._stamp = 0
         self.entries = 0
@@ -44,25 +45,24 @@ class Log:
 
     def append(self, entry: LogEntry) -> None:
         self._stamp = self._clock.tick()
-        self._ring.append(LOG, self._stamp, b"", _encode(entry))
+        self._end = self._ring.append(LOG, self._stamp, b"", _encode(entry))
         self.entries += 1
 
     def snapshot(self, state: Callable[[int, int], Snapshot], size: int) -> int:
         """A sealed memfd with a recent snapshot; `size` is about how much there is to write.
 
         The larger the state, the longer one is used: making it costs what replaying saves."""
-        position = self._ring.position
         if (
             self._snapshot < 0
             or self.entries - self._since > max(REPLAY_ENTRIES, size // 4)
-            or position - self._position > REPLAY_BYTES
+            or self._end - self._position > REPLAY_BYTES
         ):
             if self._snapshot >= 0:
                 os.close(self._snapshot)
                 self._snapshot = -1
-            data = _encode(state(position, self._stamp))
+            data = _encode(state(self._end, self._stamp))
             self._snapshot = memfd.sealed("kbusd-snapshot", data)
-            self._position = position
+            self._position = self._end
             self._since = self.entries
             self.snapshots += 1
         return self._snapshot

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 
 from kbusd.broker.connection import Connection
 from kbusd.broker.refusal import (
@@ -49,7 +50,9 @@ class Matches:
         rule = parse(text)
         connection.matches.setdefault(rule, []).append(text)
         self.count += 1
-        if (watchers := self._watchers(rule, create=True)) is not None:
+        if may_match_driver(rule):
+            arg0 = first_argument(rule)
+            watchers = self._plain if arg0 is None else self._by_arg0.setdefault(arg0, Counter())
             watchers[connection, rule] += 1
 
     def remove(self, connection: Connection, text: str) -> str:
@@ -79,43 +82,39 @@ class Matches:
 
     def watching(self, member: str, args: tuple[str, ...]) -> Iterator[Connection]:
         """Whose rules match the bus's own signal `member`; a connection may come twice."""
-        candidates = list(self._plain)
-        if args and (exact := self._by_arg0.get(args[0])) is not None:
-            candidates += exact
-        for connection, rule in candidates:
+        exact = self._by_arg0.get(args[0], ()) if args else ()
+        for connection, rule in chain(self._plain, exact):
             if rule.matches(_SIGNAL, (DRIVER,), None, DRIVER_PATH, DRIVER, member, args):
                 yield connection
 
     def _forget(self, connection: Connection, rule: match.MatchRule) -> None:
         self.count -= 1
-        watchers = self._watchers(rule, create=False)
-        if watchers is None:
+        if not may_match_driver(rule):
             return
+        arg0 = first_argument(rule)
+        watchers = self._plain if arg0 is None else self._by_arg0[arg0]
         watchers[connection, rule] -= 1
         if not watchers[connection, rule]:
             del watchers[connection, rule]
-            if not watchers and watchers is not self._plain:
-                self._by_arg0 = {key: each for key, each in self._by_arg0.items() if each}
+            if arg0 is not None and not watchers:
+                del self._by_arg0[arg0]
 
-    def _watchers(
-        self, rule: match.MatchRule, *, create: bool
-    ) -> Counter[tuple[Connection, match.MatchRule]] | None:
-        """Where a rule that may match a signal of the bus is filed; None if it never does."""
-        if (
-            rule.type not in (0, _SIGNAL)
-            or rule.sender not in (None, DRIVER)
-            or rule.destination is not None
-            or rule.interface not in (None, DRIVER)
-            or rule.member not in (None, OWNER_CHANGED, ACTIVATABLE_CHANGED)
-            or rule.path not in (None, DRIVER_PATH)
-        ):
-            return None
-        arg0 = next((value for number, value in rule.args if number == 0), None)
-        if arg0 is None:
-            return self._plain
-        if create:
-            return self._by_arg0.setdefault(arg0, Counter())
-        return self._by_arg0[arg0]
+
+def may_match_driver(rule: match.MatchRule) -> bool:
+    """Whether a rule may match a signal that the bus itself broadcasts."""
+    return (
+        rule.type in (0, _SIGNAL)
+        and rule.sender in (None, DRIVER)
+        and rule.destination is None
+        and rule.interface in (None, DRIVER)
+        and rule.member in (None, OWNER_CHANGED, ACTIVATABLE_CHANGED)
+        and rule.path in (None, DRIVER_PATH)
+    )
+
+
+def first_argument(rule: match.MatchRule) -> str | None:
+    """The value that the rule wants as argument 0."""
+    return rule.args[0][1] if rule.args and rule.args[0][0] == 0 else None
 
 
 def parse(text: str) -> match.MatchRule:

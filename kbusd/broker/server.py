@@ -50,7 +50,6 @@ from kbusd.rings.entries import (
 from kbusd.rings.line import Line, LineError, adopt, close_all
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
-MAX_RECORDS = 32  # of one line in one turn, so that a flood does not starve the others
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -71,14 +70,15 @@ class Server:
         self._workers: dict[int, int] = {}  # descriptor of a line -> worker
         self._wake_up: set[int] = set()
         self._over = False
+        self._failure: LineError | None = None
         self._broken: dict[int, str] = {}
         self._epoll = select.epoll()
         self._epoll.register(self._supervisor.fileno(), _READ)
         self._bus = Bus(self, read_configuration(configuration_fd), address, owner)
-        self._supervisor.send(BrokerReady(), [self._log.fileno()])
 
     def run(self) -> None:
         """Serve. Returns when the supervisor has closed its line; raises LineError if it erred."""
+        self._supervisor.send(BrokerReady(), [self._log.fileno()])
         while not self._over:
             deadline = self._bus.deadline()
             timeout = -1.0 if deadline is None else max(0.0, deadline - self.now())
@@ -87,6 +87,8 @@ class Server:
             if deadline is not None and self.now() >= deadline:
                 self._bus.tick()
             self._finish_turn()
+        if self._failure is not None:
+            raise self._failure
 
     def _ready(self, fd: int, events: int) -> None:
         worker = self._workers.get(fd)
@@ -124,20 +126,19 @@ class Server:
     def _from_worker(self, worker: int) -> None:
         line = self._lines[worker]
         try:
-            for _ in range(MAX_RECORDS):
-                received = line.receive()
-                if received is None:
-                    return
-                message, fds = received
-                try:
-                    connection = self._bus.connections[worker]
-                    if connection.credentials is None:
-                        self._from_supervisor()  # Assigned is there already, if it is honest
-                        if worker not in self._lines:
-                            return
+            # One a turn: a flood starves nobody, and most often there is one.
+            received = line.receive()
+            if received is None:
+                return
+            message, fds = received
+            try:
+                connection = self._bus.connections[worker]
+                if connection.credentials is None:
+                    self._from_supervisor()  # Assigned is there already, if it is honest
+                if worker in self._lines:
                     self._bus.handle(connection, message, fds)
-                finally:
-                    close_all(fds)
+            finally:
+                close_all(fds)
         except EOFError:
             self._forget(worker)
         except Violation as error:
@@ -175,12 +176,17 @@ class Server:
         while not self._over:
             try:
                 received = self._supervisor.receive()
+                if received is None:
+                    return
+                self._supervisor_says(*received)
             except EOFError:
                 self._over = True
-                return
-            if received is None:
-                return
-            message, fds = received
+            except LineError as error:
+                self._over = True
+                self._failure = error
+
+    def _supervisor_says(self, message: SupervisorMessage, fds: list[int]) -> None:
+        try:
             match message:
                 case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
                     line = Line(adopt(fds.pop()), WorkerMessage)
@@ -195,12 +201,23 @@ class Server:
                 case LauncherLine() if len(fds) == 1:
                     self._start_launcher(adopt(fds.pop()))
                 case Reconfigured() if len(fds) == 1:
-                    os.close(self._configuration)
-                    self._configuration = fds.pop()
-                    self._bus.reconfigure(read_configuration(self._configuration))
+                    self._reconfigure(fds.pop())
                 case _:
                     raise LineError(f"the supervisor sent {message} with {len(fds)} descriptors")
+        finally:
             close_all(fds)
+
+    def _reconfigure(self, fd: int) -> None:
+        try:
+            new = read_configuration(fd)
+        except (msgspec.MsgspecError, OSError, ValueError) as error:
+            os.close(fd)
+            self.say(f"the new configuration cannot be read, the one in force stays: {error}")
+            self._bus.reconfigure(None)
+            return
+        os.close(self._configuration)
+        self._configuration = fd
+        self._bus.reconfigure(new)
 
     def _start_launcher(self, sock: socket.socket) -> None:
         if self._launcher is not None:
@@ -269,8 +286,8 @@ class Server:
         self._wake_up.discard(worker)
         try:
             line.send(message, fds)
-        except BrokenPipeError:
-            return
+        except (BrokenPipeError, ConnectionResetError):
+            return  # it is gone; its line says so next
         except OSError as error:
             self._broken[worker] = f"cannot be sent to: {error.strerror}"
             return

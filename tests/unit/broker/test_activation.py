@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kbusd.broker.connection import MAX_WAITING
 from kbusd.policy.configuration import Configuration
 from kbusd.rings import entries as e
 from tests.unit.broker.world import ADDRESS, World, service
@@ -134,9 +135,13 @@ def test_environment_is_for_the_owner_of_the_bus_and_never_on_a_system_bus() -> 
     ]
 
 
-def test_users_of_services_count_on_the_system_bus_only() -> None:
-    services = (service("a.b", "/x", "y", user="daemon"),)
-    world = World(services=services, type="system")
+def test_users_of_services_count_where_a_helper_is_configured() -> None:
+    services = (service("a.b", "/x", "y", user="daemon"), service("a.c", "/x"))
+    world = World(services=services, type="system", service_helper="/helper")
+    text = "Cannot do system-bus activation with no user\n"
+    assert world.ask(world.client(2), e.StartService(2, "a.c", False)) == [
+        (2, failure(2, "Spawn.FileInvalid", text))
+    ]
     ((_, launch),) = world.ask(world.client(1), e.StartService(2, "a.b", False))
     assert launch.user == "daemon"
     assert launch.environment["DBUS_STARTER_BUS_TYPE"] == "system"
@@ -155,6 +160,19 @@ def test_when_the_launcher_dies_its_services_have_failed() -> None:
     assert world.taken() == [
         (1, failure(2, "Spawn.Failed", "The launcher of a.b ended")),
     ]
+
+
+def test_one_connection_cannot_wait_for_too_much() -> None:
+    world = world_with("a.b")
+    a, b = world.client(1), world.client(2)
+    for request in range(MAX_WAITING):
+        world.ask(a, e.StartService(request, "a.b", False))
+    assert world.ask(a, e.StartService(1, "a.b", False))[0][1].error == ERROR + "LimitsExceeded"
+    assert world.ask(a, e.ReloadConfig(1))[0][1].error == ERROR + "LimitsExceeded"
+    assert world.ask(b, e.StartService(1, "a.b", False)) == []
+    world.bus.activation.ended(1, 256, "")
+    assert world.ask(a, e.ReloadConfig(1)) == [("reload",)]
+    assert a.waiting == 1
 
 
 # -- services that came later ----------------------------------------------------------------------

@@ -384,6 +384,30 @@ def test_a_reload_asked_while_one_is_under_way_waits_for_another() -> None:
     assert world.taken()[-1] == (1, e.Reply(3))
 
 
+def test_a_configuration_that_cannot_be_read_changes_nothing_but_is_an_answer() -> None:
+    world = World()
+    a = world.client(1)
+    world.ask(a, e.ReloadConfig(2))
+    world.events.clear()
+    world.bus.reconfigure(None)
+    assert world.taken() == [(1, e.Reply(2))]
+
+
+def test_a_shortage_is_refused_and_costs_nobody_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+
+    def short() -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "snapshot", short)
+        world.client(1)
+        (answer,) = world.taken()
+        assert answer[1].error == ERROR + "NoMemory"
+    assert world.client(2).id == 1
+    assert world.ask(world.bus.connections[1], e.Hello(2))[-1] == (1, e.Reply(2, 2), 77)
+
+
 # -- snapshots -------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ class World:
         self.open_fds: set[int] = set()
         self.words: list[str] = []
         limits = DEFAULT_LIMITS | settings.pop("limits", {})
-        settings = {"type": "session", "policy": OPEN} | settings
+        settings = dict[str, Any](type="session", policy=OPEN) | settings
         self.configuration = Configuration(limits=limits, **settings)
         self.bus = Bus(self, self.configuration, ADDRESS, OWNER)
 

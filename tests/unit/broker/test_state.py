@@ -1,0 +1,224 @@
+"""Whatever happens, whoever follows the log knows what the broker knows; and nothing breaks it.
+
+Random lives of a few connections are played; the log is applied to a worker's replica, which has
+to agree with one that was loaded from the broker's snapshot, and with the model of who waits for
+which name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from kbusd.broker.connection import Connection
+from kbusd.broker.refusal import Violation
+from kbusd.rings import entries as e
+from kbusd.workers.replica import Replica
+from tests.unit.broker.world import World, credentials, service
+
+NAMES = st.sampled_from(["a.b", "a.c", "d.e"])
+RULES = st.sampled_from(
+    ["", "type='signal'", "member='X'", "member='X',type='signal'", "type='signal',member='X'"]
+)
+PICK = st.integers(0, 1 << 30)
+FDS = (1, 2, 3, 4)
+
+
+class Life(RuleBasedStateMachine):
+    """A bus with a handful of connections of root, so that all of them may do everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(services=(service("a.b"),), limits={"max_names_per_connection": 3})
+        self.follower = Replica()
+        self.read = 0
+        self.alive: list[Connection] = []
+        self.worker = 0
+        self.asked: list[tuple[int, int]] = []  # (peer's worker, number) of Introductions
+
+    def ask(self, connection: Connection, request: e.Request, fds: tuple[int, ...] = ()) -> Any:
+        self.world.bus.handle(connection, request, fds)
+        self.follow()
+
+    def follow(self) -> None:
+        for event in self.world.events[self.read :]:
+            if event[0] == "log":
+                self.follower.apply(event[1])
+            elif isinstance(event[1], e.Introduction):
+                self.asked.append((event[0], event[1].request))
+        self.read = len(self.world.events)
+
+    def one(self, pick: int) -> Connection:
+        return self.alive[pick % len(self.alive)]
+
+    def active(self, pick: int) -> Connection | None:
+        connection = self.one(pick)
+        return None if connection.monitor is not None else connection
+
+    @rule()
+    def connect(self) -> None:
+        self.worker += 1
+        self.world.bus.worker_started(self.worker, 1)
+        self.world.bus.assigned(self.worker, credentials(self.worker, 0))
+        self.alive.append(self.world.bus.connections[self.worker])
+        self.ask(self.alive[-1], e.Hello(1))
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK)
+    def disconnect(self, pick: int) -> None:
+        connection = self.one(pick)
+        self.alive.remove(connection)
+        self.world.bus.gone(connection.worker)
+        self.follow()
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, name=NAMES, flags=st.integers(0, 7))
+    def request_name(self, pick: int, name: str, flags: int) -> None:
+        if connection := self.active(pick):
+            self.ask(connection, e.RequestName(2, name, flags))
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, name=NAMES)
+    def release_name(self, pick: int, name: str) -> None:
+        if connection := self.active(pick):
+            self.ask(connection, e.ReleaseName(2, name))
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, text=RULES, add=st.booleans())
+    def match(self, pick: int, text: str, add: bool) -> None:
+        if connection := self.active(pick):
+            self.ask(connection, e.AddMatch(2, text) if add else e.RemoveMatch(2, text))
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, text=RULES)
+    def become_monitor(self, pick: int, text: str) -> None:
+        if connection := self.active(pick):
+            self.ask(connection, e.BecomeMonitor(2, (text,)))
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, name=NAMES)
+    def start(self, pick: int, name: str) -> None:
+        if connection := self.active(pick):
+            self.ask(connection, e.StartService(2, name, False))
+
+    @precondition(lambda self: self.alive)
+    @rule(pick=PICK, other=PICK)
+    def introduce(self, pick: int, other: int) -> None:
+        self.ask(self.one(pick), e.Introduce(2, self.one(other).id, 0, 0), FDS)
+
+    @precondition(lambda self: self.asked)
+    @rule(pick=PICK)
+    def introduced(self, pick: int) -> None:
+        worker, number = self.asked.pop(pick % len(self.asked))
+        peer = self.world.bus.connections.get(worker)
+        if peer is not None:
+            self.ask(peer, e.Introduced(number, 0, 0), FDS)
+
+    @rule(seconds=st.sampled_from([0.1, 9.0, 30.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.time += seconds
+        self.world.bus.tick()
+        self.follow()
+
+    @invariant()
+    def the_log_tells_what_the_snapshot_tells(self) -> None:
+        loaded = Replica()
+        loaded.load(self.world.bus.snapshot(0, 0))
+        assert view(self.follower) == view(loaded)
+        assert view(loaded)["ids"] == {each.id for each in self.alive if each.monitor is None}
+
+    @invariant()
+    def everyone_knows_his_names(self) -> None:
+        registry = self.world.bus.registry
+        for name in registry.queues:
+            waiters = registry.waiters(name)
+            assert waiters
+            assert len(set(waiters)) == len(waiters)
+            assert all(each.names.count(name) == 1 for each in waiters)
+            assert set(waiters) <= set(self.alive)
+        for each in self.alive:
+            assert all(each in registry.waiters(name) for name in each.names)
+
+    @invariant()
+    def side_sockets_are_held_for_open_introductions_only(self) -> None:
+        assert len(self.world.open_fds) == len(self.world.bus.introductions)
+        assert all(each.introductions >= 0 for each in self.alive)
+        for each in self.alive:
+            assert all(each in peer.introduced for peer in each.introduced)
+            assert each.introduced <= set(self.alive)
+
+    @invariant()
+    def nobody_waits_without_reason(self) -> None:
+        assert all(each.waiting >= 0 for each in self.alive)
+        if not len(self.world.bus.activation):
+            assert all(each.waiting == 0 for each in self.alive)
+
+
+def view(replica: Replica) -> dict[str, Any]:
+    """What a replica knows, in a form that can be compared."""
+    return {
+        "ids": set(replica.connections),
+        "credentials": {id: each.credentials for id, each in replica.connections.items()},
+        "names": replica.names,
+        "owned": {id: each.names for id, each in replica.connections.items()},
+        "matches": {
+            id: sorted(watch.text for watch in each.matches)
+            for id, each in replica.connections.items()
+        },
+        "monitors": replica.monitors,
+    }
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def hostile_requests() -> st.SearchStrategy[e.Request]:
+    """Any request that decodes, with any values in it."""
+    numbers = st.integers(-(1 << 63), (1 << 63) - 1)
+    text = st.text(max_size=300) | NAMES | RULES | st.sampled_from([":1.1", ":1.2", ":1.³"])
+    kinds = {
+        str: text,
+        int: numbers | st.integers(-2, 4),
+        bool: st.booleans(),
+        dict[str, str]: st.dictionaries(text, text, max_size=5),
+        tuple[str, ...]: st.lists(text, max_size=5).map(tuple),
+    }
+    requests = []
+    for kind in e.WorkerMessage.__args__:
+        fields = msgspec.structs.fields(kind)
+        requests.append(st.builds(kind, **{each.name: kinds[each.type] for each in fields}))
+    return st.one_of(requests)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 3), hostile_requests(), st.sampled_from([(), FDS, (1,)])),
+        max_size=30,
+    )
+)
+def test_no_worker_can_say_what_the_broker_does_not_survive(
+    said: list[tuple[int, e.Request, tuple[int, ...]]],
+) -> None:
+    world = World(services=(service("a.b"),), service_dirs=("/s",))
+    world.client(1, uid=0)
+    world.client(2)
+    world.bus.worker_started(3, 1)
+    for worker, request, fds in said:
+        connection = world.bus.connections.get(worker)
+        if connection is None:
+            continue
+        try:
+            world.bus.handle(connection, request, fds)
+        except Violation:
+            world.bus.gone(worker, "violation")
+    for worker in (1, 2, 3):
+        world.bus.gone(worker)
+    assert not world.open_fds
+    assert world.bus.size() == 0
+    assert world.bus.deadline() is None or len(world.bus.activation)
