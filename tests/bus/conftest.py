@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from . import procs
 from .daemon import STRICT_POLICY, Bus, is_reference
 
 _running: list[Bus] = []
@@ -39,11 +38,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
             if not bus.stopped and bus.log_path.exists():
                 report.sections.append((f"log of the bus {bus.address}", bus.log()[-20000:]))
     return report
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _see_orphans() -> None:
-    procs.become_subreaper()
 
 
 class _Shared:

@@ -81,6 +81,16 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return env | changes
 
 
+def path_with_daemon(directory: Path) -> str:
+    """A PATH on which the first program called dbus-daemon is the daemon under test."""
+    program = shutil.which(daemon_command()[0])
+    assert program and len(daemon_command()) == 1, "needs a daemon that is one program"
+    link = directory / "dbus-daemon"
+    if not link.exists():
+        link.symlink_to(program)
+    return f"{directory}:{os.environ['PATH']}"
+
+
 def read_line(pipe: IO[bytes], timeout: float = TIMEOUT) -> str:
     """One line from an unbuffered pipe; fails if it does not come, or is empty at the end."""
     deadline = time.monotonic() + timeout

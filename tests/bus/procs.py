@@ -6,14 +6,11 @@ by its start time (proc_pid_stat(5), field 22, in clock ticks since boot).
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import time
 from collections.abc import Callable
 from typing import NamedTuple
-
-_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Process(NamedTuple):
@@ -22,11 +19,6 @@ class Process(NamedTuple):
     start: int
     state: str
     comm: str
-
-
-def become_subreaper() -> None:
-    """Let orphans of our children become our own children, so that none gets out of sight."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def look(pid: int) -> Process | None:

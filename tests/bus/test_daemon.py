@@ -432,7 +432,7 @@ def test_socket_activation_and_readiness(place: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=clean_environment(NOTIFY_SOCKET=f"{place}/notify"),
-        pass_fds=[listener.fileno(), 3] if listener.fileno() != 3 else [3],
+        pass_fds=[listener.fileno()],
     )
     # A client may connect before the bus is up: the socket is there.
     client = RawClient(f"unix:path={place}/activated")
@@ -462,7 +462,9 @@ def test_configuration_from_a_descriptor(place: Path) -> None:
 # -- signals -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.kbusd_only)]
+)
 def test_signals_end_it_cleanly(start_bus, number: int) -> None:  # type: ignore[no-untyped-def]
     bus: Bus = start_bus()
     clients = [RawClient(bus.address) for _ in range(3)]
@@ -472,6 +474,7 @@ def test_signals_end_it_cleanly(start_bus, number: int) -> None:  # type: ignore
         client.close()
 
 
+@pytest.mark.kbusd_only
 def test_sigint_to_the_whole_foreground_group(config: Path) -> None:
     """Control-C at a terminal reaches every process of the bus at once."""
     process = subprocess.Popen(
