@@ -38,7 +38,7 @@ class MatchError(ValueError):
         self.error = error
 
 
-class MatchRule(msgspec.Struct, frozen=True):
+class MatchRule(msgspec.Struct, frozen=True, cache_hash=True):
     """What a rule asks for; None (for `type`: 0) where it does not say.
 
     The three kinds of arguments are (number, text), sorted by number; no number comes twice.
