@@ -30,7 +30,6 @@ from kbusd.rings.entries import (
     PolicyChanged,
     Snapshot,
 )
-from kbusd.wire.body import PathArgument
 from kbusd.wire.match import MatchRule, eavesdropping, parse
 
 BUS_NAME = "org.freedesktop.DBus"
@@ -127,6 +126,13 @@ class MatchIndex:
         self._shapes: dict[_Shape, int] = {}
         self.senders: dict[str, int] = {}
 
+    def __len__(self) -> int:
+        """How many rules are filed."""
+        return sum(
+            len(bucket.plain) + sum(map(len, bucket.arg0.values()))
+            for bucket in self._buckets.values()
+        )
+
     def add(self, watch: Watch) -> bool:
         """File a rule; False if it can never match a broadcast and was left out."""
         rule = watch.rule
@@ -201,7 +207,7 @@ class MatchIndex:
                     if known is None:
                         known = args()
                     first = known[0] if known else None
-                    if first in bucket.arg0 and not isinstance(first, PathArgument):
+                    if first in bucket.arg0:
                         candidates = [*bucket.plain, *bucket.arg0[first]]
                 for watch in candidates:
                     rule = watch.rule

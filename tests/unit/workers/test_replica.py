@@ -184,6 +184,23 @@ def test_what_is_cached_is_dropped_only_when_it_must_be() -> None:
     assert ask(replica)[0] == ()
 
 
+def test_nothing_is_left_of_those_who_left() -> None:
+    """A client that adds and removes rules for ever must cost no other worker memory."""
+    replica = replica_of(connections=1, me=1)
+    ask(replica)
+    for id in range(2, 6):
+        replica.apply(ConnectionAdded(id, person(id)))
+        for rule in ("arg0='x'", f"arg0='{id}'", "member='M'", f"sender=':1.{id}'", "type=error"):
+            replica.apply(MatchAdded(id, rule))
+    replica.apply(MatchRemoved(2, "arg0='x'"))
+    for id in range(2, 6):
+        replica.apply(ConnectionRemoved(id))
+    assert replica.match_rules() == 0
+    assert not replica._watches
+    assert replica._index is not None
+    assert (len(replica._index), replica._index.senders) == (0, {})
+
+
 def test_what_my_client_receives() -> None:
     replica = replica_of(
         MatchAdded(2, "member='M',sender='a.b'"), MatchAdded(3, "type='signal'"), me=2
