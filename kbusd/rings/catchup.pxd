@@ -9,6 +9,5 @@ cdef class Held:
 cdef class CatchUp:
     cdef object unicast, broadcast
     cdef readonly size_t held
-    cdef bint copies_seen
     cdef void keep(self, bint copy, const FrameHead *head, const uint8_t *payload) except *
     cdef void drop(self, bint copy) except *

@@ -15,11 +15,11 @@ cdef class Subscriber:
 cdef class Fanout:
     cdef readonly Broadcast broadcast
     cdef list joined
-    cdef uint64_t lowest
-    cdef uint64_t demotions
+    cdef uint64_t lowest, demotions
     cdef uint64_t join(self, Subscriber subscriber) except *
     cdef uint8_t *reserve(self, size_t length) except? NULL
     cdef void commit(self) noexcept
+    cpdef void want(self, Subscriber subscriber) noexcept
     cdef void rescan(self) except *
     cdef list late(self, size_t length)
     cdef list demote(self, Subscriber subscriber)

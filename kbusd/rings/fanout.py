@@ -11,27 +11,27 @@ P, for each R:
     publishes a higher one. A position beyond B's head is a lie: R is `broken` and P drops it.
  3. B overwrites nothing that a joined R has not read. If R is in the way (P may wait for it a
     while), P *demotes* it: for each frame from R's position to the last one meant for R, a
-    copy of it, with the same stamp and with aux = the position behind it in B, goes by Ring
-    (or waits for it, with want_space on). Only then may B's tail pass R's position. R is apart.
+    copy of it, with the same stamp and with aux = the position behind it in B, goes by Ring;
+    then a MARK: that of a new join (2), or MARK(aux = 0). What finds no room in the Ring
+    waits, with want_space on. Only then may B's tail pass R's position.
  4. While R is apart, a signal for R goes by Ring; if it stands in B too, its aux says where, and
     the Ring gets it before B's head moves. Else aux is 0, as in any unicast frame.
- 5. To make R stop reading B, P demotes it and puts MARK(aux = 0) behind the copies.
 
 R, with b = how far it has read B; merge.py does this:
- 6. R begins apart. MARK(aux > 0): b = max(b, aux), R *follows* B: it reads it from b on.
- 7. A copy with aux <= b is dropped: R has had it. One with aux > b in its turn in the Ring: R
+ 5. R begins apart. At MARK(aux > 0): b = max(b, aux), and R *follows* B: it reads it from b on.
+    At MARK(aux = 0) it is apart.
+ 6. A copy with aux <= b is dropped: R has had it. One with aux > b in its turn in the Ring: R
     is apart from here on, and b = aux. (It was demoted, and all from b on comes by Ring.)
- 8. R follows and finds tail > b: it was overrun. Rule 3 says that all it misses is in the Ring or
+ 7. R follows and finds tail > b: it was overrun. Rule 3 says that all it misses is in the Ring or
     waits for it, but perhaps behind unicast frames with higher stamps. So R *catches up*: it
     takes frames out of the Ring into two queues, copies and unicast, and delivers none of P's
-    until the copies of rule 3 are complete: when a unicast frame or a MARK follows a copy, or
-    when the Ring is empty and want_space off. Then it goes on in the order of stamps, first
-    from the queues. An overrun without copies or MARK breaks rule 3: P is hostile.
+    until the MARK has come. Then it goes on in the order of stamps, first from the queues.
+    If the Ring is empty, want_space off and no MARK has come, P broke rule 3.
 
 Nothing is lost: what B may overwrite is in the Ring before (3, 4); what R skips at a MARK was
-not meant for it or came before the MARK (2, 3). Nothing comes twice: by 7, each position of B is
+not meant for it or came before the MARK (2, 3). Nothing comes twice: by 6, each position of B is
 passed once. Nothing overtakes: B and the copies have rising stamps; unicast frames in the Ring
-have rising stamps; R only ever delivers the lower of the two heads, and by 8 it knows both.
+have rising stamps; R only ever delivers the lower of the two heads, and by 7 it knows both.
 A signal for several that are apart is not in all Rings at the same moment: P says so with
 Broadcast.begin and end around rule 4, and the merge waits for the end.
 """
@@ -104,7 +104,7 @@ class Fanout:
             if not self.joined:
                 self.lowest = NOBODY
 
-    def want(self, subscriber: Subscriber) -> None:
+    def want(self, subscriber) -> cython.void:
         """The frame committed last is meant for `subscriber`."""
         subscriber.wanted = self.broadcast.position
 
@@ -150,7 +150,8 @@ class Fanout:
     def demote(self, subscriber: Subscriber) -> list:
         """Rule 3: what `subscriber` has not read, as (head, envelope, body), to go by its Ring.
 
-        Put all of it there, or in wait for it with want_space on, before the next `reserve`."""
+        Put all of it there, then a MARK, or in wait with want_space on, before the next `reserve`.
+        Empty also if the subscriber turns out to be `broken`."""
         head: FrameHead
         at: uint64_t
         available: uint64_t
@@ -169,7 +170,7 @@ class Fanout:
             # Where it begins is what the subscriber says: it need not be the head of a frame.
             if not sound(cython.address(head), available):
                 subscriber.broken = True
-                break
+                return []
             at += head.length
             head.aux = at
             text = cython.cast(cython.p_char, place) + HEAD

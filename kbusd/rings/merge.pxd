@@ -41,13 +41,13 @@ cdef class Merge:
     cdef readonly bint holding
     cdef uint8_t *buffer
     cdef size_t capacity
-    cdef object status
     cdef list readers, broken
     cdef object kept
     cdef int gather(self) except -1
     cdef object next(self, FrameHead *head, const uint8_t **payload)
     cdef int publish(self) except -1
     cdef bint pending(self) except -1
+    cdef bint _holds(self, Source *source) except -1
     cdef list take_broken(self)
     cdef void _grow(self) except *
     cdef int _index(self, object reader) except -2
