@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from jeepney.low_level import Endianness, parse_signature
+from jeepney.low_level import (  # type: ignore[import-untyped]
+    Endianness,
+    parse_signature,
+)
 
 from kbusd.broker.bus import Bus
 from kbusd.policy.configuration import Configuration

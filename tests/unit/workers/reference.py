@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jeepney.low_level import (
+from jeepney.low_level import (  # type: ignore[import-untyped]
     Endianness,
     Header,
     HeaderFields,

@@ -382,7 +382,7 @@ def test_becoming_a_monitor(reference: ReferenceBus, model: Model) -> None:
         arguments = ("BecomeMonitor", "asu", (["member='NameLost'"], 0))
         monitor = pair.theirs["m"]
         expected = monitor.until_reply(monitor.send(*arguments, interface=MONITORING))
-        lost = []
+        lost: list[Seen] = []
         while len(lost) < 2:
             message = monitor.receive()
             assert message is not None
