@@ -148,7 +148,7 @@ class Bus:
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
         self.matches.remove_all(connection)
-        self._release_all(connection)
+        self._release(connection, reversed(connection.names.copy()))
         was_monitor = connection in self.monitors
         self.monitors.discard(connection)
         self._outside.append(ConnectionRemoved(connection.id))
@@ -351,7 +351,7 @@ class Bus:
             parse(rule)
         for rule in self.matches.remove_all(connection):
             self._outside.append(MatchRemoved(connection.id, rule))
-        self._release_all(connection)
+        self._release(connection, connection.names.copy())
         self._outside.append(MonitorAttached(connection.id, rules))
         connection.monitor = rules
         self.monitors.add(connection)
@@ -484,8 +484,8 @@ class Bus:
             del self._per_uid[uid]
             self._policies = {key: each for key, each in self._policies.items() if key[0] != uid}
 
-    def _release_all(self, connection: Connection) -> None:
-        for name in reversed(connection.names.copy()):
+    def _release(self, connection: Connection, names: Iterable[str]) -> None:
+        for name in names:
             self._owner_changed(self.registry.release(connection, name)[1])
 
     def _owner_changed(self, change: Change | None) -> None:

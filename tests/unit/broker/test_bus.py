@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
+from kbusd.broker.connection import Connection
 from kbusd.broker.refusal import Violation
 from kbusd.policy.rules import OWN, USER, Policy, Rule
 from kbusd.rings import entries as e
-from tests.unit.broker.world import OPEN, World, credentials
+from tests.unit.broker.world import OPEN, World, credentials, service
 
 ERROR = "org.freedesktop.DBus.Error."
 
@@ -320,6 +323,25 @@ def test_the_admin_reads_who_was_disconnected_and_why() -> None:
     assert world.words == [
         "disconnected :1.1 (uid 1000, pid 9001): sent a message of an invalid type"
     ]
+
+
+def test_nothing_of_a_connection_is_left() -> None:
+    world = World(services=(service("a.b"),), limits={"service_start_timeout": 1000})
+    a, b = world.client(1, uid=0), world.client(2, uid=0)
+    for rule in ("", "type='method_call'", "interface='a.b'", "arg0='a.b'"):
+        world.ask(a, e.AddMatch(2, rule))
+    world.ask(a, e.RequestName(3, "a.c", 0))
+    world.ask(b, e.RequestName(3, "a.c", 0))
+    world.ask(a, e.StartService(4, "a.b", False))
+    world.ask(a, e.ReloadConfig(5))
+    world.ask(a, e.ReloadConfig(6))
+    world.ask(a, e.Introduce(7, b.id, 0, 0), (1, 2, 3, 4))
+    world.ask(b, e.Introduced(1, 0, 0), (1, 2, 3, 4))
+    world.ask(a, e.BecomeMonitor(8, ()))
+    world.bus.gone(1)
+    del a
+    gc.collect()
+    assert [each for each in gc.get_objects() if isinstance(each, Connection)] == [b]
 
 
 # -- monitors --------------------------------------------------------------------------------------

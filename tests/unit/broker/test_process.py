@@ -184,6 +184,25 @@ def test_a_snapshot_is_used_again_and_renewed(broker: Broker) -> None:
     close_all([first, second, third])
 
 
+def test_a_snapshot_is_renewed_before_there_is_too_much_to_replay(broker: Broker) -> None:
+    a = broker.client()
+    _, (first,) = a.ask(e.FetchSnapshot(2))
+    for request in range(3, 66):
+        a.ask(e.AddMatch(request, f"arg0='{request:01000}'"))
+    _, (second,) = a.ask(e.FetchSnapshot(70))
+    assert os.fstat(first).st_ino != os.fstat(second).st_ino
+    close_all([first, second])
+
+
+def test_an_answer_is_as_good_as_a_wake(broker: Broker) -> None:
+    a = broker.client()
+    a.ask(e.AddMatch(2, "member='NameOwnerChanged'"))
+    a.line.send(e.RequestName(3, "a.b", 0))
+    assert hear(a.line)[0] == e.Reply(3, 1)
+    a.line.send(e.Statistics(4))
+    assert hear(a.line)[0].request == 4
+
+
 def test_the_log_cannot_be_written_by_its_readers(broker: Broker) -> None:
     with pytest.raises(PermissionError):
         mmap.mmap(broker.log_fd, 4096, prot=mmap.PROT_WRITE)
