@@ -215,7 +215,8 @@ def _run(options: argparse.Namespace, settings: Settings, configuration: bytes) 
     def read_again() -> tuple[int, int]:
         process = start_reader(options, supervisor.stderr)
         assert process.stdout is not None
-        return process.pid, process.stdout.detach().detach().fileno()  # type: ignore[attr-defined]
+        with process.stdout as pipe:
+            return process.pid, os.dup(pipe.fileno())
 
     supervisor = Supervisor(configuration, listeners, secrets.token_hex(16), journal, read_again)
     try:

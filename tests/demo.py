@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from dbus_fast import Message, MessageType
@@ -81,6 +82,14 @@ async def run(command: list[str], address: str) -> str:
     return out.decode().strip()
 
 
+def note_news(future: asyncio.Future[str]) -> Callable[[Message], None]:
+    def note(message: Message) -> None:
+        if message.message_type is MessageType.SIGNAL and message.member == "News":
+            future.set_result(message.body[0])
+
+    return note
+
+
 async def show(address: str) -> list[MessageBus]:
     service = await MessageBus(address, negotiate_unix_fd=True).connect()
     demo = Demo()
@@ -129,11 +138,7 @@ async def show(address: str) -> list[MessageBus]:
             )
         )
 
-        def note(message: Message, future: asyncio.Future[str] = future) -> None:
-            if message.message_type is MessageType.SIGNAL and message.member == "News":
-                future.set_result(message.body[0])
-
-        subscriber.add_message_handler(note)
+        subscriber.add_message_handler(note_news(future))
     demo.News()
     for subscriber, future in zip(subscribers, seen, strict=True):
         news = await asyncio.wait_for(future, 5)

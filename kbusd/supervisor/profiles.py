@@ -6,6 +6,9 @@ it exists.
 
 from __future__ import annotations
 
+import os
+
+from kbusd.sandbox import apply
 from kbusd.sandbox import compile as sandbox
 from kbusd.supervisor.spawn import sealed_memfd
 
@@ -16,3 +19,8 @@ def compile_all(user: str | None) -> dict[str, int]:
         name: sealed_memfd(f"kbusd-profile-{name}", sandbox.encode(compiled))
         for name, compiled in sandbox.compile_all(user).items()
     }
+
+
+def confine(fd: int) -> list[str]:
+    """Confine this process by the compiled profile in `fd`; returns warnings. Raises SandboxError."""
+    return apply.confine(sandbox.decode(os.pread(fd, os.fstat(fd).st_size, 0)))

@@ -30,6 +30,7 @@ import prctl
 
 from kbusd.rings import entries
 from kbusd.rings.line import Line, LineError, pair
+from kbusd.sandbox.errors import SandboxError
 from kbusd.supervisor import profiles
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
@@ -117,7 +118,12 @@ class Supervisor:
         self._watch_signals()
         if self.journal.to_syslog:
             self._relay_stderr()
-        self.compiled = profiles.compile_all(self.settings.user)
+        try:
+            self.compiled = profiles.compile_all(self.settings.user)
+            for warning in profiles.confine(self.compiled["supervisor"]):
+                self.journal.warn(warning)
+        except SandboxError as error:
+            raise StartError(str(error)) from None
         self.broker = self._start_broker()
         self._start_launcher()
         self._start_zygote()
@@ -306,7 +312,7 @@ class Supervisor:
             return
         code = os.waitstatus_to_exitcode(status)
         reason = "" if code == 0 else describe(code)
-        if reason:
+        if reason and self.exit_status is None:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
             self.by_uid[worker.client.uid] -= 1
