@@ -35,13 +35,12 @@ def run_reaped(*command: str, status: int = 0, stdin: int = subprocess.DEVNULL, 
     """Run a program that starts daemons itself; fails if a process of it is left at the end."""
     reaper = str(Path(__file__).with_name("services") / "reap.py")
     done = subprocess.run(
-        [sys.executable, "-S", reaper, str(STOP_SECONDS), *command],
+        [sys.executable, "-S", reaper, str(SECONDS), str(STOP_SECONDS), *command],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=clean_environment(**env),
         text=True,
-        timeout=SECONDS,
         check=False,
     )
     assert done.returncode == status, done.stdout

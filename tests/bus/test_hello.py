@@ -54,7 +54,6 @@ def test_driver_call_before_hello_is_refused(bus: Bus, interface: str) -> None:
     with pytest.raises(BusError) as caught:
         client.driver("ListNames", interface=interface)
     assert caught.value.name == "org.freedesktop.DBus.Error.AccessDenied"
-    assert caught.value.message.destination == ":not.active.yet"
     assert client.driver("Hello")[0].startswith(":1.")
 
 

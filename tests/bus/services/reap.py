@@ -1,8 +1,9 @@
-"""Runs a command and answers for everything that it starts: `python reap.py SECONDS COMMAND...`.
+"""Runs a command and answers for everything that it starts: `reap.py LIMIT AFTER COMMAND...`.
 
 Adopts and reaps orphans (as an init would), so that a program which waits for the end of a
-daemon sees it. Ends with the command's status; when processes are left SECONDS after the command
-ended, it kills them, names them on standard error and ends with status 99.
+daemon sees it. Ends with the command's status; LIMIT seconds after the start it kills all
+and ends with status 98; when processes are left AFTER seconds after the command ended, it kills
+them, names them on standard error and ends with status 99.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 
+TOO_LATE = 98
 LEFT_OVER = 99
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -31,32 +33,42 @@ def describe(pid: int) -> str:
         return f"{pid}: gone"
 
 
-def main(seconds: float, command: list[str]) -> int:
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    main_pid = subprocess.Popen(command).pid
-    status = 0
-    while True:
-        pid, code = os.waitpid(-1, 0)
-        if pid == main_pid:
-            status = os.waitstatus_to_exitcode(code)
-            break
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return status if status >= 0 else 128 - status
-        if pid == 0:
-            time.sleep(0.01)
+def kill_all(why: str) -> None:
+    """Kill every descendant: as one dies, its children become ours."""
     left = children()
-    print("left over:", *(describe(pid) for pid in left), sep="\n  ", file=sys.stderr)
+    print(why, *(describe(pid) for pid in left), sep="\n  ", file=sys.stderr)
     while left:
         for pid in left:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         left = children()
-    return LEFT_OVER
+
+
+def wait(deadline: float, wanted: int | None) -> int | None:
+    """Reap until `wanted` has ended (or nobody is left); its status, or None if it is too late."""
+    while time.monotonic() < deadline:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return 0
+        if pid and pid == wanted:
+            return os.waitstatus_to_exitcode(status)
+        if pid == 0:
+            time.sleep(0.01)
+    return None
+
+
+def main(limit: float, after: float, command: list[str]) -> int:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    status = wait(time.monotonic() + limit, subprocess.Popen(command).pid)
+    if status is None:
+        kill_all("not done in time:")
+        return TOO_LATE
+    if wait(time.monotonic() + after, None) is None:
+        kill_all("left over:")
+        return LEFT_OVER
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]))
