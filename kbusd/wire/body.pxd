@@ -5,6 +5,9 @@ cdef struct Reader:
     size_t at
     size_t end
     bint swap  # the bytes are in the other order than this machine's
+    # NULL, or where each complete type of the signature at hand ends (0: not known yet), by where
+    # it begins. Begin with NULL.
+    uint8_t *ends
 
 cdef int check(const uint8_t *body, size_t size, const uint8_t *signature,
                size_t signature_length, bint big_endian, uint32_t fds) noexcept nogil

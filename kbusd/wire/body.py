@@ -29,7 +29,7 @@ from cython.cimports.kbusd.wire.validate import (
     valid_utf8,
 )
 from cython.cimports.libc.stdint import uint8_t, uint32_t
-from cython.cimports.libc.string import memcpy
+from cython.cimports.libc.string import memcpy, memset
 
 from kbusd.wire.validate import WireError
 
@@ -52,6 +52,7 @@ def check(body, size, signature, signature_length, big_endian, fds):
     reader.at = 0
     reader.end = size
     reader.swap = big_endian != HOST_IS_BIG
+    reader.ends = cython.NULL
     while at < cython.cast(cython.int, signature_length):
         at = _value(cython.address(reader), signature, at, 0)
         if at < 0:
@@ -187,6 +188,7 @@ def check_variant(reader, depth):
     length: cython.size_t
     code: cython.int
     signature: cython.pointer(cython.const[uint8_t])
+    outside: cython.pointer(uint8_t) = reader.ends
     if reader.at == reader.end:
         return -BODY_TOO_SHORT
     length = reader.data[reader.at]
@@ -203,7 +205,9 @@ def check_variant(reader, depth):
             return -BAD_VARIANT_SIGNATURE
     elif signature[0] == ord("(") or signature[0] == ord("{"):
         return -BAD_VARIANT_SIGNATURE
+    reader.ends = cython.NULL
     code = _value(reader, signature, 0, depth + 1)
+    reader.ends = outside
     return min(0, code)
 
 
@@ -213,6 +217,7 @@ def _array(reader, signature, at, depth):
     size: cython.size_t = FIXED_SIZE[element]
     length: uint32_t
     end: cython.size_t
+    ends: uint8_t[256]
     after: cython.int = 0
     code: cython.int = _align(reader, 4)
     if code:
@@ -229,7 +234,11 @@ def _array(reader, signature, at, depth):
     if length > reader.end - reader.at:
         return -BODY_TOO_SHORT
     if length == 0:
-        return _skip(signature, at)
+        if reader.ends == cython.NULL:
+            return _skip(signature, at)
+        if reader.ends[at] == 0:
+            reader.ends[at] = _skip(signature, at)
+        return reader.ends[at]
     end = reader.at + length
     if size:
         if length & (size - 1):
@@ -241,10 +250,16 @@ def _array(reader, signature, at, depth):
                 reader.at += 4
         reader.at = end
         return at + 1
+    if length > 255 and reader.ends == cython.NULL:
+        # Millions of empty arrays may follow: skip over the type of their elements only once.
+        memset(ends, 0, 256)
+        reader.ends = ends
     while reader.at < end:
         after = _value(reader, signature, at, depth + 1)
         if after < 0:
             return after
+    if reader.ends == ends:
+        reader.ends = cython.NULL
     return after if reader.at == end else -ARRAY_LENGTH
 
 
@@ -265,6 +280,7 @@ def strings(body, size, signature, signature_length, big_endian, upto):
     reader.at = 0
     reader.end = size
     reader.swap = big_endian != HOST_IS_BIG
+    reader.ends = cython.NULL
     while at < cython.cast(cython.int, signature_length) and index < upto:
         letter = signature[at]
         start = reader.at

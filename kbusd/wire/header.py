@@ -228,6 +228,7 @@ def _fields(
             reader.at = at + 1
             reader.end = end
             reader.swap = swap
+            reader.ends = cython.NULL
             # The array and the struct around the variant count as levels, as in libdbus.
             wrong = check_variant(cython.address(reader), 2)
             if wrong == -BODY_TOO_SHORT or wrong == -STRING_PAST_END:

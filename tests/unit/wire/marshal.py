@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from jeepney.low_level import Endianness, parse_signature
 
-_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=20)
+_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 _ELEMENT = st.text("abcXYZ019_", min_size=1, max_size=6)
 PATHS = st.one_of(
     st.just("/"),
