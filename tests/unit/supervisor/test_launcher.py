@@ -17,10 +17,12 @@ import pytest
 
 from kbusd.rings import entries as e
 from kbusd.rings.line import Line, pair
-from kbusd.sandbox import compiled
+from kbusd.sandbox.compile import compile_all
+from kbusd.sandbox.compiled import encode
 from kbusd.supervisor.spawn import sealed_memfd
 
 SECONDS = 10.0
+PROFILE = encode(compile_all()["launcher"])
 
 
 class Launcher:
@@ -28,11 +30,8 @@ class Launcher:
 
     def __init__(self) -> None:
         ours, theirs = pair()
-        profile = compiled.encode(
-            compiled.Compiled(name="test", title="test", files=(), required=frozenset())
-        )
         with theirs:
-            self.process = start(theirs, sealed_memfd("profile", profile))
+            self.process = start(theirs, sealed_memfd("profile", PROFILE))
         self.line = Line(ours, e.FromLauncher)
 
     def ask(self, message: Any) -> None:
@@ -143,8 +142,9 @@ def test_a_user_that_does_not_exist(launcher: Launcher) -> None:
     assert ended == e.LaunchEnded(1, 0, "there is no user no such user")
 
 
-def test_a_late_service_is_killed(launcher: Launcher, tmp_path: Path) -> None:
-    launcher.ask(e.Launch(5, "a.b", ("/bin/sleep", "1000"), "", {}))
+@pytest.mark.parametrize("user", ["", "daemon"] if os.geteuid() == 0 else [""])
+def test_a_late_service_is_killed(launcher: Launcher, user: str) -> None:
+    launcher.ask(e.Launch(5, "a.b", ("/bin/sleep", "1000"), user, {}))
     launcher.ask(e.EndLaunch(5))
     ended = launcher.answer()
     assert ended.job == 5
