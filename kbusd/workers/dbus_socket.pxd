@@ -46,7 +46,7 @@ cdef class Engine:
     cdef uint32_t serial
     cdef int request
     cdef int introducing
-    cdef bint unix_fds, reading, writing, hello, wake, loaded, monitor
+    cdef bint busy, unix_fds, reading, writing, hello, wake, loaded, monitor
     cdef uint64_t stall_until
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
@@ -55,6 +55,7 @@ cdef class Engine:
     cdef void _watch_client(self) except *
     cdef int _timeout(self) except -2
     cdef bint _stalled(self) except -1
+    cdef bint _waits(self) except -1
     cdef void _messages(self) except *
     cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1
     cdef void _message(self, uint8_t *data, size_t size, const uint8_t *large) except *
@@ -64,6 +65,7 @@ cdef class Engine:
     cdef void _to_myself(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
+    cdef void _deliver_copy(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
     cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _bells(self) except *
     cdef void _flush(self) except *

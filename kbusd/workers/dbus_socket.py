@@ -273,7 +273,7 @@ class Engine:
     def _watch_client(self) -> cython.void:
         """Ask for what we can use: input unless it must wait, output while something is left."""
         event: epoll_event
-        reading: cython.bint = not ((self.introducing or self.backlogged) and self._stalled())
+        reading: cython.bint = not (self._waits())
         writing: cython.bint = self.output.pending > 0
         if reading != self.reading or writing != self.writing:
             event.events = (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)
@@ -291,6 +291,9 @@ class Engine:
                 return 1 + (self.stall_until - now) // 1_000_000
             return 0 if self.input.end - self.input.start >= 16 and not self.reading else 50
         return -1
+
+    def _waits(self) -> cython.bint:
+        return self.busy or ((self.introducing or self.backlogged) and self._stalled())
 
     def _stalled(self) -> cython.bint:
         """Whether our client's next message must wait for an introduction or for room."""
@@ -338,7 +341,7 @@ class Engine:
             if self.input.large != cython.NULL:
                 if self.input.large_have < self.input.large_need:
                     return
-                if (self.introducing or self.backlogged) and self._stalled():
+                if self._waits():
                     return
                 data = self.input.data + self.input.start
                 have = self.input.end - self.input.start
@@ -348,7 +351,7 @@ class Engine:
             have = self.input.end - self.input.start
             if have < 16:
                 return
-            if (self.introducing or self.backlogged) and self._stalled():
+            if self._waits():
                 return
             data = self.input.data + self.input.start
             total = message_length(data)
@@ -553,13 +556,11 @@ class Engine:
         head.body_length = header.body_length
         if self.replica.monitors:
             self._copy(
-                route,
-                header.serial,
-                header.reply_serial,
-                header.flags,
+                route.facts,
+                _raw(cython.address(head)),
                 _bytes(body, header.body_length),
                 fds,
-                self.replica.me,
+                self.id,
             )
         if route.peer is not None:
             if header.type == CALL and not header.flags & NO_REPLY:
@@ -660,13 +661,36 @@ class Engine:
             tuple([os.dup(fd) for fd in fds]),
         )
 
+    def _copy(self, facts, raw, body: bytes, fds: tuple, sender):
+        """A copy of a message for every monitor whose rules match it."""
+        head: FrameHead
+        source: cython.p_char = raw
+        data: cython.p_char = body
+        memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+        head.kind = COPY
+        head.aux = cython.cast(uint64_t, cython.cast(cython.longlong, sender))
+        ids, _ = self.replica.watching(
+            facts.type,
+            sender,
+            facts.destination,
+            facts.path,
+            facts.interface,
+            facts.member,
+            lambda: wire_body.match_arguments(body, facts.signature, facts.big_endian),
+        )
+        envelope = envelopes.encode(facts)
+        place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
+        for id in ids:
+            if id != self.id:
+                self._send(self._peer(id), cython.address(head), envelope, place, fds)
+
     # -- the bus itself ------------------------------------------------------------------------
 
     def _call_bus(self, route: Route, type, serial, flags, body):
         facts = route.facts
         if type != CALL:
             return  # the bus expects no signals and no replies
-        self._act(
+        self._act_and_note(
             self.driver.call(
                 drivers.Call(
                     serial,
@@ -681,6 +705,11 @@ class Engine:
                 )
             )
         )
+
+    def _act_and_note(self, actions):
+        self._act(actions)
+        # What the client says next must not overtake what it has just changed.
+        self.busy = self.driver.busy
 
     def _act(self, actions):
         for action in actions:
@@ -716,7 +745,7 @@ class Engine:
             raise Gone(f"the broker talks nonsense: {error}") from None
         if snapshot and not self.loaded:
             self._loaded(snapshot)
-        self._act(actions)
+        self._act_and_note(actions)
 
     def _loaded(self, snapshot):
         """Hello was answered: we are somebody, and follow the log from the snapshot on."""
@@ -752,6 +781,17 @@ class Engine:
             self.serial,
             len(body),
         )
+        if self.loaded and type != SIGNAL and self.replica.monitors:
+            head: FrameHead
+            memset(cython.address(head), 0, cython.sizeof(FrameHead))
+            head.flags = NO_REPLY
+            head.serial = self.serial
+            head.reply_serial = reply_serial
+            head.body_length = len(body)
+            facts = envelopes.Envelope(
+                type, False, mine, None, None, None, error_name, signature or ""
+            )
+            self._copy(facts, _raw(cython.address(head)), body, (), BUS_ID)
         message: bytes = header + body
         data: cython.p_char = message
         length: cython.size_t = len(message)
@@ -990,7 +1030,7 @@ class Engine:
             each for each in self.peers.values() if each.id not in self.replica.connections
         ]:
             self._peer_left(peer)
-        self._act(actions)
+        self._act_and_note(actions)
 
     def _follow(self, position):
         """Read the log from `position` on."""
@@ -1003,12 +1043,22 @@ class Engine:
         kind = type(entry)
         if kind in _CHANGES:
             self.epoch += 1
-        actions = self.driver.entry(entry)
-        if kind is entries.ConnectionRemoved or kind is entries.MonitorAttached:
+        try:
+            actions = self.driver.entry(entry)
+        except ReplicaError as error:
+            raise Gone(f"the log contradicts itself: {error}") from None
+        if self.me.connection is None:
+            self.me.connection = self.replica.connections.get(self.id)
+        if kind is entries.ConnectionRemoved:
             peer = self.peers.get(entry.id)
             if peer is not None:
                 self._peer_left(peer)
-        self._act(actions)
+        elif kind is entries.MonitorAttached:
+            if entry.id == self.id:
+                self.monitor = True
+            elif entry.id in self.peers:
+                self._fail_pending(self.peers[entry.id], NO_REPLY_ERROR, DISCONNECTED_TEXT)
+        self._act_and_note(actions)
 
     def _peer_left(self, peer: Peer):
         """Its connection ended; what it had sent is delivered, what we asked of it will not be."""
@@ -1033,6 +1083,12 @@ class Engine:
         if head.kind == REFUSED:
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
+        if head.kind == COPY and self.monitor:
+            self._deliver_copy(peer, head, payload, fds)
+            return
+        if self.monitor:
+            close_all(fds)
+            return  # a monitor is nobody's destination
         if head.kind != MESSAGE and head.kind != LARGE:
             close_all(fds)
             raise HostilePeer(f"a frame of kind {head.kind}")
@@ -1073,6 +1129,33 @@ class Engine:
         if self.output.pending > self.max_outgoing:
             close_all(fds)
             self._overflow(peer, template.type, head.serial, head.flags)
+            return
+        self._emit(template, head, payload + head.envelope_length, fds)
+
+    def _deliver_copy(
+        self,
+        peer: Peer,
+        head: cython.pointer(FrameHead),
+        payload: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.void:
+        """A message for our client as a monitor: one of the peer's, or of the bus to the peer."""
+        template: Template
+        sender: cython.longlong = head.aux
+        if sender != peer.id and sender != -1:
+            close_all(fds)
+            raise HostilePeer(f"a copy of a message of :1.{sender}")
+        raw = _bytes(payload, head.envelope_length)
+        key = (raw, head.fds, sender)
+        template = peer.templates.get(key)
+        if template is None:
+            template = Template()
+            self._fill(template, raw, BUS_NAME if sender == -1 else peer.name, head.fds)
+            self._keep(peer, key, template)
+        if self.output.pending > self.max_outgoing:
+            raise Gone(f"does not read what it monitors: {self.output.pending} bytes wait for it")
+        if not self.unix_fds and fds:
+            close_all(fds)
             return
         self._emit(template, head, payload + head.envelope_length, fds)
 
@@ -1127,33 +1210,8 @@ class Engine:
 
     def _judge(self, peer: Peer, key, raw, fds, body) -> Template:
         """Decode an envelope by type, check its names, ask policy and our match rules."""
-        try:
-            envelope = envelopes.decode(raw)
-            header = wire_header.build(
-                ord("B") if envelope.big_endian else ord("l"),
-                envelope.type,
-                0,
-                envelope.path,
-                envelope.interface,
-                envelope.member,
-                envelope.error_name,
-                envelope.destination,
-                peer.name,
-                envelope.signature,
-                fds,
-                envelope.type == RETURN or envelope.type == ERROR,
-                1,
-                1,
-                0,
-            )
-        except ValueError as error:
-            raise HostilePeer(f"an envelope that breaks a rule: {error}") from None
         template = Template()
-        template.header = header
-        template.header_length = len(header)
-        template.signature = envelope.signature.encode()
-        template.type = envelope.type
-        template.big_endian = envelope.big_endian
+        envelope = self._fill(template, raw, peer.name, fds)
         template.epoch = self.epoch
         template.mine = self.replica.my_version
         template.refusal = self.router.admit(envelope, peer.connection, fds)
@@ -1169,10 +1227,43 @@ class Engine:
                 envelope.member,
                 lambda: wire_body.match_arguments(body, envelope.signature, envelope.big_endian),
             )
+        self._keep(peer, key, template)
+        return template
+
+    def _fill(self, template: Template, raw, sender, fds):
+        """Decode an envelope by type and build the header that our client will see."""
+        try:
+            envelope = envelopes.decode(raw)
+            header = wire_header.build(
+                ord("B") if envelope.big_endian else ord("l"),
+                envelope.type,
+                0,
+                envelope.path,
+                envelope.interface,
+                envelope.member,
+                envelope.error_name,
+                envelope.destination,
+                sender,
+                envelope.signature,
+                fds,
+                envelope.type == RETURN or envelope.type == ERROR,
+                1,
+                1,
+                0,
+            )
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise HostilePeer(f"an envelope that breaks a rule: {error}") from None
+        template.header = header
+        template.header_length = len(header)
+        template.signature = envelope.signature.encode()
+        template.type = envelope.type
+        template.big_endian = envelope.big_endian
+        return envelope
+
+    def _keep(self, peer: Peer, key, template: Template):
         if len(peer.templates) >= MAX_ROUTES:
             peer.templates.clear()
         peer.templates[key] = template
-        return template
 
     def _refuse(self, peer: Peer, serial, error, text):
         """Tell the sender's worker that its call was not delivered; it answers its client."""
