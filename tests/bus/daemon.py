@@ -114,8 +114,10 @@ class Bus:
         *,
         options: list[str] | None = None,
         env: dict[str, str] | None = None,
+        prefix: list[str] | None = None,
         **shape: Any,
     ) -> None:
+        """`prefix` is a command that execs the daemon's, such as prlimit(1)."""
         self.directory = Path(tempfile.mkdtemp(prefix="kbt-", dir="/tmp"))
         self.directory.chmod(0o755)
         self.services = self.directory / "services"
@@ -130,7 +132,7 @@ class Bus:
         self.clients: list[RawClient] = []
         self.stopped = False
         reader, writer = os.pipe()
-        command = [*daemon_command(), f"--config-file={self.config}", "--nofork"]
+        command = [*(prefix or []), *daemon_command(), f"--config-file={self.config}", "--nofork"]
         command += [f"--print-address={writer}", *(options or [])]
         with self.log_path.open("wb") as log, os.fdopen(reader, "rb", 0) as pipe:
             self.process = subprocess.Popen(
@@ -183,6 +185,18 @@ class Bus:
         """The bus's processes without the services that it activated."""
         below = procs.descendants(self.pid)
         return [p for p in below if "DBUS_STARTER_ADDRESS" not in procs.environment(p.pid)]
+
+    def workers(self) -> list[procs.Process]:
+        """kbusd's worker processes, spare ones included."""
+        return [process for process in self.tree() if process.comm.startswith("kbusd-worker")]
+
+    def worker_of(self, client: RawClient) -> procs.Process:
+        """The worker process that serves a client."""
+        link = f"socket:[{procs.peer_inode(client.sock)}]"
+        for process in self.workers():
+            if link in procs.descriptors(process.pid):
+                return process
+        raise AssertionError(f"no worker holds the other end of {client.name}")
 
     def _activated(self) -> list[procs.Process]:
         def ours(process: procs.Process) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -70,6 +72,39 @@ def environment(pid: int) -> dict[str, str]:
     except OSError:
         return {}
     return dict(item.split("=", 1) for item in items if "=" in item)
+
+
+def descriptors(pid: int) -> list[str]:
+    """What the open descriptors of a process are, as /proc names them."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except OSError:
+            continue
+    return found
+
+
+def peer_inode(sock: socket.socket) -> int:
+    """The inode of the other end of a connected Unix socket (sock_diag(7), UNIX_DIAG_PEER)."""
+    inode = os.fstat(sock.fileno()).st_ino
+    # struct nlmsghdr, then struct unix_diag_req for this one inode, any cookie, showing the peer.
+    body = struct.pack(
+        "=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, 4, 0xFFFFFFFF, 0xFFFFFFFF
+    )
+    head = struct.pack("=IHHII", 16 + len(body), 20, 1, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:
+        netlink.settimeout(5)
+        netlink.send(head + body)
+        answer = netlink.recv(65536)
+    assert struct.unpack_from("=H", answer, 4)[0] == 20, "sock_diag knows no such socket"
+    at = 16 + 16
+    while at + 4 <= len(answer):
+        length, kind = struct.unpack_from("=HH", answer, at)
+        if kind == 2:
+            return int(struct.unpack_from("=I", answer, at + 4)[0])
+        at += (length + 3) & ~3
+    raise AssertionError("the socket has no peer")
 
 
 def pss(pid: int) -> int:

@@ -1,0 +1,493 @@
+"""Clients and workers that fail or attack: it costs them their connection and others nothing.
+
+Each test has bystanders whose traffic must go on, in order and complete, while it happens.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from . import procs
+from . import wireformat as w
+from .daemon import Bus
+from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
+
+SEED = 20150401
+
+
+class Bystanders:
+    """A pair of clients that call each other all the time, in a thread, and check every answer."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.a, self.b = RawClient(bus.address), RawClient(bus.address)
+        self.b.add_match("interface='test.Bystander'")
+        self.rounds = 0
+        self.error: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                n = self.rounds
+                self.a.signal("/", "test.Bystander", "S", "u", (n,))
+                serial = self.a.send_call(self.b.name, "/", "test.I", "M", "u", (n,))
+                signal_, call = self.b.read(), self.b.read()
+                assert (signal_.member, signal_.args) == ("S", [n])
+                assert (call.member, call.args) == ("M", [n])
+                self.b.reply(call, "u", (n,))
+                reply = self.a.read()
+                assert (reply.reply_serial, reply.args) == (serial, [n])
+                self.rounds += 1
+        except Exception as error:  # noqa: BLE001 - handed to the test, which raises it
+            self.error = error
+
+    def go_on(self, rounds: int = 20) -> None:
+        """Wait until they have done some more rounds from now."""
+        goal = self.rounds + rounds
+        procs.eventually(
+            lambda: self.error or self.rounds >= goal, "the bystanders' traffic goes on", 20
+        )
+        if self.error:
+            raise self.error
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.a.close()
+        self.b.close()
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def bystanders(bus: Bus) -> Iterator[Bystanders]:
+    pair = Bystanders(bus)
+    pair.go_on()
+    yield pair
+    try:
+        pair.go_on()
+    finally:
+        pair.end()
+
+
+def kill(bus: Bus, client: RawClient) -> None:
+    os.kill(bus.worker_of(client).pid, signal.SIGKILL)
+
+
+def logged(bus: Bus, *texts: str) -> None:
+    """Wait until one line of the log holds all the texts."""
+    procs.eventually(
+        lambda: any(all(text in line for text in texts) for line in bus.log().splitlines()),
+        f"a line of the log with {texts}",
+    )
+
+
+# -- killed workers ----------------------------------------------------------------------
+
+
+@pytest.mark.kbusd_only
+def test_killed_worker_costs_only_its_client(bus: Bus, bystanders: Bystanders) -> None:
+    watcher, victim = bus.connect(), bus.connect()
+    victim.request_name("test.faults.Victim")
+    watcher.add_match("type='signal',member='NameOwnerChanged',arg2=''")
+    kill(bus, victim)
+    victim.expect_disconnect()
+    assert watcher.wait_signal("NameOwnerChanged").args == ["test.faults.Victim", victim.name, ""]
+    assert watcher.wait_signal("NameOwnerChanged").args == [victim.name, victim.name, ""]
+    logged(bus, victim.name, "9")
+
+
+@pytest.mark.kbusd_only
+def test_killed_worker_of_a_callee_gives_no_reply(bus: Bus, bystanders: Bystanders) -> None:
+    caller, callee = bus.connect(), bus.connect()
+    serials = [caller.send_call(callee.name, "/", "test.I", "M") for _ in range(5)]
+    callee.read()
+    kill(bus, callee)
+    for serial in serials:
+        with pytest.raises(BusError, match="NoReply"):
+            caller.wait_reply(serial)
+    assert caller.drain() == []
+
+
+@pytest.mark.kbusd_only
+def test_killed_worker_of_a_caller(bus: Bus, bystanders: Bystanders) -> None:
+    caller, callee = bus.connect(), bus.connect()
+    caller.send_call(callee.name, "/", "test.I", "M")
+    call = callee.read()
+    callee.add_match(f"member='NameOwnerChanged',arg0='{caller.name}'")
+    kill(bus, caller)
+    callee.wait_signal("NameOwnerChanged")
+    callee.reply(call)
+    assert callee.drain() == []
+
+
+@pytest.mark.kbusd_only
+def test_killed_worker_in_the_middle_of_a_flood(bus: Bus, bystanders: Bystanders) -> None:
+    """What arrives of the flood is its beginning, in order, without a gap."""
+    sender, receiver = bus.connect(), bus.connect()
+    worker = bus.worker_of(sender).pid
+    payload = b"x" * 2000
+
+    def flood() -> None:
+        try:
+            for n in range(20_000):
+                sender.signal("/", "test.I", "S", "uay", (n, payload), to=receiver.name)
+                if n == 500:
+                    os.kill(worker, signal.SIGKILL)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    receiver.add_match(f"member='NameOwnerChanged',arg0='{sender.name}'")
+    thread = threading.Thread(target=flood)
+    thread.start()
+    got = []
+    while (message := receiver.read()).member == "S":
+        got.append(message.args[0])
+    thread.join()
+    assert got == list(range(len(got)))
+
+
+@pytest.mark.kbusd_only
+def test_fifty_workers_killed_at_once(bus: Bus, bystanders: Bystanders) -> None:
+    watcher = bus.connect()
+    victims = [bus.connect() for _ in range(50)]
+    subscriber = bus.connect()
+    for client in [*victims, subscriber]:
+        client.add_match("interface='test.Faults'")
+    watcher.add_match("member='NameOwnerChanged',arg2=''")
+    pids = [bus.worker_of(victim).pid for victim in victims]
+    for n in range(100):
+        watcher.signal("/", "test.Faults", "S", "u", (n,))
+        if n == 50:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+    for victim in victims:
+        victim.expect_disconnect()
+    gone = {watcher.wait_signal("NameOwnerChanged").args[0] for _ in victims}
+    assert gone == {victim.name for victim in victims}
+    assert [subscriber.read().args[0] for _ in range(100)] == list(range(100))
+    # As many can come back.
+    again = [bus.connect() for _ in range(50)]
+    assert len({client.name for client in again}) == 50
+
+
+@pytest.mark.kbusd_only
+def test_killed_spare_workers_are_replaced(bus: Bus, bystanders: Bystanders) -> None:
+    clients = [bus.connect(), bystanders.a, bystanders.b]
+    busy = {bus.worker_of(client).pid for client in clients}
+    for process in bus.workers():
+        if process.pid not in busy:
+            os.kill(process.pid, signal.SIGKILL)
+    for _ in range(10):
+        client = bus.connect()
+        assert client.driver("NameHasOwner", "s", (client.name,)) == [True]
+
+
+@pytest.mark.kbusd_only
+def test_killed_zygote_is_replaced(start_bus: Callable[..., Bus]) -> None:
+    bus = start_bus()
+    a, b = bus.connect(), bus.connect()
+    (zygote,) = [process for process in bus.tree() if process.comm.startswith("kbusd-zygote")]
+    os.kill(zygote.pid, signal.SIGKILL)
+    a.signal("/", "test.I", "StillThere", to=b.name)
+    assert b.read().member == "StillThere"
+    for _ in range(10):
+        client = bus.connect()
+        client.signal("/", "test.I", "New", to=a.name)
+        assert a.wait_signal("New").sender == client.name
+    logged(bus, "zygote")
+
+
+@pytest.mark.kbusd_only
+def test_stopped_worker_holds_up_nobody(bus: Bus, bystanders: Bystanders) -> None:
+    """Its client loses time, and gets all of what was sent when its worker goes on."""
+    sender, stopped, other = (bus.connect() for _ in range(3))
+    for client in (stopped, other):
+        client.add_match("interface='test.Faults'")
+    worker = bus.worker_of(stopped).pid
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for n in range(2000):
+            sender.signal("/", "test.Faults", "S", "u", (n,))
+            if n % 10 == 0:
+                sender.signal("/", "test.Faults", "U", "u", (n,), to=stopped.name)
+        assert [other.read().args[0] for _ in range(2000)] == list(range(2000))
+        bystanders.go_on()
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    expected = [n for n in range(2000) for _ in range(2 if n % 10 == 0 else 1)]
+    assert [stopped.read().args[0] for _ in expected] == expected
+
+
+# -- clients that misbehave --------------------------------------------------------------
+
+
+def test_garbage_of_every_kind(bus: Bus, bystanders: Bystanders) -> None:
+    """Random bytes before and after authentication, and valid messages with a byte changed."""
+    dice = random.Random(SEED)
+    valid = w.build(
+        w.CALL,
+        {w.PATH: "/a", w.DESTINATION: DRIVER, w.INTERFACE: DRIVER, w.MEMBER: "ListNames"},
+        "sa{sv}(yd)",
+        ("text", {"key": ("au", [1, 2, 3])}, (1, 2.5)),
+    )
+    for n in range(60):
+        try:
+            if n % 3 == 0:
+                sock: RawSocket = RawSocket(bus.address)
+                sock.write(b"\0" * (n % 2) + dice.randbytes(dice.randrange(1, 2000)))
+            elif n % 3 == 1:
+                sock = RawClient(bus.address)
+                sock.write(dice.randbytes(dice.randrange(16, 4000)))
+            else:
+                sock = RawClient(bus.address)
+                for _ in range(20):
+                    broken = bytearray(valid)
+                    broken[dice.randrange(len(broken))] = dice.randrange(256)
+                    sock.write(bytes(broken))
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        sock.close()
+
+
+def test_disconnect_in_the_middle_of_everything(bus: Bus, bystanders: Bystanders) -> None:
+    """Mid-SASL, mid-message and mid-descriptors, again and again; nothing is kept."""
+    first = bus.connect()
+    read, write = os.pipe()
+    message = w.build(
+        w.SIGNAL,
+        {
+            w.PATH: "/",
+            w.INTERFACE: "test.I",
+            w.MEMBER: "S",
+            w.DESTINATION: first.name,
+            w.UNIX_FDS: 1,
+        },
+        "hay",
+        (0, b"x" * 5000),
+    )
+    for n in range(30):
+        sock = RawSocket(bus.address)
+        sock.write(b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEG"[: n + 1])
+        sock.close()
+        client = RawClient(bus.address, hello=n % 2 == 0)
+        client.write(message[: 20 + 100 * n], [write])
+        client.close()
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        assert pipe.read() == b""
+    assert first.drain() == []
+
+
+def test_a_thousand_connections(start_bus: Callable[..., Bus]) -> None:
+    """One user opens as many as it can: those over the limit are refused, who is in stays in."""
+    bus = start_bus(limits={"max_connections_per_user": 150, "auth_timeout": 5000})
+    pair = Bystanders(bus)
+    sockets: list[RawSocket] = []
+    refused = 0
+    try:
+        for _ in range(1000):
+            try:
+                sockets.append(RawClient(bus.address))
+            except (BusError, Disconnected, BrokenPipeError, ConnectionResetError):
+                refused += 1
+        assert refused >= 850
+        assert len(sockets) + refused == 1000
+        pair.go_on()
+    finally:
+        for sock in sockets:
+            sock.close()
+        pair.end()
+    procs.eventually(lambda: connects(bus), "there is room again")
+
+
+def connects(bus: Bus) -> bool:
+    try:
+        RawClient(bus.address).close()
+    except (BusError, Disconnected, BrokenPipeError, ConnectionResetError):
+        return False
+    return True
+
+
+def test_silent_connections(start_bus: Callable[..., Bus]) -> None:
+    """Connections that never authenticate are dropped, and do not keep others out meanwhile."""
+    bus = start_bus(limits={"max_incomplete_connections": 50, "auth_timeout": 500})
+    witness = bus.connect()
+    sockets = []
+    for _ in range(300):
+        try:
+            sockets.append(RawSocket(bus.address))
+        except (ConnectionRefusedError, TimeoutError):
+            break
+    assert witness.driver("NameHasOwner", "s", (witness.name,)) == [True]
+    assert bus.connect().name
+    for sock in sockets:
+        sock.expect_disconnect()
+        sock.close()
+
+
+@pytest.mark.kbusd_only
+def test_subscriber_that_does_not_read_is_disconnected(start_bus: Callable[..., Bus]) -> None:
+    """Its queue is limited; the reason stands in the log; other subscribers lose nothing."""
+    bus = start_bus(limits={"max_outgoing_bytes": 4_000_000})
+    sender, stuck, reader = (bus.connect() for _ in range(3))
+    for client in (stuck, reader):
+        client.add_match("interface='test.Faults'")
+    payload = b"x" * 50_000
+    sender.add_match(f"member='NameOwnerChanged',arg0='{stuck.name}'")
+    for n in range(200):
+        sender.signal("/", "test.Faults", "S", "uay", (n, payload))
+        assert reader.read().args[0] == n
+    assert sender.wait_signal("NameOwnerChanged").args == [stuck.name, stuck.name, ""]
+    logged(bus, stuck.name)
+
+
+def test_flood_from_many_senders_to_one(bus: Bus, bystanders: Bystanders) -> None:
+    """All of it arrives, each sender's in its order."""
+    receiver, senders = bus.connect(), [bus.connect() for _ in range(8)]
+    for n in range(300):
+        for sender in senders:
+            sender.send_call(
+                receiver.name, "/", "test.I", "M", "u", (n,), flags=w.NO_REPLY_EXPECTED
+            )
+    seen: dict[str | None, list[int]] = {sender.name: [] for sender in senders}
+    for _ in range(300 * len(senders)):
+        message = receiver.read()
+        seen[message.sender].append(message.args[0])
+    assert all(numbers == list(range(300)) for numbers in seen.values())
+
+
+def test_writer_that_never_reads_its_replies(bus: Bus, bystanders: Bystanders) -> None:
+    """Its socket fills up; the bus neither blocks nor dies."""
+    client = RawClient(bus.address)
+    client.sock.settimeout(1.0)
+    try:
+        for _ in range(20_000):
+            client.send_call(DRIVER, "/org/freedesktop/DBus", DRIVER, "ListNames")
+    except (TimeoutError, BrokenPipeError, ConnectionResetError):
+        pass
+    bystanders.go_on()
+    client.close()
+
+
+# -- resources ---------------------------------------------------------------------------
+
+
+def test_descriptors_run_out(start_bus: Callable[..., Bus]) -> None:
+    """With few descriptors for the whole bus, whoever is connected goes on; later there is room."""
+    bus = start_bus(prefix=["prlimit", "--nofile=64:64", "--"])
+    pair = Bystanders(bus)
+    sockets: list[RawSocket] = []
+    try:
+        for _ in range(80):
+            sock = RawSocket(bus.address)
+            sockets.append(sock)
+            sock.write(b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n")
+        pair.go_on()
+    finally:
+        for sock in sockets:
+            sock.close()
+    pair.go_on()
+    pair.end()
+    procs.eventually(lambda: connects(bus), "there is room again")
+
+
+def test_full_shared_memory_directory(start_bus: Callable[..., Bus]) -> None:
+    """Nothing of the bus lies in /dev/shm: when that is full, messages of every size still pass."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root for a mount namespace")
+    script = (
+        "mount -t tmpfs -o size=4k none /dev/shm && ! head -c 8192 /dev/zero > /dev/shm/full "
+        '2>/dev/null; exec "$0" "$@"'
+    )
+    bus = start_bus(prefix=["unshare", "--mount", "sh", "-c", script])
+    a, b = bus.connect(), bus.connect()
+    for size in (10, 100_000, 5_000_000):
+        a.signal("/", "test.I", "S", "ay", (b"x" * size,), to=b.name)
+        assert len(b.read().body) == size + 4
+
+
+def busy_time(bus: Bus) -> None:
+    """Connections, names, rules, calls, broadcasts and large messages, and then nobody."""
+    for _ in range(10):
+        clients = [RawClient(bus.address) for _ in range(6)]
+        for n, client in enumerate(clients):
+            client.request_name(f"test.busy.N{n}", 4)
+            client.add_match("interface='test.Busy'")
+            client.add_match(f"member='M{n}',arg0='x{n}'")
+        for n in range(20):
+            clients[n % 6].signal("/", "test.Busy", "S", "ay", (b"y" * n * 1000,))
+            clients[n % 6].send_call(
+                clients[(n + 1) % 6].name, "/", "test.I", "M", flags=w.NO_REPLY_EXPECTED
+            )
+        for client in clients:
+            client.drain()
+            client.close()
+
+
+def test_nothing_is_left_of_a_busy_time(start_bus: Callable[..., Bus]) -> None:
+    """Processes, descriptors and memory of the bus return to where they were."""
+    bus = start_bus()
+    watcher = bus.connect()
+
+    def lasting() -> list[int]:
+        return [bus.pid] + [p.pid for p in bus.tree() if not p.comm.startswith("kbusd-worker")]
+
+    def measure() -> tuple[int, int, int]:
+        pids = lasting()
+        memory = sum(procs.pss(pid) for pid in pids)
+        return len(bus.tree()), sum(len(procs.descriptors(pid)) for pid in pids), memory
+
+    def settled() -> tuple[int, int, int]:
+        """The measure once every client but one is gone."""
+        procs.eventually(lambda: len(watcher.driver("ListNames")[0]) == 2, "the clients are gone")
+        last = measure()
+
+        def same() -> bool:
+            nonlocal last
+            before, last = last, measure()
+            return before[:2] == last[:2]
+
+        procs.eventually(same, "the bus is at rest")
+        return last
+
+    busy_time(bus)
+    count, fds, memory = settled()
+    for _ in range(3):
+        busy_time(bus)
+    procs.eventually(
+        lambda: measure()[:2] <= (count, fds) and settled()[1] <= fds,
+        f"{count} processes with {fds} descriptors, not {settled()}",
+    )
+    assert settled()[2] <= memory + 1_500_000
+
+
+# -- the log -----------------------------------------------------------------------------
+
+
+@pytest.mark.kbusd_only
+def test_the_log_says_who_broke_which_rule(bus: Bus) -> None:
+    client = bus.connect()
+    client.write(w.build(w.SIGNAL, {w.PATH: "/a"}, serial=1))
+    client.expect_disconnect()
+    logged(bus, client.name)
+    line = next(line for line in bus.log().splitlines() if client.name in line)
+    assert f"pid={os.getpid()}" in line or f"pid {os.getpid()}" in line
+    assert f"uid={os.geteuid()}" in line or f"uid {os.geteuid()}" in line
+
+
+@pytest.mark.kbusd_only
+def test_the_log_says_who_could_not_authenticate(bus: Bus) -> None:
+    sock = RawSocket(bus.address)
+    sock.write(b"not a NUL byte\r\n")
+    sock.expect_disconnect()
+    sock.close()
+    logged(bus, str(os.getpid()))
