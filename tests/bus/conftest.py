@@ -30,13 +30,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="the daemon under test is dbus-daemon"))
 
 
+def pytest_runtest_setup() -> None:
+    for bus in _running:
+        if not bus.stopped:
+            bus.log_mark = len(bus.log())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
     report = yield
     if report.failed:
         for bus in _running:
             if not bus.stopped and bus.log_path.exists():
-                report.sections.append((f"log of the bus {bus.address}", bus.log()[-20000:]))
+                log = bus.log()[bus.log_mark :][-20000:]
+                report.sections.append((f"log of the bus {bus.address}", log))
     return report
 
 

@@ -130,6 +130,7 @@ class Bus:
         )
         self.log_path = self.directory / "log"
         self.clients: list[RawClient] = []
+        self.log_mark = 0  # where in the log the running test began
         self.stopped = False
         reader, writer = os.pipe()
         command = [*(prefix or []), *daemon_command(), f"--config-file={self.config}", "--nofork"]
