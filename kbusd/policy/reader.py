@@ -1,7 +1,8 @@
 """The process that reads the configuration: ``python -m kbusd.policy.reader``.
 
 The XML, the service files and the user database are read here, in a process that ends at once, so
-that neither supervisor nor broker holds a parser. On success an encoded Configuration is on
+that neither supervisor nor broker holds a parser. It confines itself first (profile
+config-reader): from then on it can read files and ask name services, and no more. On success an encoded Configuration is on
 stdout and the exit status is 0; else one line ``file:line: reason`` is on stderr, nothing on
 stdout, and the status is 1 (2 for wrong usage).
 """
@@ -22,6 +23,9 @@ from kbusd.policy.configuration import (
     load,
     selinux_policy_root,
 )
+from kbusd.sandbox import apply, profiles
+from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox.errors import ProfileError, SandboxError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--config-file", dest="file", metavar="F")
     parser.add_argument("--address", action="append", default=[], metavar="A")
     options = parser.parse_args(arguments)
+    try:
+        for warning in apply.confine(compile_profile(profiles.load("config-reader"))):
+            print(warning, file=sys.stderr)
+    except (ProfileError, SandboxError) as error:
+        print(error, file=sys.stderr)
+        return 1
     try:
         configuration = load(options.file, selinux_root=selinux_policy_root())
     except ConfigurationError as error:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -185,3 +188,21 @@ def test_capabilities_are_told_by_what_is_shorter() -> None:
     everything = (1 << 41) - 1
     assert inforce.capability_names(everything) == "all"
     assert inforce.capability_names(everything & ~(1 << 24)) == "all but sys_resource"
+
+
+def test_the_configuration_is_read_by_a_confined_process(tmp_path: Path) -> None:
+    fifo = tmp_path / "bus.conf"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "kbusd.policy.reader", "--config-file", str(fifo)]
+    titles = {compiled.title: name for name, compiled in COMPILED.items()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
+        with open(fifo, "wb") as file:  # opens when the reader does
+            found = inforce.read(reader.pid, titles)
+            file.write(b"<busconfig><listen>unix:tmpdir=/tmp</listen></busconfig>")
+        assert reader.stdout is not None
+        assert reader.stdout.read()
+    assert reader.returncode == 0
+    assert found.role == "config-reader"
+    us = inforce.read(os.getpid())
+    wanted = COMPILED["config-reader"]
+    assert inforce.differences(found, wanted, supervisor=us, parent=us) == []
