@@ -191,16 +191,20 @@ def test_capabilities_are_told_by_what_is_shorter() -> None:
 
 
 def test_the_configuration_is_read_by_a_confined_process(tmp_path: Path) -> None:
-    fifo = tmp_path / "bus.conf"
-    os.mkfifo(fifo)
-    command = [sys.executable, "-m", "kbusd.policy.reader", "--config-file", str(fifo)]
+    file = tmp_path / "bus.conf"
+    rules = "".join(f'<allow own="a.b{number}"/>' for number in range(2000))
+    file.write_text(
+        "<busconfig><listen>unix:tmpdir=/tmp</listen>"
+        f'<policy context="default">{rules}</policy></busconfig>'
+    )
+    command = [sys.executable, "-m", "kbusd.policy.reader", "--config-file", str(file)]
     titles = {compiled.title: name for name, compiled in COMPILED.items()}
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as reader:
-        with open(fifo, "wb") as file:  # opens when the reader does
-            found = inforce.read(reader.pid, titles)
-            file.write(b"<busconfig><listen>unix:tmpdir=/tmp</listen></busconfig>")
+    # It has more to write than the pipe holds: after the first byte it is there until we read on.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pipesize=4096) as reader:
         assert reader.stdout is not None
-        assert reader.stdout.read()
+        assert os.read(reader.stdout.fileno(), 1)
+        found = inforce.read(reader.pid, titles)
+        assert len(reader.stdout.read()) > 16384
     assert reader.returncode == 0
     assert found.role == "config-reader"
     us = inforce.read(os.getpid())
