@@ -320,7 +320,8 @@ class Engine:
                     continue
                 if peer.state != READY or not peer.flush(self.clock):
                     still.append(peer)
-                elif peer.touched:
+                elif not peer.touched:
+                    peer.touched = True
                     self.touched.append(peer)
             self.backlogged = still
         for item in self.touched:
@@ -636,7 +637,8 @@ class Engine:
                     self._introduce(peer)
                 if peer not in self.backlogged:
                     self.backlogged.append(peer)
-            elif len(self.touched) == 0 or self.touched[-1] is not peer:
+            elif not peer.touched:
+                peer.touched = True
                 self.touched.append(peer)
         except HostilePeer as error:
             self._drop(peer, str(error))

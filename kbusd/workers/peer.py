@@ -161,7 +161,6 @@ class Peer:
         memcpy(place + HEAD, text, envelope_length)
         memcpy(place + HEAD + envelope_length, body, head.body_length)
         self.ring.commit()
-        self.touched = True
         return True
 
     def _send_fds(self, stamp: object, fds: tuple) -> object:
