@@ -232,7 +232,7 @@ CONVERSATIONS = [
     [b"AUTH EXTERNAL", b"DATA", b"NEGOTIATE_UNIX_FD", b"NEGOTIATE_UNIX_FD"],
     [b"AUTH EXTERNAL", b"DATA " + MINE, b"FOO", b""],
     [b"AUTH EXTERNAL", b"DATA " + OTHER, b"DATA"],
-    [b"AUTH EXTERNAL " + OTHER],
+    [b"AUTH EXTERNAL " + OTHER, b"AUTH EXTERNAL " + MINE],
     [b"AUTH EXTERNAL " + b"root".hex().encode()],
     [b"AUTH EXTERNAL  \t " + MINE],
     [b"AUTH\tEXTERNAL\t" + MINE],

@@ -164,7 +164,7 @@ def test_garbage_is_judged_without_harm(data: bytes, signature: str, big: bool) 
 def test_many_empty_arrays(big: bool) -> None:
     """Where their types end is remembered, for each signature by itself."""
     element = ([], [], ("aa(ss)", [[], [("x", "y")], []] * 100), [], b"x")
-    value = [element, ([], [(1, 2)], ("a(ya{sv})", [(1, {})] * 100), [[], []], b"")] * 100
+    value = [element, ([], [(1, 2)], ("(ya(yy))", (1, [])), [[], []], b"")] * 100
     signature = "a(aya(yy)vaasay)"
     data = marshal.marshal(signature, (value,), big)
     body.check_body(data, signature.encode(), big)

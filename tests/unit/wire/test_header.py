@@ -41,6 +41,8 @@ def deep(levels: int) -> Field:
     return Field(90, b"v", b"\1v\0" * (levels - 1) + b"\1y\0\0")
 
 
+LARGEST = (1 << 27) - len(call(SIGNATURE))  # of bodies after this header
+
 VALID = {
     "least call": call(),
     "every field": marshal.header(
@@ -66,7 +68,9 @@ VALID = {
     "signature of 255": call(text_field(8, "g", "y" * 255)),
     "empty signature": call(text_field(8, "g", "")),
     "descriptors": call(uint32_field(9, 0xFFFFFFFF)),
-    "body announced at its limit": call(text_field(8, "g", "ay"), body_length=(1 << 27) - 72),
+    "128 MiB": call(SIGNATURE, body_length=LARGEST),
+    "40 arrays beside one another": call(text_field(8, "g", "ay" * 40)),
+    "32 arrays in a struct in none": call(text_field(8, "g", "(ay" + "a" * 32 + "y)")),
 }
 
 INVALID = {
@@ -81,7 +85,7 @@ INVALID = {
         "the header field array is longer than 64 MiB",
     ),
     "message too long": (
-        call(SIGNATURE, body_length=(1 << 27) - 55),
+        call(SIGNATURE, body_length=LARGEST + 1),
         "the message is longer than 128 MiB",
     ),
     "length overflows": (call(body_length=0xFFFFFFFF), "the message is longer than 128 MiB"),
@@ -209,6 +213,10 @@ INVALID = {
     ),
     "33 arrays": (
         call(text_field(8, "g", "a" * 33 + "y")),
+        "a signature nests more than 32 arrays",
+    ),
+    "33 arrays, with a struct among them": (
+        call(text_field(8, "g", "a" * 16 + "(y" + "a" * 17 + "y)")),
         "a signature nests more than 32 arrays",
     ),
     "33 structs": (
