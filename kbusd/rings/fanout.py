@@ -6,20 +6,21 @@ are B's byte counts.
 
 P, for each R:
  1. R is *apart* or *joined*. It begins apart: all that R is to get from P goes by Ring.
- 2. To join, all that waits for R's Ring must be in it; then P puts MARK(aux = B's head) there.
-    From then on signals for R need only be in B. P counts R as being at that position until R
-    publishes a higher one. A position beyond B's head is a lie: R is `broken` and P drops it.
+ 2. To join, P puts MARK(aux = B's head) into R's Ring, behind what waits for it. From then on
+    signals for R need only be in B. P counts R as being at that position until R publishes a
+    higher one. A position beyond B's head is a lie: R is `broken` and P drops it. Frames that
+    wait for R's Ring wait with want_space on, which is set before B's head moves.
  3. B overwrites nothing that a joined R has not read. If R is in the way (P may wait for it a
     while), P *demotes* it: for each frame from R's position to the last one meant for R, a
     copy of it, with the same stamp and with aux = the position behind it in B, goes by Ring;
-    then a MARK: that of a new join (2), or MARK(aux = 0). What finds no room in the Ring
-    waits, with want_space on. Only then may B's tail pass R's position.
+    then a MARK: that of a new join (2), or MARK(aux = STOP). Only when all that is in the Ring,
+    or waits for it, may B's tail pass R's position.
  4. While R is apart, a signal for R goes by Ring; if it stands in B too, its aux says where, and
     the Ring gets it before B's head moves. Else aux is 0, as in any unicast frame.
 
 R, with b = how far it has read B; merge.py does this:
- 5. R begins apart. At MARK(aux > 0): b = max(b, aux), and R *follows* B: it reads it from b on.
-    At MARK(aux = 0) it is apart.
+ 5. R begins apart. At MARK(aux): b = max(b, aux), and R *follows* B: it reads it from b on. At
+    MARK(STOP) it is apart.
  6. A copy with aux <= b is dropped: R has had it. One with aux > b in its turn in the Ring: R
     is apart from here on, and b = aux. (It was demoted, and all from b on comes by Ring.)
  7. R follows and finds tail > b: it was overrun. Rule 3 says that all it misses is in the Ring or
@@ -27,6 +28,8 @@ R, with b = how far it has read B; merge.py does this:
     takes frames out of the Ring into two queues, copies and unicast, and delivers none of P's
     until the MARK has come. Then it goes on in the order of stamps, first from the queues.
     If the Ring is empty, want_space off and no MARK has come, P broke rule 3.
+ 8. R follows, and want_space was on before R looked at the Ring: a frame in B may be behind one
+    that waits at P. R takes it only if the Ring shows a unicast frame with a higher stamp.
 
 Nothing is lost: what B may overwrite is in the Ring before (3, 4); what R skips at a MARK was
 not meant for it or came before the MARK (2, 3). Nothing comes twice: by 6, each position of B is
@@ -50,6 +53,7 @@ from cython.cimports.libc.string import memcpy
 from kbusd.rings.values import FanoutStatistics
 
 NOBODY = cython.declare(uint64_t, 2**64 - 1)
+STOP = 2**64 - 1  # frame.pxd has it for C
 
 
 @cython.cclass
@@ -86,7 +90,7 @@ class Fanout:
     def join(self, subscriber: Subscriber) -> uint64_t:
         """`subscriber` reads the Broadcast from now on: put a MARK with this aux into its Ring.
 
-        Only when nothing waits for that Ring. Raises ValueError if it has joined or is broken."""
+        Raises ValueError if it has joined already or is broken."""
         if subscriber.joined or subscriber.broken:
             raise ValueError("a subscriber that has joined already, or that broke the rules")
         subscriber.floor = subscriber.wanted = self.broadcast.position

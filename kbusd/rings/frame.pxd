@@ -5,7 +5,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef enum:
     MESSAGE = 1  # a D-Bus message; `aux` != 0: a copy from the Broadcast, which ends there at `aux`
     LOG = 2      # a control-log entry
-    MARK = 3     # `aux`: the Broadcast position to read on from; 0: stop reading the Broadcast
+    MARK = 3     # `aux`: the Broadcast position to read on from; STOP: stop reading the Broadcast
     LARGE = 4    # a D-Bus message whose body is in a sealed memfd on the side socket
     COPY = 5     # of a D-Bus message, for a monitor; `aux`: its true sender
 
@@ -23,6 +23,12 @@ cdef struct FrameHead:
 
 cdef enum:
     HEAD = 40  # sizeof(FrameHead)
+
+cdef extern from *:
+    """
+    #define STOP UINT64_MAX
+    """
+    const uint64_t STOP  # no position
 
 cdef inline size_t frame_length(size_t envelope, size_t body) noexcept nogil:
     """Bytes that a frame takes in a ring."""

@@ -24,6 +24,8 @@ cdef struct Source:
     int slot            # where its Broadcast position is published, or -1
     int blame
     bint bad
+    bint waits          # frames wait at the producer; as of the first scan
+    bint waits_newer    # the same as of the second
     bint unpublished
     uint64_t ignored    # a `begun` that was waited for in vain
     uint64_t budget     # ns that it may still make us wait
@@ -61,6 +63,6 @@ cdef class Merge:
     cdef bint _first(self, Source *source) except -1
     cdef int _first_copy(self, Source *source, uint64_t *stamp) except -1
     cdef int _first_unicast(self, Source *source, uint64_t *stamp) except -1
-    cdef bint _waits(self, Source *source, uint64_t begun) noexcept
+    cdef bint _wait_for_end(self, Source *source, uint64_t begun) noexcept
     cdef void _publish_one(self, Source *source) except *
     cdef int _take(self, Source *source, FrameHead *head, const uint8_t **payload) except -9

@@ -11,7 +11,7 @@ gather. (DESIGN.md, "Order"; there the scan is repeated until two agree, which a
 put off. To cut at the lowest new stamp needs no third scan and rests on the same argument.)
 A sender between `Broadcast.begin` and `end` cuts at its stamp in the same way.
 
-A peer is one source: its Ring and, where it has one for us, its Broadcast, read by the rules 5 to 7
+A peer is one source: its Ring and, where it has one for us, its Broadcast, read by the rules 5 to 8
 of fanout.py. The control log is another. Sources are hostile. One whose frames break a rule, whose
 stamps do not rise or lie in the future, is put aside and reported by `take_broken`. One that keeps
 the cut below everything else, by old stamps or a `begin` without `end`, is left out of account
@@ -26,7 +26,7 @@ from cython.cimports.kbusd.rings.broadcast import BroadcastReader
 from cython.cimports.kbusd.rings.catchup import CatchUp, Held
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import ring_doorbell
-from cython.cimports.kbusd.rings.frame import HEAD, MARK, MESSAGE, FrameHead
+from cython.cimports.kbusd.rings.frame import MARK, MESSAGE, STOP, FrameHead
 from cython.cimports.kbusd.rings.ring import RingReader
 from cython.cimports.libc.stdint import uint8_t, uint64_t
 from cython.cimports.libc.stdlib import free, realloc
@@ -206,6 +206,7 @@ class Merge:
                 self._scan(source)
                 source.unicast.seen = source.unicast.newer
                 source.broadcast.seen = source.broadcast.newer
+                source.waits = source.waits_newer
                 found |= (
                     source.unicast.seen != source.unicast.position
                     or source.broadcast.seen != source.broadcast.position
@@ -272,7 +273,7 @@ class Merge:
             source = self.table + cause
             if not by_begin:
                 source.blame += 1
-            elif self._waits(source, self.cut):
+            elif self._wait_for_end(source, self.cut):
                 self.holding = True
                 return 0
         return 0
@@ -299,11 +300,14 @@ class Merge:
         if source.state == CATCHING_UP:
             self._catch_up(source)
         if source.ring != cython.NULL:
+            # Rule 8: between the Broadcast's head and the Ring's.
+            if source.state == FOLLOWING and source.broadcast.newer != position:
+                source.waits_newer = cython.cast(RingReader, source.ring).producer_waits()
             # Pairs with Ring.commit.
             source.unicast.newer = load_acquire(source.unicast.head_at)
         return 0
 
-    def _waits(self, source, begun) -> cython.bint:
+    def _wait_for_end(self, source, begun) -> cython.bint:
         """Whether to go on waiting for the `end` of what the source began with stamp `begun`."""
         now: uint64_t = monotonic()
         spent: uint64_t = now - source.held_until
@@ -375,7 +379,7 @@ class Merge:
             return 0
         broadcast = cython.cast(BroadcastReader, source.cast)
         self.again = True
-        if aux == 0:
+        if aux == STOP:
             source.state = APART
         else:
             if aux > broadcast.head():
@@ -410,6 +414,8 @@ class Merge:
         if self.again or source.bad:
             return False
         copy = self._first_copy(source, cython.address(copy_stamp))
+        if copy == BROADCAST and unicast == NOWHERE and source.waits:
+            return False  # rule 8
         if self.again or source.bad:
             return False
         if unicast == NOWHERE and copy == NOWHERE:
@@ -604,9 +610,10 @@ class Merge:
             held.drop(source.turn == HELD_COPY)
 
     def publish(self) -> cython.int:
-        """Let the producers reuse what was delivered; ring those that wait for it."""
+        """Let the producers reuse what was delivered; ring those that wait for it.
+
+        In the middle of a batch, too: then all but the frame that `next` gave last."""
         i: cython.int
-        self._settle()
         for i in range(self.sources):
             if self.table[i].unpublished:
                 self._publish_one(self.table + i)
@@ -628,20 +635,26 @@ class Merge:
             ring_doorbell(source.doorbell)
 
     def pending(self) -> cython.bint:
-        """Whether there is something to gather. Ask after StatusPage.set_sleeping(True)."""
+        """Whether there is something to gather. Ask after StatusPage.set_sleeping(True).
+
+        Rings once more the producers whose Ring is empty and who say that they wait for room."""
         i: cython.int
+        waits: cython.bint
         source: cython.pointer(Source)
         for i in range(self.sources):
             source = self.table + i
             if source.bad:
                 continue
-            if (
-                source.ring != cython.NULL
-                and load_acquire(source.unicast.head_at) != source.unicast.position
-            ):
-                return True
+            waits = False
+            if source.ring != cython.NULL:
+                if load_acquire(source.unicast.head_at) != source.unicast.position:
+                    return True
+                waits = cython.cast(RingReader, source.ring).producer_waits()
+                if waits and source.doorbell >= 0:
+                    ring_doorbell(source.doorbell)
             if (
                 source.state == FOLLOWING
+                and not waits
                 and load_acquire(source.broadcast.head_at) != source.broadcast.position
             ):
                 return True
@@ -651,35 +664,45 @@ class Merge:
 
     # -- for Python ----------------------------------------------------------------------------
 
-    def take(self) -> list:
-        """What can be delivered now, as (reader, Frame), in order; published."""
+    def scan(self) -> int:
+        """`gather` for Python."""
+        return self.gather()
+
+    def one(self) -> tuple | None:
+        """`next` for Python: (reader, Frame) or None."""
         head: FrameHead
         payload: cython.pointer(cython.const[uint8_t])
+        reader = self.next(cython.address(head), cython.address(payload))
+        if reader is None:
+            return None
+        text: cython.p_char = cython.cast(cython.p_char, payload)
+        start: cython.size_t = head.envelope_length
+        frame = Frame(
+            head.kind,
+            head.stamp,
+            text[:start],
+            text[start : start + head.body_length],
+            0,
+            head.flags,
+            head.fds,
+            head.serial,
+            head.reply_serial,
+            head.aux,
+        )
+        return reader, frame
+
+    def release(self) -> None:
+        """`publish` for Python."""
+        self.publish()
+
+    def take(self) -> list:
+        """What can be delivered now, as (reader, Frame), in order; published."""
         frames: list = []
         if self.gather() > 0:
-            while True:
-                reader = self.next(cython.address(head), cython.address(payload))
-                if reader is None:
-                    break
-                text: cython.p_char = cython.cast(cython.p_char, payload)
-                start: cython.size_t = head.envelope_length
-                frames.append(
-                    (
-                        reader,
-                        Frame(
-                            head.kind,
-                            head.stamp,
-                            text[:start],
-                            text[start : start + head.body_length],
-                            0,
-                            head.flags,
-                            head.fds,
-                            head.serial,
-                            head.reply_serial,
-                            head.aux,
-                        ),
-                    )
-                )
+            taken = self.one()
+            while taken is not None:
+                frames.append(taken)
+                taken = self.one()
         self.publish()
         return frames
 
