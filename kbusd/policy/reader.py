@@ -25,7 +25,7 @@ from kbusd.policy.configuration import (
 )
 from kbusd.sandbox import apply, profiles
 from kbusd.sandbox.compile import compile_profile
-from kbusd.sandbox.errors import ProfileError, SandboxError
+from kbusd.sandbox.errors import SandboxError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for warning in apply.confine(compile_profile(profiles.load("config-reader"))):
             print(warning, file=sys.stderr)
-    except (ProfileError, SandboxError) as error:
+    except SandboxError as error:
         print(error, file=sys.stderr)
         return 1
     try:

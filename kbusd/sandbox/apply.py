@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 from kbusd.sandbox import kernel
 from kbusd.sandbox.compiled import Compiled
-from kbusd.sandbox.errors import SandboxError
+from kbusd.sandbox.errors import Unavailable
 
 _SETPCAP = 1 << 8
 _SYS_ADMIN = 1 << 21
@@ -29,7 +29,7 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
 
     `keep_fds`: close all descriptors but these (None: close none). Root changes user and groups;
     anybody else stays who he is and only gives up what he has. May be called again in a forked
-    child with a tighter profile. Raises SandboxError if a required feature can't be had: the
+    child with a tighter profile. Raises Unavailable (a SandboxError) if a required feature can't be had: the
     process is then half confined and must exit."""
     warnings: list[str] = []
 
@@ -38,7 +38,7 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
             action()
         except OSError as error:
             if feature in compiled.required if required is None else required:
-                raise SandboxError(compiled.name, feature, _reason(error)) from error
+                raise Unavailable(compiled.name, feature, _reason(error)) from error
             warnings.append(f"profile {compiled.name}: no {feature}: {_reason(error)}")
 
     if keep_fds is not None:

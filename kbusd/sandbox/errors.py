@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 
-class ProfileError(Exception):
+class SandboxError(Exception):
+    """A process can't go into its sandbox, and so must not go on."""
+
+
+class ProfileError(SandboxError):
     """A profile is wrong. The text is `file: key: what is wrong; hint`."""
 
     def __init__(self, file: str, key: str, problem: str, hint: str = "") -> None:
@@ -11,8 +15,8 @@ class ProfileError(Exception):
         super().__init__(": ".join(p for p in (file, key, problem) if p) + (hint and f"; {hint}"))
 
 
-class SandboxError(Exception):
-    """A confinement that the profile requires can't be had here; the process must not go on."""
+class Unavailable(SandboxError):
+    """A confinement that the profile requires can't be had here."""
 
     def __init__(self, profile: str, feature: str, problem: str) -> None:
         self.profile, self.feature, self.problem = profile, feature, problem

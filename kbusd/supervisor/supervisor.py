@@ -13,13 +13,12 @@ that a client wrote. Trusts the kernel and its configuration; decodes what child
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import resource
 import selectors
 import signal
 import socket
 import struct
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -120,6 +119,7 @@ class Supervisor:
             self._relay_stderr()
         try:
             self.compiled = profiles.compile_all(self.settings.user)
+            self.files = resource.getrlimit(resource.RLIMIT_NOFILE)  # confine raises it
             for warning in profiles.confine(self.compiled["supervisor"]):
                 self.journal.warn(warning)
         except SandboxError as error:
@@ -171,6 +171,7 @@ class Supervisor:
                 [theirs.fileno(), self.compiled["launcher"]],
                 self.stderr,
             )
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, self.files)  # a service's, as we got it
             self.children[pid] = "kbusd.supervisor.launcher"
             self._tell(self.broker, entries.LauncherLine(), [ours.fileno()])
 

@@ -15,7 +15,7 @@ import pytest
 from kbusd.sandbox import apply, inforce, kernel, profiles
 from kbusd.sandbox.compile import compile_profile, decode, encode
 from kbusd.sandbox.compiled import Compiled
-from kbusd.sandbox.errors import ProfileError, SandboxError
+from kbusd.sandbox.errors import ProfileError, SandboxError, Unavailable
 from tests.unit.sandbox.child import NOBODY, run
 
 COMPILED = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
@@ -164,7 +164,7 @@ def test_a_required_feature_that_cannot_be_had_stops_the_process() -> None:
 
     outcome = run(work, ordinary=True)
     assert outcome.said.startswith(
-        "SandboxError: profile worker: [namespaces] is required but can't be had here: "
+        "Unavailable: profile worker: [namespaces] is required but can't be had here: "
         "Operation not permitted (errno 1)"
     )
     assert "/etc/kbusd/profiles" in outcome.said
@@ -218,7 +218,9 @@ def test_the_bus_s_configured_user_is_preferred_and_root_never_taken() -> None:
 
 
 def test_sandbox_errors_say_which_and_why() -> None:
-    error = SandboxError("worker", "landlock", "Function not implemented")
+    error = Unavailable("worker", "landlock", "Function not implemented")
+    assert isinstance(error, SandboxError)
+    assert issubclass(ProfileError, SandboxError)  # whoever starts a process catches one
     assert (error.profile, error.feature) == ("worker", "landlock")
     assert "required = false" in str(error)
 

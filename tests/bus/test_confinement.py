@@ -1,0 +1,111 @@
+"""The processes of a running bus are confined as their profiles say; the services it starts are not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbusd.sandbox import inforce
+
+from .daemon import Bus, clean_environment, configuration
+from .rawclient import DRIVER, DRIVER_PATH
+
+pytestmark = pytest.mark.kbusd_only
+
+REPOSITORY = Path(__file__).parents[2]
+ORDINARY_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+PING = "org.freedesktop.DBus.Peer.Ping"
+
+
+def workers(bus: Bus, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kbusd.ctl.main", "workers", "--pid", str(bus.pid), *options]
+    return subprocess.run(
+        command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=30
+    )
+
+
+def look(bus: Bus) -> list[dict[str, Any]]:
+    """What kbusctl tells a program; fails if anything differs from the profiles."""
+    told = workers(bus, "--json")
+    assert told.returncode == 0, workers(bus).stdout + told.stderr
+    rows: list[dict[str, Any]] = json.loads(told.stdout)
+    return rows
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    by_role: dict[str, dict[str, Any]] = {row["process"]["role"]: row["process"] for row in rows}
+    assert set(by_role) == {"supervisor", "broker", "launcher", "zygote", "worker"}
+    above = by_role["supervisor"]["filters"]
+    for role, filters in (("broker", 1), ("zygote", 1), ("worker", 2)):
+        assert by_role[role]["seccomp"] == 2
+        assert by_role[role]["filters"] == above + filters
+        assert by_role[role]["no_new_privileges"]
+        assert by_role[role]["permitted"] == 0
+
+
+def test_a_bus_with_clients_is_confined_as_its_profiles_say(bus: Bus) -> None:
+    for _ in range(3):
+        bus.connect().driver("GetId")
+    rows = look(bus)
+    check(rows)
+    assert sum(row["process"]["role"] == "worker" for row in rows) >= 3
+    if os.getuid() == 0:
+        for row in rows:
+            root = row["process"]["role"] in ("supervisor", "launcher")
+            assert (0 in row["process"]["uids"]) == root
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_bus_of_an_ordinary_user_is_confined_too(start_bus: Any) -> None:
+    bus = start_bus(configuration("unix:tmpdir=/tmp"), prefix=ORDINARY_USER)
+    ping = ["dbus-send", f"--bus={bus.address}", "--print-reply", f"--dest={DRIVER}", "/", PING]
+    subprocess.run([*ORDINARY_USER, *ping], check=True, capture_output=True, timeout=30)
+    rows = look(bus)
+    check(rows)
+    assert {row["process"]["uids"][1] for row in rows} == {65534}
+
+
+def test_a_worker_holds_only_its_own_descriptors(bus: Bus) -> None:
+    """Its client, two lines, what it shares, its doorbell, two sets to wait on, 0 to 2: no files."""
+    bus.connect().driver("GetId")
+    pids = [row["process"]["pid"] for row in look(bus) if row["process"]["role"] == "worker"]
+    for pid in pids:
+        held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        kinds = {
+            name.split(":")[0] for name in held if name not in ("/dev/null", str(bus.log_path))
+        }
+        assert kinds <= {"socket", "pipe", "anon_inode", "/memfd"}, held
+        assert not any("kbusd-profile" in name or "configuration" in name for name in held), held
+        assert sum(name.startswith("socket:") for name in held) <= 3, held
+
+
+def test_a_service_is_started_as_if_there_were_no_sandbox(start_bus: Any, tmp_path: Path) -> None:
+    # A service that reads its own limits, capabilities and filters out of /proc and ends.
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    prefix = ["prlimit", "--nofile=777:1500", "--core=1024:4096"]
+    bus = start_bus(prefix=prefix, env=clean_environment())
+    (bus.services / "test.act.Look.service").write_text(
+        "[D-BUS Service]\nName=test.act.Look\n"
+        f'Exec=/bin/sh -c "cat /proc/self/status /proc/self/limits > {told}"\n'
+    )
+    client = bus.connect()
+    client.driver("ReloadConfig")
+    client.send_call(DRIVER, DRIVER_PATH, DRIVER, "StartServiceByName", "su", ("test.act.Look", 0))
+    text = told.read_text()
+    here = inforce.read(os.getpid())
+    lines = {line.partition(":")[0]: line.partition(":")[2].split() for line in text.splitlines()}
+    assert lines["NoNewPrivs"] == [str(int(here.no_new_privileges))]
+    assert lines["Seccomp"] == [str(here.seccomp)]
+    assert int(lines["CapBnd"][0], 16) == here.bounding
+    assert int(lines["CapEff"][0], 16) == here.effective
+    limits = {line[:26].strip(): line[26:].split()[:2] for line in text.splitlines()}
+    assert limits["Max open files"] == ["777", "1500"]
+    assert limits["Max core file size"] == ["1024", "4096"]
