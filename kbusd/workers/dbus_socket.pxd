@@ -8,6 +8,7 @@ from kbusd.rings.merge cimport Merge
 from kbusd.rings.status cimport StatusPage
 from kbusd.wire.header cimport Header
 from kbusd.workers.input cimport Input
+from kbusd.workers.libc cimport epoll_event
 from kbusd.workers.output cimport Output
 from kbusd.workers.peer cimport Peer, Template
 
@@ -47,11 +48,13 @@ cdef class Engine:
     cdef int request
     cdef int introducing
     cdef bint busy, unix_fds, reading, writing, hello, wake, loaded, monitor
-    cdef uint64_t stall_until
+    cdef uint64_t stall_until, poll_ns
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
 
     cdef void _loop(self) except *
+    cdef int _poll(self, epoll_event *events) except -3
+    cdef int _sleep(self, epoll_event *events, int timeout) except -3
     cdef void _watch_client(self) except *
     cdef int _timeout(self) except -2
     cdef bint _stalled(self) except -1

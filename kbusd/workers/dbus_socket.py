@@ -15,7 +15,7 @@ import cython
 import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
-from cython.cimports.kbusd.rings.clock import Clock
+from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
@@ -44,6 +44,7 @@ from cython.cimports.kbusd.workers.libc import (
     errno,
     mmap,
     munmap,
+    sched_yield,
 )
 from cython.cimports.kbusd.workers.output import Output
 from cython.cimports.kbusd.workers.peer import Peer, Template
@@ -93,6 +94,10 @@ MAX_ROUTES = cython.declare(cython.int, 1024)
 # While a peer is being introduced, or has no room, our client's next messages wait this long: so
 # that order holds across receivers, and a peer that hangs holds up nobody for longer.
 STALL_NS = cython.declare(uint64_t, 20_000_000)
+# How long a worker looks for work before it sleeps: grown while sleeps turn out short, as a
+# hypervisor does (halt polling); nothing once one lasted longer.
+POLL_LEAST = cython.declare(uint64_t, 10_000)
+POLL_MOST = cython.declare(uint64_t, 50_000)
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
 
 BUS_PATH = "/org/freedesktop/DBus"
@@ -247,13 +252,11 @@ class Engine:
             self._flush()
             self._watch_client()
             timeout = self._timeout()
-            self.status.set_sleeping(True)  # pairs with Peer.ring_bell: publish, fence, look
-            if self.merge.pending():
-                timeout = 0
-            count = epoll_wait(self.epoll, events, 8, timeout)
-            self.status.set_sleeping(False)
+            count = self._poll(events) if self.poll_ns else 0
+            if count == 0:
+                count = self._sleep(events, timeout)
             if count < 0:
-                if errno == EINTR:
+                if count == -2 or errno == EINTR:
                     continue
                 raise OSError(errno, "epoll_wait")
             for i in range(count):
@@ -269,6 +272,39 @@ class Engine:
                     self._from_broker()
                 else:
                     raise Gone("the bus ends")
+
+    def _poll(self, events: cython.pointer(epoll_event)) -> cython.int:
+        """Look for something to do without sleeping, for `poll_ns` at the most: events as
+        epoll_wait(2) gives them, -2 if a ring has something, 0 if time is up.
+
+        Whoever else can run goes first; the wake-up that a short wait saves costs more than it."""
+        count: cython.int
+        until: uint64_t = monotonic() + self.poll_ns
+        while True:
+            if self.merge.pending():
+                return -2
+            count = epoll_wait(self.epoll, events, 8, 0)
+            if count != 0:
+                return count
+            if monotonic() >= until:
+                return 0
+            sched_yield()
+
+    def _sleep(self, events: cython.pointer(epoll_event), timeout: cython.int) -> cython.int:
+        """Sleep until something comes; how long it was decides how long `_poll` will look."""
+        count: cython.int
+        begin: uint64_t = monotonic()
+        self.status.set_sleeping(True)  # pairs with Peer.ring_bell: publish, fence, look
+        if self.merge.pending():
+            timeout = 0
+        count = epoll_wait(self.epoll, events, 8, timeout)
+        self.status.set_sleeping(False)
+        if timeout != 0:
+            if monotonic() - begin >= POLL_MOST:
+                self.poll_ns = 0
+            elif self.poll_ns < POLL_MOST:
+                self.poll_ns = self.poll_ns * 2 if self.poll_ns else POLL_LEAST
+        return count
 
     def _watch_client(self) -> cython.void:
         """Ask for what we can use: input unless it must wait, output while something is left."""

@@ -73,3 +73,6 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<string.h>" nogil:
     char *strerror(int errnum)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
