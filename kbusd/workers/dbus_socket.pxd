@@ -3,6 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from kbusd.rings.broadcast cimport Broadcast, BroadcastReader
 from kbusd.rings.clock cimport Clock
 from kbusd.rings.doorbell cimport Doorbell
+from kbusd.rings.fanout cimport Fanout
 from kbusd.rings.frame cimport FrameHead
 from kbusd.rings.merge cimport Merge
 from kbusd.rings.status cimport StatusPage
@@ -35,19 +36,20 @@ cdef class Engine:
     cdef StatusPage status
     cdef Doorbell doorbell
     cdef Broadcast broadcast
+    cdef Fanout fanout
     cdef BroadcastReader log
     cdef Merge merge
     cdef Input input
     cdef Output output
     cdef Peer me
     cdef dict peers, routes, pending, by_source
-    cdef list touched, backlogged, heard
+    cdef list touched, backlogged
     cdef int epoll, client, supervisor
     cdef long long id, epoch, names_version
     cdef uint32_t serial
     cdef int request
     cdef int introducing
-    cdef bint busy, unix_fds, reading, writing, hello, wake, loaded, monitor
+    cdef bint busy, everyone, unix_fds, reading, writing, hello, wake, loaded, monitor
     cdef uint64_t stall_until, poll_ns
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
@@ -64,6 +66,8 @@ cdef class Engine:
     cdef void _message(self, uint8_t *data, size_t size, const uint8_t *large) except *
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd) except *
+    cdef void _publish(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef uint8_t *_reserve(self, Route route, size_t length) except? NULL
     cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void _to_myself(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _inbound(self) except *

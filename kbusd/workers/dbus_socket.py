@@ -16,8 +16,9 @@ import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
-from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
-from cython.cimports.kbusd.rings.frame import FrameHead
+from cython.cimports.kbusd.rings.doorbell import Doorbell
+from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
+from cython.cimports.kbusd.rings.frame import STOP, FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
@@ -72,6 +73,7 @@ NO_REPLY = cython.declare(cython.int, 1)
 NO_AUTO_START = cython.declare(cython.int, 2)
 
 MESSAGE = cython.declare(cython.int, 1)
+MARK = cython.declare(cython.int, 3)
 LARGE = cython.declare(cython.int, 4)
 COPY = cython.declare(cython.int, 5)
 REFUSED = cython.declare(cython.int, 6)
@@ -164,6 +166,7 @@ class Engine:
         self.status = StatusPage()
         self.doorbell = Doorbell()
         self.broadcast = Broadcast()
+        self.fanout = Fanout(self.broadcast)
         self.log = BroadcastReader(context.log_fd, 0)
         self.merge = Merge(self.clock)
         self.input = Input()
@@ -176,7 +179,6 @@ class Engine:
         self.requests = {}
         self.activating = {}
         self.touched = []
-        self.heard = []
         self.backlogged = []
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         self.serial = 0
@@ -207,6 +209,7 @@ class Engine:
         self.unix_fds = unix_fds
         policy = ClientPolicy(self.context.configuration.policy, credentials)
         self.router = Router(self.replica, policy)
+        self.everyone = policy.allows_everything_to_send
         self.driver = drivers.Driver(self.replica, self.context.bus, credentials, policy)
         reason = ""
         try:
@@ -321,6 +324,8 @@ class Engine:
     def _timeout(self) -> cython.int:
         """Milliseconds for epoll_wait(2)."""
         now: uint64_t
+        if self.merge.holding:
+            return 1  # a peer has promised something and does not ring when it has come
         if self.stall_until:
             now = self.clock.next()
             if now < self.stall_until:
@@ -354,7 +359,7 @@ class Engine:
                 peer = cython.cast(Peer, item)
                 if peer.state == GONE:
                     continue
-                if peer.state != READY or not peer.flush(self.clock):
+                if peer.state != READY or not peer.flush():
                     still.append(peer)
                 elif not peer.touched:
                     peer.touched = True
@@ -616,12 +621,7 @@ class Engine:
                 fds = (*fds, large_fd)
             self._send(route.peer, cython.address(head), route.envelope, body, fds)
         elif route.broadcast:
-            for item in route.subscribers:
-                peer = cython.cast(Peer, item)
-                if peer is self.me:
-                    self._to_myself(route, cython.address(head), body, fds)
-                else:
-                    self._send(peer, cython.address(head), route.envelope, body, fds)
+            self._publish(route, cython.address(head), body, fds)
         elif route.to_bus:
             self._call_bus(
                 route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
@@ -641,6 +641,102 @@ class Engine:
             )
         elif route.error is not None and header.type == CALL and not header.flags & NO_REPLY:
             self._error(header.serial, route.error[0], route.error[1])
+
+    def _publish(
+        self,
+        route: Route,
+        head: cython.pointer(FrameHead),
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.void:
+        """A signal to its subscribers: written once into the Broadcast for those who read it, by
+        Ring for those who do not yet; by Ring for all where some must not see it (policy), or where
+        it has descriptors or a large body."""
+        place: cython.pointer(uint8_t) = cython.NULL
+        text: cython.p_char = route.envelope
+        length: cython.size_t = len(route.envelope)
+        peer: Peer
+        count: cython.size_t = len(route.subscribers)
+        head.stamp = self.clock.next()
+        if count > 1 and self.everyone and not fds and head.body_length <= LARGE_BODY:
+            head.envelope_length = length
+            head.length = (HEAD + length + head.body_length + 7) & ~7
+            place = self._reserve(route, head.length)
+        self.broadcast.begin(head.stamp)
+        if place != cython.NULL:
+            head.aux = self.broadcast.position + head.length
+        for item in route.subscribers:
+            peer = cython.cast(Peer, item)
+            if peer is self.me:
+                continue
+            if place == cython.NULL or peer.subscriber is None or not peer.subscriber.joined:
+                self._send(peer, head, route.envelope, body, fds)
+        if place != cython.NULL:
+            head.aux = 0
+            memcpy(place, head, HEAD)
+            memcpy(place + HEAD, text, length)
+            memcpy(place + HEAD + length, body, head.body_length)
+            self.fanout.commit()
+            for item in route.subscribers:
+                peer = cython.cast(Peer, item)
+                if peer.subscriber is not None and peer.subscriber.joined:
+                    self.fanout.want(peer.subscriber)
+                    if not peer.touched:
+                        peer.touched = True
+                        self.touched.append(peer)
+        self.broadcast.end()
+        if self.me in route.subscribers:
+            self._to_myself(route, head, body, fds)
+
+    def _reserve(self, route: Route, length: cython.size_t) -> cython.pointer(uint8_t):
+        """Room in the Broadcast; NULL if fewer than two of the route's subscribers read it. Those
+        that can join do; those that are in the way go on by Ring."""
+        place: cython.pointer(uint8_t)
+        peer: Peer
+        joined: cython.size_t = 0
+        for item in route.subscribers:
+            peer = cython.cast(Peer, item)
+            if peer.state == READY and not peer.subscriber.joined:
+                self._join(peer)
+            if peer.subscriber is not None and peer.subscriber.joined:
+                joined += 1
+        if joined < 2:
+            return cython.NULL
+        place = self.fanout.reserve(length)
+        if place == cython.NULL:
+            for subscriber in self.fanout.late(length):
+                self._demote(subscriber)
+            place = self.fanout.reserve(length)
+        return place
+
+    def _join(self, peer: Peer):
+        """From the MARK on, the peer reads our Broadcast."""
+        head: FrameHead
+        if peer.backlog or peer.subscriber.broken:
+            return
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = MARK
+        head.aux = self.broadcast.position
+        if peer.put(cython.address(head), b"", cython.NULL, (), self.clock):
+            self.fanout.join(peer.subscriber)
+
+    def _demote(self, subscriber: Subscriber):
+        """A subscriber that has not read on: what it misses goes by its Ring (fanout.py, rule 3)."""
+        head: FrameHead
+        peer: Peer = subscriber.owner
+        for raw, envelope, body in self.fanout.demote(subscriber):
+            source: cython.p_char = raw
+            data: cython.p_char = body
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
+            self._send(peer, cython.address(head), envelope, place, ())
+        if subscriber.broken:
+            self._drop(peer, "a position beyond the end of our Broadcast")
+            return
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = MARK
+        head.aux = STOP
+        self._send(peer, cython.address(head), b"", cython.NULL, ())
 
     def _send(
         self,
@@ -930,8 +1026,7 @@ class Engine:
     def _half(self, peer: Peer):
         """Our half of an introduction: slots and descriptors; kept if the two halves cross."""
         ring = Ring()
-        slot = self.status.take_slot()
-        peer.asked(ring, slot)
+        peer.asked(ring, self.status.take_slot(), self.status.take_slot())
         return [ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
 
     def _introduce(self, peer: Peer):
@@ -940,7 +1035,7 @@ class Engine:
         fds = self._half(peer)
         self.introducing += 1
         self._ask_with(
-            entries.Introduce(0, peer.id, peer.slot, 0),
+            entries.Introduce(0, peer.id, peer.slot, peer.broadcast_slot),
             fds,
             lambda answer, fds: self._introduced(peer, answer, fds),
         )
@@ -954,7 +1049,7 @@ class Engine:
             return
         if answer.value is None or len(fds) != 5:
             return
-        self._meet(peer, answer.value[0], fds)
+        self._meet(peer, answer.value[0], answer.value[1], fds)
 
     def _introduced_by(self, message, fds):
         peer: Peer = self._peer(message.peer)
@@ -964,23 +1059,25 @@ class Engine:
             mine = self._half(peer)
         else:
             mine = [peer.ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
-        self.line.send(entries.Introduced(message.request, peer.slot, 0), mine)
-        self._meet(peer, message.slot, fds)
+        self.line.send(entries.Introduced(message.request, peer.slot, peer.broadcast_slot), mine)
+        self._meet(peer, message.slot, message.broadcast_slot, fds)
 
-    def _meet(self, peer: Peer, their_slot, fds):
+    def _meet(self, peer: Peer, their_slot, their_broadcast_slot, fds):
         """Map the peer's half. A half that breaks a rule is the peer's loss alone."""
-        ring_fd, doorbell, status_fd, _, side = fds
+        ring_fd, doorbell, status_fd, broadcast_fd, side = fds
         try:
             reader = RingReader(ring_fd, self.status, peer.slot)
+            broadcast = BroadcastReader(broadcast_fd, 0)
             view = StatusView(status_fd)
+            subscriber = Subscriber(view, their_broadcast_slot, peer)
         except RingError as error:
             self._say(f"refused the rings of {peer.name}: {error}")
             peer.gone()
             return
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(side))
-        peer.ready(reader, view, their_slot, os.dup(doorbell), sock)
+        peer.ready(reader, view, their_slot, subscriber, os.dup(doorbell), sock)
         peer.ring.close_fd()
-        self.merge.add(reader)
+        self.merge.add(reader, broadcast, peer.broadcast_slot, peer.doorbell)
         self.by_source[reader] = peer
         if peer.backlog and peer not in self.backlogged:
             self.backlogged.append(peer)
@@ -988,7 +1085,7 @@ class Engine:
     def _refused(self, peer: Peer, failure):
         """No introduction: calls that waited for it are answered."""
         self._fail_pending(peer, failure.error, failure.message)
-        self.status.free_slot(peer.slot)
+        self._free_slots(peer)
         peer.again()
 
     def _fail_pending(self, peer: Peer, error, text):
@@ -999,9 +1096,14 @@ class Engine:
 
     def _detach(self, peer: Peer):
         if peer.reader is not None:
+            self.fanout.leave(peer.subscriber)
             self.merge.remove(peer.reader)
             self.by_source.pop(peer.reader, None)
-            self.status.free_slot(peer.slot)
+            self._free_slots(peer)
+
+    def _free_slots(self, peer: Peer):
+        self.status.free_slot(peer.slot)
+        self.status.free_slot(peer.broadcast_slot)
 
     def _drop(self, peer: Peer, text):
         """The peer's worker broke a rule: have nothing to do with it any more."""
@@ -1035,20 +1137,11 @@ class Engine:
                     self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
                     continue
                 peer = self.by_source[source]
-                if not peer.heard:
-                    peer.heard = True
-                    self.heard.append(peer)
                 try:
                     self._deliver(peer, cython.address(head), payload, None)
                 except HostilePeer as error:
                     self._drop(peer, str(error))
             self.merge.publish()
-            for item in self.heard:
-                peer = cython.cast(Peer, item)
-                peer.heard = False
-                if peer.state == READY and peer.reader.producer_waits():
-                    ring_doorbell(peer.doorbell)
-            self.heard.clear()
         for source, text in self.merge.take_broken():
             if source is self.log:
                 self._behind()

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint8_t
 
-from kbusd.rings.broadcast cimport BroadcastReader
 from kbusd.rings.clock cimport Clock
+from kbusd.rings.fanout cimport Subscriber
 from kbusd.rings.frame cimport FrameHead
 from kbusd.rings.ring cimport Ring, RingReader
 from kbusd.rings.status cimport StatusView
@@ -29,14 +29,15 @@ cdef class Peer:
     cdef StatusView view
     cdef int doorbell
     cdef object side
-    cdef readonly int slot
+    cdef readonly int slot, broadcast_slot
+    cdef Subscriber subscriber
     cdef readonly int state
-    cdef bint touched, heard
+    cdef bint touched
     cdef object backlog
     cdef readonly size_t backlog_bytes
     cdef dict templates
     cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
-    cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -1
-    cdef int flush(self, Clock clock) except -2
+    cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
+    cdef int flush(self) except -2
     cdef object _send_fds(self, object stamp, tuple fds)
     cdef tuple receive_fds(self, size_t count)

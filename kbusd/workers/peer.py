@@ -16,7 +16,8 @@ import cython
 from cython.cimports.kbusd.rings.broadcast import BroadcastReader
 from cython.cimports.kbusd.rings.clock import Clock
 from cython.cimports.kbusd.rings.doorbell import ring_doorbell
-from cython.cimports.kbusd.rings.frame import FrameHead
+from cython.cimports.kbusd.rings.fanout import Subscriber
+from cython.cimports.kbusd.rings.frame import MESSAGE, FrameHead
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusView
 from cython.cimports.libc.stdint import uint8_t
@@ -56,10 +57,11 @@ class Peer:
         self.templates = {}
         self.touched = False
 
-    def asked(self, ring: Ring, slot: int) -> None:
+    def asked(self, ring: Ring, slot: int, broadcast_slot: int) -> None:
         """Our half of the introduction is made and on its way."""
         self.ring = ring
         self.slot = slot
+        self.broadcast_slot = broadcast_slot
         self.state = ASKED
 
     def ready(
@@ -67,12 +69,14 @@ class Peer:
         reader: RingReader,
         view: StatusView,
         their_slot: int,
+        subscriber: Subscriber,
         doorbell: int,
         side: socket.socket,
     ) -> None:
         """The peer's half has come: frames may flow."""
         self.reader = reader
         self.view = view
+        self.subscriber = subscriber
         self.doorbell = doorbell
         self.side = side
         self.ring.attach(view, their_slot)
@@ -88,6 +92,7 @@ class Peer:
         self.ring = None
         self.reader = None
         self.view = None
+        self.subscriber = None
         for held in self.backlog:
             for fd in held[3]:
                 os.close(fd)
@@ -120,9 +125,13 @@ class Peer:
         fds: tuple,
         clock: Clock,
     ) -> cython.int:
-        """Send a frame: 1 it stands in the ring, 0 it waits. `fds` stay the caller's."""
+        """Send a frame: 1 it stands in the ring, 0 it waits. `fds` stay the caller's.
+
+        A copy of a frame of the Broadcast (`aux`) has its stamp; every other gets one here."""
+        if head.kind != MESSAGE or head.aux == 0:
+            head.stamp = clock.next()
         if self.state == READY and not self.backlog:
-            if self._write(head, envelope, body, fds, clock):
+            if self._write(head, envelope, body, fds):
                 return 1
         kept = tuple([os.dup(fd) for fd in fds])
         self.backlog.append(
@@ -144,7 +153,6 @@ class Peer:
         envelope: bytes,
         body: cython.pointer(cython.const[uint8_t]),
         fds: tuple,
-        clock: Clock,
     ) -> cython.bint:
         envelope_length: cython.size_t = len(envelope)
         text: cython.p_char = envelope
@@ -154,7 +162,6 @@ class Peer:
             return False
         head.length = total
         head.envelope_length = envelope_length
-        head.stamp = clock.next()
         if fds and not self._send_fds(head.stamp, fds):
             return False
         memcpy(place, head, HEAD)
@@ -195,7 +202,7 @@ class Peer:
             raise HostilePeer(f"{len(fds)} descriptors came with a frame that counts {count}")
         return tuple(fds)
 
-    def flush(self, clock: Clock) -> cython.int:
+    def flush(self) -> cython.int:
         """Write what waits, as far as there is room: 1 nothing waits any more, 0 something does."""
         head: FrameHead
         while self.backlog:
@@ -208,7 +215,6 @@ class Peer:
                 envelope,
                 cython.cast(cython.pointer(cython.const[uint8_t]), text),
                 fds,
-                clock,
             ):
                 self.ring.want_space(True)
                 return 0
