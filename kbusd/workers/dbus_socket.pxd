@@ -67,6 +67,7 @@ cdef class Engine:
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd) except *
     cdef void _publish(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void _publish_large(self, Route route, FrameHead *head, const uint8_t *body, tuple fds, int own) except *
     cdef uint8_t *_reserve(self, Route route, size_t length) except? NULL
     cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void _to_myself(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *

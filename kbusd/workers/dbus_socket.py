@@ -657,8 +657,16 @@ class Engine:
         length: cython.size_t = len(route.envelope)
         peer: Peer
         count: cython.size_t = len(route.subscribers)
+        if head.body_length > LARGE_BODY and count:
+            # One memfd for all of them.
+            own = memfd.sealed(b"kbusd-body", _bytes(body, head.body_length))
+            try:
+                self._publish_large(route, head, body, fds, own)
+            finally:
+                os.close(own)
+            return
         head.stamp = self.clock.next()
-        if count > 1 and self.everyone and not fds and head.body_length <= LARGE_BODY:
+        if count > 1 and self.everyone and not fds:
             head.envelope_length = length
             head.length = (HEAD + length + head.body_length + 7) & ~7
             place = self._reserve(route, head.length)
@@ -684,6 +692,28 @@ class Engine:
                     if not peer.touched:
                         peer.touched = True
                         self.touched.append(peer)
+        self.broadcast.end()
+        if self.me in route.subscribers:
+            self._to_myself(route, head, body, fds)
+
+    def _publish_large(
+        self,
+        route: Route,
+        head: cython.pointer(FrameHead),
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+        own: cython.int,
+    ) -> cython.void:
+        large: FrameHead = head[0]
+        peer: Peer
+        large.kind = LARGE
+        large.aux = head.body_length
+        large.body_length = 0
+        self.broadcast.begin(self.clock.next())
+        for item in route.subscribers:
+            peer = cython.cast(Peer, item)
+            if peer is not self.me:
+                self._send(peer, cython.address(large), route.envelope, body, (*fds, own))
         self.broadcast.end()
         if self.me in route.subscribers:
             self._to_myself(route, head, body, fds)
