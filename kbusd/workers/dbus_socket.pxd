@@ -24,6 +24,7 @@ cdef class Route:
     cdef bint broadcast
     cdef bint depends
     cdef bint well_known
+    cdef bint met
     cdef object error
     cdef object activate
     cdef long long epoch
@@ -31,6 +32,7 @@ cdef class Route:
 
 cdef class Engine:
     cdef object context, line, replica, driver, router, credentials
+    cdef object hello, due
     cdef object requests, activating, monitor_rules
     cdef Clock clock
     cdef StatusPage status
@@ -49,8 +51,8 @@ cdef class Engine:
     cdef uint32_t serial
     cdef int request
     cdef int introducing
-    cdef bint busy, everyone, unix_fds, reading, writing, hello, wake, loaded, monitor
-    cdef uint64_t stall_until, poll_ns
+    cdef bint busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
+    cdef uint64_t stall_until, leave_until, poll_ns, reply_ns
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
 
@@ -63,7 +65,8 @@ cdef class Engine:
     cdef bint _waits(self) except -1
     cdef void _messages(self) except *
     cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1
-    cdef void _message(self, uint8_t *data, size_t size, const uint8_t *large) except *
+    cdef bint _message(self, uint8_t *data, size_t size, const uint8_t *large) except -1
+    cdef bint _must_wait(self, Route route) except -1
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd) except *
     cdef void _publish(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *

@@ -10,6 +10,7 @@ are checked whole before they go anywhere, frames are copied out of shared memor
 
 import os
 import socket
+from collections import deque
 
 import cython
 import msgspec
@@ -29,6 +30,7 @@ from cython.cimports.kbusd.workers.libc import (
     EINTR,
     EPOLL_CLOEXEC,
     EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
     EPOLL_CTL_MOD,
     EPOLLERR,
     EPOLLHUP,
@@ -77,6 +79,7 @@ MARK = cython.declare(cython.int, 3)
 LARGE = cython.declare(cython.int, 4)
 COPY = cython.declare(cython.int, 5)
 REFUSED = cython.declare(cython.int, 6)
+LARGE_COPY = cython.declare(cython.int, 8)
 
 NEW = cython.declare(cython.int, 0)
 READY = cython.declare(cython.int, 2)
@@ -100,12 +103,14 @@ STALL_NS = cython.declare(uint64_t, 20_000_000)
 # hypervisor does (halt polling); nothing once one lasted longer.
 POLL_LEAST = cython.declare(uint64_t, 10_000)
 POLL_MOST = cython.declare(uint64_t, 50_000)
+LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
 
 BUS_PATH = "/org/freedesktop/DBus"
 NO_REPLY_ERROR = "org.freedesktop.DBus.Error.NoReply"
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 NOT_SUPPORTED = "org.freedesktop.DBus.Error.NotSupported"
+TIMED_OUT_TEXT = "Message did not receive a reply (timeout by message bus)"
 NO_FDS_TEXT = (
     "Tried to send message with Unix file descriptors to a client that doesn't support that."
 )
@@ -186,6 +191,8 @@ class Engine:
         limits = context.configuration.limits
         self.max_message = min(limits["max_message_size"], 128 << 20)
         self.max_outgoing = limits["max_outgoing_bytes"]
+        self.due = deque()
+        self.reply_ns = max(limits["reply_timeout"], 0) * 1_000_000
         self.max_pending = limits["max_replies_per_connection"]
         self.max_fds = min(limits["max_message_unix_fds"], 253)
 
@@ -253,7 +260,10 @@ class Engine:
                     self._messages()
             self._bells()
             self._flush()
-            self._watch_client()
+            if self.leaving:
+                self._leave()
+            else:
+                self._watch_client()
             timeout = self._timeout()
             count = self._poll(events) if self.poll_ns else 0
             if count == 0:
@@ -267,7 +277,7 @@ class Engine:
                 if source == CLIENT:
                     if events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR):
                         if self.input.receive(self.client) < 0:
-                            raise Gone("")
+                            self._client_left()
                         self._messages()
                 elif source == PEERS:
                     self.doorbell.drain()
@@ -275,6 +285,24 @@ class Engine:
                     self._from_broker()
                 else:
                     raise Gone("the bus ends")
+
+    def _client_left(self):
+        """The client has closed. What it sent before is still delivered: some of it may wait for
+        an introduction, or for room; for so long its connection stays."""
+        event: epoll_event
+        if self.input.broken:
+            raise Gone("broke a rule of descriptor passing")
+        self.leaving = True
+        self.stall_until = 0
+        self.leave_until = monotonic() + LEAVE_NS
+        epoll_ctl(self.epoll, EPOLL_CTL_DEL, self.client, cython.address(event))
+
+    def _leave(self):
+        """End, if nothing that the client sent waits any more, or has waited too long."""
+        if not (self.introducing or self.backlogged or self.busy):
+            raise Gone("")
+        if monotonic() > self.leave_until:
+            raise Gone("left while what it had sent could not be delivered")
 
     def _poll(self, events: cython.pointer(epoll_event)) -> cython.int:
         """Look for something to do without sleeping, for `poll_ns` at the most: events as
@@ -321,11 +349,32 @@ class Engine:
             self.reading = reading
             self.writing = writing
 
+    def _expire(self):
+        """Answer calls that got no reply in time (limit reply_timeout); ms until the next is due."""
+        now = monotonic()
+        while self.due:
+            at, serial, id = self.due[0]
+            if self.pending.get(serial) != id:
+                self.due.popleft()
+            elif at > now:
+                return 1 + (at - now) // 1_000_000
+            else:
+                self.due.popleft()
+                del self.pending[serial]
+                self._error(serial, NO_REPLY_ERROR, TIMED_OUT_TEXT)
+                self._flush()
+        return -1
+
     def _timeout(self) -> cython.int:
         """Milliseconds for epoll_wait(2)."""
         now: uint64_t
+        if self.due:
+            left: cython.int = self._expire()
+            return left if left >= 0 and not self.stall_until else 50
         if self.merge.holding:
             return 1  # a peer has promised something and does not ring when it has come
+        if self.leaving:
+            return 50
         if self.stall_until:
             now = self.clock.next()
             if now < self.stall_until:
@@ -339,7 +388,6 @@ class Engine:
     def _stalled(self) -> cython.bint:
         """Whether our client's next message must wait for an introduction or for room."""
         if not self.introducing and not self.backlogged:
-            self.stall_until = 0
             return False
         now: uint64_t = self.clock.next()
         if self.stall_until == 0:
@@ -347,8 +395,8 @@ class Engine:
         return now < self.stall_until
 
     def _flush(self) -> cython.void:
-        if self.output.pending and self.output.flush(self.client) < 0:
-            raise Gone("")
+        if self.output.pending and not self.leaving and self.output.flush(self.client) < 0:
+            self._client_left()
 
     def _bells(self) -> cython.void:
         """Wake the workers that got frames; once, however many frames."""
@@ -387,7 +435,8 @@ class Engine:
                     return
                 data = self.input.data + self.input.start
                 have = self.input.end - self.input.start
-                self._message(data, have, self.input.large)
+                if not self._message(data, have, self.input.large):
+                    return
                 self.input.start = self.input.end
                 continue
             have = self.input.end - self.input.start
@@ -408,7 +457,8 @@ class Engine:
                 if not self._begin_large(data, total, have):
                     self.input.make_room(total)
                 return
-            self._message(data, total, cython.NULL)
+            if not self._message(data, total, cython.NULL):
+                return
             self.input.start += total
 
     def _begin_large(
@@ -442,7 +492,8 @@ class Engine:
         data: cython.pointer(uint8_t),
         size: cython.size_t,
         large: cython.pointer(cython.const[uint8_t]),
-    ) -> cython.void:
+    ) -> cython.bint:
+        """Check a message and send it on; False if it must wait until peers are introduced."""
         header: Header
         route: Route
         body: cython.pointer(cython.const[uint8_t])
@@ -462,12 +513,16 @@ class Engine:
         )
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
-        fds: tuple = ()
-        if header.unix_fds:
-            fds = self._take_fds(header.unix_fds)
+        if self.monitor:
+            raise Gone("sent a message although it is a monitor")
         if self.loaded and self.log.head() != self.log.position:
             self._inbound()
         route = self._route(data, cython.address(header), body)
+        if (not route.met or self.replica.monitors) and self._must_wait(route):
+            return False
+        fds: tuple = ()
+        if header.unix_fds:
+            fds = self._take_fds(header.unix_fds)
         if large != cython.NULL and route.peer is not None and not self.replica.monitors:
             self.input.end_large()
             large_fd = self.input.take_large()
@@ -479,6 +534,29 @@ class Engine:
                 self.input.end_large()
                 os.close(self.input.take_large())
         close_all(fds)
+        self.stall_until = 0
+        return True
+
+    def _must_wait(self, route: Route) -> cython.bint:
+        """Whether a message must wait until all whom it concerns are introduced.
+
+        Else one of them could react to it before another has it. Waiting ends with `stall_until`:
+        a peer that hangs holds up nobody for longer."""
+        peer: Peer
+        peers = [route.peer] if route.peer is not None else list(route.subscribers or ())
+        peers += [self._peer(id) for id in self.replica.monitors]
+        waits = False
+        for item in peers:
+            peer = item
+            if peer is self.me or peer.state == READY or peer.state == GONE:
+                continue
+            if peer.state == NEW:
+                self._introduce(peer)
+            waits = True
+        if not waits:
+            route.met = True
+            return False
+        return self._stalled()
 
     def _take_fds(self, count) -> tuple:
         if not self.unix_fds:
@@ -502,11 +580,17 @@ class Engine:
     ) -> Route:
         """The route of a message: kept under the bytes of its header without what varies."""
         route: Route
-        memset(data + 4, 0, 8)  # body length and serial; the scanned header has them
+        varying: uint8_t[16]
+        memcpy(varying, data, 12)
+        memset(data + 4, 0, 8)  # body length and serial
         data[2] = 0  # flags
         if header.reply_serial_at:
+            memcpy(varying + 12, data + header.reply_serial_at, 4)
             memset(data + header.reply_serial_at, 0, 4)
         key = _bytes(data, 16 + header.fields_length)
+        memcpy(data, varying, 12)
+        if header.reply_serial_at:
+            memcpy(data + header.reply_serial_at, varying + 12, 4)
         route = self.routes.get(key)
         if (
             route is not None
@@ -604,6 +688,8 @@ class Engine:
                 fds,
                 self.id,
             )
+        elif not self.loaded:
+            self.hello = (route.facts, _raw(cython.address(head)))
         if route.peer is not None:
             if header.type == CALL and not header.flags & NO_REPLY:
                 if cython.cast(cython.size_t, len(self.pending)) >= self.max_pending:
@@ -614,6 +700,8 @@ class Engine:
                     )
                     return
                 self.pending[header.serial] = route.peer.id
+                if self.reply_ns:
+                    self.due.append((monotonic() + self.reply_ns, header.serial, route.peer.id))
             if large_fd >= 0:
                 head.kind = LARGE
                 head.aux = header.body_length
@@ -787,10 +875,13 @@ class Engine:
                 self._error(head.serial, LIMITS_EXCEEDED, f"too much waits for {peer.name}")
                 return
             raise Gone(f"sent more than {BACKLOG} bytes to {peer.name}, which does not take them")
-        if head.kind == MESSAGE and head.body_length > LARGE_BODY:
+        if (head.kind == MESSAGE or head.kind == COPY) and head.body_length > LARGE_BODY:
             own = memfd.sealed(b"kbusd-body", _bytes(body, head.body_length))
-            copy.kind = LARGE
-            copy.aux = head.body_length
+            if head.kind == COPY:
+                copy.kind = LARGE_COPY
+            else:
+                copy.kind = LARGE
+                copy.aux = head.body_length
             copy.body_length = 0
             fds = (*fds, own)
         try:
@@ -909,6 +1000,9 @@ class Engine:
             raise Gone(f"the broker talks nonsense: {error}") from None
         if snapshot and not self.loaded:
             self._loaded(snapshot)
+            self._inbound()  # the snapshot may be older than a monitor
+            if self.replica.monitors and self.hello is not None:
+                self._copy(*self.hello, b"", (), self.id)
         self._act_and_note(actions)
 
     def _loaded(self, snapshot):
@@ -1238,13 +1332,15 @@ class Engine:
         """One frame of a peer. Raises HostilePeer if it breaks a rule."""
         template: Template
         fds: tuple = () if own_fds is None else own_fds
-        count: cython.size_t = head.fds + (1 if head.kind == LARGE else 0)
+        count: cython.size_t = head.fds + (
+            1 if head.kind == LARGE or head.kind == LARGE_COPY else 0
+        )
         if count and own_fds is None:
             fds = peer.receive_fds(count)
         if head.kind == REFUSED:
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
-        if head.kind == COPY and self.monitor:
+        if (head.kind == COPY or head.kind == LARGE_COPY) and self.monitor:
             self._deliver_copy(peer, head, payload, fds)
             return
         if self.monitor:
@@ -1335,8 +1431,8 @@ class Engine:
         mapping: cython.pointer(uint8_t) = cython.NULL
         place: cython.pointer(uint8_t)
         code: cython.int
-        if head.kind == LARGE:
-            length = head.aux
+        if head.kind == LARGE or head.kind == LARGE_COPY:
+            length = head.aux if head.kind == LARGE else os.fstat(fds[len(fds) - 1]).st_size
             mapping = _map_large(fds[len(fds) - 1], length)
             os.close(fds[len(fds) - 1])
             fds = fds[: len(fds) - 1]

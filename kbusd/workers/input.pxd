@@ -4,6 +4,7 @@ cdef class Input:
     cdef uint8_t *data
     cdef size_t start, end, capacity
     cdef list fds
+    cdef bint broken
     cdef uint8_t *large
     cdef size_t large_have, large_need
     cdef readonly int large_fd

@@ -71,8 +71,8 @@ class Input:
         self.fds.extend(fds)
 
     def receive(self, fd: cython.int) -> cython.int:
-        """One recvmsg(2): 1 something came, 0 nothing now, -1 the client is gone or broke a rule
-        of descriptor passing."""
+        """One recvmsg(2): 1 something came, 0 nothing now, -1 the client is gone or (`broken`) broke
+        a rule of descriptor passing."""
         vector: iovec
         header: msghdr
         control: uint8_t[1064]
@@ -100,8 +100,10 @@ class Input:
         if got < 0:
             return 0 if errno == EAGAIN or errno == EINTR else -1
         if header.msg_controllen and self._take(control, header.msg_controllen) < 0:
-            return -1
-        if header.msg_flags & MSG_CTRUNC or got == 0:
+            self.broken = True
+        if header.msg_flags & MSG_CTRUNC:
+            self.broken = True
+        if got == 0 or self.broken:
             return -1
         if self.large != cython.NULL:
             self.large_have += got
