@@ -1017,11 +1017,12 @@ class Engine:
         self._bus_message(ERROR, reply_serial, None, name, "s", wire_body.string(text))
 
     def _bus_message(
-        self, type, reply_serial, member, error_name, signature, body, destination=True
+        self, type, reply_serial, member, error_name, signature, body, destination=None
     ):
         """A message from the bus itself to our client."""
         self.serial = (self.serial % 0xFFFFFFFF) + 1
-        mine = f":1.{self.id}" if self.loaded else None
+        if type != SIGNAL:
+            destination = self.driver.name
         header = wire_header.build(
             ord("l"),
             type,
@@ -1030,7 +1031,7 @@ class Engine:
             BUS_NAME if type == SIGNAL else None,
             member,
             error_name,
-            mine if destination else None,
+            destination,
             BUS_NAME,
             signature,
             0,
@@ -1047,7 +1048,7 @@ class Engine:
             head.reply_serial = reply_serial
             head.body_length = len(body)
             facts = envelopes.Envelope(
-                type, False, mine, None, None, None, error_name, signature or ""
+                type, False, destination, None, None, None, error_name, signature or ""
             )
             self._copy(facts, _raw(cython.address(head)), body, (), BUS_ID)
         message: bytes = header + body
