@@ -74,7 +74,7 @@ def start_reader(options: argparse.Namespace, stderr: int | None = None) -> subp
         if options.system
         else ["--config-file", options.config_file]
     )
-    keep = ()
+    keep: tuple[int, ...] = ()
     if options.config_file and options.config_file.startswith("/proc/self/fd/"):
         keep = (int(options.config_file.rsplit("/", 1)[1]),)
     return subprocess.Popen(
@@ -179,9 +179,9 @@ def main() -> int:
         print(f"kbusd {version('kbusd')}")
         return 0
     if options.introspect:
-        from kbusd.workers.introspection import bus_xml  # not needed by a running bus
+        from kbusd.workers import introspection  # not needed by a running bus
 
-        print(bus_xml(), end="")
+        print(introspection.introspect(introspection.BUS_PATH), end="")
         return 0
     for flag in (options.print_address, options.print_pid):
         if flag is not None:

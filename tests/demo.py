@@ -37,16 +37,16 @@ class Demo(ServiceInterface):
         super().__init__(INTERFACE)
 
     @dbus_method()
-    def Greet(self, who: "s") -> "s":  # type: ignore[name-defined]  # noqa: F821, N802
+    def Greet(self, who: "s") -> "s":  # type: ignore[name-defined]
         return f"Hello, {who}!"
 
     @dbus_method()
-    def Read(self, fd: "h") -> "s":  # type: ignore[name-defined]  # noqa: F821, N802
+    def Read(self, fd: "h") -> "s":  # type: ignore[name-defined]
         with open(fd) as file:
             return file.read()
 
     @dbus_signal()
-    def News(self) -> "s":  # type: ignore[name-defined]  # noqa: F821, N802
+    def News(self) -> "s":  # type: ignore[name-defined]
         return "a signal, written once, for all"
 
 

@@ -41,7 +41,8 @@ class Log:
 
     def fileno(self) -> int:
         """The log's memfd."""
-        return self._ring.fileno()
+        fd: int = self._ring.fileno()
+        return fd
 
     def append(self, entry: LogEntry) -> None:
         self._stamp = self._clock.tick()

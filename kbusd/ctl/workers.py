@@ -55,7 +55,7 @@ def survey(supervisor: int) -> list[Row]:
         parent = found.get(process.parent)
         if pid == supervisor and process.role != "supervisor":
             raise Unclear(f"process {pid} is {process.title}, not the supervisor of a bus")
-        if parent is None and pid != supervisor or parent and parent.role == "launcher":
+        if (parent is None and pid != supervisor) or (parent and parent.role == "launcher"):
             continue
         found[pid] = process
     return [_row(process, wanted, found, found[supervisor]) for process in found.values()]

@@ -13,7 +13,7 @@ import os
 import pwd
 from collections.abc import Iterable, Mapping, Sequence
 
-import pyseccomp  # type: ignore[import-untyped]
+import pyseccomp
 
 from kbusd.sandbox import constants, profiles
 from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode

@@ -151,7 +151,7 @@ def differences(
         wrong.append("is dumpable")
     for limit in wanted.limits:
         hard = found.limits.get(limit.name, (-1, -1))[1]
-        if 0 <= limit.value and not 0 <= hard <= limit.value:
+        if limit.value >= 0 and not 0 <= hard <= limit.value:
             wrong.append(f"limit {limit.name} is {hard}, want at most {limit.value}")
     if wanted.bpf:
         above = (parent.filters or 0) if parent else 0

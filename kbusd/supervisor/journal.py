@@ -10,7 +10,7 @@ import os
 import sys
 import syslog
 
-_PRINTABLE = {code: "?" for code in [*range(32), 127]}
+_PRINTABLE = dict.fromkeys([*range(32), 127], "?")
 
 
 class Journal:

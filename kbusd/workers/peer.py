@@ -13,7 +13,6 @@ import struct
 from collections import deque
 
 import cython
-from cython.cimports.kbusd.rings.broadcast import BroadcastReader
 from cython.cimports.kbusd.rings.clock import Clock
 from cython.cimports.kbusd.rings.doorbell import ring_doorbell
 from cython.cimports.kbusd.rings.fanout import Subscriber

@@ -1,6 +1,5 @@
 """A dbus-fast service interface. No `from __future__ import annotations`: dbus-fast reads them."""
 
-# ruff: noqa: F821
 # mypy: ignore-errors
 
 from dbus_fast import DBusError

@@ -166,7 +166,7 @@ def test_hello_gives_an_id_and_a_snapshot_from_which_the_log_leads_on(broker: Br
     state = snapshot(fd)
     broker.log.seek(state.position)
     assert broker.entries() == [e.ConnectionAdded(1, credentials(1))]
-    with pytest.raises(OSError, match="denied|permitted"):
+    with pytest.raises(OSError, match=r"denied|permitted"):
         os.truncate(fd, 0)
     os.close(fd)
 
