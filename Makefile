@@ -1,34 +1,40 @@
 # `make demo` shows the bus at work, `make check` tests it; both set up what they need first.
-# On a fresh Debian 12, as root or with sudo; nothing outside this tree is changed but packages.
+# On a fresh Debian 12, as root or with sudo; outside this tree only packages are installed.
+# Where the packages are there already, an ordinary user without sudo can do all of it.
 PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libcap-dev libseccomp2
 DEMO_PACKAGES := dbus-bin libglib2.0-bin
-TEST_PACKAGES := $(shell sed -n 's/^\([a-z0-9][^ \#]*\).*/\1/p' tests/apt-packages.txt 2>/dev/null)
-BENCH_PACKAGES := dbus-daemon dbus-broker
+RUN_PACKAGES := dbus-session-bus-common
+BENCH_PACKAGES := gcc libc6-dev dbus-daemon dbus-broker
+# One a line, with the reason behind a #.
+TEST_PACKAGES := $(shell sed -n 's/^\([a-z0-9][^ \#]*\).*/\1/p' tests/apt-packages.txt)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: all setup build demo run check check-all lint bench clean
+.PHONY: all setup build demo run lint check check-all bench clean
 
 all: build
 
-# Installs only what is missing, so that a machine without a network but with the packages works.
+# Installs what is missing and nothing else, so that it needs neither network nor root otherwise.
 define install
-	@missing=$$(for each in $(1); do dpkg -s $$each 2>/dev/null | grep -q '^Status: install ok' || echo $$each; done); \
-	if [ -n "$$missing" ]; then \
+	@missing=$$(for each in $(1); do \
+	  dpkg -s $$each 2>/dev/null | grep -q '^Status: install ok' || echo $$each; done); \
+	test -z "$$missing" || { \
+	  echo "installing Debian packages:" $$missing; \
+	  export DEBIAN_FRONTEND=noninteractive; \
 	  $(SUDO) apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing; \
-	fi
+	  $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; } || { \
+	  echo "could not be installed; as root: apt-get install" $$missing >&2; exit 1; }
 endef
 
 $(VENV)/.installed: pyproject.toml
 	$(call install,$(BUILD_PACKAGES))
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "setuptools>=77" wheel "Cython>=3.0.11,<3.3"
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,dev]"
-	touch $@
+	@touch $@
 
 setup: $(VENV)/.installed
 
@@ -40,25 +46,28 @@ demo: build
 	$(BIN)/python -m tests.demo
 
 run: build
+	$(call install,$(RUN_PACKAGES))
 	$(BIN)/kbusd --session --nofork --print-address
 
 lint: build
-	$(BIN)/ruff format --check kbusd tests
-	$(BIN)/ruff check kbusd tests
+	$(BIN)/ruff format --check kbusd tests setup.py
+	$(BIN)/ruff check kbusd tests setup.py
 	$(BIN)/mypy
 
+# The slow ones, some minutes each, are left out.
 check: lint
 	$(call install,$(TEST_PACKAGES))
-	$(PYTEST) tests -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check-all: lint
 	$(call install,$(TEST_PACKAGES))
-	$(PYTEST) tests
+	$(PYTEST) -m "slow or not slow"
 
+# For instance: make bench BENCH="--quick --only round-trip,fanout"
 bench: build
 	$(call install,$(BENCH_PACKAGES))
 	$(BIN)/python tests/bench/run.py $(BENCH)
 
 clean:
-	rm -rf build $(VENV) .build.lock
+	rm -rf build $(VENV) .build.lock kbusd.egg-info tests/bench/bin
 	find kbusd -name '*.so' -delete
