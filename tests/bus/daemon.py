@@ -133,7 +133,9 @@ class Bus:
         self.log_mark = 0  # where in the log the running test began
         self.stopped = False
         reader, writer = os.pipe()
-        command = [*(prefix or []), *daemon_command(), f"--config-file={self.config}", "--nofork"]
+        # It does not outlive a test run that is killed.
+        command = ["setpriv", "--pdeathsig", "TERM", *(prefix or []), *daemon_command()]
+        command += [f"--config-file={self.config}", "--nofork"]
         command += [f"--print-address={writer}", *(options or [])]
         with self.log_path.open("wb") as log, os.fdopen(reader, "rb", 0) as pipe:
             self.process = subprocess.Popen(

@@ -138,9 +138,7 @@ def test_every_open_call_gets_one_no_reply_error(bus: Bus) -> None:
         for _ in range(4)
     ]
     calls = [callee.read() for _ in serials]
-    callee.reply(
-        next(c for c in calls if (c.sender, c.serial) == (callers[0].name, serials[0][1]))
-    )
+    callee.reply(next(c for c in calls if (c.sender, c.serial) == (callers[0].name, serials[0][1])))
     callers[0].wait_reply(serials[0][1])
     callee.close()
     for caller, serial in serials[1:]:

@@ -82,8 +82,8 @@ def test_sees_the_driver_at_work(bus: Bus, monitor: RawClient) -> None:
         a.call("test.monitor.Nobody", "/", "test.I", "Lost")
     seen = passing(monitor, a)
     kinds = [(m.type, m.member or m.error_name) for m in seen]
-    assert kinds[0] == (w.CALL, "Hello")
-    assert kinds[1] == (w.RETURN, None)
+    hello = kinds.index((w.CALL, "Hello"))
+    assert (w.RETURN, None) in kinds[hello:]
     assert (w.SIGNAL, "NameAcquired") in kinds
     assert (w.CALL, "RequestName") in kinds
     assert (w.CALL, "Lost") in kinds
