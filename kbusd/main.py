@@ -165,7 +165,8 @@ def _listen(options: argparse.Namespace, settings: Settings) -> list[Listener]:
     try:
         listeners = open_listeners(addresses, os.environ)
     except AddressError as error:
-        _fail(str(error))
+        file = options.config_file or ("session.conf" if options.session else "system.conf")
+        _fail(str(error) if options.address else f"{file}: {error}")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     return listeners
@@ -209,7 +210,9 @@ def _run(options: argparse.Namespace, settings: Settings, configuration: bytes) 
         options.log is None and settings.syslog
     )
     journal = Journal(
-        to_stderr=options.log != "syslog-only" and not (forks and to_syslog), to_syslog=to_syslog
+        to_stderr=options.log != "syslog-only" and not (forks and to_syslog),
+        to_syslog=to_syslog,
+        relays=to_syslog or forks,
     )
 
     def read_again() -> tuple[int, int]:

@@ -16,9 +16,10 @@ _PRINTABLE = dict.fromkeys([*range(32), 127], "?")
 class Journal:
     """One place to say things to the admin."""
 
-    def __init__(self, *, to_stderr: bool, to_syslog: bool) -> None:
+    def __init__(self, *, to_stderr: bool, to_syslog: bool, relays: bool) -> None:
         self.to_stderr = to_stderr
         self.to_syslog = to_syslog
+        self.relays = relays  # the other processes write to us, and not to our standard error
         self._partial = b""
         if to_syslog:
             syslog.openlog("kbusd", syslog.LOG_PID, syslog.LOG_DAEMON)

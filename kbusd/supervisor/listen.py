@@ -84,7 +84,7 @@ def _open(address: str, environ: Mapping[str, str]) -> list[Listener]:
         case "abstract":
             return [_bind_abstract(value, address)]
         case "dir" | "tmpdir":
-            return [_bind_path(f"{value}/dbus-{secrets.token_urlsafe(8)}", address)]
+            return [_bind_path(f"{value}/dbus-{secrets.token_hex(8)}", address)]
         case _:
             if value != "yes":
                 raise AddressError(f"address {address!r}: runtime must be 'yes'")
@@ -100,7 +100,7 @@ def _bind_path(path: str, address: str) -> Listener:
         _remove_stale(path)
         sock.bind(path)
         # Who may talk is decided by policy and by the directory, as in dbus-daemon(1).
-        os.chmod(path, 0o666)
+        os.chmod(path, 0o777)
     except OSError as error:
         sock.close()
         raise AddressError(f"cannot listen on {address!r}: {path}: {error.strerror}") from None

@@ -50,7 +50,7 @@ cdef class Engine:
     cdef long long id, epoch, names_version
     cdef uint32_t serial
     cdef int request
-    cdef int introducing
+    cdef int introducing, slow, fetching
     cdef bint busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
     cdef uint64_t stall_until, leave_until, poll_ns, reply_ns
     cdef size_t max_message, max_outgoing, max_pending

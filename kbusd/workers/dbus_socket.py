@@ -82,6 +82,7 @@ REFUSED = cython.declare(cython.int, 6)
 LARGE_COPY = cython.declare(cython.int, 8)
 
 NEW = cython.declare(cython.int, 0)
+ASKED = cython.declare(cython.int, 1)
 READY = cython.declare(cython.int, 2)
 GONE = cython.declare(cython.int, 3)
 
@@ -188,13 +189,7 @@ class Engine:
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         self.serial = 0
         self.request = 0
-        limits = context.configuration.limits
-        self.max_message = min(limits["max_message_size"], 128 << 20)
-        self.max_outgoing = limits["max_outgoing_bytes"]
         self.due = deque()
-        self.reply_ns = max(limits["reply_timeout"], 0) * 1_000_000
-        self.max_pending = limits["max_replies_per_connection"]
-        self.max_fds = min(limits["max_message_unix_fds"], 253)
 
     def descriptors(self) -> list:
         """What must stay open through lock-down."""
@@ -214,9 +209,8 @@ class Engine:
         self.supervisor = supervisor
         self.credentials = credentials
         self.unix_fds = unix_fds
-        policy = ClientPolicy(self.context.configuration.policy, credentials)
+        policy = self._take_policy()
         self.router = Router(self.replica, policy)
-        self.everyone = policy.allows_everything_to_send
         self.driver = drivers.Driver(self.replica, self.context.bus, credentials, policy)
         reason = ""
         try:
@@ -255,9 +249,8 @@ class Engine:
         timeout: cython.int
         while True:
             self._inbound()
-            if self.introducing or self.backlogged or self.input.end - self.input.start >= 16:
-                if not self._stalled():
-                    self._messages()
+            if self.input.large != cython.NULL or self.input.end - self.input.start >= 16:
+                self._messages()
             self._bells()
             self._flush()
             if self.leaving:
@@ -383,16 +376,27 @@ class Engine:
         return -1
 
     def _waits(self) -> cython.bint:
-        return self.busy or ((self.introducing or self.backlogged) and self._stalled())
+        return self.busy or self.fetching > 0 or ((self.introducing or self.slow) and self._stalled())
 
     def _stalled(self) -> cython.bint:
         """Whether our client's next message must wait for an introduction or for room."""
-        if not self.introducing and not self.backlogged:
+        peer: Peer
+        if not self.introducing and not self.slow:
+            self.stall_until = 0
             return False
         now: uint64_t = self.clock.next()
         if self.stall_until == 0:
             self.stall_until = now + STALL_NS
-        return now < self.stall_until
+        if now < self.stall_until:
+            return True
+        # Nobody is waited for twice, until he has caught up.
+        for item in self.peers.values():
+            peer = item
+            if peer.state == ASKED or peer.backlog:
+                peer.late = True
+        self.introducing = self.slow = 0
+        self.stall_until = 0
+        return False
 
     def _flush(self) -> cython.void:
         if self.output.pending and not self.leaving and self.output.flush(self.client) < 0:
@@ -405,11 +409,16 @@ class Engine:
             still = []
             for item in self.backlogged:
                 peer = cython.cast(Peer, item)
-                if peer.state == GONE:
-                    continue
-                if peer.state != READY or not peer.flush():
+                if peer.state != GONE and (peer.state != READY or not peer.flush()):
                     still.append(peer)
-                elif not peer.touched:
+                    if peer.state == READY and not peer.touched:
+                        peer.touched = True
+                        self.touched.append(peer)
+                    continue
+                if not peer.late:
+                    self.slow -= 1
+                peer.late = False
+                if peer.state != GONE and not peer.touched:
                     peer.touched = True
                     self.touched.append(peer)
             self.backlogged = still
@@ -517,6 +526,8 @@ class Engine:
             raise Gone("sent a message although it is a monitor")
         if self.loaded and self.log.head() != self.log.position:
             self._inbound()
+            if self.fetching:
+                return False
         route = self._route(data, cython.address(header), body)
         if (not route.met or self.replica.monitors) and self._must_wait(route):
             return False
@@ -534,7 +545,6 @@ class Engine:
                 self.input.end_large()
                 os.close(self.input.take_large())
         close_all(fds)
-        self.stall_until = 0
         return True
 
     def _must_wait(self, route: Route) -> cython.bint:
@@ -548,7 +558,7 @@ class Engine:
         waits = False
         for item in peers:
             peer = item
-            if peer is self.me or peer.state == READY or peer.state == GONE:
+            if peer is self.me or peer.state == READY or peer.state == GONE or peer.late:
                 continue
             if peer.state == NEW:
                 self._introduce(peer)
@@ -888,8 +898,7 @@ class Engine:
             if not peer.put(cython.address(copy), envelope, body, fds, self.clock):
                 if peer.state == NEW:
                     self._introduce(peer)
-                if peer not in self.backlogged:
-                    self.backlogged.append(peer)
+                self._hold_back(peer)
             elif not peer.touched:
                 peer.touched = True
                 self.touched.append(peer)
@@ -1148,6 +1157,13 @@ class Engine:
 
     # -- introductions -------------------------------------------------------------------------
 
+    def _hold_back(self, peer: Peer):
+        """Frames wait for the peer's ring, or for its introduction."""
+        if peer not in self.backlogged:
+            self.backlogged.append(peer)
+            if not peer.late:
+                self.slow += 1
+
     def _half(self, peer: Peer):
         """Our half of an introduction: slots and descriptors; kept if the two halves cross."""
         ring = Ring()
@@ -1166,8 +1182,9 @@ class Engine:
         )
 
     def _introduced(self, peer: Peer, answer, fds):
-        self.introducing -= 1
-        if peer.state != 1:  # the peer's own introduction came first, or the peer went
+        if not peer.late:
+            self.introducing -= 1
+        if peer.state != ASKED:  # the peer's own introduction came first, or the peer went
             return
         if isinstance(answer, entries.Failure):
             self._refused(peer, answer)
@@ -1204,8 +1221,8 @@ class Engine:
         peer.ring.close_fd()
         self.merge.add(reader, broadcast, peer.broadcast_slot, peer.doorbell)
         self.by_source[reader] = peer
-        if peer.backlog and peer not in self.backlogged:
-            self.backlogged.append(peer)
+        if peer.backlog:
+            self._hold_back(peer)
 
     def _refused(self, peer: Peer, failure):
         """No introduction: calls that waited for it are answered."""
@@ -1305,7 +1322,10 @@ class Engine:
             raise Gone(f"the log contradicts itself: {error}") from None
         if self.me.connection is None:
             self.me.connection = self.replica.connections.get(self.id)
-        if kind is entries.ConnectionRemoved:
+        if kind is entries.PolicyChanged:
+            self.fetching += 1
+            self._ask(entries.FetchPolicy(0), self._new_policy)
+        elif kind is entries.ConnectionRemoved:
             peer = self.peers.get(entry.id)
             if peer is not None:
                 self._peer_left(peer)
@@ -1315,6 +1335,30 @@ class Engine:
             elif entry.id in self.peers:
                 self._fail_pending(self.peers[entry.id], NO_REPLY_ERROR, DISCONNECTED_TEXT)
         self._act_and_note(actions)
+
+    def _new_policy(self, answer, fds):
+        """The configuration was read again: its policy holds from the client's next message on."""
+        self.fetching -= 1
+        if isinstance(answer, entries.Failure):
+            raise Gone(f"no policy: {answer.message}")
+        self.context = self.context.with_configuration(memfd.read(fds[0]))
+        self._take_policy()
+        self.epoch += 1
+
+    def _take_policy(self):
+        configuration = self.context.configuration
+        policy = ClientPolicy(configuration.policy, self.credentials)
+        self.everyone = policy.allows_everything_to_send
+        if self.router is not None:
+            self.router.policy = policy
+            self.driver.policy = policy
+        limits = configuration.limits
+        self.max_message = min(limits["max_message_size"], 128 << 20)
+        self.max_outgoing = limits["max_outgoing_bytes"]
+        self.max_pending = limits["max_replies_per_connection"]
+        self.max_fds = min(limits["max_message_unix_fds"], 253)
+        self.reply_ns = max(limits["reply_timeout"], 0) * 1_000_000
+        return policy
 
     def _peer_left(self, peer: Peer):
         """Its connection ended; what it had sent is delivered, what we asked of it will not be."""

@@ -32,7 +32,7 @@ cdef class Peer:
     cdef readonly int slot, broadcast_slot
     cdef Subscriber subscriber
     cdef readonly int state
-    cdef bint touched
+    cdef bint touched, late
     cdef object backlog
     cdef readonly size_t backlog_bytes
     cdef dict templates
