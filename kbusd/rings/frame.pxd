@@ -8,6 +8,7 @@ cdef enum:
     MARK = 3     # `aux`: the Broadcast position to read on from; STOP: stop reading the Broadcast
     LARGE = 4    # a D-Bus message whose body is in a sealed memfd on the side socket
     COPY = 5     # of a D-Bus message, for a monitor; `aux`: its true sender
+    BULK = 7     # a D-Bus message whose body is in the bulk area; `aux`: where, see bulk.py
 
 cdef struct FrameHead:
     uint32_t length           # of the frame with head and padding

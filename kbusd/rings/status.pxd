@@ -7,6 +7,7 @@ cdef class StatusPage:
     cdef list free
     cdef int top
     cdef void set(self, int slot, uint64_t value) noexcept
+    cdef void set_bulk(self, int slot, uint64_t count) noexcept
     cdef void set_sleeping(self, bint on) noexcept
 
 cdef class StatusView:
@@ -15,3 +16,4 @@ cdef class StatusView:
     cdef bint sleeping(self) noexcept
     cdef uint64_t position(self, int slot) noexcept
     cdef const uint64_t *place(self, int slot) except NULL
+    cdef const uint64_t *bulk_place(self, int slot) except NULL

@@ -2,7 +2,8 @@
 
 One page range per worker, written by it alone and mapped read-only by its peers (StatusView), who
 range-check what they read: a worker that lies about itself gets its own rings stopped.
-Layout: u32 `sleeping`, at byte 64 an array of u64 positions, one slot for each ring read.
+Layout: u32 `sleeping`, at byte 64 an array of u64 positions, one slot for each ring read, then
+another of u64 counts, for each ring's slot how many bodies in its bulk area are done with.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kbusd.rings.values import StatusStatistics
 SLOTS_AT = cython.declare(cython.int, 64)  # away from `sleeping`: another cache line
 SLOTS = cython.declare(cython.int, 8192)  # 64 KiB of addresses; pages exist once they are used
 SIZE = cython.declare(cython.size_t, 0)
-SIZE = (SLOTS_AT + SLOTS * 8 + PAGE - 1) // PAGE * PAGE
+SIZE = (SLOTS_AT + 2 * SLOTS * 8 + PAGE - 1) // PAGE * PAGE
 
 
 @cython.cclass
@@ -74,11 +75,23 @@ class StatusPage:
         # Pairs with StatusView.position: what I read is read before my producer overwrites it.
         store_release(self.slots + slot, value)
 
+    def set_bulk(self, slot, count) -> cython.void:
+        """I am done with `count` bodies. Whoever used the count of a slot sets it to 0 before
+        `free_slot`."""
+        # Pairs with Bulk.reserve: a body is copied before my producer overwrites it.
+        store_release(self.slots + SLOTS + slot, count)
+
     def publish(self, slot: cython.int, value: uint64_t) -> None:
         """`set` for Python. Raises ValueError for a slot that is not taken."""
         if not 0 <= slot < self.top:
             raise ValueError(f"slot {slot} is not taken")
         self.set(slot, value)
+
+    def publish_bulk(self, slot: cython.int, count: uint64_t) -> None:
+        """`set_bulk` for Python. Raises ValueError for a slot that is not taken."""
+        if not 0 <= slot < self.top:
+            raise ValueError(f"slot {slot} is not taken")
+        self.set_bulk(slot, count)
 
     def set_sleeping(self, on) -> cython.void:
         """Before sleeping: set, then look at all heads once more. After it: clear."""
@@ -124,6 +137,10 @@ class StatusView:
         if not 0 <= slot < SLOTS:
             raise RingError(f"a status page has no slot {slot}")
         return cython.cast(cython.pointer(cython.const[uint64_t]), self.page + SLOTS_AT) + slot
+
+    def bulk_place(self, slot) -> cython.pointer(cython.const[uint64_t]):
+        """Where the peer counts the bodies of `slot`. Raises RingError if there is no such slot."""
+        return self.place(slot) + SLOTS
 
     def position(self, slot) -> uint64_t:
         """What the peer claims to have read; 0 for a slot that does not exist. Check the range."""

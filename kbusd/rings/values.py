@@ -50,6 +50,15 @@ class BroadcastStatistics(msgspec.Struct, frozen=True):
     full: int
 
 
+class BulkStatistics(msgspec.Struct, frozen=True):
+    """A bulk area: whether there is one now; bodies sent through it, and those done with."""
+
+    open: bool
+    sent: int
+    done: int
+    broken: bool
+
+
 class StatusStatistics(msgspec.Struct, frozen=True):
     """A status page: slots there are and slots taken."""
 

@@ -1,0 +1,245 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
+"""The bulk area: warm shared memory for the large bodies that one worker sends to another.
+
+A fresh page costs more than what is copied into it (a MiB of them some 400 µs, a copy 30), so the
+sender's worker receives its client's body into pages that it keeps; the receiver's maps them read-
+only, copies the body out and then checks the copy. A frame of kind BULK says where the body
+stands: `aux` is offset << 32 | length; length 0 means that the area is given up. An area is told
+of by its first frame (BULK_FRESH).
+
+What a frame took is free once the receiver has counted the frame as done, in its status page; the
+Ring's position does not say that, as a reader that catches up takes frames out before their turn
+(fanout.py, rule 7). Space is given out in order, and from the start whenever all of it is free,
+so that question and answer use the same pages again. The receiver trusts the seals and the size;
+an offset out of range is the sender's fault, a count out of range the receiver's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import cython
+from cython.cimports.kbusd.rings.atomics import load_acquire
+from cython.cimports.kbusd.rings.libc import close
+from cython.cimports.kbusd.rings.memfd import (
+    RING_SEALS,
+    add_seals,
+    create,
+    map_whole,
+    unmap_whole,
+)
+from cython.cimports.kbusd.rings.status import StatusPage, StatusView
+from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.string import memcpy
+
+from kbusd.rings import memfd
+from kbusd.rings.memfd import RingError
+from kbusd.rings.values import BulkStatistics
+
+ALIGN = cython.declare(cython.size_t, 64)
+
+
+@cython.cclass
+class Bulk:
+    """The sender's side; counts go on from one area to the next. `idle` is the caller's to raise
+    and is 0 after each use. Raises RingError for a slot that does not exist."""
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __init__(self, reader: StatusView, slot: cython.int):
+        self.reader = reader
+        self.claimed = reader.bulk_place(slot)
+        self.spans = deque()
+
+    def __dealloc__(self):
+        unmap_whole(self.base, BULK_SIZE)
+        self.close_fd()
+
+    def open(self) -> cython.int:
+        """Have an area: 0 or -errno. No page of it exists yet."""
+        if self.base != cython.NULL:
+            return 0
+        code: cython.int = create(b"kbusd-bulk", BULK_SIZE)
+        if code < 0:
+            return code
+        self.fd = code
+        self.base = map_whole(self.fd, BULK_SIZE, True)
+        code = -12 if self.base == cython.NULL else add_seals(self.fd, RING_SEALS)
+        if code < 0:
+            unmap_whole(self.base, BULK_SIZE)
+            self.base = cython.NULL
+            self.close_fd()
+        self.told = False
+        return code
+
+    def close_fd(self) -> cython.void:
+        """After hand-over: the mapping stays."""
+        if self.fd >= 0:
+            close(self.fd)
+            self.fd = -1
+
+    def reserve(self, length) -> cython.pointer(uint8_t):
+        """Room for a body, the caller's until `commit` or `cancel`; NULL if there is none now.
+
+        One at a time. The room stays mapped as long as this object lives or is not released."""
+        at: cython.size_t
+        first: cython.size_t
+        last: cython.size_t
+        need: cython.size_t = (length + ALIGN - 1) & ~(ALIGN - 1)
+        if self.base == cython.NULL or self.reserved or not 0 < length <= BULK_MOST:
+            return cython.NULL
+        self._settle()
+        if self.broken:
+            return cython.NULL
+        at = 0
+        if self.spans:
+            first = self.spans[0][0]
+            at = self.spans[len(self.spans) - 1][1]
+            last = self.spans[len(self.spans) - 1][0]
+            if last < first:  # it has gone round
+                if first - at < need:
+                    return cython.NULL
+            elif BULK_SIZE - at < need:
+                if first < need:
+                    return cython.NULL
+                at = 0
+        self.reserved = length
+        self.reserved_at = at
+        self.idle = 0
+        return self.base + at
+
+    def commit(self) -> uint64_t:
+        """The reserved room is filled, and a frame with the `aux` returned is about to be sent.
+
+        If that has BULK_FRESH, `fd` goes with it. Raises ValueError if nothing is reserved."""
+        if self.reserved == 0:
+            raise ValueError("no room in the bulk area is reserved")
+        aux: uint64_t = cython.cast(uint64_t, self.reserved_at) << 32 | self.reserved
+        end: cython.size_t = (self.reserved_at + self.reserved + ALIGN - 1) & ~(ALIGN - 1)
+        self.spans.append((self.reserved_at, end))
+        self.sent += 1
+        self.reserved = 0
+        if not self.told:
+            self.told = True
+            aux |= BULK_FRESH
+        return aux
+
+    def cancel(self) -> cython.void:
+        """The reserved room is not needed after all."""
+        self.reserved = 0
+
+    def release(self) -> cython.bint:
+        """Give the area up, unless something of it is in use. True: tell the receiver, by a frame
+        with `aux` 0."""
+        if self.base == cython.NULL or self.reserved:
+            return False
+        self._settle()
+        if self.spans:
+            return False
+        unmap_whole(self.base, BULK_SIZE)
+        self.base = cython.NULL
+        self.close_fd()
+        return self.told
+
+    def _settle(self) -> cython.int:
+        """Free what the receiver is done with."""
+        # Pairs with BulkView.done: it has copied what we overwrite.
+        claim: uint64_t = load_acquire(self.claimed)
+        if claim - self.done > self.sent - self.done:
+            self.broken = True  # less than it has counted before, or more than we have sent
+            return 0
+        while self.done != claim:
+            self.spans.popleft()
+            self.done += 1
+        return 0
+
+    # -- for Python ------------------------------------------------------------------------------
+
+    def make(self) -> None:
+        """`open` for Python. Raises OSError."""
+        code: cython.int = self.open()
+        if code < 0:
+            raise OSError(-code, "a bulk area could not be had")
+
+    def put(self, body: bytes) -> int | None:
+        """Copy a body in: the `aux` of its frame, or None if there is no room now."""
+        room: cython.pointer(uint8_t) = self.reserve(len(body))
+        if room == cython.NULL:
+            return None
+        memcpy(room, cython.cast(cython.p_char, body), len(body))
+        return self.commit()
+
+    def give_up(self) -> bool:
+        """`release` for Python."""
+        return self.release()
+
+    def rest(self) -> None:
+        """One more period without use."""
+        self.idle += 1
+
+    def statistics(self) -> BulkStatistics:
+        return BulkStatistics(self.base != cython.NULL, self.sent, self.done, self.broken)
+
+
+@cython.cclass
+class BulkView:
+    """The receiver's side. `slot` of `mine` is that of the sender's Ring."""
+
+    def __init__(self, mine: StatusPage, slot: cython.int):
+        self.mine = mine
+        self.slot = slot
+
+    def __dealloc__(self):
+        self.release()
+
+    def open(self, fd: cython.int) -> cython.void:
+        """Map a new area instead of the old; `fd` stays the caller's. Raises RingError."""
+        memfd.check_seals(fd, BULK_SIZE, BULK_SIZE)
+        self.release()
+        self.base = map_whole(fd, BULK_SIZE, False)
+        if self.base == cython.NULL:
+            raise RingError("a peer's bulk area could not be mapped")
+
+    def release(self) -> cython.void:
+        unmap_whole(self.base, BULK_SIZE)
+        self.base = cython.NULL
+
+    def place(self, aux) -> cython.pointer(cython.const[uint8_t]):
+        """Where a frame's body stands, in shared memory: copy first, check the copy. NULL if the
+        frame is wrong about it."""
+        at: uint64_t = (aux & ~BULK_FRESH) >> 32
+        length: uint64_t = aux & 0xFFFFFFFF
+        if self.base == cython.NULL or length == 0 or length > BULK_MOST or at > BULK_SIZE - length:
+            return cython.NULL
+        return self.base + at
+
+    def done(self) -> cython.void:
+        """One more frame is dealt with, its body copied or not wanted."""
+        self.count += 1
+        self.mine.set_bulk(self.slot, self.count)
+
+    def close(self) -> cython.void:
+        """Before the slot is somebody else's."""
+        self.release()
+        self.mine.set_bulk(self.slot, 0)
+
+    # -- for Python ------------------------------------------------------------------------------
+
+    def map(self, fd: int) -> None:
+        """`open` for Python."""
+        self.open(fd)
+
+    def read(self, aux: int) -> bytes:
+        """Copy a frame's body out and count it. Raises RingError if it is out of range."""
+        place: cython.pointer(cython.const[uint8_t]) = self.place(aux)
+        if place == cython.NULL:
+            raise RingError("a body out of the bounds of the bulk area")
+        length: cython.size_t = aux & 0xFFFFFFFF
+        body = cython.cast(cython.p_char, place)[:length]
+        self.done()
+        return body
+
+    def shut(self) -> None:
+        """`close` for Python."""
+        self.close()

@@ -1,0 +1,226 @@
+"""The bulk area: space against a model, and peers that lie about it."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kbusd.rings import memfd
+from kbusd.rings.bulk import Bulk, BulkView
+from kbusd.rings.memfd import RingError
+from kbusd.rings.status import StatusPage, StatusView
+
+FRESH = 1 << 63
+SIZE = 4 << 20
+MOST = 2 << 20
+
+
+class Pair:
+    """Sender and receiver in one process, in the receiver's slot 3."""
+
+    def __init__(self) -> None:
+        self.page = StatusPage()
+        slots = [self.page.take_slot() for _ in range(4)]
+        self.view = BulkView(self.page, slots[3])
+        self.bulk = Bulk(StatusView(self.page.fileno()), slots[3])
+        self.bulk.make()
+
+    def send(self, body: bytes) -> int | None:
+        aux = self.bulk.put(body)
+        if aux is not None and aux & FRESH:
+            self.view.map(self.bulk.fd)
+        return aux
+
+    def claim(self, count: int) -> None:
+        """What a hostile receiver says of how much it is done with."""
+        self.page.publish_bulk(3, count)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    yield Pair()
+
+
+def where(aux: int) -> tuple[int, int]:
+    return (aux & ~FRESH) >> 32, aux & 0xFFFFFFFF
+
+
+sizes = st.one_of(st.integers(1, MOST), st.integers(1, 300), st.just(MOST), st.just(SIZE // 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.tuples(st.just("send"), sizes), st.tuples(st.just("read"), st.just(0))))
+)
+def test_bodies_arrive_in_order_and_never_overlap(steps: list[tuple[str, int]]) -> None:
+    pair = Pair()
+    waiting: list[tuple[int, bytes]] = []
+    for number, (step, size) in enumerate(steps):
+        if step == "read":
+            if waiting:
+                aux, body = waiting.pop(0)
+                assert pair.view.read(aux) == body
+            continue
+        body = bytes([number % 251]) * size
+        aux = pair.send(body)
+        if aux is None:
+            # Of what is in use, a body is at most a half: with nothing in use there is room.
+            assert waiting
+            continue
+        at, length = where(aux)
+        assert length == size and at + size <= SIZE
+        for other, _ in waiting:
+            begin, taken = where(other)
+            assert at + size <= begin or begin + taken <= at
+        waiting.append((aux, body))
+    for aux, body in waiting:
+        assert pair.view.read(aux) == body
+    assert pair.bulk.put(b"x" * MOST) is not None
+
+
+def test_question_and_answer_use_the_same_pages(pair: Pair) -> None:
+    for _ in range(10):
+        aux = pair.send(b"x" * 1_000_000)
+        assert aux is not None and where(aux)[0] == 0
+        pair.view.read(aux)
+
+
+def test_two_of_the_longest_fit_and_no_longer_one_does(pair: Pair) -> None:
+    assert pair.send(b"x" * (MOST + 1)) is None
+    assert pair.send(b"") is None
+    first = pair.send(b"a" * MOST)
+    second = pair.send(b"b" * MOST)
+    assert first is not None and second is not None
+    assert pair.send(b"c") is None
+    assert pair.view.read(first) == b"a" * MOST
+    third = pair.send(b"c" * MOST)
+    assert third is not None and where(third)[0] == 0
+    assert pair.view.read(second) == b"b" * MOST
+    assert pair.view.read(third) == b"c" * MOST
+
+
+def test_no_page_exists_before_it_is_written(pair: Pair) -> None:
+    assert os.fstat(pair.bulk.fd).st_blocks == 0
+    aux = pair.send(b"x" * 100)
+    assert aux is not None and aux & FRESH
+    assert os.fstat(pair.bulk.fd).st_blocks * 512 <= 4096
+
+
+def test_an_area_is_given_up_only_when_nothing_is_in_it(pair: Pair) -> None:
+    aux = pair.send(b"x")
+    assert aux is not None
+    assert not pair.bulk.give_up()
+    pair.view.read(aux)
+    assert pair.bulk.give_up()
+    assert pair.bulk.put(b"y") is None
+    pair.bulk.make()
+    aux = pair.send(b"z" * 70_000)  # a new area, and the count goes on
+    assert aux is not None and aux & FRESH
+    assert pair.view.read(aux) == b"z" * 70_000
+    assert pair.bulk.statistics().done == 1
+    again = pair.send(b"w")
+    assert again is not None and where(again)[0] == 0 and not again & FRESH
+    assert pair.bulk.statistics().done == 2
+
+
+def test_an_area_that_was_never_told_of_is_given_up_in_silence(pair: Pair) -> None:
+    assert not pair.bulk.give_up()
+
+
+def test_the_area_can_not_be_made_smaller_or_mapped_writable(pair: Pair) -> None:
+    fd = pair.bulk.fd
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 4096)
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, SIZE)
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"x", 0)
+
+
+@pytest.mark.parametrize("count", [2, 1 << 40, 2**64 - 1])
+def test_a_receiver_that_counts_what_was_not_sent_gets_no_more(pair: Pair, count: int) -> None:
+    assert pair.send(b"x") is not None
+    pair.claim(count)
+    assert pair.bulk.put(b"y") is None
+    assert pair.bulk.statistics().broken
+
+
+def test_a_receiver_that_counts_backwards_gets_no_more(pair: Pair) -> None:
+    for _ in range(2):
+        aux = pair.send(b"x")
+        assert aux is not None
+        pair.view.read(aux)
+    assert pair.send(b"y") is not None
+    pair.claim(1)
+    assert pair.bulk.put(b"z") is None
+    assert pair.bulk.statistics().broken
+
+
+@pytest.mark.parametrize(
+    "aux",
+    [
+        0,
+        SIZE << 32,
+        SIZE << 32 | 1,
+        (SIZE - 1) << 32 | 2,
+        MOST + 1,
+        0xFFFFFFFF,
+        0x7FFFFFFF << 32 | 0xFFFFFFFF,
+        FRESH | 0x7FFFFFFF << 32 | 1,
+    ],
+)
+def test_a_body_out_of_bounds_is_refused(pair: Pair, aux: int) -> None:
+    assert pair.send(b"x") is not None
+    with pytest.raises(RingError):
+        pair.view.read(aux)
+
+
+def test_a_body_before_any_area_is_refused() -> None:
+    page = StatusPage()
+    with pytest.raises(RingError):
+        BulkView(page, page.take_slot()).read(1)
+
+
+@pytest.mark.parametrize("size", [SIZE - 4096, SIZE + 4096, 0])
+def test_an_area_of_another_size_is_refused(pair: Pair, size: int) -> None:
+    fd = memfd.make("area", size)
+    memfd.seal(fd)
+    with pytest.raises(RingError):
+        pair.view.map(fd)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("missing", [fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, 0x10])
+def test_an_area_that_could_change_its_size_is_refused(pair: Pair, missing: int) -> None:
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10
+    fd = memfd.make("area", SIZE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals & ~missing)
+    with pytest.raises(RingError):
+        pair.view.map(fd)
+    os.close(fd)
+
+
+def test_a_descriptor_that_is_no_memfd_is_refused(pair: Pair) -> None:
+    read, write = os.pipe()
+    with pytest.raises(RingError):
+        pair.view.map(read)
+    os.close(read)
+    os.close(write)
+
+
+def test_the_next_user_of_a_slot_begins_at_nothing(pair: Pair) -> None:
+    aux = pair.send(b"x")
+    assert aux is not None
+    pair.view.read(aux)
+    pair.view.shut()
+    later = Bulk(StatusView(pair.page.fileno()), 3)
+    later.make()
+    for _ in range(2):
+        assert later.put(b"x" * MOST) is not None
+    assert later.put(b"x") is None and not later.statistics().broken
