@@ -27,6 +27,8 @@ from .daemon import (
 )
 from .rawclient import DRIVER, BusError, Disconnected, RawClient, socket_address
 
+NOBODY = 65534
+ASK = f"{DRIVER}.GetConnectionUnixUser"
 ADDRESS = re.compile(r"unix:(path|abstract)=[^,;]+,guid=[0-9a-f]{32}")
 
 
@@ -458,6 +460,46 @@ def test_configuration_from_a_descriptor(place: Path) -> None:
     os.close(fd)
     assert process.stdout
     works(read_line(process.stdout)).close()
+    end(process)
+
+
+# -- an ordinary user ---------------------------------------------------------------------
+
+
+def test_as_an_ordinary_user(place: Path, config: Path) -> None:
+    """A session bus needs no privilege."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become somebody else; without it every test here is this one")
+    os.chown(place, NOBODY, NOBODY)
+    become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    process = subprocess.Popen(
+        [*become, *daemon_command(), f"--config-file={config}", "--nofork", "--print-address=1"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=clean_environment(HOME=str(place)),
+        bufsize=0,
+    )
+    assert process.stdout
+    address = read_line(process.stdout)
+    owners = {Path(f"/proc/{p.pid}").stat().st_uid for p in procs.descendants(process.pid)}
+    assert owners <= {NOBODY}
+    done = subprocess.run(
+        [
+            *become,
+            "dbus-send",
+            f"--bus={address}",
+            "--print-reply",
+            f"--dest={DRIVER}",
+            "/",
+            ASK,
+            f"string:{DRIVER}",
+        ],
+        capture_output=True,
+        timeout=20,
+        check=True,
+    )
+    assert f"uint32 {NOBODY}".encode() in done.stdout
     end(process)
 
 

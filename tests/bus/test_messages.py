@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from . import wireformat as w
 from .daemon import STRICT_POLICY, Bus
-from .rawclient import DRIVER, DRIVER_PATH, BusError
+from .rawclient import DRIVER, DRIVER_PATH, BusError, RawSocket
 
 ERROR = "org.freedesktop.DBus.Error."
 
@@ -272,6 +274,47 @@ def test_sender_gets_its_own_signal_if_it_asks(bus: Bus) -> None:
     client.add_match("type='signal',interface='test.I'")
     client.signal("/s", "test.I", "After")
     assert [message.member for message in client.drain()] == ["After"]
+
+
+def test_last_words_are_delivered(bus: Bus) -> None:
+    """What a client sent before it closed its socket arrives, broadcast or not."""
+    receiver = bus.connect()
+    receiver.add_match("interface='test.Last'")
+    for n in range(30):
+        sender = bus.connect()
+        sender.signal("/", "test.Last", f"Broadcast{n}")
+        sender.signal("/", "test.Last", f"Unicast{n}", "ay", (b"x" * 1000 * n,), to=receiver.name)
+        sender.close()
+        assert [receiver.read().member, receiver.read().member] == [f"Broadcast{n}", f"Unicast{n}"]
+
+
+def test_last_words_of_a_client_that_had_just_come(bus: Bus) -> None:
+    """Authentication, Hello, a signal and the end, all without waiting for any answer."""
+    receiver = bus.connect()
+    receiver.add_match("interface='test.Last'")
+    hello = {w.PATH: DRIVER_PATH, w.DESTINATION: DRIVER, w.INTERFACE: DRIVER, w.MEMBER: "Hello"}
+    signal = {w.PATH: "/", w.INTERFACE: "test.Last", w.MEMBER: "Gone"}
+    for _ in range(10):
+        sender = RawSocket(bus.address)
+        sender.write(
+            b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n"
+            + w.build(w.CALL, hello, serial=1)
+            + w.build(w.SIGNAL, signal, serial=2)
+        )
+        sender.sock.shutdown(socket.SHUT_WR)
+        assert receiver.read().member == "Gone"
+        sender.close()
+
+
+@pytest.mark.kbusd_only
+def test_nobody_eavesdrops(bus: Bus) -> None:
+    """eavesdrop='true' is accepted, for old programs, and shows nothing that is for another."""
+    sender, receiver, nosy = (bus.connect() for _ in range(3))
+    nosy.add_match("eavesdrop='true'")
+    sender.signal("/", "test.I", "Private", to=receiver.name)
+    sender.send_call(receiver.name, "/", "test.I", "Call", flags=w.NO_REPLY_EXPECTED)
+    assert [receiver.read().member, receiver.read().member] == ["Private", "Call"]
+    assert [m.member for m in nosy.drain(sender)] == []
 
 
 # -- order -------------------------------------------------------------------------------
