@@ -1,1 +1,1 @@
-
+"""The one unprivileged process that knows names, match rules and policy of the whole bus."""

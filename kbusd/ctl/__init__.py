@@ -1,1 +1,1 @@
-
+"""The `kbusctl` command: looks at a running bus from outside."""

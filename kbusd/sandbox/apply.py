@@ -53,6 +53,7 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if compiled.bounding is not None and (capable & _SETPCAP or root):
         step("capabilities", lambda: kernel.drop_bounding(compiled.bounding or 0))
     if root:
+        warnings += (f"profile {compiled.name}: {note}" for note in compiled.notes)
         _change_user(compiled, step)
     if compiled.capabilities is not None:
         _settle_capabilities(compiled, capable, root, step)
