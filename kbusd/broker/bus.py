@@ -70,6 +70,7 @@ from kbusd.wire import names
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
+FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 MAX_DIGITS = 20  # of an id; more than will ever be given out
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
 _FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
@@ -128,7 +129,8 @@ class Bus:
             self._read_configuration()
         for connection, request in waiting:
             connection.waiting -= 1
-            self._outside.send(connection.worker, Reply(request))
+            answer = Reply(request) if configuration is not None else Failure(request, *FAULTY)
+            self._outside.send(connection.worker, answer)
         self.activation.retry()
 
     def gone(self, worker: int, reason: str = "") -> None:

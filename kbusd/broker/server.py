@@ -202,6 +202,8 @@ class Server:
                     self._start_launcher(adopt(fds.pop()))
                 case Reconfigured() if len(fds) == 1:
                     self._reconfigure(fds.pop())
+                case Reconfigured() if not fds:
+                    self._bus.reconfigure(None)
                 case _:
                     raise LineError(f"the supervisor sent {message} with {len(fds)} descriptors")
         finally:

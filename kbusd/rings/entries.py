@@ -321,7 +321,8 @@ class LauncherLine(msgspec.Struct, frozen=True, array_like=True, tag="launcher")
 
 
 class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigured"):
-    """supervisor -> broker. fd: a sealed memfd with a new compiled configuration."""
+    """supervisor -> broker. fd: a sealed memfd with a new compiled configuration; none if the files
+    are faulty and the configuration in force stays."""
 
 
 SupervisorMessage = WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured

@@ -11,12 +11,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import kbusd
+from kbusd.supervisor import start
+
 _FIRST_FD = 3
 _CLEAR_OF = 64  # above every number that a child's descriptors are placed at
 
 
 def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int = 2) -> int:
-    """Run `python -m module arguments`; `fds` become its 3, 4, 5, ... Returns its pid."""
+    """Run `module`'s main with `arguments`; `fds` become its 3, 4, 5, ... Returns its pid."""
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for fd in (stderr, *fds)]
     # Not our stdin and stdout: whoever reads our address from there waits for the end of file.
     actions: list[tuple[object, ...]] = [
@@ -28,7 +31,7 @@ def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int
     try:
         return os.posix_spawn(
             sys.executable,
-            [sys.executable, "-s", "-P", "-m", module, *arguments],
+            [sys.executable, "-S", "-s", "-P", start.__file__, *_path(), "--", module, *arguments],
             os.environ,
             file_actions=actions,
             setsigmask=[],
@@ -37,6 +40,12 @@ def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int
     finally:
         for fd in high:
             os.close(fd)
+
+
+def _path() -> list[str]:
+    """Where we import from; an editable installation of kbusd is not on the path by itself."""
+    ours = os.path.dirname(next(iter(kbusd.__path__)))
+    return [ours, *(each for each in sys.path if each and each != ours)]
 
 
 def sealed_memfd(name: str, data: bytes) -> int:

@@ -37,6 +37,10 @@ from kbusd.supervisor.spawn import sealed_memfd, spawn
 
 SPARE_WORKERS = 4  # a connect costs a hand-over while these last; forking one takes about 2 ms
 MAX_SPARES_LOST = 16  # in a row: something is wrong with all of them
+FDS_PER_WORKER = 3  # line, pidfd, and for a moment the broker's end or the client
+OTHER_FDS = 64
+MAX_RESTARTS = 5
+RESTART_SECONDS = 10.0
 START_SECONDS = 30.0
 STOP_SECONDS = 2.0
 RETRY_SECONDS = 0.1  # after the system ran out of something
@@ -101,6 +105,8 @@ class Supervisor:
         self.next_worker = 1
         self.forking = 0
         self.spares_lost = 0
+        self.restarts: list[float] = []
+        self.max_workers = SPARE_WORKERS
         self.listening = False
         self.pause_until = 0.0
         self.exit_status: int | None = None
@@ -115,7 +121,7 @@ class Supervisor:
         """Start every process of the bus and wait until a client can be served."""
         prctl.set_child_subreaper(True)  # workers of a dead zygote come to us
         self._watch_signals()
-        if self.journal.to_syslog:
+        if self.journal.relays:
             self._relay_stderr()
         try:
             self.compiled = profiles.compile_all(self.settings.user)
@@ -124,6 +130,8 @@ class Supervisor:
                 self.journal.warn(warning)
         except SandboxError as error:
             raise StartError(str(error)) from None
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
+        self.max_workers = max(files // FDS_PER_WORKER, SPARE_WORKERS)
         self.broker = self._start_broker()
         self._start_launcher()
         self._start_zygote()
@@ -179,7 +187,7 @@ class Supervisor:
         self.zygote = self._start(
             "kbusd.workers.zygote",
             entries.FromZygote,
-            ["--guid", self.guid, "--pid", str(os.getpid())],
+            [self.guid, str(os.getpid())],
             self.configuration,
             self.compiled["zygote"],
             self.compiled["worker"],
@@ -278,7 +286,8 @@ class Supervisor:
     # -- workers -------------------------------------------------------------------------------
 
     def _refill(self) -> None:
-        while len(self.spare) + self.forking < SPARE_WORKERS:
+        room = self.max_workers - len(self.workers) - self.forking
+        for _ in range(min(room, SPARE_WORKERS - len(self.spare) - self.forking)):
             self._tell(self.zygote, entries.Fork(self.next_worker))
             self.next_worker += 1
             self.forking += 1
@@ -372,11 +381,11 @@ class Supervisor:
             os.close(self.configuration)
             self.configuration = sealed_memfd("kbusd-configuration", bytes(data))
             self.journal.say("configuration read again")
+            self._tell(self.broker, entries.Reconfigured(), [self.configuration])
+            self._tell(self.zygote, entries.Configured(), [self.configuration])
         else:
             self.journal.warn("configuration not read again; the one in force stays")
-        # Also after a failure: the broker owes its caller an answer.
-        self._tell(self.broker, entries.Reconfigured(), [self.configuration])
-        self._tell(self.zygote, entries.Configured(), [self.configuration])
+            self._tell(self.broker, entries.Reconfigured())
         if self.reload_again:
             self.reload_again = False
             self._reload()
@@ -422,7 +431,7 @@ class Supervisor:
             return
         self.journal.warn(f"{name} (pid {pid}) {describe(code)}")
         match name:
-            case "kbusd.workers.zygote" if self.spare or code < 0:
+            case "kbusd.workers.zygote" if self.log_fd >= 0 and self._may_restart():
                 if self.zygote.sock.fileno() >= 0:
                     self._from_zygote()
                 self._start_zygote()
@@ -430,6 +439,12 @@ class Supervisor:
                 self._start_launcher()
             case _:
                 self.exit_status = 1
+
+    def _may_restart(self) -> bool:
+        """Not if it ended too often in a short time: then something is wrong for good."""
+        now = time.monotonic()
+        self.restarts = [at for at in self.restarts if now - at < RESTART_SECONDS] + [now]
+        return len(self.restarts) <= MAX_RESTARTS
 
     def _relay_stderr(self) -> None:
         reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -456,17 +471,13 @@ class Supervisor:
         deadline = time.monotonic() + STOP_SECONDS
         while self.children and time.monotonic() < deadline:
             self._reap()
-            self.selector_wait(0.02)
+            time.sleep(0.01)
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for pid in list(self.children):
             os.waitpid(pid, 0)
         self.children.clear()
-
-    def selector_wait(self, seconds: float) -> None:
-        with contextlib.suppress(InterruptedError):
-            signal.sigtimedwait([], seconds)
 
 
 def peer_credentials(client: socket.socket) -> entries.Credentials:

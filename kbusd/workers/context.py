@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import pwd
-from dataclasses import dataclass, replace
 
 import msgspec
 
-from kbusd.policy.configuration import Configuration
+from kbusd.policy.rules import Policy
 from kbusd.sandbox.compiled import Compiled
 from kbusd.workers.driver import Bus
 
@@ -43,11 +42,26 @@ def bus_owner(user: str | None) -> int:
     return os.geteuid()
 
 
-@dataclass(frozen=True)
-class Context:
+class Settings(msgspec.Struct, frozen=True):
+    """The part of the compiled configuration that a worker acts on."""
+
+    type: str
+    user: str
+    auth: tuple[str, ...]
+    allow_anonymous: bool
+    limits: dict[str, int]
+    policy: Policy
+
+
+_decode = msgspec.msgpack.Decoder(Settings).decode
+
+
+class Context(msgspec.Struct, frozen=True):
+    """`configuration` is replaced when the bus reads it again; workers keep theirs."""
+
     guid: str
     bus: Bus
-    configuration: Configuration
+    configuration: Settings
     profile: Compiled
     log_fd: int
 
@@ -56,7 +70,7 @@ class Context:
         cls, guid: str, pid: int, configuration: bytes, profile: Compiled, log_fd: int
     ) -> Context:
         """`pid` is the supervisor's, which is the bus's to the outside."""
-        decoded = msgspec.msgpack.decode(configuration, type=Configuration)
+        decoded = _decode(configuration)
         bus = Bus(
             guid,
             machine_id(),
@@ -67,6 +81,4 @@ class Context:
         return cls(guid, bus, decoded, profile, log_fd)
 
     def with_configuration(self, configuration: bytes) -> Context:
-        return replace(
-            self, configuration=msgspec.msgpack.decode(configuration, type=Configuration)
-        )
+        return msgspec.structs.replace(self, configuration=_decode(configuration))

@@ -12,8 +12,7 @@ import select
 import socket
 import time
 
-import prctl
-
+from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings import entries
 from kbusd.rings.line import Line
 from kbusd.sandbox import apply
@@ -26,7 +25,6 @@ _SASL_READ = 16384
 
 def main(context: Context, supervisor: socket.socket, broker: socket.socket, locked: int) -> int:
     """Run one worker to its end; returns the process's exit status."""
-    prctl.set_name("kbusd-worker")
     line = Line(broker, entries.BrokerMessage)
     hand_over = Line(supervisor, entries.ToWorker)
     engine = Engine(context, line)
@@ -42,6 +40,11 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     started = _authenticate(context, credentials, client, supervisor)
     if isinstance(started, str):
         line.send(entries.Leaving(0, started))
+        return 0
+    policy = ClientPolicy(context.configuration.policy, credentials, owner=context.bus.owner)
+    verdict = policy.can_connect()
+    if not verdict.allowed:
+        line.send(entries.Leaving(0, f"may not connect: {explain(verdict)}"))
         return 0
     rest, fds, unix_fds = started
     engine.serve(client.fileno(), supervisor.fileno(), credentials, rest, fds, unix_fds)

@@ -8,7 +8,6 @@ collector's sight, so that a worker shares these pages as long as it lives.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import os
@@ -16,8 +15,6 @@ import selectors
 import signal
 import socket
 import sys
-
-import prctl
 
 from kbusd.rings import entries
 from kbusd.rings.line import Line, LineError, pair
@@ -111,15 +108,11 @@ class Zygote:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--guid", required=True)
-    parser.add_argument("--pid", type=int, required=True)
-    options = parser.parse_args()
-    prctl.set_name("kbusd-zygote")
+    _, guid, supervisor = sys.argv
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is the supervisor's to handle
     own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))
     line = Line(socket.socket(fileno=3), entries.ToZygote)
-    context = Context.make(options.guid, options.pid, read_all(4), workers, log_fd=7)
+    context = Context.make(guid, int(supervisor), read_all(4), workers, log_fd=7)
     for fd in (4, 5, 6):
         os.close(fd)
     zygote = Zygote(context, line)

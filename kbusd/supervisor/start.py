@@ -1,0 +1,27 @@
+"""The first lines that run in a child: `python -S -s -P start.py PATH... -- MODULE ARGUMENT...`.
+
+It takes its import path from the supervisor instead of working it out (`site` and what
+virtual environments hook into it would stay in the memory of every worker), and so runs exactly
+the code that the supervisor would. Imports nothing of ours before that; trusts its arguments.
+"""
+
+import sys
+
+
+def main() -> None:
+    end = sys.argv.index("--")
+    sys.path[:] = sys.argv[1:end]
+    name = sys.argv[end + 1]
+    sys.argv[:] = [name, *sys.argv[end + 2 :]]
+    # msgspec does without it, and it brings inspect, ast, dis and tokenize.
+    sys.modules["typing_extensions"] = None  # type: ignore[assignment]
+    from importlib import import_module
+
+    module = import_module(name)
+    if not hasattr(module, "main"):
+        module = import_module(f"{name}.__main__")
+    sys.exit(module.main())
+
+
+if __name__ == "__main__":
+    main()
