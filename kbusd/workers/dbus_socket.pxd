@@ -1,6 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kbusd.rings.broadcast cimport Broadcast, BroadcastReader
+from kbusd.rings.bulk cimport Bulk
 from kbusd.rings.clock cimport Clock
 from kbusd.rings.doorbell cimport Doorbell
 from kbusd.rings.fanout cimport Fanout
@@ -45,14 +46,14 @@ cdef class Engine:
     cdef Output output
     cdef Peer me
     cdef dict peers, routes, pending, by_source
-    cdef list touched, backlogged
+    cdef list touched, backlogged, bulks
     cdef int epoll, client, supervisor
     cdef long long id, epoch, names_version
     cdef uint32_t serial
     cdef int request
     cdef int introducing, slow, fetching
     cdef bint busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
-    cdef uint64_t stall_until, leave_until, poll_ns, reply_ns
+    cdef uint64_t tidy_at, stall_until, leave_until, poll_ns, reply_ns
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
 
@@ -65,10 +66,12 @@ cdef class Engine:
     cdef bint _waits(self) except -1
     cdef void _messages(self) except *
     cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1
-    cdef bint _message(self, uint8_t *data, size_t size, const uint8_t *large) except -1
+    cdef bint _message(self, uint8_t *data, size_t size, bint large) except -1
+    cdef bint _begin_bulk(self, Header *header, uint8_t *data) except -1
+    cdef Bulk _bulk(self, Peer peer)
     cdef bint _must_wait(self, Route route) except -1
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
-    cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd) except *
+    cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except *
     cdef void _publish(self, Route route, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _publish_large(self, Route route, FrameHead *head, const uint8_t *body, tuple fds, int own) except *
     cdef uint8_t *_reserve(self, Route route, size_t length) except? NULL
@@ -78,5 +81,6 @@ cdef class Engine:
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
     cdef void _deliver_copy(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
     cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef const uint8_t *_bulk_body(self, Peer peer, FrameHead *head) except NULL
     cdef void _bells(self) except *
     cdef void _flush(self) except *

@@ -16,10 +16,12 @@ import cython
 import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_MOST, Bulk, BulkView
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import Doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
 from cython.cimports.kbusd.rings.frame import STOP, FrameHead
+from cython.cimports.kbusd.rings.memfd import large_map
 from cython.cimports.kbusd.rings.merge import Merge
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
@@ -36,16 +38,11 @@ from cython.cimports.kbusd.workers.libc import (
     EPOLLHUP,
     EPOLLIN,
     EPOLLOUT,
-    MAP_FAILED,
-    MAP_POPULATE,
-    MAP_SHARED,
-    PROT_READ,
     epoll_create1,
     epoll_ctl,
     epoll_event,
     epoll_wait,
     errno,
-    mmap,
     munmap,
     sched_yield,
 )
@@ -55,9 +52,8 @@ from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
 from kbusd.policy.decide import ClientPolicy
-from kbusd.rings import entries
+from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
-from kbusd.rings import memfd
 from kbusd.rings.line import LineError, close_all
 from kbusd.rings.memfd import RingError
 from kbusd.wire import body as wire_body
@@ -79,6 +75,7 @@ MARK = cython.declare(cython.int, 3)
 LARGE = cython.declare(cython.int, 4)
 COPY = cython.declare(cython.int, 5)
 REFUSED = cython.declare(cython.int, 6)
+BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
 
 NEW = cython.declare(cython.int, 0)
@@ -93,9 +90,15 @@ PEERS = cython.declare(cython.uint, 1)
 BROKER = cython.declare(cython.uint, 2)
 SUPERVISOR = cython.declare(cython.uint, 3)
 
-# A body above this travels as a sealed memfd: up to here two copies through the ring's warm pages
-# cost less than fresh pages do (tests/bench, payload).
+# A body above the first travels through the bulk area if the peer has one, a body above the second
+# otherwise as a sealed memfd.
+BULK_LEAST = cython.declare(cython.size_t, 65536)
 LARGE_BODY = cython.declare(cython.size_t, 98304)
+MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
+# What large messages leave behind is looked at so often; a bulk area goes after so many looks
+# without use, and the spare segment of the output at the first.
+TIDY_NS = cython.declare(uint64_t, 1_000_000_000)
+IDLE_TIDIES = cython.declare(cython.int, 5)
 MAX_ROUTES = cython.declare(cython.int, 1024)
 # While a peer is being introduced, or has no room, our client's next messages wait this long: so
 # that order holds across receivers, and a peer that hangs holds up nobody for longer.
@@ -186,6 +189,7 @@ class Engine:
         self.activating = {}
         self.touched = []
         self.backlogged = []
+        self.bulks = []
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
         self.serial = 0
         self.request = 0
@@ -249,7 +253,9 @@ class Engine:
         timeout: cython.int
         while True:
             self._inbound()
-            if self.input.large != cython.NULL or self.input.end - self.input.start >= 16:
+            if self.tidy_at and monotonic() >= self.tidy_at:
+                self._tidy()
+            if self.input.large_need or self.input.end - self.input.start >= 16:
                 self._messages()
             self._bells()
             self._flush()
@@ -258,6 +264,8 @@ class Engine:
             else:
                 self._watch_client()
             timeout = self._timeout()
+            if self.tidy_at:
+                timeout = self._until_tidy(timeout)
             count = self._poll(events) if self.poll_ns else 0
             if count == 0:
                 count = self._sleep(events, timeout)
@@ -375,8 +383,37 @@ class Engine:
             return 0 if self.input.end - self.input.start >= 16 and not self.reading else 50
         return -1
 
+    def _until_tidy(self, timeout: cython.int) -> cython.int:
+        now: uint64_t = monotonic()
+        left: uint64_t = (self.tidy_at - now) // 1_000_000 + 1 if now < self.tidy_at else 0
+        if timeout < 0 or left < cython.cast(uint64_t, timeout):
+            return left
+        return timeout
+
+    def _tidy(self):
+        """Give back what large messages have left behind and nobody has used for a while."""
+        head: FrameHead
+        peer: Peer
+        left: cython.bint = self.output.trim()
+        kept = []
+        for item in self.bulks:
+            peer = cython.cast(Peer, item)
+            if peer.bulk is None:
+                continue
+            peer.bulk.idle += 1
+            if peer.bulk.idle > IDLE_TIDIES and peer.bulk.release():
+                memset(cython.address(head), 0, cython.sizeof(FrameHead))
+                head.kind = BULK
+                self._send(peer, cython.address(head), b"", cython.NULL, ())
+            if peer.bulk is not None and peer.bulk.base != cython.NULL:
+                kept.append(peer)
+        self.bulks = kept
+        self.tidy_at = monotonic() + TIDY_NS if left or kept else 0
+
     def _waits(self) -> cython.bint:
-        return self.busy or self.fetching > 0 or ((self.introducing or self.slow) and self._stalled())
+        return (
+            self.busy or self.fetching > 0 or ((self.introducing or self.slow) and self._stalled())
+        )
 
     def _stalled(self) -> cython.bint:
         """Whether our client's next message must wait for an introduction or for room."""
@@ -437,14 +474,14 @@ class Engine:
         have: cython.size_t
         total: cython.longlong
         while True:
-            if self.input.large != cython.NULL:
+            if self.input.large_need:
                 if self.input.large_have < self.input.large_need:
                     return
                 if self._waits():
                     return
                 data = self.input.data + self.input.start
                 have = self.input.end - self.input.start
-                if not self._message(data, have, self.input.large):
+                if not self._message(data, have, True):
                     return
                 self.input.start = self.input.end
                 continue
@@ -466,14 +503,15 @@ class Engine:
                 if not self._begin_large(data, total, have):
                     self.input.make_room(total)
                 return
-            if not self._message(data, total, cython.NULL):
+            if not self._message(data, total, False):
                 return
             self.input.start += total
 
     def _begin_large(
         self, data: cython.pointer(uint8_t), total: cython.size_t, have: cython.size_t
     ) -> cython.bint:
-        """If the body is large and the header is here, receive the rest into a memfd."""
+        """If the body is large and the header is here, receive the rest into the bulk area or into
+        a memfd."""
         header: Header
         body_length: uint32_t
         code: cython.int
@@ -485,33 +523,76 @@ class Engine:
                 | ((body_length >> 8) & 0xFF00)
                 | (body_length >> 24)
             )
-        if body_length <= LARGE_BODY or total - body_length > have:
+        if body_length <= BULK_LEAST or total - body_length > have:
             return False
         code = scan(data, total - body_length, cython.address(header))
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
+        if body_length <= BULK_MOST and self._begin_bulk(cython.address(header), data):
+            return True
+        if body_length <= LARGE_BODY:
+            return False
         try:
             self.input.begin_large(header.header_length, body_length)
         except OSError as error:
             raise Gone(f"no memory for a message of {total} bytes: {error.strerror}") from None
         return True
 
+    def _begin_bulk(
+        self, header: cython.pointer(Header), data: cython.pointer(uint8_t)
+    ) -> cython.bint:
+        """Receive a body where its receiver's worker will read it. Whether it goes there is only
+        decided once it is here: names may have moved by then."""
+        place: cython.pointer(uint8_t)
+        route: Route
+        if not self.loaded or header.type == SIGNAL or self.monitor or self.replica.monitors:
+            return False
+        if self.log.head() != self.log.position:
+            self._inbound()
+            if self.fetching:
+                return False
+        route = self._route(data, header, cython.NULL)
+        if route.peer is None or route.peer.state != READY:
+            return False
+        bulk: Bulk = self._bulk(route.peer)
+        if bulk is None:
+            return False
+        place = bulk.reserve(header.body_length)
+        if place == cython.NULL:
+            return False
+        self.input.begin_bulk(header.header_length, header.body_length, place, bulk)
+        return True
+
+    def _bulk(self, peer: Peer) -> Bulk:
+        """The bulk area to a peer that is READY; None if it can't have one."""
+        if peer.bulk is None:
+            peer.bulk = Bulk(peer.view, peer.their_slot)
+        if peer.bulk.base == cython.NULL:
+            if cython.cast(cython.size_t, len(self.bulks)) >= MAX_BULKS or peer.bulk.open() < 0:
+                return None
+            self.bulks.append(peer)
+            if self.tidy_at == 0:
+                self.tidy_at = monotonic() + TIDY_NS
+        return peer.bulk
+
     def _message(
         self,
         data: cython.pointer(uint8_t),
         size: cython.size_t,
-        large: cython.pointer(cython.const[uint8_t]),
+        large: cython.bint,
     ) -> cython.bint:
-        """Check a message and send it on; False if it must wait until peers are introduced."""
+        """Check a message and send it on; False if it must wait until peers are introduced.
+
+        `large`: its body is apart, in the bulk area or in a memfd."""
         header: Header
         route: Route
         body: cython.pointer(cython.const[uint8_t])
         code: cython.int
-        large_fd: cython.int = -1
+        bulk: Bulk = None
         code = scan(data, size, cython.address(header))
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
-        body = large if large != cython.NULL else data + header.header_length
+        body = self.input.whole() if large else data + header.header_length
         code = check_body(
             body,
             header.body_length,
@@ -534,15 +615,22 @@ class Engine:
         fds: tuple = ()
         if header.unix_fds:
             fds = self._take_fds(header.unix_fds)
-        if large != cython.NULL and route.peer is not None and not self.replica.monitors:
-            self.input.end_large()
-            large_fd = self.input.take_large()
-            self._forward(route, cython.address(header), cython.NULL, fds, large_fd)
-            os.close(large_fd)
+        if large:
+            bulk = self.input.bulk
+        if (
+            not large
+            or route.peer is None
+            or self.replica.monitors
+            or (bulk is not None and bulk is not route.peer.bulk)
+        ):
+            self._forward(route, cython.address(header), body, fds, -1, None)
         else:
-            self._forward(route, cython.address(header), body, fds, -1)
-            if large != cython.NULL:
-                self.input.end_large()
+            self._forward(route, cython.address(header), body, fds, self.input.large_fd, bulk)
+        if large:
+            self.input.end_large()
+            if bulk is not None:
+                bulk.cancel()
+            else:
                 os.close(self.input.take_large())
         close_all(fds)
         return True
@@ -680,7 +768,10 @@ class Engine:
         body: cython.pointer(cython.const[uint8_t]),
         fds: tuple,
         large_fd: cython.int,
+        bulk: Bulk,
     ) -> cython.void:
+        """Send a message on. Its body is at `body`, and also in `large_fd` or reserved in `bulk`,
+        if there is one."""
         head: FrameHead
         peer: Peer
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
@@ -717,6 +808,9 @@ class Engine:
                 head.aux = header.body_length
                 head.body_length = 0
                 fds = (*fds, large_fd)
+            elif bulk is not None:
+                head.kind = BULK
+                head.body_length = 0
             self._send(route.peer, cython.address(head), route.envelope, body, fds)
         elif route.broadcast:
             self._publish(route, cython.address(head), body, fds)
@@ -894,6 +988,10 @@ class Engine:
                 copy.aux = head.body_length
             copy.body_length = 0
             fds = (*fds, own)
+        elif head.kind == BULK and peer.bulk.reserved:
+            copy.aux = peer.bulk.commit()
+            if copy.aux & BULK_FRESH:
+                fds = (*fds, peer.bulk.fd)
         try:
             if not peer.put(cython.address(copy), envelope, body, fds, self.clock):
                 if peer.state == NEW:
@@ -907,6 +1005,8 @@ class Engine:
         finally:
             if own >= 0:
                 os.close(own)
+            if copy.aux & BULK_FRESH and copy.kind == BULK and peer.bulk is not None:
+                peer.bulk.close_fd()
 
     def _to_myself(
         self,
@@ -1244,6 +1344,8 @@ class Engine:
             self._free_slots(peer)
 
     def _free_slots(self, peer: Peer):
+        if peer.bulk_view is not None:
+            peer.bulk_view.close()
         self.status.free_slot(peer.slot)
         self.status.free_slot(peer.broadcast_slot)
 
@@ -1281,6 +1383,8 @@ class Engine:
                 peer = self.by_source[source]
                 try:
                     self._deliver(peer, cython.address(head), payload, None)
+                    if head.kind == BULK and peer.bulk_view is not None and head.aux & 0xFFFFFFFF:
+                        peer.bulk_view.done()
                 except HostilePeer as error:
                     self._drop(peer, str(error))
             self.merge.publish()
@@ -1378,10 +1482,20 @@ class Engine:
         template: Template
         fds: tuple = () if own_fds is None else own_fds
         count: cython.size_t = head.fds + (
-            1 if head.kind == LARGE or head.kind == LARGE_COPY else 0
+            1
+            if head.kind == LARGE
+            or head.kind == LARGE_COPY
+            or (head.kind == BULK and head.aux & BULK_FRESH)
+            else 0
         )
+        body: cython.pointer(cython.const[uint8_t]) = payload + head.envelope_length
         if count and own_fds is None:
             fds = peer.receive_fds(count)
+        if head.kind == BULK:
+            fds = self._bulk_begins(peer, head.aux, fds)
+            if head.aux & 0xFFFFFFFF == 0:
+                return
+            body = self._bulk_body(peer, head)
         if head.kind == REFUSED:
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
@@ -1391,7 +1505,7 @@ class Engine:
         if self.monitor:
             close_all(fds)
             return  # a monitor is nobody's destination
-        if head.kind != MESSAGE and head.kind != LARGE:
+        if head.kind != MESSAGE and head.kind != LARGE and head.kind != BULK:
             close_all(fds)
             raise HostilePeer(f"a frame of kind {head.kind}")
         envelope = _bytes(payload, head.envelope_length)
@@ -1432,7 +1546,35 @@ class Engine:
             close_all(fds)
             self._overflow(peer, template.type, head.serial, head.flags)
             return
-        self._emit(template, head, payload + head.envelope_length, fds)
+        self._emit(template, head, body, fds)
+
+    def _bulk_begins(self, peer: Peer, aux: uint64_t, fds: tuple) -> tuple:
+        """Map the peer's new bulk area or let go of the old one, if its frame says so; the
+        descriptors that are left."""
+        if aux & BULK_FRESH:
+            if peer.bulk_view is None:
+                peer.bulk_view = BulkView(self.status, peer.slot)
+            try:
+                peer.bulk_view.open(fds[len(fds) - 1])
+            except RingError as error:
+                close_all(fds)
+                raise HostilePeer(str(error)) from None
+            os.close(fds[len(fds) - 1])
+            fds = fds[: len(fds) - 1]
+        if aux & 0xFFFFFFFF == 0 and peer.bulk_view is not None:
+            peer.bulk_view.release()
+        return fds
+
+    def _bulk_body(self, peer: Peer, head: cython.pointer(FrameHead)) -> cython.pointer(
+        cython.const[uint8_t]
+    ):
+        """Where a body stands in the peer's bulk area, which the peer can write to at any time."""
+        body: cython.pointer(cython.const[uint8_t]) = cython.NULL
+        if peer.bulk_view is not None:
+            body = peer.bulk_view.place(head.aux)
+        if body == cython.NULL:
+            raise HostilePeer("a body out of the bounds of its bulk area")
+        return body
 
     def _deliver_copy(
         self,
@@ -1478,9 +1620,16 @@ class Engine:
         code: cython.int
         if head.kind == LARGE or head.kind == LARGE_COPY:
             length = head.aux if head.kind == LARGE else os.fstat(fds[len(fds) - 1]).st_size
-            mapping = _map_large(fds[len(fds) - 1], length)
+            mapping = cython.cast(cython.pointer(uint8_t), large_map(fds[len(fds) - 1], length))
+            if mapping == cython.NULL:
+                close_all(fds)
+                raise HostilePeer("a large body that is not sealed, or not as long as it says")
             os.close(fds[len(fds) - 1])
             fds = fds[: len(fds) - 1]
+        elif head.kind == BULK:
+            length = head.aux & 0xFFFFFFFF
+        if self.tidy_at == 0 and length > BULK_LEAST:
+            self.tidy_at = monotonic() + TIDY_NS
         if fds:
             self.output.begin_with_fds(fds)
         place = self.output.reserve(n if mapping != cython.NULL else n + length)
@@ -1498,6 +1647,7 @@ class Engine:
         if code < 0:
             if mapping != cython.NULL:
                 munmap(mapping, length)
+            self.output.drop_fds()
             raise HostilePeer(f"a body that breaks a rule: {wire_header.reason(code)}")
         place[2] = head.flags
         _store(place + 4, length, template.big_endian)
@@ -1605,19 +1755,6 @@ class Engine:
                 f"does not read: {self.output.pending} bytes wait for it, over the limit"
                 f" max_outgoing_bytes of {self.max_outgoing}"
             )
-
-
-@cython.cfunc
-def _map_large(fd: cython.int, length: cython.size_t) -> cython.pointer(uint8_t):
-    """Map a large body; it must be sealed, so that it is what we check, and of the size told."""
-    try:
-        memfd.check_sealed(fd, length)
-    except RingError as error:
-        raise HostilePeer(str(error)) from None
-    where = mmap(cython.NULL, length, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0)
-    if where == MAP_FAILED:
-        raise HostilePeer("a large body could not be mapped")
-    return cython.cast(cython.pointer(uint8_t), where)
 
 
 @cython.cfunc

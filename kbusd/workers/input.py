@@ -2,13 +2,21 @@
 """What a client has sent and we have not handled yet: bytes, and the descriptors beside them.
 
 All of it is hostile. A buffer holds the messages as they came; the body of a large message goes
-straight from the socket into a memfd, which the receiver's worker will map. Nothing here blocks.
+straight from the socket into the bulk area that its receiver's worker reads, or else by a buffer
+into a memfd. No memory is taken before the bytes for it have come. Nothing here blocks.
 """
 
-import fcntl
 import os
 
 import cython
+from cython.cimports.kbusd.rings.bulk import Bulk
+from cython.cimports.kbusd.rings.memfd import (
+    LARGE_SEALS,
+    add_seals,
+    create,
+    large_map,
+    large_unmap,
+)
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -16,23 +24,17 @@ from cython.cimports.kbusd.workers.libc import (
     CMSG_NXTHDR,
     EAGAIN,
     EINTR,
-    MAP_FAILED,
-    MAP_POPULATE,
-    MAP_SHARED,
     MSG_CMSG_CLOEXEC,
     MSG_CTRUNC,
     MSG_DONTWAIT,
-    PROT_READ,
-    PROT_WRITE,
     SCM_RIGHTS,
     SOL_SOCKET,
     cmsghdr,
     errno,
     iovec,
-    mmap,
     msghdr,
-    munmap,
     recvmsg,
+    write,
 )
 from cython.cimports.libc.stdint import uint8_t
 from cython.cimports.libc.stdlib import free, malloc
@@ -40,12 +42,14 @@ from cython.cimports.libc.string import memcpy, memmove, memset
 
 BUFFER = cython.declare(cython.size_t, 65536)
 MAX_PENDING_FDS = cython.declare(cython.size_t, 1024)
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+# Written into a memfd from here: that costs half of receiving into fresh pages of a mapping.
+CHUNK = cython.declare(cython.size_t, 131072)
 
 
 @cython.cclass
 class Input:
-    """The bytes from `start` to `end` of `data` are unread; `large` is a body being received."""
+    """The bytes from `start` to `end` of `data` are unread. If `large_need` is not 0, a body of so
+    many bytes is being received: `large_have` of it have come."""
 
     def __cinit__(self):
         self.capacity = BUFFER
@@ -55,12 +59,15 @@ class Input:
         self.start = self.end = 0
         self.fds = []
         self.large = cython.NULL
+        self.chunk = cython.NULL
+        self.large_need = 0
         self.large_fd = -1
 
     def __dealloc__(self):
         free(self.data)
-        if self.large != cython.NULL:
-            munmap(self.large, self.large_need)
+        free(self.chunk)
+        if self.large_fd >= 0:
+            large_unmap(self.large, self.large_need)
 
     def feed(self, data: bytes, fds: list) -> None:
         """Take over what the authentication has read too much."""
@@ -77,9 +84,14 @@ class Input:
         header: msghdr
         control: uint8_t[1064]
         got: cython.Py_ssize_t
-        if self.large != cython.NULL:
-            vector.iov_base = self.large + self.large_have
-            vector.iov_len = self.large_need - self.large_have
+        if self.large_need:
+            left: cython.size_t = self.large_need - self.large_have
+            if self.bulk is not None:
+                vector.iov_base = cython.cast(cython.p_void, self.large + self.large_have)
+                vector.iov_len = left
+            else:
+                vector.iov_base = self.chunk
+                vector.iov_len = left if left < CHUNK else CHUNK
         else:
             if self.start == self.end:
                 self.start = self.end = 0
@@ -105,7 +117,9 @@ class Input:
             self.broken = True
         if got == 0 or self.broken:
             return -1
-        if self.large != cython.NULL:
+        if self.large_need:
+            if self.bulk is None:
+                self._store(self.chunk, got)
             self.large_have += got
         else:
             self.end += got
@@ -150,37 +164,73 @@ class Input:
         self.end -= self.start
         self.start = 0
 
+    def begin_bulk(
+        self, header: cython.size_t, body: cython.size_t, place: cython.pointer(uint8_t), bulk: Bulk
+    ) -> cython.void:
+        """The message at `start` has `body` bytes behind its header: receive them at `place`, which
+        is reserved in `bulk`."""
+        have: cython.size_t = self.end - self.start - header
+        memcpy(place, self.data + self.start + header, have)
+        self.bulk = bulk
+        self.large = place
+        self._begun(header, body, have)
+
     def begin_large(self, header: cython.size_t, body: cython.size_t) -> cython.void:
         """The message at `start` has `body` bytes behind its header: receive them into a memfd.
 
-        Raises OSError when there is no memory or no descriptor for it."""
+        Raises OSError when there is no descriptor for it."""
         have: cython.size_t = self.end - self.start - header
-        fd = os.memfd_create("kbusd-body", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(fd, body)
-            where = mmap(
-                cython.NULL, body, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0
-            )
-            if where == MAP_FAILED:
-                raise OSError(errno, "mmap")
-        except OSError:
-            os.close(fd)
-            raise
+        fd: cython.int = create(b"kbusd-body", body)
+        if fd < 0:
+            raise OSError(-fd, os.strerror(-fd))
         self.large_fd = fd
-        self.large = cython.cast(cython.pointer(uint8_t), where)
-        memcpy(self.large, self.data + self.start + header, have)
+        if self.chunk == cython.NULL:
+            self.chunk = cython.cast(cython.pointer(uint8_t), malloc(CHUNK))
+            if self.chunk == cython.NULL:
+                raise MemoryError
+        self._store(self.data + self.start + header, have)
+        self._begun(header, body, have)
+
+    def _begun(
+        self, header: cython.size_t, body: cython.size_t, have: cython.size_t
+    ) -> cython.void:
         self.large_have = have
         self.large_need = body
         self.end = self.start + header
 
+    def _store(self, data: cython.pointer(uint8_t), length: cython.size_t) -> cython.void:
+        """Append to the memfd. Raises MemoryError."""
+        wrote: cython.Py_ssize_t
+        while length:
+            wrote = write(self.large_fd, data, length)
+            if wrote < 0:
+                if errno == EINTR:
+                    continue
+                raise MemoryError
+            data += wrote
+            length -= wrote
+
+    def whole(self) -> cython.pointer(cython.const[uint8_t]):
+        """The large body, all of which has come; if in a memfd, sealed. Raises MemoryError."""
+        if self.large == cython.NULL:
+            if add_seals(self.large_fd, LARGE_SEALS) == 0:
+                self.large = large_map(self.large_fd, self.large_need)
+            if self.large == cython.NULL:
+                raise MemoryError
+        return self.large
+
     def end_large(self) -> cython.void:
-        """Unmap the large body and seal it; `large_fd` is the caller's from now on."""
-        munmap(self.large, self.large_need)
+        """The large body is dealt with; a memfd is still to be taken."""
+        if self.large_fd >= 0:
+            large_unmap(self.large, self.large_need)
         self.large = cython.NULL
-        fcntl.fcntl(self.large_fd, fcntl.F_ADD_SEALS, _SEALS)
+        self.large_need = 0
+        self.bulk = None
+        free(self.chunk)
+        self.chunk = cython.NULL
 
     def take_large(self) -> int:
-        """The sealed body's descriptor, the caller's from now on."""
+        """The sealed body's descriptor, the caller's from now on; -1 if it was in the bulk area."""
         fd = self.large_fd
         self.large_fd = -1
         return fd

@@ -60,6 +60,8 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: PROT_READ
     enum: PROT_WRITE
     enum: MAP_SHARED
+    enum: MAP_PRIVATE
+    enum: MAP_ANONYMOUS
     enum: MAP_POPULATE
     void *MAP_FAILED
 
@@ -70,6 +72,7 @@ cdef extern from "<errno.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
+    ssize_t write(int fd, const void *data, size_t size)
 
 cdef extern from "<string.h>" nogil:
     char *strerror(int errnum)

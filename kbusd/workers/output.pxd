@@ -5,17 +5,22 @@ from kbusd.workers.libc cimport msghdr
 cdef class Segment:
     cdef uint8_t *data
     cdef size_t start, end, capacity
-    cdef bint mapped
+    cdef bint mapped, full
     cdef tuple fds
 
 cdef class Output:
     cdef object segments
-    cdef Segment tail
+    cdef Segment tail, spare
+    cdef bint spare_used
     cdef readonly size_t pending
     cdef uint8_t *reserve(self, size_t length) except NULL
     cdef void commit(self, size_t length) noexcept
     cdef void begin_with_fds(self, tuple fds) except *
+    cdef void drop_fds(self) except *
     cdef void add_mapping(self, uint8_t *data, size_t length, size_t mapped_length) except *
     cdef int flush(self, int fd) except -2
     cdef void _attach(self, msghdr *header, uint8_t *control, tuple fds) except *
+    cdef Segment _large(self, size_t length)
+    cdef void _retire(self, Segment segment) except *
+    cdef bint trim(self) except -1
     cdef void _sent(self, size_t sent) except *

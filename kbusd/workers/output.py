@@ -4,12 +4,15 @@
 Small messages are written side by side into one buffer and leave with one sendmsg(2). A message
 with descriptors starts a segment of its own, since descriptors travel with a first byte. A large
 payload is sent from its mapping, without a copy. Owns what is put into it; nothing here blocks.
+One large segment is kept for the next large message, since fresh pages cost more than the copy
+into them, until `trim` finds that nobody has used it for a while.
 """
 
 import os
 from collections import deque
 
 import cython
+from cython.cimports.kbusd.rings.bulk import BULK_MOST
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -17,13 +20,19 @@ from cython.cimports.kbusd.workers.libc import (
     CMSG_SPACE,
     EAGAIN,
     EINTR,
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_PRIVATE,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    PROT_READ,
+    PROT_WRITE,
     SCM_RIGHTS,
     SOL_SOCKET,
     cmsghdr,
     errno,
     iovec,
+    mmap,
     msghdr,
     munmap,
     sendmsg,
@@ -33,17 +42,21 @@ from cython.cimports.libc.stdlib import free, malloc
 from cython.cimports.libc.string import memcpy, memset
 
 SEGMENT = cython.declare(cython.size_t, 32768)
-KEEP = cython.declare(cython.size_t, 262144)  # a buffer above this is given back once it is empty
+# Messages above SEGMENT get a segment of this size, of which only the pages that are used exist;
+# still larger ones (only by their headers) one of their own.
+LARGE_SEGMENT = cython.declare(cython.size_t, BULK_MOST + 131072)
 MAX_FDS = 253  # SCM_MAX_FD of the kernel
 
 
 @cython.cclass
 class Segment:
-    """A run of bytes to send; `fds` go with its first byte."""
+    """A run of bytes to send; `fds` go with its first byte. `mapped`: by mmap(2), `full`: nothing
+    may be added."""
 
     def __cinit__(self):
         self.data = cython.NULL
         self.mapped = False
+        self.full = False
         self.fds = ()
 
     def __dealloc__(self):
@@ -57,9 +70,19 @@ class Segment:
 @cython.cfunc
 def _segment(capacity: cython.size_t) -> Segment:
     segment: Segment = Segment()
-    segment.data = cython.cast(cython.pointer(uint8_t), malloc(capacity))
-    if segment.data == cython.NULL:
-        raise MemoryError
+    if capacity > SEGMENT:
+        # By mmap: given back as a whole, and not to the heap's free list.
+        where = mmap(
+            cython.NULL, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+        )
+        if where == MAP_FAILED:
+            raise MemoryError
+        segment.data = cython.cast(cython.pointer(uint8_t), where)
+        segment.mapped = True
+    else:
+        segment.data = cython.cast(cython.pointer(uint8_t), malloc(capacity))
+        if segment.data == cython.NULL:
+            raise MemoryError
     segment.capacity = capacity
     segment.start = segment.end = 0
     return segment
@@ -73,13 +96,16 @@ class Output:
         self.tail = _segment(SEGMENT)
         self.segments = deque([self.tail])
         self.pending = 0
+        self.spare = None
+        self.spare_used = False
 
     def reserve(self, length: cython.size_t) -> cython.pointer(uint8_t):
         """Room for `length` bytes in a row; write there, then `commit`."""
         tail: Segment = self.tail
-        if tail.mapped or tail.capacity - tail.end < length:
-            tail = _segment(length if length > SEGMENT else SEGMENT)
-            if self.tail.start == self.tail.end and not self.tail.mapped and not self.tail.fds:
+        if tail.full or tail.capacity - tail.end < length:
+            tail = self._large(length) if length > SEGMENT else _segment(SEGMENT)
+            if self.tail.start == self.tail.end and not self.tail.full:
+                tail.fds = self.tail.fds
                 self.segments.pop()
             self.segments.append(tail)
             self.tail = tail
@@ -91,13 +117,20 @@ class Output:
 
     def begin_with_fds(self, fds: tuple) -> cython.void:
         """What is reserved next is the first byte of a message with these descriptors."""
-        if self.tail.start == self.tail.end and not self.tail.mapped and not self.tail.fds:
+        if self.tail.start == self.tail.end and not self.tail.full and not self.tail.fds:
             self.tail.fds = fds
             return
         tail = _segment(SEGMENT)
         tail.fds = fds
         self.segments.append(tail)
         self.tail = tail
+
+    def drop_fds(self) -> cython.void:
+        """The message that was begun with descriptors is not committed after all."""
+        if self.tail.start == self.tail.end:
+            for number in self.tail.fds:
+                os.close(number)
+            self.tail.fds = ()
 
     def add_mapping(
         self,
@@ -109,6 +142,7 @@ class Output:
         segment: Segment = Segment()
         segment.data = data
         segment.mapped = True
+        segment.full = True
         segment.start = 0
         segment.end = length
         segment.capacity = mapped_length
@@ -188,11 +222,35 @@ class Output:
             if len(self.segments) == 1:
                 break
             self.segments.popleft()
-        if segment.mapped or segment.capacity > KEEP:
+            self._retire(segment)
+        if segment.capacity > SEGMENT:
             self.tail = _segment(SEGMENT)
             self.segments[0] = self.tail
+            self._retire(segment)
         else:
             segment.start = segment.end = 0
+
+    def _large(self, length: cython.size_t) -> Segment:
+        """A segment for a message above SEGMENT; the spare one, if it is large enough."""
+        segment: Segment = self.spare
+        if segment is None or length > segment.capacity:
+            return _segment(length if length > LARGE_SEGMENT else LARGE_SEGMENT)
+        self.spare = None
+        return segment
+
+    def _retire(self, segment: Segment) -> cython.void:
+        """All of a segment is sent."""
+        if self.spare is None and segment.capacity == LARGE_SEGMENT and not segment.full:
+            segment.start = segment.end = 0
+            self.spare = segment
+            self.spare_used = True
+
+    def trim(self) -> cython.bint:
+        """Give the spare segment back if it was not used since the last time; True: one is left."""
+        if not self.spare_used:
+            self.spare = None
+        self.spare_used = False
+        return self.spare is not None
 
     def close(self) -> None:
         """Close the descriptors that were never sent."""

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t
 
+from kbusd.rings.bulk cimport Bulk, BulkView
 from kbusd.rings.clock cimport Clock
 from kbusd.rings.fanout cimport Subscriber
 from kbusd.rings.frame cimport FrameHead
@@ -29,6 +30,9 @@ cdef class Peer:
     cdef StatusView view
     cdef int doorbell
     cdef object side
+    cdef int their_slot
+    cdef Bulk bulk
+    cdef BulkView bulk_view
     cdef readonly int slot, broadcast_slot
     cdef Subscriber subscriber
     cdef readonly int state

@@ -78,6 +78,7 @@ class Peer:
         self.subscriber = subscriber
         self.doorbell = doorbell
         self.side = side
+        self.their_slot = their_slot
         self.ring.attach(view, their_slot)
         self.state = READY
 
@@ -91,6 +92,8 @@ class Peer:
         self.ring = None
         self.reader = None
         self.view = None
+        self.bulk = None
+        self.bulk_view = None
         self.subscriber = None
         for held in self.backlog:
             for fd in held[3]:
