@@ -156,6 +156,29 @@ def test_replies_are_allowed_where_calls_are_denied(start_bus) -> None:  # type:
     assert client.read().member == "After"
 
 
+def test_hello_is_always_allowed(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """A policy that denies everything lets whoever may connect say Hello, and nothing more."""
+    rules = '<allow user="*"/><allow receive_sender="*"/><deny send_type="method_call"/>'
+    policy = f'<policy context="default">{rules}</policy>'
+    bus: Bus = start_bus(policy=policy, type_="system")
+    client = bus.connect(hello=False)
+    name = client.driver("Hello")[0]
+    assert name.startswith(":1.")
+    denied(client, DRIVER, DRIVER_PATH, DRIVER, "ListNames")
+
+
+def test_a_name_that_is_waited_for_counts(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """send_destination is about every connection in the name's queue, not only its owner."""
+    bus: Bus = start_bus(policy=default('<deny send_destination="test.queued.Name"/>'))
+    a, owner, queued = (bus.connect() for _ in range(3))
+    allowed(a, queued, queued.name, "test.I", "Before")
+    assert owner.request_name("test.queued.Name") == 1
+    assert queued.request_name("test.queued.Name") == 2
+    denied(a, queued.name, "/", "test.I", "M")
+    queued.driver("ReleaseName", "s", ("test.queued.Name",))
+    allowed(a, queued, queued.name, "test.I", "After")
+
+
 def test_denied_call_that_wants_no_reply_is_dropped(send_bus: Bus) -> None:
     a, b = send_bus.connect(), send_bus.connect()
     a.send_call(b.name, "/", "test.denied.Interface", "M", flags=w.NO_REPLY_EXPECTED)
