@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """Broadcast: bytes in a memfd from one producer to any number of read-only consumers.
 
 As a Ring, but the producer may overwrite what somebody has not read yet: its `tail` is the lowest

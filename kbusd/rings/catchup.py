@@ -1,4 +1,3 @@
-# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """What a reader that was overrun has taken out of a peer's Ring and not delivered yet.
 
 Two queues: unicast frames, and copies of what it missed in the peer's Broadcast. Each is in the

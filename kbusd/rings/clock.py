@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """The hybrid logical clock: stamps that follow both time and cause.
 
 A stamp is max(CLOCK_MONOTONIC in ns, the highest stamp seen + 1). One process sees its own stamps

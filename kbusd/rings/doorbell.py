@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """The doorbell: a pipe that wakes a worker which sleeps.
 
 Peers hold the write end. They can ring, also without end, but they cannot take away a ring that

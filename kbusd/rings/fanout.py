@@ -15,28 +15,33 @@ P, for each R:
     copy of it, with the same stamp and with aux = the position behind it in B, goes by Ring;
     then a MARK: that of a new join (2), or MARK(aux = STOP). Only when all that is in the Ring,
     or waits for it, may B's tail pass R's position.
- 4. While R is apart, a signal for R goes by Ring; if it stands in B too, its aux says where, and
-    the Ring gets it before B's head moves. Else aux is 0, as in any unicast frame.
+ 4. While R is apart, a signal for R goes by Ring. If it stands in B too, its aux says where, and
+    B gets it first. Else aux is 0, as in any unicast frame.
 
 R, with b = how far it has read B; merge.py does this:
  5. R begins apart. At MARK(aux): b = max(b, aux), and R *follows* B: it reads it from b on. At
     MARK(STOP) it is apart.
- 6. A copy with aux <= b is dropped: R has had it. One with aux > b in its turn in the Ring: R
-    is apart from here on, and b = aux. (It was demoted, and all from b on comes by Ring.)
+ 6. A copy with aux <= b is dropped: R has had it. One with aux > b in its turn in the Ring is the
+    next frame, with b = aux, if R is apart; if R follows, it waits there until R has come as
+    far in B.
  7. R follows and finds tail > b: it was overrun. Rule 3 says that all it misses is in the Ring or
     waits for it, but perhaps behind unicast frames with higher stamps. So R *catches up*: it
     takes frames out of the Ring into two queues, copies and unicast, and delivers none of P's
     until the MARK has come. Then it goes on in the order of stamps, first from the queues.
     If the Ring is empty, want_space off and no MARK has come, P broke rule 3.
  8. R follows, and want_space was on before R looked at the Ring: a frame in B may be behind one
-    that waits at P. R takes it only if the Ring shows a unicast frame with a higher stamp.
+    that waits at P. R takes it only if the Ring has something for R to compare it with.
 
 Nothing is lost: what B may overwrite is in the Ring before (3, 4); what R skips at a MARK was
 not meant for it or came before the MARK (2, 3). Nothing comes twice: by 6, each position of B is
 passed once. Nothing overtakes: B and the copies have rising stamps; unicast frames in the Ring
 have rising stamps; R only ever delivers the lower of the two heads, and by 7 it knows both.
-A signal for several that are apart is not in all Rings at the same moment: P says so with
-Broadcast.begin and end around rule 4, and the merge waits for the end.
+
+Order across senders: one message is not in all Rings at the same moment, so P says
+Broadcast.begin before the first and end when it is in all of them, and R waits for the end, as
+for the MARK of rule 7, before it delivers anybody's frames with higher stamps. While something
+waits for a Ring, P sends nothing new. All these waits have a limit; where a worker hangs for
+longer, what waits for it comes late for others, but still in P's order.
 """
 
 from __future__ import annotations
@@ -96,8 +101,7 @@ class Fanout:
         subscriber.floor = subscriber.wanted = self.broadcast.position
         subscriber.joined = True
         self.joined.append(subscriber)
-        if subscriber.floor < self.lowest:
-            self.lowest = subscriber.floor
+        self.lowest = min(self.lowest, subscriber.floor)
         return subscriber.floor
 
     def leave(self, subscriber: Subscriber) -> None:

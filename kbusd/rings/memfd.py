@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """Shared memory in sealed memfds (memfd_create(2), fcntl(2) "File Sealing").
 
 A producer maps its memfd writable, then seals it: nobody can shrink it (which would kill a reader
@@ -239,9 +240,10 @@ def sealed(name: str | bytes, data: bytes) -> int:
     return fd
 
 
-def read(fd: int) -> bytes:
-    """All bytes of a memfd made by `sealed`. Raises RingError unless nobody can change it."""
-    size = check_sealed(fd, 0)
+def read(fd: int, most: int = 1 << 62) -> bytes:
+    """All bytes of a memfd made by `sealed`, not above `most`. Raises RingError, also unless nobody
+    can change it."""
+    size = _check(fd, LARGE_SEALS, 0, most)
     if size == 0:
         return b""
     # Mapped: the file offset is shared with the other processes that hold the memfd.

@@ -22,15 +22,14 @@ cdef struct Source:
     uint64_t stamp      # of its next frame
     int doorbell        # the producer's, or -1
     int slot            # where its Broadcast position is published, or -1
-    int blame
+    bint distrusted     # its budget is spent: what it publishes now does not hold up others
     bint bad
     bint waits          # frames wait at the producer; as of the first scan
     bint waits_newer    # the same as of the second
     bint unpublished
-    uint64_t ignored    # a `begun` that was waited for in vain
+    uint64_t ignored    # a stamp that was waited for in vain
     uint64_t budget     # ns that it may still make us wait
-    uint64_t held_since
-    uint64_t held_until
+    uint64_t refilled   # when the budget was last topped up
 
 cdef class Merge:
     cdef Clock clock
@@ -38,8 +37,8 @@ cdef class Merge:
     cdef int *ready
     cdef int sources, room, count, current
     cdef size_t length
-    cdef uint64_t aux, cut
-    cdef bint again
+    cdef uint64_t aux, cut, patience, blocked
+    cdef bint again, lowered
     cdef readonly bint holding
     cdef uint8_t *buffer
     cdef size_t capacity
@@ -49,6 +48,7 @@ cdef class Merge:
     cdef object next(self, FrameHead *head, const uint8_t **payload)
     cdef int publish(self) except -1
     cdef bint pending(self) except -1
+    cdef uint64_t _promised(self, Source *source) except 0
     cdef bint _holds(self, Source *source) except -1
     cdef list take_broken(self)
     cdef void _grow(self) except *
@@ -63,6 +63,6 @@ cdef class Merge:
     cdef bint _first(self, Source *source) except -1
     cdef int _first_copy(self, Source *source, uint64_t *stamp) except -1
     cdef int _first_unicast(self, Source *source, uint64_t *stamp) except -1
-    cdef bint _wait_for_end(self, Source *source, uint64_t begun) noexcept
+    cdef bint _wait_for(self, Source *source) noexcept
     cdef void _publish_one(self, Source *source) except *
     cdef int _take(self, Source *source, FrameHead *head, const uint8_t **payload) except -9

@@ -9,13 +9,14 @@ Where the second finds something new, everything below the lowest new stamp is t
 scans and so lacks nothing: that much is delivered, in the order of stamps, the rest at the next
 gather. (DESIGN.md, "Order"; there the scan is repeated until two agree, which a busy sender can
 put off. To cut at the lowest new stamp needs no third scan and rests on the same argument.)
-A sender between `Broadcast.begin` and `end` cuts at its stamp in the same way.
+A sender that promises frames which are not there yet, because it is between `Broadcast.begin` and
+`end` or because it has overrun us and the copies are to come, cuts at their stamp in the same way.
 
 A peer is one source: its Ring and, where it has one for us, its Broadcast, read by the rules 5 to 8
 of fanout.py. The control log is another. Sources are hostile. One whose frames break a rule, whose
 stamps do not rise or lie in the future, is put aside and reported by `take_broken`. One that keeps
-the cut below everything else, by old stamps or a `begin` without `end`, is left out of account
-after a few scans or a few ms: it loses its own place in the order and nobody else's.
+the cut below everything else, by old stamps or promises, is left out of account
+after some ms: it loses its own place in the order and nobody else's.
 """
 
 from __future__ import annotations
@@ -35,12 +36,10 @@ from cython.cimports.libc.string import memset
 from kbusd.rings.values import Frame, MergeStatistics
 
 EVERYTHING = cython.declare(uint64_t, 2**64 - 1)
-# An honest worker can be held up between stamp and commit, and then be the lowest new one, once.
-MAX_BLAME = cython.declare(cython.int, 3)
 MAX_SCANS = cython.declare(cython.int, 64)
-# How long one peer can make us wait for its `end`: a turn of the scheduler; then 1 % of the time.
-MAX_WAIT = cython.declare(uint64_t, 20_000_000)
-REFILL = cython.declare(uint64_t, 100)
+QUICK_SCANS = cython.declare(cython.int, 16)
+# A peer may make us wait this part of the time, up to `patience` at once.
+REFILL = cython.declare(uint64_t, 20)
 # What we take in of a peer whose demotion is not complete; more than honest workers let wait.
 MAX_HELD = cython.declare(cython.size_t, 64 * 1024 * 1024)
 
@@ -55,6 +54,7 @@ RING_COPY = cython.declare(cython.int, 2)
 BROADCAST = cython.declare(cython.int, 3)
 HELD_UNICAST = cython.declare(cython.int, 4)
 HELD_COPY = cython.declare(cython.int, 5)
+BLOCKED = cython.declare(cython.int, 6)  # a copy of what comes next in the Broadcast
 
 REASONS = {
     -1: "a frame, a position or the head is out of range",
@@ -68,12 +68,14 @@ REASONS = {
 
 @cython.cclass
 class Merge:
-    """`clock` witnesses the stamps of what is delivered.
+    """`clock` witnesses the stamps of what is delivered. `patience` (ns): how long at most one peer
+    can make the others' frames wait for what it promises; some turns of the scheduler.
 
     gather, then next until None, then publish."""
 
-    def __init__(self, clock: Clock = None):
+    def __init__(self, clock: Clock = None, patience: uint64_t = 20_000_000):
         self.clock = clock
+        self.patience = patience
         self.current = -1
         self.readers = []
         self.broken = []
@@ -106,6 +108,8 @@ class Merge:
         source.slot = slot
         source.doorbell = doorbell
         source.state = APART
+        source.budget = self.patience
+        source.refilled = monotonic()
         if isinstance(reader, RingReader):
             ring = reader
             source.ring = source.reader
@@ -180,23 +184,24 @@ class Merge:
     def gather(self) -> cython.int:
         """Scan all heads. How many sources have something to deliver; then call `next`.
 
-        0 and `holding`: a peer is between `begin` and `end`; what is there must wait for that,
-        some ms at most: gather again soon."""
+        0 and `holding`: what is there must wait for what a peer promises. Gather again when rung,
+        or after a ms: a peer need not ring when it has kept its promise."""
         head: FrameHead
         source: cython.pointer(Source)
         i: cython.int
         cause: cython.int
+        scan: cython.int
         code: cython.int
-        begun: uint64_t
-        by_begin: cython.bint
+        promised: uint64_t
+        by_promise: cython.bint
         found: cython.bint
         self._settle()
         self.kept = None
         self.count = 0
         self.holding = False
         for i in range(self.sources):
-            self.table[i].blame = 0
-        for _ in range(MAX_SCANS):
+            self.table[i].distrusted = False
+        for scan in range(MAX_SCANS):
             self.again = False
             found = False
             for i in range(self.sources):
@@ -215,26 +220,28 @@ class Merge:
             if self.again:
                 continue
             if not found:
+                self.blocked = 0
                 return 0
             self.cut = EVERYTHING
             cause = -1
-            by_begin = False
+            by_promise = False
             for i in range(self.sources):
                 source = self.table + i
                 if source.bad:
                     continue
+                promised = EVERYTHING
                 if source.cast != cython.NULL and source.ring != cython.NULL:
-                    begun = cython.cast(BroadcastReader, source.cast).begun()
-                    if begun == 0 or begun == source.ignored:
-                        source.held_since = 0
-                    elif begun < self.cut:
-                        self.cut = begun
-                        cause = i
-                        by_begin = True
+                    promised = cython.cast(BroadcastReader, source.cast).begun() or EVERYTHING
                 self._scan(source)
                 if self.again:
                     break
-                if source.unicast.newer != source.unicast.seen and source.blame < MAX_BLAME:
+                if source.state == CATCHING_UP:
+                    promised = min(promised, self._promised(source))
+                if promised < self.cut and promised != source.ignored:
+                    self.cut = promised
+                    cause = i
+                    by_promise = True
+                if source.unicast.newer != source.unicast.seen and not source.distrusted:
                     code = cython.cast(RingReader, source.ring).look(
                         source.unicast.seen, source.unicast.newer, cython.address(head)
                     )
@@ -244,8 +251,8 @@ class Merge:
                     if head.stamp < self.cut:
                         self.cut = head.stamp
                         cause = i
-                        by_begin = False
-                if source.broadcast.newer != source.broadcast.seen and source.blame < MAX_BLAME:
+                        by_promise = False
+                if source.broadcast.newer != source.broadcast.seen and not source.distrusted:
                     code = cython.cast(BroadcastReader, source.cast).look(
                         source.broadcast.seen, source.broadcast.newer, cython.address(head)
                     )
@@ -258,30 +265,53 @@ class Merge:
                     if head.stamp < self.cut:
                         self.cut = head.stamp
                         cause = i
-                        by_begin = False
+                        by_promise = False
             if self.again:
                 continue
-            for i in range(self.sources):
-                if self._first(self.table + i):
-                    self.ready[self.count] = i
-                    self.count += 1
+            self.lowered = True
+            while self.lowered and not self.again:
+                self.lowered = False
+                self.count = 0
+                for i in range(self.sources):
+                    if self._first(self.table + i):
+                        self.ready[self.count] = i
+                        self.count += 1
+                    if self.lowered:
+                        cause = i
+                        by_promise = True
+                        break
             if self.again:
                 self.count = 0
                 continue
             if self.count or cause < 0:
+                self.blocked = 0
                 return self.count
-            source = self.table + cause
-            if not by_begin:
-                source.blame += 1
-            elif self._wait_for_end(source, self.cut):
-                self.holding = True
-                return 0
+            # Mostly a matter of less than a µs: look again some times at once.
+            if scan >= QUICK_SCANS:
+                source = self.table + cause
+                if self._wait_for(source):
+                    self.holding = True
+                    return 0
+                if by_promise:
+                    source.ignored = self.cut
+                else:
+                    source.distrusted = True
         return 0
 
     def _holds(self, source) -> cython.bint:
         """Whether frames were taken out of the source's Ring that can be delivered now."""
         held: CatchUp = cython.cast(CatchUp, source.held)
         return source.state != CATCHING_UP and held.held > 0
+
+    def _promised(self, source) -> uint64_t:
+        """Rule 7: what is missing of a source that catches up has stamps from here on."""
+        held: CatchUp = cython.cast(CatchUp, source.held)
+        first: Held
+        stamp: uint64_t = source.broadcast.last + 1
+        if held.unicast:
+            first = held.unicast[0]
+            stamp = min(stamp, first.head.stamp)
+        return stamp or 1
 
     def _scan(self, source) -> cython.int:
         """Look at the source's heads: into `newer`. Sets `again` if its state changes."""
@@ -300,25 +330,21 @@ class Merge:
         if source.state == CATCHING_UP:
             self._catch_up(source)
         if source.ring != cython.NULL:
-            # Rule 8: between the Broadcast's head and the Ring's.
-            if source.state == FOLLOWING and source.broadcast.newer != position:
-                source.waits_newer = cython.cast(RingReader, source.ring).producer_waits()
+            # Rule 8: after the Broadcast's head and before the Ring's.
+            source.waits_newer = cython.cast(RingReader, source.ring).producer_waits()
             # Pairs with Ring.commit.
             source.unicast.newer = load_acquire(source.unicast.head_at)
         return 0
 
-    def _wait_for_end(self, source, begun) -> cython.bint:
-        """Whether to go on waiting for the `end` of what the source began with stamp `begun`."""
+    def _wait_for(self, source) -> cython.bint:
+        """Whether the source may make us wait any longer; the time since we could last deliver
+        something, or were asked this last, is on its account."""
         now: uint64_t = monotonic()
-        spent: uint64_t = now - source.held_until
-        if source.held_since == 0:
-            source.budget = min(MAX_WAIT, source.budget + spent // REFILL)
-            source.held_since = now
-        else:
-            source.budget = source.budget - spent if spent < source.budget else 0
-        source.held_until = now
-        if source.budget == 0:
-            source.ignored = begun
+        spent: uint64_t = now - self.blocked if self.blocked else 0
+        self.blocked = now
+        source.budget = min(self.patience, source.budget + (now - source.refilled) // REFILL)
+        source.refilled = now
+        source.budget -= min(spent, source.budget)
         return source.budget != 0
 
     def _overrun(self, source) -> cython.int:
@@ -386,8 +412,7 @@ class Merge:
                 self._break(source, -1)
                 return 0
             source.state = FOLLOWING
-            if aux > source.broadcast.position:
-                source.broadcast.position = aux
+            source.broadcast.position = max(source.broadcast.position, aux)
         broadcast.position = source.broadcast.position
         source.broadcast.newer = source.broadcast.seen = source.broadcast.position
         return 0
@@ -415,12 +440,20 @@ class Merge:
             return False
         copy = self._first_copy(source, cython.address(copy_stamp))
         if copy == BROADCAST and unicast == NOWHERE and source.waits:
-            return False  # rule 8
+            # Rule 8. What others send may depend on it: that waits, too.
+            if copy_stamp < self.cut and copy_stamp != source.ignored:
+                self.cut = copy_stamp
+                self.lowered = True
+            return False
         if self.again or source.bad:
             return False
-        if unicast == NOWHERE and copy == NOWHERE:
+        if copy == NOWHERE and (unicast == NOWHERE or unicast == BLOCKED):
             return False
-        if unicast == NOWHERE or (copy != NOWHERE and copy_stamp <= unicast_stamp):
+        if (
+            unicast == NOWHERE
+            or unicast == BLOCKED
+            or (copy != NOWHERE and copy_stamp <= unicast_stamp)
+        ):
             source.turn = copy
             source.stamp = copy_stamp
         else:
@@ -468,11 +501,12 @@ class Merge:
             if source.cast != cython.NULL and head.aux <= source.broadcast.position:
                 self._skip(source, head.length)
                 continue
-            if source.state == FOLLOWING:
-                source.state = APART
-                self.again = True
+            if source.state != FOLLOWING:
+                return RING_COPY
+            if head.aux > cython.cast(BroadcastReader, source.cast).head():
+                self._break(source, -1)
                 return NOWHERE
-            return RING_COPY
+            return BLOCKED
         return NOWHERE
 
     def _first_copy(self, source, stamp) -> cython.int:
@@ -513,10 +547,10 @@ class Merge:
         if self.current >= 0:
             i = self.current
             self._settle()
-            self.again = False
+            self.again = self.lowered = False
             if not self._first(self.table + i):
-                # A change of state: what comes next must be looked at anew.
-                self.count = 0 if self.again else self.count - 1
+                # A change of state, or a lower cut: what comes next must be looked at anew.
+                self.count = 0 if self.again or self.lowered else self.count - 1
                 for best in range(self.count):
                     if self.ready[best] == i:
                         self.ready[best] = self.ready[self.count]

@@ -1,3 +1,4 @@
+# ruff: noqa: F821  (names without a definition here come from the .pxd)
 """Ring: bytes in a memfd from one producer to one consumer; unicast frames.
 
 Positions are byte counts that only grow; a frame stands at its position modulo the size. The
@@ -11,15 +12,13 @@ from cython.cimports.kbusd.rings.atomics import (
     copy_words,
     fence_seq_cst,
     load_acquire,
-    load_acquire32,
     store_release,
-    store_release32,
 )
 from cython.cimports.kbusd.rings.frame import HEAD, FrameHead, frame_length, sound
 from cython.cimports.kbusd.rings.libc import close
 from cython.cimports.kbusd.rings.memfd import PAGE, map_twice, unmap_twice
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
-from cython.cimports.libc.stdint import int64_t, uint8_t, uint32_t, uint64_t
+from cython.cimports.libc.stdint import int64_t, uint8_t, uint64_t
 from cython.cimports.libc.string import memcpy
 
 from kbusd.rings import memfd
@@ -89,12 +88,13 @@ class Ring:
         store_release(cython.cast(cython.pointer(uint64_t), self.base), self.position)
 
     def want_space(self, on) -> cython.void:
-        """Ask the consumer to ring when it has read something; try `reserve` once more after.
+        """Frames wait for room: ask the consumer to ring when it has read something. Then try
+        `reserve` once more before sleeping; clear it when the last that waits is committed.
 
-        It is set as long as frames wait behind this ring: a reader of frames of others that
-        may depend on one of those, clear it when the last of them is committed."""
+        So that no other frame of this producer overtakes one that waits, say it before publishing
+        any. Across producers order holds if this one sends nothing new in the meantime."""
         # Pairs with RingReader.producer_waits: off means that all before is in the ring.
-        store_release32(cython.cast(cython.pointer(uint32_t), self.base + WANT_AT), on)
+        store_release(cython.cast(cython.pointer(uint64_t), self.base + WANT_AT), on)
         if on:
             # Pairs with the fence in RingReader.publish: my flag, then its position; it publishes
             # its position, then looks at my flag.
@@ -218,7 +218,7 @@ class RingReader:
         """Whether the producer holds frames that found no room."""
         # Pairs with Ring.want_space. Look at this before `head`: off, then all is before head.
         return (
-            load_acquire32(cython.cast(cython.pointer(cython.const[uint32_t]), self.base + WANT_AT))
+            load_acquire(cython.cast(cython.pointer(cython.const[uint64_t]), self.base + WANT_AT))
             != 0
         )
 

@@ -77,6 +77,7 @@ class Run:
                         break
             case "release":
                 self.workers[who].merge.release()
+        sender.end()
 
     def read(self, name: int) -> bool:
         taken = self.workers[name].merge.one()
@@ -89,17 +90,20 @@ class Run:
         return True
 
     def finish(self) -> None:
-        for name in range(1, READERS + 1):
-            merge = self.workers[name].merge
-            for _ in range(10_000):
-                done = self.sender.to[name].flush()
+        done = False
+        while not done:
+            done = True
+            for name in range(1, READERS + 1):
+                merge = self.workers[name].merge
+                done &= self.sender.to[name].flush()
+                done &= self.sender.end()
                 merge.scan()
                 while self.read(name):
                     pass
                 merge.release()
-                if done and not merge.more():
-                    break
-            assert merge.put_aside() == []
+                done &= not merge.more()
+        for name in range(1, READERS + 1):
+            assert self.workers[name].merge.put_aside() == []
             assert self.got[name] == self.sent[name]
 
 
@@ -123,6 +127,7 @@ def test_one_that_sleeps_holds_up_nobody_and_misses_nothing() -> None:
     for _ in range(500):
         run.step("signal", [1, 2, 3], 100)
         run.step("unicast", 1, 100)
+        run.sender.fanout.broadcast.close_many()  # it has waited long enough for 1
         for name in (2, 3):
             run.step("scan", name, 0)
             run.step("read", name, 100)

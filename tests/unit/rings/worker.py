@@ -61,16 +61,18 @@ class Outgoing:
 
 
 class Worker:
-    """`ring_size` and `broadcast_size` in bytes."""
+    """`ring_size` and `broadcast_size` in bytes, `patience` in ns."""
 
-    def __init__(self, name: int, ring_size: int, broadcast_size: int) -> None:
+    def __init__(
+        self, name: int, ring_size: int, broadcast_size: int, patience: int = 20_000_000
+    ) -> None:
         self.name = name
         self.ring_size = ring_size
         self.clock = Clock()
         self.status = StatusPage()
         self.doorbell = Doorbell()
         self.fanout = Fanout(Broadcast(broadcast_size))
-        self.merge = Merge(self.clock)
+        self.merge = Merge(self.clock, patience)
         self.to: dict[int, Outgoing] = {}
         self.source: dict[object, int] = {}
         self.followed: dict[int, BroadcastReader] = {}
@@ -79,29 +81,32 @@ class Worker:
         self.to[to].put(Frame(MESSAGE, self.clock.tick(), b"u", body, serial=serial))
 
     def signal(self, to: list[int], body: bytes, serial: int = 0) -> None:
-        """To all in `to`: once by Broadcast for those that have joined, else by Ring."""
+        """To all in `to`: once by Broadcast for those that have joined, else by Ring.
+
+        `end` says when it is in all rings."""
         broadcast = self.fanout.broadcast
         frame = Frame(MESSAGE, self.clock.tick(), b"s", body, serial=serial)
         length = (40 + 1 + len(body) + 7) & ~7
-        joined = [name for name in to if self.to[name].subscriber.joined]
-        if joined and length > broadcast.size:
-            raise ValueError("a signal larger than the Broadcast")
         broadcast.open_many(frame.stamp)
         aux = 0
-        if joined:
+        if any(self.to[name].subscriber.joined for name in to):
             for late in self.fanout.in_the_way(length):
                 self.demote(late.owner)
-            aux = broadcast.position + length
-        for name in to:
-            if not self.to[name].subscriber.joined:
-                self.to[name].put(msgspec.structs.replace(frame, aux=aux))
-        if joined:
             assert broadcast.write(frame, self.fanout.limit())
-            for name in joined:
-                if self.to[name].subscriber.joined:
-                    self.fanout.want(self.to[name].subscriber)
-                    self.to[name].touched = True
-        broadcast.close_many()
+            aux = broadcast.position
+        for name in to:
+            if self.to[name].subscriber.joined and aux:
+                self.fanout.want(self.to[name].subscriber)
+                self.to[name].touched = True
+            else:
+                self.to[name].put(msgspec.structs.replace(frame, aux=aux))
+
+    def end(self) -> bool:
+        """Whether nothing waits for a ring any more."""
+        if any(out.waiting for out in self.to.values()):
+            return False
+        self.fanout.broadcast.close_many()
+        return True
 
     def demote(self, name: int) -> None:
         out = self.to[name]
