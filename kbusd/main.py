@@ -184,10 +184,12 @@ def main() -> int:
 
         print(introspection.introspect(introspection.BUS_PATH), end="")
         return 0
-    for flag in (options.print_address, options.print_pid):
-        if flag is not None:
-            with contextlib.suppress(OSError):
-                os.set_inheritable(flag, False)
+    for option, fd in (("address", options.print_address), ("pid", options.print_pid)):
+        if fd is not None:
+            try:
+                os.set_inheritable(fd, False)
+            except OSError as error:
+                _fail(f"--print-{option}={fd}: descriptor {fd}: {error.strerror}")
     reader = start_reader(options)
     configuration, _ = reader.communicate()
     if reader.returncode != 0:
