@@ -94,11 +94,12 @@ SUPERVISOR = cython.declare(cython.uint, 3)
 # otherwise as a sealed memfd.
 BULK_LEAST = cython.declare(cython.size_t, 65536)
 LARGE_BODY = cython.declare(cython.size_t, 98304)
+MAX_MESSAGE = cython.declare(cython.size_t, 128 << 20)  # D-Bus specification, "Message Protocol"
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
 # What large messages leave behind is looked at so often; a bulk area goes after so many looks
 # without use, and the spare segment of the output at the first.
 TIDY_NS = cython.declare(uint64_t, 1_000_000_000)
-IDLE_TIDIES = cython.declare(cython.int, 5)
+IDLE_TIDIES = cython.declare(cython.int, 3)
 MAX_ROUTES = cython.declare(cython.int, 1024)
 # While a peer is being introduced, or has no room, our client's next messages wait this long: so
 # that order holds across receivers, and a peer that hangs holds up nobody for longer.
@@ -1457,7 +1458,7 @@ class Engine:
             self.router.policy = policy
             self.driver.policy = policy
         limits = configuration.limits
-        self.max_message = min(limits["max_message_size"], 128 << 20)
+        self.max_message = min(limits["max_message_size"], MAX_MESSAGE)
         self.max_outgoing = limits["max_outgoing_bytes"]
         self.max_pending = limits["max_replies_per_connection"]
         self.max_fds = min(limits["max_message_unix_fds"], 253)
@@ -1517,13 +1518,18 @@ class Engine:
             or template.depends
             or (template.broadcast and template.mine != self.replica.my_version)
         ):
-            template = self._judge(
-                peer,
-                key,
-                envelope,
-                head.fds,
-                _bytes(payload + head.envelope_length, head.body_length),
-            )
+            try:
+                template = self._judge(
+                    peer,
+                    key,
+                    envelope,
+                    head.fds,
+                    _bytes(payload + head.envelope_length, head.body_length),
+                    fds[len(fds) - 1] if head.kind == LARGE else -1,
+                )
+            except HostilePeer:
+                close_all(fds)
+                raise
         if template.type == RETURN or template.type == ERROR:
             if self.pending.get(head.reply_serial) != peer.id:
                 close_all(fds)
@@ -1620,7 +1626,8 @@ class Engine:
         code: cython.int
         if head.kind == LARGE or head.kind == LARGE_COPY:
             length = head.aux if head.kind == LARGE else os.fstat(fds[len(fds) - 1]).st_size
-            mapping = cython.cast(cython.pointer(uint8_t), large_map(fds[len(fds) - 1], length))
+            if length <= MAX_MESSAGE:
+                mapping = cython.cast(cython.pointer(uint8_t), large_map(fds[len(fds) - 1], length))
             if mapping == cython.NULL:
                 close_all(fds)
                 raise HostilePeer("a large body that is not sealed, or not as long as it says")
@@ -1660,8 +1667,9 @@ class Engine:
         else:
             self.output.commit(n + length)
 
-    def _judge(self, peer: Peer, key, raw, fds, body) -> Template:
-        """Decode an envelope by type, check its names, ask policy and our match rules."""
+    def _judge(self, peer: Peer, key, raw, fds, body, large_fd) -> Template:
+        """Decode an envelope by type, check its names, ask policy and our match rules; these may
+        look at the body, which is not checked yet; it is in `large_fd` if that is not -1."""
         template = Template()
         envelope = self._fill(template, raw, peer.name, fds)
         template.epoch = self.epoch
@@ -1677,7 +1685,7 @@ class Engine:
                 envelope.path,
                 envelope.interface,
                 envelope.member,
-                lambda: wire_body.match_arguments(body, envelope.signature, envelope.big_endian),
+                lambda: _arguments(body, large_fd, envelope),
             )
         self._keep(peer, key, template)
         return template
@@ -1760,6 +1768,16 @@ class Engine:
 @cython.cfunc
 def _raw(head: cython.pointer(FrameHead)) -> bytes:
     return _bytes(cython.cast(cython.pointer(uint8_t), head), cython.sizeof(FrameHead))
+
+
+def _arguments(body, large_fd, envelope):
+    """What match rules see of a peer's body. Raises HostilePeer if that breaks a rule."""
+    try:
+        if large_fd >= 0:
+            body = memfd.read(large_fd, MAX_MESSAGE)
+        return wire_body.match_arguments(body, envelope.signature, envelope.big_endian)
+    except (RingError, wire_body.WireError) as error:
+        raise HostilePeer(f"a body that breaks a rule: {error}") from None
 
 
 def _with_serials(key: bytes, reply_at: int, big_endian: bool) -> bytes:

@@ -294,7 +294,7 @@ def test_the_receiver_leaves_in_the_middle_of_a_body(bus: Bus) -> None:
     callee.close()
     watcher.wait_signal("NameOwnerChanged")
     caller.write(message[len(message) // 2 :])
-    with pytest.raises(BusError, match="ServiceUnknown|NoReply|UnknownObject"):
+    with pytest.raises(BusError, match=r"ServiceUnknown|NoReply"):
         caller.wait_reply(99)
     assert caller.driver("GetId")
 
@@ -348,7 +348,7 @@ def test_a_receiver_whose_worker_is_killed(bus: Bus) -> None:
         assert callee.read().args == [body]
         serial = caller.send_call(callee.name, "/", "test.I", "M", "ay", (body,))
         os.kill(bus.worker_of(callee).pid, signal.SIGKILL)
-        with pytest.raises(BusError, match="NoReply|ServiceUnknown"):
+        with pytest.raises(BusError, match=r"ServiceUnknown|NoReply"):
             caller.wait_reply(serial)
 
 
