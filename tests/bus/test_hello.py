@@ -32,6 +32,11 @@ def test_unique_names_are_consecutive(bus: Bus) -> None:
     assert names == list(range(names[0], names[0] + 4))
 
 
+def test_unique_names_begin_at_zero(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """GLib's own tests count on it (gdbus-connection)."""
+    assert start_bus().connect().name == ":1.0"
+
+
 def test_no_unique_name_is_spent_without_hello(bus: Bus) -> None:
     first = bus.connect()
     silent = RawClient(bus.address, hello=False)

@@ -122,6 +122,15 @@ def test_send_signal(send_bus: Bus) -> None:
     assert [m.member for m in b.drain(a)] == ["Fine"]
 
 
+def test_a_denied_unicast_signal_is_answered(send_bus: Bus) -> None:
+    """The sender hears why, though a signal has no reply; the reference's monitor tests see it."""
+    a, b = send_bus.connect(), send_bus.connect()
+    serial = a.signal("/", "test.denied.Signal", "Unicast", to=b.name)
+    with pytest.raises(BusError) as caught:
+        a.wait_reply(serial)
+    assert caught.value.name == DENIED
+
+
 def test_send_to_the_driver(send_bus: Bus) -> None:
     client = send_bus.connect()
     denied(client, DRIVER, DRIVER_PATH, DRIVER, "UpdateActivationEnvironment", "a{ss}", ({},))

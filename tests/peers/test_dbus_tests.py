@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(10 * suites.PROGRAM_SECONDS)
     ids=["DBUS_TEST_DAEMON", "PATH"],
 )
 def test_program(program: str, on_path: bool, short_directory: Path) -> None:
-    result = suites.run("dbus", program, short_directory, on_path=on_path)
+    result = suites.run("dbus", program, short_directory, on_path=on_path, listed=on_path)
     found = suites.differences("dbus", program, result.cases)
     assert not found, "\n".join(found) + "\n\n" + result.output
 
