@@ -23,6 +23,7 @@ import prctl
 
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import AddressError, Listener, open_listeners
+from kbusd.supervisor.spawn import command
 from kbusd.supervisor.supervisor import Settings, StartError, Supervisor
 
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
@@ -78,7 +79,7 @@ def start_reader(options: argparse.Namespace, stderr: int | None = None) -> subp
     if options.config_file and options.config_file.startswith("/proc/self/fd/"):
         keep = (int(options.config_file.rsplit("/", 1)[1]),)
     return subprocess.Popen(
-        [sys.executable, "-s", "-P", "-m", "kbusd.policy.reader", *which],
+        command("kbusd.policy.reader", which),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=stderr,

@@ -31,7 +31,7 @@ def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int
     try:
         return os.posix_spawn(
             sys.executable,
-            [sys.executable, "-S", "-s", "-P", start.__file__, *_path(), "--", module, *arguments],
+            command(module, arguments),
             os.environ,
             file_actions=actions,
             setsigmask=[],
@@ -42,10 +42,12 @@ def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int
             os.close(fd)
 
 
-def _path() -> list[str]:
-    """Where we import from; an editable installation of kbusd is not on the path by itself."""
+def command(module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line that runs `module` with our own import path (see start.py)."""
+    # An editable installation of kbusd is not on the path by itself.
     ours = os.path.dirname(next(iter(kbusd.__path__)))
-    return [ours, *(each for each in sys.path if each and each != ours)]
+    path = [ours, *(each for each in sys.path if each and each != ours)]
+    return [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments]
 
 
 def sealed_memfd(name: str, data: bytes) -> int:

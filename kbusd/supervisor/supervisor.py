@@ -36,6 +36,8 @@ from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import sealed_memfd, spawn
 
 SPARE_WORKERS = 4  # a connect costs a hand-over while these last; forking one takes about 2 ms
+FEW_SPARES = 2  # so few are made up for at once, else when it is quiet: forking disturbs a connect
+QUIET_SECONDS = 0.005
 MAX_SPARES_LOST = 16  # in a row: something is wrong with all of them
 FDS_PER_WORKER = 3  # line, pidfd, and for a moment the broker's end or the client
 OTHER_FDS = 64
@@ -212,11 +214,17 @@ class Supervisor:
         wanted = bool(self.spare) and not self.broker.queue and time.monotonic() >= self.pause_until
         if wanted != self.listening:
             self._listen(wanted)
+        short = len(self.spare) + self.forking < SPARE_WORKERS
         if self.pause_until > time.monotonic():
             timeout = RETRY_SECONDS
-        for key, _ in self.selector.select(timeout):
+        elif short:
+            timeout = QUIET_SECONDS
+        ready = self.selector.select(timeout)
+        for key, _ in ready:
             if self.exit_status is None:
                 key.data()
+        if short and self.exit_status is None and (not ready or len(self.spare) < FEW_SPARES):
+            self._refill()
         for line in (self.broker, self.zygote):
             self._flush(line)
 
@@ -281,7 +289,6 @@ class Supervisor:
         self.by_uid[credentials.uid] += 1
         self._tell(self.broker, entries.Assigned(worker.number, credentials))
         self._tell(worker.line, entries.Client(credentials), [client.fileno()])
-        self._refill()
 
     # -- workers -------------------------------------------------------------------------------
 
@@ -335,8 +342,6 @@ class Supervisor:
         self._tell(self.broker, entries.WorkerGone(number, reason))
         worker.line.close()
         os.close(worker.pidfd)
-        if self.exit_status is None:
-            self._refill()
 
     def _from_broker(self) -> None:
         try:

@@ -14,13 +14,15 @@ import time
 
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings import entries
-from kbusd.rings.line import Line
+from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import Engine
 
 _SASL_READ = 16384
+for each in (entries.BrokerMessage, entries.ToWorker):
+    prepare(each)  # in the zygote, for every worker
 
 
 def main(context: Context, supervisor: socket.socket, broker: socket.socket, locked: int) -> int:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import selectors
+import select
 import signal
 import socket
 import sys
+from typing import NamedTuple
 
 from kbusd.rings import entries
 from kbusd.rings.line import Line, LineError, pair
@@ -24,6 +25,15 @@ from kbusd.workers import worker
 from kbusd.workers.context import Context, read_all
 
 
+class Locking(NamedTuple):
+    """A worker that has not said yet that it is locked down; till then no client may get it."""
+
+    number: int
+    pid: int
+    supervisors: socket.socket
+    brokers: socket.socket
+
+
 class Zygote:
     """Forks a worker for each Fork, says what became of it."""
 
@@ -31,50 +41,56 @@ class Zygote:
         self.context = context
         self.line = line
         self.workers: dict[int, int] = {}
+        self.locking: dict[int, Locking] = {}  # by the pipe that they say it on
+        self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
 
     def fork(self, number: int) -> None:
-        ours, supervisors = pair()
+        supervisors, ours = pair()
         brokers, theirs = pair()
-        locked_reader, locked_writer = os.pipe2(os.O_CLOEXEC)
+        reader, writer = os.pipe2(os.O_CLOEXEC)
         pid = os.fork()
         if pid == 0:
             status = 70
             try:
-                os.close(locked_reader)
-                self.line.sock.close()
-                supervisors.close()
-                theirs.close()
-                status = worker.main(self.context, ours, brokers, locked_writer)
+                # What else we have inherited is closed by the lock-down, before a client comes.
+                status = worker.main(self.context, ours, theirs, writer)
             except BaseException as error:  # the process ends here, whatever it was
                 os.write(2, f"kbusd-worker: {type(error).__name__}: {error}\n".encode())
                 if os.environ.get("KBUSD_TRACEBACK"):
                     sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(status)
-        os.close(locked_writer)
+        os.close(writer)
         ours.close()
-        brokers.close()
-        with supervisors, theirs:
-            # The worker says one byte when it is locked down; without it no client may get it.
-            locked = os.read(locked_reader, 1)
-            os.close(locked_reader)
-            if not locked:
-                os.waitpid(pid, 0)
+        theirs.close()
+        self.locking[reader] = Locking(number, pid, supervisors, brokers)
+        self.epoll.register(reader, select.EPOLLIN)
+
+    def locked(self, reader: int) -> None:
+        """The worker says one byte, or has ended."""
+        number, pid, supervisors, brokers = self.locking.pop(reader)
+        self.epoll.unregister(reader)  # by itself it leaves only when no child has it either
+        said = os.read(reader, 1)
+        os.close(reader)
+        with supervisors, brokers:
+            if not said:
                 raise SystemExit("kbusd-zygote: a worker could not be confined; see above")
             self.workers[pid] = number
             pidfd = os.pidfd_open(pid)
-            fds = [supervisors.fileno(), theirs.fileno(), pidfd]
+            fds = [supervisors.fileno(), brokers.fileno(), pidfd]
             self.line.send(entries.Forked(number, pid), fds)
             os.close(pidfd)
 
     def reap(self) -> None:
-        while self.workers:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
+        while self.workers or self.locking:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
                 return
-            number = self.workers.pop(pid, None)
-            if number is not None:
-                self.line.send(entries.Ended(number, status))
+            # It may have said that it is locked down just before: that goes out first.
+            for reader in [fd for fd, each in self.locking.items() if each.pid == ended.si_pid]:
+                self.locked(reader)
+            pid, status = os.waitpid(ended.si_pid, 0)
+            self.line.send(entries.Ended(self.workers.pop(pid), status))
 
     def receive(self) -> None:
         while (received := self.line.receive()) is not None:
@@ -92,19 +108,19 @@ class Zygote:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        with selectors.DefaultSelector() as selector:
-            selector.register(reader, selectors.EVENT_READ)
-            selector.register(self.line, selectors.EVENT_READ)
-            while True:
-                for key, _ in selector.select():
-                    if key.fd == reader:
-                        with contextlib.suppress(BlockingIOError):
-                            os.read(reader, 4096)
-                        self.reap()
-                    else:
-                        self.receive()
-                while not self.line.flush():
-                    selectors.DefaultSelector().select(0.001)
+        self.epoll.register(reader, select.EPOLLIN)
+        self.epoll.register(self.line.fileno(), select.EPOLLIN)
+        while True:
+            for fd, _ in self.epoll.poll(0.001 if self.line.queue else None):
+                if fd == reader:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(reader, 4096)
+                    self.reap()
+                elif fd in self.locking:
+                    self.locked(fd)
+                else:
+                    self.receive()
+            self.line.flush()
 
 
 def main() -> None:
@@ -115,8 +131,8 @@ def main() -> None:
     context = Context.make(guid, int(supervisor), read_all(4), workers, log_fd=7)
     for fd in (4, 5, 6):
         os.close(fd)
-    zygote = Zygote(context, line)
     apply.confine(own, keep_fds=[0, 1, 2, 3, 7])
+    zygote = Zygote(context, line)
     gc.collect()
     gc.freeze()
     with contextlib.suppress(EOFError, LineError, ConnectionError):
