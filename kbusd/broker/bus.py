@@ -33,7 +33,7 @@ from kbusd.broker.refusal import (
 )
 from kbusd.broker.registry import Change, Claim, Registry
 from kbusd.policy.configuration import Configuration
-from kbusd.policy.decide import ClientPolicy
+from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
     AddMatch,
@@ -244,7 +244,7 @@ class Bus:
         policy = self._policy_for(credentials)
         verdict = policy.can_connect()
         if not verdict.allowed:
-            self._outside.say(f"refused {connection}: policy: {verdict.rule}")
+            self._outside.say(f"refused {connection}: {explain(verdict)}")
             raise Refused(
                 ACCESS_DENIED,
                 f"A client of uid {credentials.uid} is not allowed to connect to this bus",
@@ -288,7 +288,7 @@ class Bus:
         assert connection.policy is not None
         verdict = connection.policy.can_own(name)
         if not verdict.allowed:
-            self._outside.say(f"{connection} may not own {name}: policy: {verdict.rule}")
+            self._outside.say(f"{connection} may not own {name}: {explain(verdict)}")
             raise Refused(
                 ACCESS_DENIED,
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
