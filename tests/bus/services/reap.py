@@ -60,7 +60,9 @@ def wait(deadline: float, wanted: int | None) -> int | None:
 
 def main(limit: float, after: float, command: list[str]) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    status = wait(time.monotonic() + limit, subprocess.Popen(command).pid)
+    # In a session of its own: one that signals its process group must not end the whole test run.
+    started = subprocess.Popen(command, start_new_session=True)
+    status = wait(time.monotonic() + limit, started.pid)
     if status is None:
         kill_all("not done in time:")
         return TOO_LATE
