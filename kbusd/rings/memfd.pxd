@@ -11,7 +11,5 @@ cdef uint8_t *map_twice(int fd, size_t size, bint writable) noexcept
 cdef void unmap_whole(const uint8_t *where, size_t size) noexcept
 cdef void unmap_twice(const uint8_t *where, size_t size) noexcept
 
-cdef int large_begin(size_t size, uint8_t **where) noexcept
-cdef int large_finish(int fd, uint8_t *where, size_t size) noexcept
 cdef const uint8_t *large_map(int fd, size_t size) noexcept
 cdef void large_unmap(const uint8_t *where, size_t size) noexcept

@@ -28,7 +28,6 @@ from cython.cimports.kbusd.rings.libc import (
     MAP_FAILED,
     MAP_FIXED,
     MAP_NORESERVE,
-    MAP_POPULATE,
     MAP_PRIVATE,
     MAP_SHARED,
     MFD_ALLOW_SEALING,
@@ -141,35 +140,13 @@ def unmap_twice(where, size):
         munmap(cython.cast(cython.p_void, where), PAGE + 2 * size)
 
 
-def large_begin(size, where) -> cython.int:
-    """A memfd for a body of `size` bytes, mapped writable at `where[0]`: descriptor or -errno."""
-    fd: cython.int = create(b"kbusd-body", size)
-    if fd < 0:
-        return fd
-    # All of it is about to be written: one fault for all pages.
-    place: cython.p_void = mmap(
-        cython.NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0
-    )
-    if place == MAP_FAILED:
-        code: cython.int = errno
-        c_close(fd)
-        return -code
-    where[0] = cython.cast(cython.pointer(uint8_t), place)
-    return fd
-
-
-def large_finish(fd, where, size) -> cython.int:
-    """Unmap and seal against every write: 0 or -errno."""
-    munmap(where, size)
-    return add_seals(fd, LARGE_SEALS)
-
-
 def large_map(fd, size):
     """Map the first `size` bytes read-only; NULL unless sealed for good and large enough."""
     if size == 0 or sealed_size(fd, LARGE_SEALS) < cython.cast(int64_t, size):
         return cython.NULL
-    # Private: a write-sealed memfd could not be mapped shared before Linux 6.7.
-    where: cython.p_void = mmap(cython.NULL, size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0)
+    # Private: a write-sealed memfd could not be mapped shared before Linux 6.7. Not populated: to
+    # check most bodies takes a look at few pages.
+    where: cython.p_void = mmap(cython.NULL, size, PROT_READ, MAP_PRIVATE, fd, 0)
     if where == MAP_FAILED:
         return cython.NULL
     return cython.cast(cython.pointer(uint8_t), where)

@@ -40,7 +40,7 @@ from cython.cimports.libc.stdint import uint8_t
 from cython.cimports.libc.stdlib import free, malloc
 from cython.cimports.libc.string import memcpy, memmove, memset
 
-BUFFER = cython.declare(cython.size_t, 65536)
+BUFFER = cython.declare(cython.size_t, 131072)  # of which only the pages that are used exist
 MAX_PENDING_FDS = cython.declare(cython.size_t, 1024)
 # Written into a memfd from here: that costs half of receiving into fresh pages of a mapping.
 CHUNK = cython.declare(cython.size_t, 131072)

@@ -62,7 +62,6 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_SHARED
     enum: MAP_PRIVATE
     enum: MAP_ANONYMOUS
-    enum: MAP_POPULATE
     void *MAP_FAILED
 
 cdef extern from "<errno.h>" nogil:
