@@ -466,6 +466,9 @@ class Merge:
         ):
             self._break(source, -3)
             return False
+        if source.stamp == EVERYTHING:
+            self._break(source, -4)  # nothing could come after it
+            return False
         return source.stamp < self.cut
 
     def _first_unicast(self, source, stamp) -> cython.int:

@@ -15,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import pytest
 
 from . import procs
 from .rawclient import TIMEOUT, RawClient, socket_address
@@ -247,3 +250,10 @@ class Bus:
                 os.kill(process.pid, signal.SIGKILL)
         procs.eventually(lambda: not any(procs.alive(p) for p in left), "killed processes end")
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def need_a_tree_for_all(become: Sequence[str]) -> None:
+    """Skip where the tree lies in a directory that the other user may not enter (/root, say)."""
+    command = [*become, "test", "-x", sys.executable]
+    if subprocess.run(command, check=False).returncode != 0:
+        pytest.skip(f"an ordinary user can't reach {sys.executable}")

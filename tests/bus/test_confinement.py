@@ -13,7 +13,7 @@ import pytest
 
 from kbusd.sandbox import inforce
 
-from .daemon import Bus, clean_environment, configuration
+from .daemon import Bus, clean_environment, configuration, need_a_tree_for_all
 from .rawclient import DRIVER, DRIVER_PATH
 
 pytestmark = pytest.mark.kbusd_only
@@ -64,6 +64,7 @@ def test_a_bus_with_clients_is_confined_as_its_profiles_say(bus: Bus) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_bus_of_an_ordinary_user_is_confined_too(start_bus: Any) -> None:
+    need_a_tree_for_all(ORDINARY_USER)
     bus = start_bus(configuration("unix:tmpdir=/tmp"), prefix=ORDINARY_USER)
     ping = ["dbus-send", f"--bus={bus.address}", "--print-reply", f"--dest={DRIVER}", "/", PING]
     subprocess.run([*ORDINARY_USER, *ping], check=True, capture_output=True, timeout=30)

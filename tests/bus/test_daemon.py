@@ -23,6 +23,7 @@ from .daemon import (
     configuration,
     daemon_command,
     is_reference,
+    need_a_tree_for_all,
     read_line,
 )
 from .rawclient import DRIVER, BusError, Disconnected, RawClient, socket_address
@@ -472,6 +473,7 @@ def test_as_an_ordinary_user(place: Path, config: Path) -> None:
         pytest.skip("needs root to become somebody else; without it every test here is this one")
     os.chown(place, NOBODY, NOBODY)
     become = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    need_a_tree_for_all(become)
     process = subprocess.Popen(
         [*become, *daemon_command(), f"--config-file={config}", "--nofork", "--print-address=1"],
         stdin=subprocess.DEVNULL,

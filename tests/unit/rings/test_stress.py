@@ -20,6 +20,8 @@ import traceback
 
 import pytest
 
+from kbusd.rings.ring import Ring, RingReader
+
 from .worker import Worker, introduce
 
 # Order is what we test, so readers wait as long as it takes; the limit has its test elsewhere.
@@ -191,13 +193,25 @@ class Process:
 
 
 def stress(
-    count: int, quota: int, seed: int, ring: int, broadcast: int, kill: bool = False
+    count: int,
+    quota: int,
+    seed: int,
+    ring: int,
+    broadcast: int,
+    kill: bool = False,
+    idle: int = 0,
 ) -> tuple[int, int]:
-    """Frames delivered and demotions, in all processes. Raises AssertionError with their texts."""
+    """Frames delivered and demotions, in all processes. Raises AssertionError with their texts.
+
+    idle: rings of each process between the others' in which nothing ever happens."""
     workers = [Worker(name, ring, broadcast, PATIENCE) for name in range(count)]
+    silent = Ring(4096)
     for a in range(count):
         for b in range(a):
             introduce(workers[a], workers[b])
+        for worker in workers:
+            for _ in range(idle // count):
+                worker.merge.add(RingReader(silent.fd, worker.status, worker.status.take_slot()))
     for worker in workers:
         for name in worker.to:
             worker.join(name)
@@ -249,24 +263,26 @@ def stress(
             os.close(pipe[1])
     texts = []
     total = demoted = 0
+    open_fds = {fd: b"" for name, fd in enumerate(results) if name != victim}
     try:
-        for name, fd in enumerate(results):
-            text = b""
-            while part := os.read(fd, 65536):
-                text += part
-            os.close(fd)
-            if name == victim:
-                continue
-            words = text.split()
-            if len(words) == 2:
-                total += int(words[0])
-                demoted += int(words[1])
-            else:
-                texts.append(text.decode())
-                for pid in children:
+        while open_fds:
+            for fd in select.select(list(open_fds), [], [])[0]:
+                part = os.read(fd, 65536)
+                open_fds[fd] += part
+                if part:
+                    continue
+                words = open_fds.pop(fd).decode()
+                if words.replace(" ", "").isdigit():
+                    total += int(words.split()[0])
+                    demoted += int(words.split()[1])
+                    continue
+                texts.append(words)
+                for pid in children:  # they would wait for the one that failed
                     if pid:
                         os.kill(pid, signal.SIGKILL)
     finally:
+        for fd in results:
+            os.close(fd)
         for pid in children:
             if pid:
                 os.waitpid(pid, 0)
@@ -287,6 +303,12 @@ def test_order_and_completeness(seed: int) -> None:
     frames, demotions = stress(4, 5000, seed, 8192, 8192)
     assert frames > 20_000
     assert demotions > 0
+
+
+def test_what_changes_during_a_scan() -> None:
+    """With so many rings a scan takes so long that one look at each would not do."""
+    for seed in range(2):
+        assert stress(4, 4000, seed, 65536, 65536, idle=2000)[0] > 10_000
 
 
 def test_a_killed_peer_holds_up_nobody() -> None:
