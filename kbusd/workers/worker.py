@@ -19,6 +19,7 @@ from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import Engine
+from kbusd.workers.rehearsal import Rehearsal
 
 _SASL_READ = 16384
 for each in (entries.BrokerMessage, entries.ToWorker):
@@ -30,27 +31,41 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     line = Line(broker, entries.BrokerMessage)
     hand_over = Line(supervisor, entries.ToWorker)
     engine = Engine(context, line)
-    keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked, *engine.descriptors()]
+    rehearsal = Rehearsal(context)
+    keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked]
+    keep += engine.descriptors() + rehearsal.descriptors()
     apply.confine(context.profile, keep_fds=keep)
     gc.set_threshold(50_000)
     os.write(locked, b"1")
     os.close(locked)
+    arrived = select.poll()
+    arrived.register(hand_over, select.POLLIN)
+    if arrived.poll(0):
+        rehearsal.close()  # the client is there already
+    else:
+        rehearsal.play(serve)
+    del rehearsal
+    serve(context, engine, hand_over, line)
+    return 0
+
+
+def serve(context: Context, engine: Engine, hand_over: Line, line: Line) -> None:
+    """Wait for a client on `hand_over` and serve it to its end."""
     assigned = _wait_for_client(hand_over)
     if assigned is None:
-        return 0
+        return
     credentials, client = assigned
-    started = _authenticate(context, credentials, client, supervisor)
+    started = _authenticate(context, credentials, client, hand_over.sock)
     if isinstance(started, str):
         line.send(entries.Leaving(0, started))
-        return 0
+        return
     policy = ClientPolicy(context.configuration.policy, credentials, owner=context.bus.owner)
     verdict = policy.can_connect()
     if not verdict.allowed:
         line.send(entries.Leaving(0, f"may not connect: {explain(verdict)}"))
-        return 0
+        return
     rest, fds, unix_fds = started
-    engine.serve(client.fileno(), supervisor.fileno(), credentials, rest, fds, unix_fds)
-    return 0
+    engine.serve(client.fileno(), hand_over.fileno(), credentials, rest, fds, unix_fds)
 
 
 def _wait_for_client(line: Line) -> tuple[entries.Credentials, socket.socket] | None:

@@ -23,6 +23,9 @@ from kbusd.sandbox import apply
 from kbusd.sandbox.compiled import decode as decode_compiled
 from kbusd.workers import worker
 from kbusd.workers.context import Context, read_all
+from kbusd.workers.rehearsal import Rehearsal
+
+REHEARSALS = 16  # Python 3.11 specialises code that has run eight times
 
 
 class Locking(NamedTuple):
@@ -131,6 +134,8 @@ def main() -> None:
     context = Context.make(guid, int(supervisor), read_all(4), workers, log_fd=7)
     for fd in (4, 5, 6):
         os.close(fd)
+    for _ in range(REHEARSALS):
+        Rehearsal(context).play(worker.serve)
     apply.confine(own, keep_fds=[0, 1, 2, 3, 7])
     zygote = Zygote(context, line)
     gc.collect()

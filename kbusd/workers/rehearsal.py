@@ -1,0 +1,103 @@
+"""A worker's life before there is a client: connect, authenticate, say Hello, leave.
+
+The zygote plays it before it forks: what Python makes on the way (caches of types' methods,
+specialised code, tables made at first use) is then shared by all workers. A spare worker plays it
+while it waits: the pages that serving a client writes to are then its own already, and a client
+does not wait while they are copied. Everybody in the play is this process; it touches nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import msgspec
+from jeepney.low_level import (  # type: ignore[import-untyped]
+    Endianness,
+    Header,
+    HeaderFields,
+    Message,
+    MessageType,
+)
+
+from kbusd.rings import entries, memfd
+from kbusd.rings.broadcast import Broadcast
+from kbusd.rings.clock import Clock
+from kbusd.rings.line import Line, pair
+from kbusd.workers.context import Context
+from kbusd.workers.dbus_socket import Engine
+
+_LOG = 2  # kind of frame
+_LOG_SIZE = 65536
+_ME = 1
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+Serve = Callable[[Context, Engine, Line, Line], None]
+
+
+class Rehearsal:
+    """The lines and sockets of one play, which a process that is locked down could not make."""
+
+    def __init__(self, context: Context) -> None:
+        supervisors, ours = pair()
+        brokers, theirs = pair()
+        self._log = Broadcast(_LOG_SIZE)
+        self._context = msgspec.structs.replace(context, log_fd=self._log.fileno())
+        self._supervisors = Line(supervisors, entries.ToWorker)
+        self._ours = Line(ours, entries.ToWorker)
+        self._brokers = Line(brokers, entries.ToWorker)
+        self._theirs = Line(theirs, entries.BrokerMessage)
+        self._client, self._served = socket.socketpair(socket.AF_UNIX, _STREAM)
+        self._engine = Engine(self._context, self._theirs)
+
+    def descriptors(self) -> list[int]:
+        """What must stay open through lock-down."""
+        ends = (self._supervisors, self._ours, self._brokers, self._theirs)
+        held = (*ends, self._client, self._served, self._log)
+        return [*self._engine.descriptors(), *(each.fileno() for each in held)]
+
+    def play(self, serve: Serve) -> bytes:
+        """Play it once, and close everything; returns what the client got."""
+        who = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
+        added = entries.ConnectionAdded(_ME, who)
+        self._log.append(_LOG, Clock().tick(), b"", msgspec.msgpack.encode(added))
+        state = entries.Snapshot(0, 0, (), (), (), (), (), 0)
+        snapshot = memfd.sealed("kbusd-snapshot", msgspec.msgpack.encode(state))
+        # All that is said to the worker is there when it looks, so that nobody ever waits.
+        self._supervisors.send(entries.Client(who), [self._served.fileno()])
+        self._served.close()
+        self._client.send(_SCRIPT)
+        self._client.shutdown(socket.SHUT_WR)
+        self._brokers.send(entries.Reply(1, _ME), [snapshot])
+        os.close(snapshot)
+        serve(self._context, self._engine, self._ours, self._theirs)
+        got = self._client.recv(4096)
+        self.close()
+        return got
+
+    def close(self) -> None:
+        epoll, *_ = self._engine.descriptors()  # the others are closed with what they are part of
+        os.close(epoll)
+        del self._engine
+        self._client.close()
+        self._served.close()
+        for line in (self._supervisors, self._ours, self._brokers, self._theirs):
+            line.close()
+
+
+def _script() -> bytes:
+    """What a client sends up to Hello, in one piece."""
+    fields = {
+        HeaderFields.path: "/org/freedesktop/DBus",
+        HeaderFields.destination: "org.freedesktop.DBus",
+        HeaderFields.interface: "org.freedesktop.DBus",
+        HeaderFields.member: "Hello",
+    }
+    header = Header(Endianness.little, MessageType.method_call, 0, 1, 0, 1, fields)
+    return b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n" + bytes(
+        Message(header, ()).serialise()
+    )
+
+
+_SCRIPT = _script()

@@ -1,0 +1,52 @@
+"""What a worker does before its client comes reaches as far as a real client gets."""
+
+import gc
+import os
+from pathlib import Path
+
+from kbusd.policy import configuration
+from kbusd.sandbox.compiled import Compiled
+from kbusd.workers import worker
+from kbusd.workers.context import Context
+from kbusd.workers.rehearsal import Rehearsal
+
+GUID = "00112233445566778899aabbccddeeff"
+EVERYTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><policy context="default">
+<allow user="*"/><allow send_destination="*"/><allow own="*"/></policy></busconfig>"""
+
+
+def context(directory: Path) -> Context:
+    file = directory / "bus.conf"
+    file.write_text(EVERYTHING)
+    data = configuration.encode(configuration.load(str(file)))
+    nothing = Compiled(name="none", title="none", files=(), required=frozenset())
+    return Context.make(GUID, os.getpid(), data, nothing, log_fd=-1)
+
+
+def descriptors() -> list[str]:
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path) -> None:
+    got = Rehearsal(context(tmp_path)).play(worker.serve)
+    assert got.startswith(b"DATA\r\nOK " + GUID.encode() + b"\r\nAGREE_UNIX_FD\r\n")
+    assert b"NameAcquired" in got
+    assert got.count(b":1.1\0") == 4  # the reply and the signal: destination and body of each
+
+
+def test_nothing_of_it_stays_open(tmp_path: Path) -> None:
+    made = context(tmp_path)
+    before = descriptors()
+    Rehearsal(made).play(worker.serve)
+    gc.collect()
+    assert descriptors() == before
+
+
+def test_a_client_that_is_there_already_costs_no_play(tmp_path: Path) -> None:
+    made = context(tmp_path)
+    before = descriptors()
+    rehearsal = Rehearsal(made)
+    rehearsal.close()
+    del rehearsal
+    gc.collect()
+    assert descriptors() == before
