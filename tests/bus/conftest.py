@@ -61,18 +61,18 @@ class _Shared:
     def __init__(self, **shape: Any) -> None:
         self.shape = shape
         self.bus: Bus | None = None
-        self.janitor: RawClient | None = None
 
     def get(self) -> Bus:
         if self.bus is None or not self.bus.is_alive():
             self.bus = Bus(**self.shape)
-            self.janitor = RawClient(self.bus.address)
+            self.bus.janitor = RawClient(self.bus.address)
             _running.append(self.bus)
         return self.bus
 
     def tidy(self) -> None:
         """Wait until nobody of the last test is left on the bus, so that the next sees none go."""
-        janitor = self.janitor
+        assert self.bus
+        janitor = self.bus.janitor
         assert janitor
         own = {DRIVER, janitor.name}
         procs.eventually(
@@ -80,8 +80,6 @@ class _Shared:
         )
 
     def stop(self) -> None:
-        if self.janitor is not None:
-            self.janitor.close()
         if self.bus is not None:
             self.bus.stop()
 

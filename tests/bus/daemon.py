@@ -133,6 +133,7 @@ class Bus:
         )
         self.log_path = self.directory / "log"
         self.clients: list[RawClient] = []
+        self.janitor: RawClient | None = None  # of a bus that tests share; see conftest.py
         self.log_mark = 0  # where in the log the running test began
         self.stopped = False
         reader, writer = os.pipe()
@@ -216,6 +217,8 @@ class Bus:
         if self.stopped:
             return
         self.close_clients()
+        if self.janitor:
+            self.janitor.close()
         tree = self.tree()
         services = self._activated()
         try:
@@ -241,6 +244,8 @@ class Bus:
         """End what is left, by force, and remove the directory."""
         self.stopped = True
         self.close_clients()
+        if self.janitor:
+            self.janitor.close()
         left = (others or []) + procs.descendants(self.pid)
         if self.is_alive():
             self.process.kill()
