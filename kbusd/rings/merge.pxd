@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from kbusd.rings.clock cimport Clock
 from kbusd.rings.frame cimport FrameHead
@@ -24,11 +24,12 @@ cdef struct Source:
     int slot            # where its Broadcast position is published, or -1
     bint distrusted     # its budget is spent: what it publishes now does not hold up others
     bint bad
+    bint overdrawn      # its budget ran out and is not half full again
+    bint excluded       # its next frame has to wait for others
     bint waits          # frames wait at the producer; as of the first scan
     bint waits_newer    # the same as of the second
     bint unpublished
-    uint64_t ignored    # a stamp that was waited for in vain
-    uint64_t budget     # ns that it may still make us wait
+    int64_t budget      # ns that it may still make us wait; below 0: it has done so for longer
     uint64_t refilled   # when the budget was last topped up
 
 cdef class Merge:
@@ -37,7 +38,8 @@ cdef class Merge:
     cdef int *ready
     cdef int sources, room, count, current
     cdef size_t length
-    cdef uint64_t aux, cut, patience, blocked
+    cdef uint64_t aux, cut, blocked
+    cdef int64_t patience
     cdef bint again, lowered
     cdef readonly bint holding
     cdef uint8_t *buffer

@@ -29,7 +29,7 @@ from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import ring_doorbell
 from cython.cimports.kbusd.rings.frame import MARK, MESSAGE, STOP, FrameHead
 from cython.cimports.kbusd.rings.ring import RingReader
-from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.stdint import int64_t, uint8_t, uint64_t
 from cython.cimports.libc.stdlib import free, realloc
 from cython.cimports.libc.string import memset
 
@@ -39,7 +39,7 @@ EVERYTHING = cython.declare(uint64_t, 2**64 - 1)
 MAX_SCANS = cython.declare(cython.int, 64)
 QUICK_SCANS = cython.declare(cython.int, 16)
 # A peer may make us wait this part of the time, up to `patience` at once.
-REFILL = cython.declare(uint64_t, 20)
+REFILL = cython.declare(int64_t, 20)
 # What we take in of a peer whose demotion is not complete; more than honest workers let wait.
 MAX_HELD = cython.declare(cython.size_t, 64 * 1024 * 1024)
 
@@ -73,7 +73,7 @@ class Merge:
 
     gather, then next until None, then publish."""
 
-    def __init__(self, clock: Clock = None, patience: uint64_t = 20_000_000):
+    def __init__(self, clock: Clock = None, patience: int64_t = 20_000_000):
         self.clock = clock
         self.patience = patience
         self.current = -1
@@ -193,7 +193,7 @@ class Merge:
         scan: cython.int
         code: cython.int
         promised: uint64_t
-        by_promise: cython.bint
+        excluded: cython.bint
         found: cython.bint
         self._settle()
         self.kept = None
@@ -224,7 +224,6 @@ class Merge:
                 return 0
             self.cut = EVERYTHING
             cause = -1
-            by_promise = False
             for i in range(self.sources):
                 source = self.table + i
                 if source.bad:
@@ -237,10 +236,9 @@ class Merge:
                     break
                 if source.state == CATCHING_UP:
                     promised = min(promised, self._promised(source))
-                if promised < self.cut and promised != source.ignored:
+                if promised < self.cut and not source.distrusted:
                     self.cut = promised
                     cause = i
-                    by_promise = True
                 if source.unicast.newer != source.unicast.seen and not source.distrusted:
                     code = cython.cast(RingReader, source.ring).look(
                         source.unicast.seen, source.unicast.newer, cython.address(head)
@@ -251,7 +249,6 @@ class Merge:
                     if head.stamp < self.cut:
                         self.cut = head.stamp
                         cause = i
-                        by_promise = False
                 if source.broadcast.newer != source.broadcast.seen and not source.distrusted:
                     code = cython.cast(BroadcastReader, source.cast).look(
                         source.broadcast.seen, source.broadcast.newer, cython.address(head)
@@ -265,37 +262,36 @@ class Merge:
                     if head.stamp < self.cut:
                         self.cut = head.stamp
                         cause = i
-                        by_promise = False
             if self.again:
                 continue
             self.lowered = True
             while self.lowered and not self.again:
                 self.lowered = False
                 self.count = 0
+                excluded = False
                 for i in range(self.sources):
                     if self._first(self.table + i):
                         self.ready[self.count] = i
                         self.count += 1
+                    excluded |= self.table[i].excluded
                     if self.lowered:
                         cause = i
-                        by_promise = True
                         break
             if self.again:
                 self.count = 0
                 continue
-            if self.count or cause < 0:
+            if not excluded or cause < 0:
                 self.blocked = 0
                 return self.count
             # Mostly a matter of less than a µs: look again some times at once.
-            if scan >= QUICK_SCANS:
-                source = self.table + cause
-                if self._wait_for(source):
-                    self.holding = True
-                    return 0
-                if by_promise:
-                    source.ignored = self.cut
-                else:
-                    source.distrusted = True
+            if self.count == 0 and scan < QUICK_SCANS:
+                continue
+            source = self.table + cause
+            if self._wait_for(source):
+                self.holding = self.count == 0
+                return self.count
+            source.distrusted = True
+        self.count = 0
         return 0
 
     def _holds(self, source) -> cython.bint:
@@ -337,15 +333,20 @@ class Merge:
         return 0
 
     def _wait_for(self, source) -> cython.bint:
-        """Whether the source may make us wait any longer; the time since we could last deliver
-        something, or were asked this last, is on its account."""
+        """Whether the source may go on to make others wait; the time since the last call for
+        which somebody had to wait is on its account."""
         now: uint64_t = monotonic()
-        spent: uint64_t = now - self.blocked if self.blocked else 0
-        self.blocked = now
-        source.budget = min(self.patience, source.budget + (now - source.refilled) // REFILL)
+        source.budget += (now - source.refilled) // REFILL
+        source.budget = min(source.budget, self.patience)
         source.refilled = now
-        source.budget -= min(spent, source.budget)
-        return source.budget != 0
+        if self.blocked:
+            source.budget -= now - self.blocked
+        self.blocked = now
+        if source.budget <= 0:
+            source.overdrawn = True
+        elif source.budget >= self.patience // 2:
+            source.overdrawn = False
+        return not source.overdrawn
 
     def _overrun(self, source) -> cython.int:
         """Rule 7: it follows no more, but catches up. The log has no Ring: it is lost."""
@@ -433,6 +434,7 @@ class Merge:
         unicast_stamp: uint64_t = 0
         copy: cython.int
         unicast: cython.int
+        source.excluded = False
         if source.bad or source.state == CATCHING_UP:
             return False
         unicast = self._first_unicast(source, cython.address(unicast_stamp))
@@ -441,7 +443,7 @@ class Merge:
         copy = self._first_copy(source, cython.address(copy_stamp))
         if copy == BROADCAST and unicast == NOWHERE and source.waits:
             # Rule 8. What others send may depend on it: that waits, too.
-            if copy_stamp < self.cut and copy_stamp != source.ignored:
+            if copy_stamp < self.cut and not source.distrusted:
                 self.cut = copy_stamp
                 self.lowered = True
             return False
@@ -469,7 +471,8 @@ class Merge:
         if source.stamp == EVERYTHING:
             self._break(source, -4)  # nothing could come after it
             return False
-        return source.stamp < self.cut
+        source.excluded = source.stamp >= self.cut
+        return not source.excluded
 
     def _first_unicast(self, source, stamp) -> cython.int:
         """What is first of the unicast frames and of what else comes by Ring."""
