@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import re
 import stat
-import sysconfig
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +23,12 @@ from kbusd.sandbox.errors import ProfileError
 OVERRIDES = Path("/etc/kbusd/profiles")
 """Where an admin's own copy of a profile takes precedence, file by file."""
 
-_TREE = Path(__file__).resolve().parents[2] / "profiles"
+_PLACE = Path(__file__).resolve().parents[2]
+_OURS = _PLACE / "profiles"
+if _PLACE.name in ("site-packages", "dist-packages"):
+    # PREFIX/lib/pythonX.Y/site-packages. Asking sysconfig for PREFIX would not do: Python without
+    # `site`, as which most of our processes run, does not know of virtual environments.
+    _OURS = _PLACE.parents[2] / "share" / "kbusd" / "profiles"
 _NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
 
 Why = Annotated[str, msgspec.Meta(min_length=8)]
@@ -185,8 +189,7 @@ _SECTIONS = (
 
 def directories() -> list[Path]:
     """Where profiles are looked for, in order."""
-    installed = Path(sysconfig.get_path("data")) / "share" / "kbusd" / "profiles"
-    return [OVERRIDES, _TREE, installed, Path("/usr/share/kbusd/profiles")]
+    return [OVERRIDES, _OURS, Path("/usr/share/kbusd/profiles")]
 
 
 def names() -> list[str]:
