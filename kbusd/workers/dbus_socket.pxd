@@ -53,7 +53,7 @@ cdef class Engine:
     cdef int request
     cdef int introducing, slow, fetching
     cdef bint busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
-    cdef uint64_t tidy_at, stall_until, leave_until, poll_ns, reply_ns
+    cdef uint64_t tidy_at, stall_until, leave_until, poll_ns, poll_from, reply_ns
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
 

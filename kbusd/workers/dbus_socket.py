@@ -108,6 +108,8 @@ STALL_NS = cython.declare(uint64_t, 20_000_000)
 # hypervisor does (halt polling); nothing once one lasted longer.
 POLL_LEAST = cython.declare(uint64_t, 10_000)
 POLL_MOST = cython.declare(uint64_t, 50_000)
+CONTENDED = cython.declare(uint64_t, 200_000)
+POLL_PAUSE = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
 
@@ -312,16 +314,25 @@ class Engine:
 
         Whoever else can run goes first; the wake-up that a short wait saves costs more than it."""
         count: cython.int
-        until: uint64_t = monotonic() + self.poll_ns
+        now: uint64_t = monotonic()
+        until: uint64_t = now + self.poll_ns
+        before: uint64_t
         while True:
             if self.merge.pending():
                 return -2
             count = epoll_wait(self.epoll, events, 8, 0)
             if count != 0:
                 return count
-            if monotonic() >= until:
+            if now >= until:
                 return 0
+            before = now
             sched_yield()
+            now = monotonic()
+            if now - before > CONTENDED:
+                # Somebody computes on this core: who yields waits for a whole slice of his,
+                # who sleeps is woken ahead of him.
+                self.poll_ns = 0
+                self.poll_from = now + POLL_PAUSE
 
     def _sleep(self, events: cython.pointer(epoll_event), timeout: cython.int) -> cython.int:
         """Sleep until something comes; how long it was decides how long `_poll` will look."""
@@ -335,7 +346,7 @@ class Engine:
         if timeout != 0:
             if monotonic() - begin >= POLL_MOST:
                 self.poll_ns = 0
-            elif self.poll_ns < POLL_MOST:
+            elif self.poll_ns < POLL_MOST and begin >= self.poll_from:
                 self.poll_ns = self.poll_ns * 2 if self.poll_ns else POLL_LEAST
         return count
 
