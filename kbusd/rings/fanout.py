@@ -16,7 +16,7 @@ P, for each R:
     then a MARK: that of a new join (2), or MARK(aux = STOP). Only when all that is in the Ring,
     or waits for it, may B's tail pass R's position.
  4. While R is apart, a signal for R goes by Ring. If it stands in B too, its aux says where, and
-    B gets it first. Else aux is 0, as in any unicast frame.
+    B gets it first, or later but before `end`. Else aux is 0, as in any unicast frame.
 
 R, with b = how far it has read B; merge.py does this:
  5. R begins apart. At MARK(aux): b = max(b, aux), and R *follows* B: it reads it from b on. At

@@ -63,6 +63,7 @@ cdef class Merge:
     cdef int _mark(self, Source *source, uint64_t aux) except -1
     cdef void _skip(self, Source *source, size_t length) noexcept
     cdef bint _first(self, Source *source) except -1
+    cdef bint _ahead(self, Source *source, uint64_t aux) except -1
     cdef int _first_copy(self, Source *source, uint64_t *stamp) except -1
     cdef int _first_unicast(self, Source *source, uint64_t *stamp) except -1
     cdef bint _wait_for(self, Source *source) noexcept

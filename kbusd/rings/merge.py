@@ -270,10 +270,21 @@ class Merge:
                 self.count = 0
                 excluded = False
                 for i in range(self.sources):
-                    if self._first(self.table + i):
+                    source = self.table + i
+                    if (
+                        source.unicast.seen == source.unicast.position
+                        and source.broadcast.seen == source.broadcast.position
+                        and source.held == cython.NULL
+                    ):
+                        source.excluded = False
+                        continue
+                    if self._first(source):
                         self.ready[self.count] = i
                         self.count += 1
-                    excluded |= self.table[i].excluded
+                    if source.excluded:
+                        excluded = True
+                        if cause < 0:
+                            cause = i  # it waits for itself
                     if self.lowered:
                         cause = i
                         break
@@ -327,7 +338,8 @@ class Merge:
             self._catch_up(source)
         if source.ring != cython.NULL:
             # Rule 8: after the Broadcast's head and before the Ring's.
-            source.waits_newer = cython.cast(RingReader, source.ring).producer_waits()
+            if source.broadcast.newer != position:
+                source.waits_newer = cython.cast(RingReader, source.ring).producer_waits()
             # Pairs with Ring.commit.
             source.unicast.newer = load_acquire(source.unicast.head_at)
         return 0
@@ -509,11 +521,23 @@ class Merge:
                 continue
             if source.state != FOLLOWING:
                 return RING_COPY
-            if head.aux > cython.cast(BroadcastReader, source.cast).head():
-                self._break(source, -1)
+            if self._ahead(source, head.aux):
                 return NOWHERE
             return BLOCKED
         return NOWHERE
+
+    def _ahead(self, source, aux) -> cython.bint:
+        """Rule 4: a copy of what is not in the Broadcast yet, as may be between `begin` and `end`.
+        Else, or if that takes too long, it is a lie."""
+        broadcast: BroadcastReader = cython.cast(BroadcastReader, source.cast)
+        if aux <= broadcast.head():
+            return False
+        # The order pairs with Broadcast.end: after it, the head has moved.
+        if (broadcast.begun() == 0 and aux > broadcast.head()) or source.distrusted:
+            self._break(source, -1)
+        else:
+            source.excluded = True
+        return True
 
     def _first_copy(self, source, stamp) -> cython.int:
         """What is first in the Broadcast, or of the copies that were taken out of the Ring."""

@@ -345,3 +345,21 @@ def test_what_changes_while_it_is_read_is_no_frame(
     assert merge.one() is None
     assert len(merge.put_aside()) == 1
     hostile.close()
+
+
+def test_a_copy_of_what_never_comes_is_a_lie(stage: tuple[Merge, StatusPage, Clock]) -> None:
+    merge, status, clock = stage
+    good = honest(merge, status, clock)
+    ring, cast = Scribbler(), Broadcast(PAGE)
+    reader = RingReader(ring.fd, status, status.take_slot())
+    merge.add(reader, BroadcastReader(cast.fd), status.take_slot())
+    end = ring.frame(0, 1, kind=MARK)
+    ring.word(0, ring.frame(end, 2, aux=48, body=8))
+    cast.open_many(clock.tick() + 10**9)
+    begin = time.monotonic()
+    while not (broken := merge.put_aside()):
+        good.write(Frame(1, clock.tick(), b"", b""))
+        merge.take()
+        assert time.monotonic() - begin < 5
+    assert [each for each, _ in broken] == [reader]
+    ring.close()
