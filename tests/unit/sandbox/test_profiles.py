@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kbusd.sandbox import profiles
@@ -49,6 +53,31 @@ def test_what_parses_other_people_s_bytes_may_not_go_without_its_walls(name: str
 def test_base_is_never_loaded_by_itself() -> None:
     with pytest.raises(ProfileError, match="never loaded by itself"):
         profiles.load("base")
+
+
+@pytest.mark.parametrize("place", ["lib/python3.11/site-packages", "lib/python3/dist-packages"])
+def test_an_installed_bus_finds_its_profiles_without_site(tmp_path: Path, place: str) -> None:
+    package = tmp_path / place / "kbusd"
+    ours = Path(profiles.__file__).parents[1]
+    (package / "sandbox").mkdir(parents=True)
+    for name in ("__init__.py", "sandbox/__init__.py", "sandbox/profiles.py", "sandbox/errors.py"):
+        shutil.copy(ours / name, package / name)
+    installed = tmp_path / "share" / "kbusd" / "profiles"
+    shutil.copytree(ours.parent / "profiles", installed)
+    path = [str(tmp_path / place), str(Path(msgspec.__file__).parents[1])]
+    script = (
+        f"import sys; sys.path += {path}; from kbusd.sandbox import profiles;"
+        " print(profiles.__file__, len(profiles.names())); print(*profiles.directories())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-s", "-P", "-c", script], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(package / "sandbox" / "profiles.py"),
+        "6",
+        *map(str, [profiles.OVERRIDES, installed, "/usr/share/kbusd/profiles"]),
+    ]
 
 
 @pytest.fixture
