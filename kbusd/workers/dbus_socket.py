@@ -103,7 +103,7 @@ IDLE_TIDIES = cython.declare(cython.int, 3)
 MAX_ROUTES = cython.declare(cython.int, 1024)
 # While a peer is being introduced, or has no room, our client's next messages wait this long: so
 # that order holds across receivers, and a peer that hangs holds up nobody for longer.
-STALL_NS = cython.declare(uint64_t, 20_000_000)
+STALL_NS = cython.declare(uint64_t, 250_000_000)
 # How long a worker looks for work before it sleeps: grown while sleeps turn out short, as a
 # hypervisor does (halt polling); nothing once one lasted longer.
 POLL_LEAST = cython.declare(uint64_t, 10_000)
