@@ -30,13 +30,20 @@ cdef class Bulk:
     cdef bint release(self) except -1
     cdef int _settle(self) except -1
 
-cdef class BulkView:
+cdef class Area:
     cdef const uint8_t *base
+
+cdef class BulkView:
+    cdef Area area
+    cdef int lent
+    cdef uint64_t later
     cdef StatusPage mine
     cdef int slot
     cdef uint64_t count
     cdef void open(self, int fd) except *
     cdef void release(self) noexcept
     cdef const uint8_t *place(self, uint64_t aux) noexcept
+    cdef Area lend(self)
+    cdef void back(self, Area area) noexcept
     cdef void done(self) noexcept
     cdef void close(self) noexcept

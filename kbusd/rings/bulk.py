@@ -5,7 +5,8 @@ A fresh page costs more than what is copied into it (a MiB of them some 400 µs,
 sender's worker receives its client's body into pages that it keeps; the receiver's maps them read-
 only, copies the body out and then checks the copy. A frame of kind BULK says where the body
 stands: `aux` is offset << 32 | length; length 0 means that the area is given up. An area is told
-of by its first frame (BULK_FRESH).
+told of by its first frame (BULK_FRESH). A body that no bytes can make invalid, such as "ay", is not
+even copied: its receiver's worker lends it to the client's queue, which sends it from there.
 
 What a frame took is free once the receiver has counted the frame as done, in its status page; the
 Ring's position does not say that, as a reader that catches up takes frames out before their turn
@@ -183,6 +184,19 @@ class Bulk:
 
 
 @cython.cclass
+class Area:
+    """A peer's bulk area, mapped read-only as long as somebody uses it."""
+
+    def __dealloc__(self):
+        unmap_whole(self.base, BULK_SIZE)
+
+
+NOT_LENT = cython.declare(cython.int, 0)
+LENDING = cython.declare(cython.int, 1)  # the frame at hand
+LENT = cython.declare(cython.int, 2)  # a frame before
+
+
+@cython.cclass
 class BulkView:
     """The receiver's side. `slot` of `mine` is that of the sender's Ring."""
 
@@ -190,34 +204,60 @@ class BulkView:
         self.mine = mine
         self.slot = slot
 
-    def __dealloc__(self):
-        self.release()
-
     def open(self, fd: cython.int) -> cython.void:
         """Map a new area instead of the old; `fd` stays the caller's. Raises RingError."""
         memfd.check_seals(fd, BULK_SIZE, BULK_SIZE)
         self.release()
-        self.base = map_whole(fd, BULK_SIZE, False)
-        if self.base == cython.NULL:
+        area: Area = Area()
+        area.base = map_whole(fd, BULK_SIZE, False)
+        if area.base == cython.NULL:
             raise RingError("a peer's bulk area could not be mapped")
+        self.area = area
 
     def release(self) -> cython.void:
-        unmap_whole(self.base, BULK_SIZE)
-        self.base = cython.NULL
+        self.area = None  # what is lent of it stays mapped
+        self.count += self.later
+        if self.lent == LENT:
+            self.count += 1
+        self.lent = NOT_LENT
+        self.later = 0
 
     def place(self, aux) -> cython.pointer(cython.const[uint8_t]):
         """Where a frame's body stands, in shared memory: copy first, check the copy. NULL if the
         frame is wrong about it."""
         at: uint64_t = (aux & ~BULK_FRESH) >> 32
         length: uint64_t = aux & 0xFFFFFFFF
-        if self.base == cython.NULL or length == 0 or length > BULK_MOST or at > BULK_SIZE - length:
+        if self.area is None or length == 0 or length > BULK_MOST or at > BULK_SIZE - length:
             return cython.NULL
-        return self.base + at
+        return self.area.base + at
+
+    def lend(self) -> Area:
+        """The body of the frame at hand stays in use until `back`; None if one is lent already.
+        Those behind it are not free before it is."""
+        if self.lent != NOT_LENT:
+            return None
+        self.lent = LENDING
+        return self.area
+
+    def back(self, area: Area) -> cython.void:
+        """What was lent of `area` is not used any more."""
+        if area is not self.area:
+            return
+        if self.lent == LENT:
+            self.count += 1 + self.later
+            self.later = 0
+            self.mine.set_bulk(self.slot, self.count)
+        self.lent = NOT_LENT
 
     def done(self) -> cython.void:
-        """One more frame is dealt with, its body copied or not wanted."""
-        self.count += 1
-        self.mine.set_bulk(self.slot, self.count)
+        """One more frame is dealt with, its body copied, lent or not wanted."""
+        if self.lent == LENDING:
+            self.lent = LENT
+        elif self.lent == LENT:
+            self.later += 1
+        else:
+            self.count += 1
+            self.mine.set_bulk(self.slot, self.count)
 
     def close(self) -> cython.void:
         """Before the slot is somebody else's."""
@@ -239,6 +279,20 @@ class BulkView:
         body = cython.cast(cython.p_char, place)[:length]
         self.done()
         return body
+
+    def keep(self, aux: int) -> tuple[object, bytes]:
+        """Lend a frame's body and count the frame: what `give_back` wants, and a copy of the body."""
+        place: cython.pointer(cython.const[uint8_t]) = self.place(aux)
+        if place == cython.NULL:
+            raise RingError("a body out of the bounds of the bulk area")
+        length: cython.size_t = aux & 0xFFFFFFFF
+        area = self.lend()
+        self.done()
+        return area, cython.cast(cython.p_char, place)[:length]
+
+    def give_back(self, area: object) -> None:
+        """`back` for Python."""
+        self.back(area)
 
     def shut(self) -> None:
         """`close` for Python."""

@@ -11,6 +11,8 @@ cdef struct Reader:
 
 cdef int check(const uint8_t *body, size_t size, const uint8_t *signature,
                size_t signature_length, bint big_endian, uint32_t fds) noexcept nogil
+cdef size_t opaque_from(const uint8_t *body, size_t have, size_t size, const uint8_t *signature,
+                        size_t signature_length, bint big_endian) noexcept nogil
 cdef int check_variant(Reader *reader, int depth) noexcept nogil
 cdef tuple strings(const uint8_t *body, size_t size, const uint8_t *signature,
                    size_t signature_length, bint big_endian, int upto)

@@ -60,6 +60,40 @@ def check(body, size, signature, signature_length, big_endian, fds):
     return 0 if reader.at == size else -BODY_TOO_LONG
 
 
+def opaque_from(body, have, size, signature, signature_length, big_endian):
+    """Where the elements begin of a last argument "ay" or another array of numbers: of those, any
+    bytes are valid. 0 if the body does not end so, or breaks a rule before.
+
+    Of the body's `size` bytes only the first `have` are looked at."""
+    reader: Reader
+    length: uint32_t
+    at: cython.int = check_signature(signature, signature_length)
+    last: cython.int = cython.cast(cython.int, signature_length) - 2
+    if at or last < 0 or signature[last] != ord("a"):
+        return 0
+    element: uint8_t = signature[last + 1]
+    if FIXED_SIZE[element] == 0 or element == ord("b") or element == ord("h"):
+        return 0
+    reader.data = body
+    reader.at = 0
+    reader.end = have
+    reader.swap = big_endian != HOST_IS_BIG
+    reader.ends = cython.NULL
+    while at < last:
+        at = _value(cython.address(reader), signature, at, 0)
+        if at < 0:
+            return 0
+    if at != last or _align(cython.address(reader), 4) or reader.end - reader.at < 4:
+        return 0
+    length = _uint32(cython.address(reader), reader.at)
+    reader.at += 4
+    if length > MAX_ARRAY or length & (FIXED_SIZE[element] - 1):
+        return 0
+    if _align(cython.address(reader), ALIGNMENT[element]) or size - reader.at != length:
+        return 0
+    return reader.at
+
+
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
@@ -327,6 +361,11 @@ def check_body(body: bytes, signature: bytes, big_endian: bool, fds: int = 0) ->
     code: cython.int = check(body, len(body), signature, len(signature), big_endian, fds)
     if code:
         raise WireError(code, reason(code))
+
+
+def opaque_tail(body: bytes, have: int, signature: bytes, big_endian: bool) -> int:
+    """`opaque_from` for Python."""
+    return opaque_from(body, have, len(body), signature, len(signature), big_endian)
 
 
 def string_arguments(body: bytes, signature: str, big_endian: bool, upto: int = 64) -> tuple:

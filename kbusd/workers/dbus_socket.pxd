@@ -1,7 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kbusd.rings.broadcast cimport Broadcast, BroadcastReader
-from kbusd.rings.bulk cimport Bulk
+from kbusd.rings.bulk cimport Bulk, BulkView
 from kbusd.rings.clock cimport Clock
 from kbusd.rings.doorbell cimport Doorbell
 from kbusd.rings.fanout cimport Fanout
@@ -80,7 +80,7 @@ cdef class Engine:
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
     cdef void _deliver_copy(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
-    cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds, BulkView view) except *
     cdef const uint8_t *_bulk_body(self, Peer peer, FrameHead *head) except NULL
     cdef void _bells(self) except *
     cdef void _flush(self) except *

@@ -16,7 +16,7 @@ import cython
 import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
-from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_MOST, Bulk, BulkView
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_MOST, Area, Bulk, BulkView
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import Doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
@@ -26,6 +26,7 @@ from cython.cimports.kbusd.rings.merge import Merge
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
 from cython.cimports.kbusd.wire.body import check as check_body
+from cython.cimports.kbusd.wire.body import opaque_from
 from cython.cimports.kbusd.wire.header import Header, message_length, scan
 from cython.cimports.kbusd.workers.input import Input
 from cython.cimports.kbusd.workers.libc import (
@@ -94,6 +95,9 @@ SUPERVISOR = cython.declare(cython.uint, 3)
 # message of 64 KiB both ways, the bus spends 37 µs by the ring and 43 by the area; of 256 KiB, which
 # no ring takes, 120 by the area and 500 by memfds (tests/bench, payload).
 LARGE_BODY = cython.declare(cython.size_t, 98304)
+# A body above this is received straight into the bulk area, if the client sends such ones in a row.
+BULK_LEAST = cython.declare(cython.size_t, 24576)
+PREFIX = cython.declare(cython.size_t, 1024)  # of a body in the bulk area, copied in any case
 MAX_MESSAGE = cython.declare(cython.size_t, 128 << 20)  # D-Bus specification, "Message Protocol"
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
 # What large messages leave behind is looked at so often; a bulk area goes after so many looks
@@ -283,6 +287,10 @@ class Engine:
                         if self.input.receive(self.client) < 0:
                             self._client_left()
                         self._messages()
+                        if self.input.large_have < self.input.large_need and not self.leaving:
+                            if self.input.receive(self.client) < 0:
+                                self._client_left()
+                            self._messages()
                 elif source == PEERS:
                     self.doorbell.drain()
                 elif source == BROKER:
@@ -496,6 +504,7 @@ class Engine:
                 if not self._message(data, have, True):
                     return
                 self.input.start = self.input.end
+                self.input.large_next = True
                 continue
             have = self.input.end - self.input.start
             if have < 16:
@@ -518,6 +527,7 @@ class Engine:
             if not self._message(data, total, False):
                 return
             self.input.start += total
+            self.input.large_next = cython.cast(cython.size_t, total) > BULK_LEAST
 
     def _begin_large(
         self, data: cython.pointer(uint8_t), total: cython.size_t, have: cython.size_t
@@ -535,13 +545,15 @@ class Engine:
                 | ((body_length >> 8) & 0xFF00)
                 | (body_length >> 24)
             )
-        if body_length <= LARGE_BODY or total - body_length > have:
+        if body_length <= BULK_LEAST or total - body_length > have:
             return False
         code = scan(data, total - body_length, cython.address(header))
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
         if body_length <= BULK_MOST and self._begin_bulk(cython.address(header), data):
             return True
+        if body_length <= LARGE_BODY:
+            return False
         try:
             self.input.begin_large(header.header_length, body_length)
         except OSError as error:
@@ -1565,7 +1577,7 @@ class Engine:
             close_all(fds)
             self._overflow(peer, template.type, head.serial, head.flags)
             return
-        self._emit(template, head, body, fds)
+        self._emit(template, head, body, fds, peer.bulk_view if head.kind == BULK else None)
 
     def _bulk_begins(self, peer: Peer, aux: uint64_t, fds: tuple) -> tuple:
         """Map the peer's new bulk area or let go of the old one, if its frame says so; the
@@ -1620,7 +1632,7 @@ class Engine:
         if not self.unix_fds and fds:
             close_all(fds)
             return
-        self._emit(template, head, payload + head.envelope_length, fds)
+        self._emit(template, head, payload + head.envelope_length, fds, None)
 
     def _emit(
         self,
@@ -1628,8 +1640,12 @@ class Engine:
         head: cython.pointer(FrameHead),
         body: cython.pointer(cython.const[uint8_t]),
         fds: tuple,
+        view: BulkView,
     ) -> cython.void:
-        """Write a checked frame for our client: the header from the envelope, then the body."""
+        """Write a checked frame for our client: the header from the envelope, then the body.
+
+        If that stands in `view`, its peer can still write to it: what must be valid is copied and
+        the copy checked; where any bytes are valid they are sent from there."""
         n: cython.size_t = template.header_length
         length: cython.size_t = head.body_length
         source: cython.p_char = template.header
@@ -1654,16 +1670,34 @@ class Engine:
             self.output.begin_with_fds(fds)
         place = self.output.reserve(n if mapping != cython.NULL else n + length)
         memcpy(place, source, n)
-        if mapping == cython.NULL:
+        own: cython.size_t = length  # how much of the body is to be copied
+        area: Area = None
+        if view is not None:
+            own = length if length < PREFIX else PREFIX
+            memcpy(place + n, body, own)
+            own = opaque_from(
+                place + n,
+                own,
+                length,
+                cython.cast(cython.pointer(cython.const[uint8_t]), signature),
+                len(template.signature),
+                template.big_endian,
+            )
+            area = view.lend() if 0 < own < length else None
+            if area is None:
+                own = length
+        if mapping == cython.NULL and area is None:
             memcpy(place + n, body, length)
-        code = check_body(
-            mapping if mapping != cython.NULL else place + n,
-            length,
-            cython.cast(cython.pointer(cython.const[uint8_t]), signature),
-            len(template.signature),
-            template.big_endian,
-            head.fds,
-        )
+        code = 0
+        if area is None:
+            code = check_body(
+                mapping if mapping != cython.NULL else place + n,
+                length,
+                cython.cast(cython.pointer(cython.const[uint8_t]), signature),
+                len(template.signature),
+                template.big_endian,
+                head.fds,
+            )
         if code < 0:
             if mapping != cython.NULL:
                 munmap(mapping, length)
@@ -1678,7 +1712,9 @@ class Engine:
             self.output.commit(n)
             self.output.add_mapping(mapping, length, length)
         else:
-            self.output.commit(n + length)
+            self.output.commit(n + own)
+            if area is not None:
+                self.output.add_lent(body + own, length - own, view, area)
 
     def _judge(self, peer: Peer, key, raw, fds, body, large_fd) -> Template:
         """Decode an envelope by type, check its names, ask policy and our match rules; these may

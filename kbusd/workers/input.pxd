@@ -6,7 +6,7 @@ cdef class Input:
     cdef uint8_t *data
     cdef size_t start, end, capacity
     cdef list fds
-    cdef bint broken
+    cdef bint broken, large_next
     cdef const uint8_t *large
     cdef uint8_t *chunk
     cdef Bulk bulk

@@ -41,6 +41,9 @@ from cython.cimports.libc.stdlib import free, malloc
 from cython.cimports.libc.string import memcpy, memmove, memset
 
 BUFFER = cython.declare(cython.size_t, 131072)  # of which only the pages that are used exist
+# Read of what comes first while large messages are expected: their bodies are then received where
+# they are wanted, instead of being copied there.
+HEAD_FIRST = cython.declare(cython.size_t, 4096)
 MAX_PENDING_FDS = cython.declare(cython.size_t, 1024)
 # Written into a memfd from here: that costs half of receiving into fresh pages of a mapping.
 CHUNK = cython.declare(cython.size_t, 131072)
@@ -49,7 +52,8 @@ CHUNK = cython.declare(cython.size_t, 131072)
 @cython.cclass
 class Input:
     """The bytes from `start` to `end` of `data` are unread. If `large_need` is not 0, a body of so
-    many bytes is being received: `large_have` of it have come."""
+    many bytes is being received: `large_have` of it have come. `large_next`: the next message is
+    probably a large one."""
 
     def __cinit__(self):
         self.capacity = BUFFER
@@ -103,6 +107,8 @@ class Input:
                 return 0
             vector.iov_base = self.data + self.end
             vector.iov_len = self.capacity - self.end
+            if self.large_next and self.end == 0:
+                vector.iov_len = HEAD_FIRST
         memset(cython.address(header), 0, cython.sizeof(msghdr))
         header.msg_iov = cython.address(vector)
         header.msg_iovlen = 1

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t
 
+from kbusd.rings.bulk cimport Area, BulkView
 from kbusd.workers.libc cimport msghdr
 
 cdef class Segment:
@@ -7,6 +8,8 @@ cdef class Segment:
     cdef size_t start, end, capacity
     cdef bint mapped, full
     cdef tuple fds
+    cdef BulkView lender
+    cdef Area area
 
 cdef class Output:
     cdef object segments
@@ -18,6 +21,7 @@ cdef class Output:
     cdef void begin_with_fds(self, tuple fds) except *
     cdef void drop_fds(self) except *
     cdef void add_mapping(self, uint8_t *data, size_t length, size_t mapped_length) except *
+    cdef void add_lent(self, const uint8_t *data, size_t length, BulkView lender, Area area) except *
     cdef int flush(self, int fd) except -2
     cdef void _attach(self, msghdr *header, uint8_t *control, tuple fds) except *
     cdef Segment _large(self, size_t length)

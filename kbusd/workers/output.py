@@ -3,7 +3,7 @@
 
 Small messages are written side by side into one buffer and leave with one sendmsg(2). A message
 with descriptors starts a segment of its own, since descriptors travel with a first byte. A large
-payload is sent from its mapping, without a copy. Owns what is put into it; nothing here blocks.
+payload is sent from its mapping, without a copy, or from a peer's bulk area, which lends it. Owns what is put into it; nothing here blocks.
 One large segment is kept for the next large message, since fresh pages cost more than the copy
 into them, until `trim` finds that nobody has used it for a while.
 """
@@ -12,7 +12,7 @@ import os
 from collections import deque
 
 import cython
-from cython.cimports.kbusd.rings.bulk import BULK_MOST
+from cython.cimports.kbusd.rings.bulk import BULK_MOST, Area, BulkView
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -51,7 +51,7 @@ MAX_FDS = 253  # SCM_MAX_FD of the kernel
 @cython.cclass
 class Segment:
     """A run of bytes to send; `fds` go with its first byte. `mapped`: by mmap(2), `full`: nothing
-    may be added."""
+    may be added, `lender`: whose `area` the bytes are in."""
 
     def __cinit__(self):
         self.data = cython.NULL
@@ -60,7 +60,7 @@ class Segment:
         self.fds = ()
 
     def __dealloc__(self):
-        if self.data != cython.NULL:
+        if self.data != cython.NULL and self.lender is None:
             if self.mapped:
                 munmap(self.data, self.capacity)
             else:
@@ -150,6 +150,25 @@ class Output:
         self.tail = segment
         self.pending += length
 
+    def add_lent(
+        self,
+        data: cython.pointer(cython.const[uint8_t]),
+        length: cython.size_t,
+        lender: BulkView,
+        area: Area,
+    ) -> cython.void:
+        """Send `length` bytes at `data` in a peer's bulk area from there, then give them back."""
+        segment: Segment = Segment()
+        segment.lender = lender
+        segment.area = area
+        segment.data = cython.cast(cython.pointer(uint8_t), data)
+        segment.full = True
+        segment.start = 0
+        segment.end = segment.capacity = length
+        self.segments.append(segment)
+        self.tail = segment
+        self.pending += length
+
     def flush(self, fd: cython.int) -> cython.int:
         """Send what the socket takes: 0 all is sent, 1 some is left, -1 the client is gone."""
         vector: iovec[16]
@@ -223,7 +242,7 @@ class Output:
                 break
             self.segments.popleft()
             self._retire(segment)
-        if segment.capacity > SEGMENT:
+        if segment.full or segment.capacity > SEGMENT:
             self.tail = _segment(SEGMENT)
             self.segments[0] = self.tail
             self._retire(segment)
@@ -240,6 +259,9 @@ class Output:
 
     def _retire(self, segment: Segment) -> cython.void:
         """All of a segment is sent."""
+        if segment.lender is not None:
+            segment.lender.back(segment.area)
+            return
         if self.spare is None and segment.capacity == LARGE_SEGMENT and not segment.full:
             segment.start = segment.end = 0
             self.spare = segment

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import struct
 import threading
@@ -28,6 +29,8 @@ KIB = 1024
 MIB = 1024 * KIB
 # Around every threshold: the input's buffer, the bulk area's least and most, the memfd's least.
 SIZES = (
+    24_000,
+    25_000,
     60_000,
     65_530,
     65_600,
@@ -336,6 +339,25 @@ def test_a_worker_killed_between_large_bodies(bus: Bus) -> None:
         watcher.wait_signal("NameOwnerChanged")
         for got in callee.drain(watcher):
             assert got.args == [body]
+
+
+@pytest.mark.kbusd_only
+def test_a_body_that_is_lent_survives_its_sender(bus: Bus) -> None:
+    """Most of it still stands in the sender's memory when that worker dies."""
+    callee, caller, watcher = bus.connect(), bus.connect(), bus.connect()
+    watcher.add_match(f"member='NameOwnerChanged',arg0='{caller.name}'")
+    bodies = [bytes_of(2_000_000, n) for n in range(4)]
+    for n, body in enumerate(bodies[:2]):
+        caller.send_call(callee.name, "/", "test.I", f"M{n}", "ay", (body,), flags=1)
+        assert callee.read().args == [body]
+    for n, body in enumerate(bodies[2:]):
+        caller.send_call(callee.name, "/", "test.I", f"M{n}", "ay", (body,), flags=1)
+    assert select.select([callee.sock], [], [], 30)[0]
+    os.kill(bus.worker_of(caller).pid, signal.SIGKILL)
+    watcher.wait_signal("NameOwnerChanged")
+    got = callee.drain(watcher)
+    assert [each.args for each in got] == [[body] for body in bodies[2 : 2 + len(got)]]
+    assert got
 
 
 @pytest.mark.kbusd_only

@@ -224,3 +224,45 @@ def test_the_next_user_of_a_slot_begins_at_nothing(pair: Pair) -> None:
     for _ in range(2):
         assert later.put(b"x" * MOST) is not None
     assert later.put(b"x") is None and not later.statistics().broken
+
+
+# -- lent bodies -------------------------------------------------------------------------
+
+
+def fill(pair: Pair) -> list[int]:
+    """Bodies until there is no room."""
+    sent = []
+    while (aux := pair.send(bytes([len(sent)]) * (MOST // 2))) is not None:
+        sent.append(aux)
+    return sent
+
+
+def test_a_lent_body_is_overwritten_only_when_it_is_given_back(pair: Pair) -> None:
+    first, second, *_ = fill(pair)
+    area, body = pair.view.keep(first)
+    assert body == bytes([0]) * (MOST // 2)
+    assert pair.view.read(second) == bytes([1]) * (MOST // 2)
+    assert pair.send(b"x") is None
+    pair.view.give_back(area)
+    assert pair.send(b"x") is not None
+    assert pair.bulk.statistics().done == 2
+
+
+def test_one_body_is_lent_at_a_time(pair: Pair) -> None:
+    first, second, *_ = fill(pair)
+    area, _ = pair.view.keep(first)
+    nothing, body = pair.view.keep(second)
+    assert nothing is None and body == bytes([1]) * (MOST // 2)
+    pair.view.give_back(area)
+    assert pair.send(b"x") is not None
+
+
+def test_what_was_lent_of_a_former_area_changes_nothing_in_the_next(pair: Pair) -> None:
+    area, _ = pair.view.keep(pair.send(b"a" * 1000) or 0)
+    pair.view.map(pair.bulk.fd)  # a hostile sender can do that at any time
+    pair.view.read(pair.send(b"b") or 0)
+    pair.send(b"c")
+    pair.view.give_back(area)
+    pair.send(b"d")
+    assert pair.bulk.statistics().done == 2
+    assert not pair.bulk.statistics().broken

@@ -160,6 +160,50 @@ def test_garbage_is_judged_without_harm(data: bytes, signature: str, big: bool) 
     body.match_arguments(data, signature, big)
 
 
+numbers = st.sampled_from(
+    ["ay", "an", "ai", "at", "ad", "(uay)", "say", "vay", "tat", "yax", "ayay"]
+)
+
+
+@settings(max_examples=300)
+@given(bodies(st.one_of(numbers, marshal.signatures())), st.data())
+def test_in_an_opaque_tail_any_bytes_are_valid(made: Body, data: st.DataObject) -> None:
+    signature = made.signature.encode()
+    have = data.draw(st.integers(0, len(made.data)))
+    start = body.opaque_tail(made.data, have, signature, made.big_endian)
+    if start:
+        assert start <= have
+        rest = data.draw(
+            st.binary(min_size=len(made.data) - start, max_size=len(made.data) - start)
+        )
+        body.check_body(made.data[:start] + rest, signature, made.big_endian)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=64), numbers, st.booleans())
+def test_no_tail_of_an_invalid_body_is_opaque(data: bytes, signature: str, big: bool) -> None:
+    if body.opaque_tail(data, len(data), signature.encode(), big):
+        body.check_body(data, signature.encode(), big)
+
+
+@pytest.mark.parametrize(
+    ("signature", "data", "start"),
+    [
+        ("ay", u(5) + b"12345", 4),
+        ("sat", s(b"ab") + u(8) + bytes(12), 16),
+        ("ab", u(4, 1), 0),
+        ("ah", u(4, 1), 0),
+        ("(ay)", u(1) + b"1", 0),
+        ("aay", u(5, 1) + b"1", 0),
+        ("ayy", u(1) + b"12", 0),
+        ("ay", u(5) + b"123456", 0),
+        ("an", u(3) + b"123", 0),
+    ],
+)
+def test_only_a_last_array_of_numbers_is_opaque(signature: str, data: bytes, start: int) -> None:
+    assert body.opaque_tail(data, len(data), signature.encode(), False) == start
+
+
 @pytest.mark.parametrize("big", [False, True])
 def test_many_empty_arrays(big: bool) -> None:
     """Where their types end is remembered, for each signature by itself."""
