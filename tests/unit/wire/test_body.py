@@ -190,7 +190,7 @@ def test_no_tail_of_an_invalid_body_is_opaque(data: bytes, signature: str, big: 
     ("signature", "data", "start"),
     [
         ("ay", u(5) + b"12345", 4),
-        ("sat", s(b"ab") + u(8) + bytes(12), 16),
+        ("sat", s(b"ab") + b"\0" + u(8) + bytes(12), 16),
         ("ab", u(4, 1), 0),
         ("ah", u(4, 1), 0),
         ("(ay)", u(1) + b"1", 0),
