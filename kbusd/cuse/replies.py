@@ -57,7 +57,10 @@ def failure(unique: int, errno: int) -> bytes:
 
 
 def init(unique: int, kernel_flags: int, max_readahead: int, max_write: int) -> bytes:
-    """INIT: what we want of what the kernel has. `max_write` is in bytes, whole pages."""
+    """INIT: what we want of what the kernel has. `max_write` is in bytes, whole pages.
+
+    From then on a read(2) with room for less than `max_write` and 80 bytes fails with EINVAL.
+    """
     flags = kernel_flags & (abi.ASYNC_READ | abi.BIG_WRITES | abi.MAX_PAGES)
     pages = -(-max_write // 4096) if flags & abi.MAX_PAGES else 0
     return reply(

@@ -13,8 +13,8 @@ _HEADER = Struct("=IIQQ")  # length, opcode, unique, node; then uid, gid, pid, .
 _NUMBER = Struct("=Q")
 
 INTERRUPT = 36
-# RELEASE, FSYNC, FLUSH, READ, WRITE, READDIR, RELEASEDIR, FSYNCDIR, IOCTL, POLL begin with the handle.
-_WITH_HANDLE = frozenset({15, 16, 18, 20, 25, 28, 29, 30, 39, 40})
+# READ, WRITE, RELEASE, FLUSH, READDIR, RELEASEDIR, IOCTL and POLL begin with the handle.
+_WITH_HANDLE = frozenset({15, 16, 18, 25, 28, 29, 39, 40})
 
 
 def route(request: bytes | memoryview) -> tuple[int, int, int, int]:
