@@ -35,7 +35,16 @@ LAYERS = (
 EXCEPTIONS = {
     ("kbusd/policy/reader.py", "sandbox"),  # a process of its own, which confines itself
 }
-PARSERS = {"xml", "pyexpat", "jeepney", "kbusd.wire", "kbusd.policy", "kbusd.workers"}
+PARSERS = {
+    "xml",
+    "pyexpat",
+    "jeepney",
+    "kbusd.wire",
+    "kbusd.kdbus",
+    "kbusd.cuse.requests",
+    "kbusd.policy",
+    "kbusd.workers",
+}
 
 # The supervisor, in lines of code (blank lines, comments and docstrings not counted).
 LOOP = ("supervisor.py", "journal.py")  # what runs while clients come and go

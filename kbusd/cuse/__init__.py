@@ -1,0 +1,1 @@
+"""CUSE and FUSE requests and replies as bytes and values; touches no descriptor."""

@@ -1,0 +1,288 @@
+"""Messages: what a sender may hand in, and how one lies in a receiver's pool (kdbus.message(7)).
+
+After ipc/kdbus/message.c. In a pool a message is its header, its items, the metadata items, and then
+the bytes of its vectors, each behind the other. PAYLOAD_OFF items say where those are, counted from
+the header; a vector of zeroes has no bytes, only a length and NO_OFFSET. After a vector of zeroes and
+after a memfd, length % 8 bytes are left free, so that each later byte stands in memory as it stands
+in the payload, modulo 8. BLOOM_FILTER is for the bus alone and is left out.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+
+import msgspec
+
+from kbusd.kdbus import abi, bloom, items, layout, match, metadata, names
+from kbusd.kdbus.commands import Parsed
+from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.layout import align8
+
+
+class Header(msgspec.Struct, frozen=True):
+    """The fixed part of a message. `reply_or_timeout`: the cookie that a reply is for, or until when
+    one is waited for (CLOCK_MONOTONIC, nanoseconds), depending on MSG_EXPECT_REPLY."""
+
+    flags: int
+    priority: int
+    dst_id: int
+    src_id: int
+    payload_type: int
+    cookie: int
+    reply_or_timeout: int
+
+
+class Vector(msgspec.Struct, frozen=True):
+    """`size` bytes of payload, in the sender's memory at `address`; 0 is nowhere: zeroes."""
+
+    size: int
+    address: int
+
+
+class Memfd(msgspec.Struct, frozen=True):
+    """`size` bytes of payload, from `start` in a memfd; `fd` is the sender's number."""
+
+    start: int
+    size: int
+    fd: int
+
+
+Part = Vector | Memfd
+
+
+class Message(msgspec.Struct, frozen=True):
+    """A message as its sender wrote it, checked. `fds` are the sender's numbers."""
+
+    header: Header
+    parts: tuple[Part, ...]
+    fds: tuple[int, ...]
+    filter: bloom.Filter | None
+    dst_name: str | None
+
+
+def examine(parsed: Parsed, sync: bool, sender: int, bloom_size: int) -> Message:
+    """The message that commands.parse_message found, if the connection `sender` may send such a one.
+
+    `sync`: by SEND with SYNC_REPLY. Descriptors are yet to be looked at. Raises Errno, in the order
+    of kdbus_cmd_send and kdbus_msg_examine.
+    """
+    header = Header(*parsed.fixed[1:])
+    if header.src_id not in (0, sender):
+        raise Errno(errno.EINVAL, f"message from {header.src_id}, sent by {sender}")
+    _check_header(header, sync)
+    parts: list[Part] = []
+    fds: tuple[int, ...] | None = None
+    filter: bloom.Filter | None = None
+    dst_name: str | None = None
+    size = memfds = 0
+    for item in parsed.items:
+        match item.type:
+            case abi.ITEM_PAYLOAD_VEC:
+                vector = Vector(*layout.VECTOR.unpack(item.data))
+                size += vector.size
+                if size > abi.MAX_PAYLOAD_SIZE:
+                    raise Errno(
+                        errno.EMSGSIZE,
+                        f"{size} bytes of payload in vectors, over {abi.MAX_PAYLOAD_SIZE}",
+                    )
+                if vector.address and vector.address + vector.size > 1 << 64:
+                    raise Errno(errno.EFAULT, f"a vector from {vector.address:#x} wraps around")
+                parts.append(vector)
+            case abi.ITEM_PAYLOAD_MEMFD:
+                memfd = Memfd(*layout.MEMFD.unpack(item.data)[:3])
+                if memfd.start + memfd.size >= 1 << 64:
+                    raise Errno(errno.EMSGSIZE, f"a memfd's segment from {memfd.start:#x} wraps")
+                memfds += 1
+                if memfds > abi.MAX_MEMFDS:
+                    raise Errno(errno.E2BIG, f"more than {abi.MAX_MEMFDS} memfds")
+                parts.append(memfd)
+            case abi.ITEM_FDS:
+                fds = tuple(fd for (fd,) in layout.I32.iter_unpack(item.data))
+                if len(fds) > abi.MAX_FDS_PER_USER:
+                    raise Errno(
+                        errno.EMFILE, f"{len(fds)} descriptors, over {abi.MAX_FDS_PER_USER}"
+                    )
+            case abi.ITEM_BLOOM_FILTER:
+                filter = bloom.parse_filter(item.data, bloom_size)
+            case abi.ITEM_DST_NAME:
+                dst_name = item.text
+                names.check_well_known(dst_name)
+                if header.dst_id == abi.DST_ID_BROADCAST:
+                    raise Errno(errno.EBADMSG, f"a broadcast to {dst_name}")
+            case _:
+                raise Errno(errno.EINVAL, f"a message that is to be sent with {item.name}")
+    if (filter is not None) != bool(header.flags & abi.MSG_SIGNAL):
+        raise Errno(errno.EBADMSG, "a signal without a bloom filter, or one without a signal")
+    if header.dst_id == abi.DST_ID_NAME and dst_name is None:
+        raise Errno(errno.EDESTADDRREQ, "a message to neither an id nor a name")
+    if header.dst_id == abi.DST_ID_BROADCAST and fds is not None:
+        raise Errno(errno.ENOTUNIQ, "a broadcast with descriptors")
+    for fd in fds or ():
+        if fd < 0:
+            raise Errno(errno.EBADF, f"descriptor {fd}")
+    sent = msgspec.structs.replace(header, src_id=sender)
+    return Message(sent, tuple(parts), fds or (), filter, dst_name)
+
+
+def _check_header(header: Header, sync: bool) -> None:
+    signal = bool(header.flags & abi.MSG_SIGNAL)
+    if header.payload_type == abi.PAYLOAD_KERNEL:
+        raise Errno(errno.EINVAL, "the payload type of the bus's own messages")
+    if header.dst_id == abi.DST_ID_BROADCAST:
+        if not signal:
+            raise Errno(errno.EBADMSG, "a broadcast that is no signal")
+        if header.reply_or_timeout:
+            raise Errno(errno.ENOTUNIQ, "a broadcast with a timeout")
+    if header.flags & abi.MSG_EXPECT_REPLY:
+        if not header.reply_or_timeout:
+            raise Errno(errno.EINVAL, "a reply is expected without a timeout")
+        if signal:
+            raise Errno(errno.ENOTUNIQ, "a reply is expected to a signal")
+    elif sync:
+        raise Errno(errno.EINVAL, "SEND with SYNC_REPLY, but the message expects no reply")
+    elif signal and header.reply_or_timeout:
+        raise Errno(errno.EINVAL, "a signal can't be a reply")
+
+
+# -- in a pool -------------------------------------------------------------------------------
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """Where a message's bytes go in a slice of `size` bytes; offsets are from the slice's start.
+
+    `head` goes to 0. `vectors` are offsets, one for each Vector that is not of zeroes, in their order;
+    bytes between them are 0. Numbers of descriptors are -1 in `head`: when they are known, the 32-bit
+    numbers of the message's fds go to `fds_at`, those of its memfds to `memfds_at`.
+    """
+
+    size: int
+    head: bytes
+    vectors: tuple[int, ...]
+    fds_at: int
+    memfds_at: tuple[int, ...]
+
+
+def place(
+    header: Header,
+    parts: Iterable[Part] = (),
+    fds: int = 0,
+    dst_name: str | None = None,
+    notice: bytes = b"",
+    attached: bytes = b"",
+) -> Placed:
+    """Lay out a message with `fds` descriptors for one receiver.
+
+    `notice` is the item of a notification and `attached` are metadata items, all padded.
+    """
+    chain: list[bytes] = [notice]
+    at = layout.MESSAGE.size + len(notice)
+    length = 0  # of the bytes that follow the items
+    offsets: list[tuple[int, int]] = []  # which item, and where from the end of all items
+    memfds_at = []
+    for part in parts:
+        if isinstance(part, Memfd):
+            data = layout.MEMFD.pack(part.start, part.size, -1, 0)
+            memfds_at.append(at + items.HEADER + 16)
+            chain.append(items.build(abi.ITEM_PAYLOAD_MEMFD, data))
+            length += part.size % 8
+        else:
+            if part.address:
+                offsets.append((len(chain), length))
+                length += part.size
+            else:
+                length += part.size % 8
+            data = layout.VECTOR.pack(part.size, abi.NO_OFFSET)
+            chain.append(items.build(abi.ITEM_PAYLOAD_OFF, data))
+        at += len(chain[-1])
+    fds_at = at + items.HEADER if fds else 0
+    if fds:
+        chain.append(items.build(abi.ITEM_FDS, layout.I32.pack(-1) * fds))
+    if dst_name is not None:
+        chain.append(items.string(abi.ITEM_DST_NAME, dst_name))
+    chain.append(attached)
+    size = layout.MESSAGE.size + sum(map(len, chain))
+    vectors = []
+    for index, offset in offsets:
+        vectors.append(size + offset)
+        whole = chain[index]
+        chain[index] = whole[:-8] + layout.U64.pack(size + offset)
+    head = layout.MESSAGE.pack(size, *msgspec.structs.astuple(header)) + b"".join(chain)
+    return Placed(align8(size + length), head, tuple(vectors), fds_at, tuple(memfds_at))
+
+
+# -- notifications ---------------------------------------------------------------------------
+
+
+def announce_id(what: match.IdChange, flags: int) -> tuple[Header, bytes]:
+    """The header and the item of a notification to all; `flags` are the connection's HELLO flags.
+
+    Every notification has a timestamp besides, which is for place() to attach.
+    """
+    data = layout.ID_CHANGE.pack(what.id, flags)
+    return _notice(abi.DST_ID_BROADCAST, 0, abi.MSG_SIGNAL), items.build(what.type, data)
+
+
+def announce_name(what: match.NameChange, old_flags: int, new_flags: int) -> tuple[Header, bytes]:
+    """The same about a name; the flags are the NAME flags of its old and of its new owner."""
+    change = layout.NAME_CHANGE.pack(what.old_id, old_flags, what.new_id, new_flags)
+    data = change + (what.name or "").encode("latin-1") + b"\0"
+    return _notice(abi.DST_ID_BROADCAST, 0, abi.MSG_SIGNAL), items.build(what.type, data)
+
+
+def announce_no_reply(type: int, dst_id: int, cookie: int) -> tuple[Header, bytes]:
+    """The same for ITEM_REPLY_TIMEOUT or ITEM_REPLY_DEAD: to `dst_id`, no reply to `cookie` comes."""
+    return _notice(dst_id, cookie, 0), items.build(type, b"")
+
+
+def _notice(dst_id: int, cookie: int, flags: int) -> Header:
+    return Header(flags, 0, dst_id, abi.SRC_ID_KERNEL, abi.PAYLOAD_KERNEL, 0, cookie)
+
+
+# -- answers that lie in a pool --------------------------------------------------------------
+
+
+def info(id: int, flags: int, attached: bytes) -> bytes:
+    """What CONN_INFO finds in its pool: a connection's id, its HELLO flags and padded items."""
+    return layout.INFO.pack(layout.INFO.size + len(attached), id, flags) + attached
+
+
+def bus_info(id: int, flags: int, name: str, attached: bytes) -> bytes:
+    """What BUS_CREATOR_INFO finds: a bus's number, its MAKE flags, its name, its maker's metadata."""
+    return info(id, flags, items.string(abi.ITEM_MAKE_NAME, name) + attached)
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """A connection that may be listed: its id, its HELLO flags, the names that it owns or waits for.
+
+    NAME flags tell those: ACTIVATOR, IN_QUEUE, else it is the owner.
+    """
+
+    id: int
+    flags: int
+    names: tuple[metadata.OwnedName, ...] = ()
+
+
+def name_list(connections: Iterable[Listed], flags: int) -> bytes:
+    """What LIST finds in its pool, for LIST flags: one info a name, or one a connection without.
+
+    Names that the asker may not see have been left out; monitors are.
+    """
+    found = []
+    for connection in connections:
+        if connection.flags & abi.HELLO_MONITOR:
+            continue
+        shown = [name for name in connection.names if _is_listed(name.flags, flags)]
+        for name in shown:
+            found.append(info(connection.id, connection.flags, metadata.owned_name(name)))
+        if not shown and flags & abi.LIST_UNIQUE:
+            found.append(info(connection.id, connection.flags, b""))
+    return b"".join(found)
+
+
+def _is_listed(name: int, flags: int) -> bool:
+    if name & abi.NAME_ACTIVATOR:
+        return bool(flags & abi.LIST_ACTIVATORS)
+    if name & abi.NAME_IN_QUEUE:
+        return bool(flags & abi.LIST_QUEUED)
+    return bool(flags & abi.LIST_NAMES)

@@ -1,0 +1,23 @@
+"""Requests as a kernel would send them."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from kbusd.cuse import abi
+
+
+def request(
+    opcode: int,
+    layout: Struct | None = None,
+    *fields: int,
+    data: bytes = b"",
+    unique: int = 2,
+    node: int = 1,
+    extra: bytes = b"",
+) -> bytes:
+    """A request of the user 1000, group 100, thread 77."""
+    content = (layout.pack(*fields) if layout else b"") + data + extra
+    length = abi.IN_HEADER.size + len(content)
+    head = abi.IN_HEADER.pack(length, opcode, unique, node, 1000, 100, 77, len(extra) // 8, 0)
+    return head + content
