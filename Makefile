@@ -8,12 +8,13 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 BUILD_PACKAGES := python3-venv python3-dev gcc libc6-dev libcap-dev libseccomp2
 DEMO_PACKAGES := dbus-bin libglib2.0-bin
 RUN_PACKAGES := dbus-session-bus-common
+GUEST_PACKAGES := user-mode-linux kmod
 BENCH_PACKAGES := gcc libc6-dev dbus-daemon dbus-broker
 # One a line, with the reason behind a #.
 TEST_PACKAGES := $(shell sed -n 's/^\([a-z0-9][^ \#]*\).*/\1/p' tests/apt-packages.txt)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: all setup build demo run lint check check-all bench clean
+.PHONY: all setup build demo run lint check check-all guest-shell bench clean
 
 all: build
 
@@ -62,6 +63,11 @@ check: lint
 check-all: lint
 	$(call install,$(TEST_PACKAGES))
 	$(PYTEST) -m "slow or not slow"
+
+# A shell in the virtual machine of the tests marked `guest`: docs/guest.md.
+guest-shell: build
+	$(call install,$(GUEST_PACKAGES))
+	@$(BIN)/python -m tests.guest.shell
 
 # For instance: make bench BENCH="--quick --only round-trip,fanout"
 bench: build

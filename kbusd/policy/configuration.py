@@ -160,9 +160,7 @@ def load(
 
 
 def selinux_policy_root() -> str | None:
-    """Where the running SELinux policy's files are (selinux_config(5)), None if SELinux is off."""
-    if not os.path.exists("/sys/fs/selinux/enforce"):
-        return None
+    """Where the files of the SELinux policy are (selinux_config(5)), None if there is none."""
     try:
         with open("/etc/selinux/config", encoding="utf-8") as stream:
             for line in stream:

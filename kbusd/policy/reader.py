@@ -24,7 +24,7 @@ from kbusd.policy.configuration import (
     selinux_policy_root,
 )
 from kbusd.sandbox import apply, profiles
-from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox.compile import compile_profile, selinux_enabled
 from kbusd.sandbox.errors import SandboxError
 
 
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     try:
-        configuration = load(options.file, selinux_root=selinux_policy_root())
+        root = selinux_policy_root() if selinux_enabled() else None
+        configuration = load(options.file, selinux_root=root)
     except ConfigurationError as error:
         # File names and text come from outside: keep it to the promised one line.
         print(" ".join(str(error).splitlines()), file=sys.stderr)

@@ -28,12 +28,20 @@ __all__ = [
     "selinux_enabled",
 ]
 
+_SELINUX = "/sys/fs/selinux/enforce"
+_LABEL = "/proc/thread-self/attr/current"
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 
 
 def selinux_enabled() -> bool:
-    """Whether this kernel has a loaded SELinux policy (what libselinux looks at, too)."""
-    return os.path.exists("/sys/fs/selinux/enforce")
+    """Whether this kernel has SELinux and a policy: until one is loaded, we are plain `kernel`."""
+    if not os.path.exists(_SELINUX):
+        return False
+    try:
+        with open(_LABEL, encoding="utf-8") as file:
+            return ":" in file.read()
+    except OSError:
+        return True  # it does not say; then what the profiles want of it is tried, and told of
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:

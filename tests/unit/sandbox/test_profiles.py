@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from kbusd.sandbox import profiles
-from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox.compile import compile_profile, selinux_enabled
 from kbusd.sandbox.errors import ProfileError
 
 WHY = 'why = "for the test"\n'
@@ -42,6 +42,24 @@ def test_each_profile_compiles_with_and_without_selinux(name: str) -> None:
         assert bool(compiled.selinux) == (
             selinux and bool(profile.selinux and profile.selinux.type)
         )
+
+
+@pytest.mark.parametrize(
+    ("label", "enabled"),
+    [("kernel", False), ("system_u:system_r:init_t:s0", True), (None, True)],
+)
+def test_selinux_counts_as_soon_as_it_has_a_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str | None, enabled: bool
+) -> None:
+    """Before that every process is plain `kernel`; where it does not say, it counts."""
+    current = tmp_path / "current"
+    if label:
+        current.write_text(f"{label}\0")
+    monkeypatch.setattr("kbusd.sandbox.compile._LABEL", str(current))
+    monkeypatch.setattr("kbusd.sandbox.compile._SELINUX", str(tmp_path))
+    assert selinux_enabled() == enabled
+    monkeypatch.setattr("kbusd.sandbox.compile._SELINUX", str(tmp_path / "none"))
+    assert not selinux_enabled()
 
 
 @pytest.mark.parametrize("name", ["worker", "broker", "zygote", "config-reader"])
