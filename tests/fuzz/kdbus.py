@@ -14,6 +14,7 @@ import struct
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import requests, routing
@@ -163,12 +164,11 @@ def request(rng: random.Random) -> bytes:
     return fuse.IN_HEADER.pack(length, opcode, 1, 1, 0, 0, 0, extra, 0) + content
 
 
-def run(seconds: float, seed: int) -> Counter[tuple[str, str]]:
-    """How often each command and request came to each verdict."""
+def run(rounds: Iterable[object], seed: int) -> Counter[tuple[str, str]]:
+    """How often each command and request came to each verdict. A round is some of each."""
     rng = random.Random(seed)
     verdicts: Counter[tuple[str, str]] = Counter()
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    for _ in rounds:
         for number, spec in SPECS.items():
             data = command(rng, spec)
             for each in (data, change(rng, data), change(rng, data)):
@@ -184,11 +184,17 @@ def run(seconds: float, seed: int) -> Counter[tuple[str, str]]:
     return verdicts
 
 
+def until(end: float) -> Iterator[None]:
+    """Rounds until a time.monotonic()."""
+    while time.monotonic() < end:
+        yield
+
+
 def main(arguments: list[str]) -> None:
     seconds = float(arguments[0]) if arguments else 10.0
     seed = int(arguments[1]) if len(arguments) > 1 else random.randrange(1 << 32)
     print(f"seed {seed}, {seconds:g} s")
-    for (name, verdict), count in sorted(run(seconds, seed).items()):
+    for (name, verdict), count in sorted(run(until(time.monotonic() + seconds), seed).items()):
         print(f"{count:9}  {name}: {verdict}")
 
 
