@@ -18,7 +18,6 @@ import resource
 import selectors
 import signal
 import socket
-import struct
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from kbusd.rings import entries
 from kbusd.rings.line import Line, LineError, pair
 from kbusd.sandbox.errors import SandboxError
 from kbusd.supervisor import profiles
+from kbusd.supervisor.clients import credentials_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import sealed_memfd, spawn
@@ -46,8 +46,6 @@ RESTART_SECONDS = 10.0
 START_SECONDS = 30.0
 STOP_SECONDS = 2.0
 RETRY_SECONDS = 0.1  # after the system ran out of something
-_SO_PEERGROUPS = 59
-_SO_PEERSEC = 31
 
 
 class StartError(Exception):
@@ -272,7 +270,7 @@ class Supervisor:
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            credentials = peer_credentials(client)
+            credentials = credentials_of(client)
         except OSError as error:
             self.journal.warn(f"refused a client: the kernel does not say who it is: {error}")
             return
@@ -483,21 +481,6 @@ class Supervisor:
         for pid in list(self.children):
             os.waitpid(pid, 0)
         self.children.clear()
-
-
-def peer_credentials(client: socket.socket) -> entries.Credentials:
-    """Who is at the other end, by the kernel's word at connect time (unix(7)). Raises OSError."""
-    pid, uid, gid = struct.unpack(
-        "iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    )
-    groups: tuple[int, ...] = ()
-    with contextlib.suppress(OSError):
-        raw = client.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 65536)
-        groups = struct.unpack(f"{len(raw) // 4}I", raw[: len(raw) // 4 * 4])
-    label = b""
-    with contextlib.suppress(OSError):
-        label = client.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, 4096).rstrip(b"\0")
-    return entries.Credentials(uid, gid, pid, groups, label)
 
 
 def describe(code: int) -> str:
