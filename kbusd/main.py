@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import secrets
 import socket
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -22,14 +22,25 @@ import msgspec
 import prctl
 
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.listen import AddressError, Listener, open_listeners
-from kbusd.supervisor.spawn import command
-from kbusd.supervisor.supervisor import Settings, StartError, Supervisor
+from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
+from kbusd.supervisor.spawn import spawn
+from kbusd.supervisor.supervisor import READER, StartError, Supervisor
 
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
              [--introspect] [--version]"""
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The part of the compiled configuration that is acted on once, at start."""
+
+    fork: bool
+    keep_umask: bool
+    syslog: bool
+    pidfile: str
+    addresses: tuple[Address, ...]
+    warnings: tuple[str, ...]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,8 +77,9 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def start_reader(options: argparse.Namespace, stderr: int | None = None) -> subprocess.Popen[bytes]:
-    """Start the confined process that reads the configuration and writes it, compiled, to stdout."""
+def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
+    """What starts the confined process that reads the configuration: given a descriptor for its
+    errors, returns its process id and the memfd that it writes the compiled outcome to."""
     which = (
         ["--session"]
         if options.session
@@ -75,16 +87,16 @@ def start_reader(options: argparse.Namespace, stderr: int | None = None) -> subp
         if options.system
         else ["--config-file", options.config_file]
     )
-    keep: tuple[int, ...] = ()
-    if options.config_file and options.config_file.startswith("/proc/self/fd/"):
-        keep = (int(options.config_file.rsplit("/", 1)[1]),)
-    return subprocess.Popen(
-        command("kbusd.policy.reader", which),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        pass_fds=keep,
-    )
+    if options.address:
+        which += ["--address", options.address]
+    own = re.fullmatch(r"/proc/self/fd/(\d+)", options.config_file or "")
+    keep = {int(own[1]): int(own[1])} if own else {}
+
+    def read(stderr: int) -> tuple[int, int]:
+        outcome = os.memfd_create("kbusd-configuration-read", os.MFD_CLOEXEC)
+        return spawn(READER, which, {1: outcome, **keep}, stderr), outcome
+
+    return read
 
 
 def _fail(text: str) -> NoReturn:
@@ -92,12 +104,17 @@ def _fail(text: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def _ensure_standard_descriptors() -> None:
-    """Whoever starts us may have closed 0, 1 or 2; nothing of ours must land there."""
+def _tidy_descriptors() -> None:
+    """Whoever starts us may have closed 0, 1 or 2, and nothing of ours must land there; or left
+    others open, which are not for our children."""
     fd = os.open("/dev/null", os.O_RDWR)
     while fd <= 2:
         fd = os.dup(fd)
     os.close(fd)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # the listing itself
+                os.set_inheritable(int(name), False)
 
 
 def _daemonize(keep_umask: bool) -> int:
@@ -159,15 +176,13 @@ def _notify_ready() -> None:
             sock.sendto(b"READY=1\n", "\0" + path[1:] if path[0] == "@" else path)
 
 
-def _listen(options: argparse.Namespace, settings: Settings) -> list[Listener]:
-    addresses = options.address or ";".join(settings.listen)
-    if not addresses:
-        _fail("the configuration has no <listen> and there is no --address")
+def _listen(settings: Settings) -> list[Listener]:
+    if not settings.addresses:
+        _fail("the configuration has no address to listen on")
     try:
-        listeners = open_listeners(addresses, os.environ)
-    except AddressError as error:
-        file = options.config_file or ("session.conf" if options.session else "system.conf")
-        _fail(str(error) if options.address else f"{file}: {error}")
+        listeners = open_listeners(settings.addresses)
+    except ListenError as error:
+        _fail(str(error))
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     return listeners
@@ -175,7 +190,7 @@ def _listen(options: argparse.Namespace, settings: Settings) -> list[Listener]:
 
 def main() -> int:
     """Entry point of the `kbusd` command; returns its exit status."""
-    _ensure_standard_descriptors()
+    _tidy_descriptors()
     options = parse_options(sys.argv[1:])
     if options.version:
         print(f"kbusd {version('kbusd')}")
@@ -191,20 +206,28 @@ def main() -> int:
                 os.set_inheritable(fd, False)
             except OSError as error:
                 _fail(f"--print-{option}={fd}: descriptor {fd}: {error.strerror}")
-    reader = start_reader(options)
-    configuration, _ = reader.communicate()
-    if reader.returncode != 0:
+    read = reader_of(options)
+    pid, outcome = read(2)
+    _, status = os.waitpid(pid, 0)
+    if status != 0:
         _fail("the configuration was not accepted; see the line above")
+    configuration = os.pread(outcome, os.fstat(outcome).st_size, 0)
+    os.close(outcome)
     settings = msgspec.msgpack.decode(configuration, type=Settings)
-    return _run(options, settings, configuration)
+    return _run(options, settings, configuration, read)
 
 
-def _run(options: argparse.Namespace, settings: Settings, configuration: bytes) -> int:
+def _run(
+    options: argparse.Namespace,
+    settings: Settings,
+    configuration: bytes,
+    read: Callable[[int], tuple[int, int]],
+) -> int:
     pidfile = None if options.nopidfile else settings.pidfile
     if pidfile and Path(pidfile).exists():
         _fail(f"the pid file {pidfile!r} exists: if no bus is running, remove it")
     forks = settings.fork if options.fork is None else options.fork
-    listeners = _listen(options, settings)
+    listeners = _listen(settings)
     ready = _daemonize(settings.keep_umask) if forks else None
     prctl.set_name("kbusd")
     if pidfile:
@@ -218,13 +241,7 @@ def _run(options: argparse.Namespace, settings: Settings, configuration: bytes) 
         relays=to_syslog or forks,
     )
 
-    def read_again() -> tuple[int, int]:
-        process = start_reader(options, supervisor.stderr)
-        assert process.stdout is not None
-        with process.stdout as pipe:
-            return process.pid, os.dup(pipe.fileno())
-
-    supervisor = Supervisor(configuration, listeners, secrets.token_hex(16), journal, read_again)
+    supervisor = Supervisor(configuration, listeners, secrets.token_hex(16), journal, read)
     try:
         for warning in settings.warnings:
             journal.warn(warning)
@@ -232,7 +249,6 @@ def _run(options: argparse.Namespace, settings: Settings, configuration: bytes) 
             supervisor.start()
         except StartError as error:
             journal.warn(str(error))
-            supervisor.stop()
             return 1
         printed: set[int] = set()
         if options.print_address is not None:
@@ -249,6 +265,7 @@ def _run(options: argparse.Namespace, settings: Settings, configuration: bytes) 
             _become_quiet()
         return supervisor.run()
     finally:
+        supervisor.stop()
         if pidfile:
             with contextlib.suppress(OSError):
                 os.unlink(pidfile)

@@ -21,7 +21,8 @@ from xml.parsers import expat
 
 import msgspec
 
-from kbusd.policy import services
+from kbusd.policy import addresses, services
+from kbusd.policy.addresses import Address
 from kbusd.policy.rules import GROUP, USER, Policy, Rule, integer, rule
 from kbusd.policy.services import Directory, Service
 
@@ -71,10 +72,6 @@ _TEXTS = frozenset(
     ("type", "user", "listen", "pidfile", "auth", "servicedir", "servicehelper", "includedir")
 )
 _WITH_TEXT = _TEXTS | {"include", "limit"}
-_ADDRESS = re.compile(
-    r"[^:;,=]+:(?:[^=,;:]+=(?:[-0-9A-Za-z_/.\\*]|%[0-9A-Fa-f]{2})*"
-    r"(?:,[^=,;:]+=(?:[-0-9A-Za-z_/.\\*]|%[0-9A-Fa-f]{2})*)*)?"
-)
 _OWN_FD = re.compile(r"/(?:proc/self|dev)/fd/([0-9]{1,9})")
 
 
@@ -98,7 +95,8 @@ class File(msgspec.Struct, frozen=True, array_like=True):
 class Configuration(msgspec.Struct, frozen=True):
     """What the configuration says. Of settings given more than once the last wins.
 
-    `listen` is in the order of the files. `limits` has every name of DEFAULT_LIMITS.
+    `listen` is in the order of the files, `listen_at` is where each of it stands, and `addresses`
+    what the reader makes of it. `limits` has every name of DEFAULT_LIMITS.
     `selinux` maps a bus name to the context that owning it is checked against. `warnings` are
     lines for the log, each with file and line.
     """
@@ -111,6 +109,8 @@ class Configuration(msgspec.Struct, frozen=True):
     pidfile: str = ""
     allow_anonymous: bool = False
     listen: tuple[str, ...] = ()
+    listen_at: tuple[str, ...] = ()
+    addresses: tuple[Address, ...] = ()
     auth: tuple[str, ...] = ()
     service_dirs: tuple[str, ...] = ()
     service_helper: str = ""
@@ -234,6 +234,7 @@ class _Builder:
         self.settings: dict[str, str] = {}
         self.flags: set[str] = set()
         self.listen: list[str] = []
+        self.listen_at: list[str] = []
         self.auth: list[str] = []
         self.directories: dict[str, Directory] = {}
         self.limits = dict(DEFAULT_LIMITS)
@@ -301,6 +302,7 @@ class _Builder:
             pidfile=self.settings.get("pidfile", ""),
             allow_anonymous="allow_anonymous" in self.flags,
             listen=tuple(self.listen),
+            listen_at=tuple(self.listen_at),
             auth=tuple(dict.fromkeys(self.auth)),
             service_dirs=tuple(self.directories),
             service_helper=self.settings.get("servicehelper", ""),
@@ -516,10 +518,12 @@ class _Document:
             case "type" | "user" | "pidfile":
                 builder.settings[element.name] = text
             case "listen":
-                for address in text.split(";"):
-                    if address and not _ADDRESS.fullmatch(address):
-                        raise self.fail(f'"{address}" is not a D-Bus address', element.line)
+                try:
+                    addresses.split(text)
+                except addresses.AddressError as error:
+                    raise self.fail(str(error), element.line) from error
                 builder.listen.append(text)
+                builder.listen_at.append(f"{self.path}:{element.line}")
             case "auth":
                 if text not in MECHANISMS:
                     known = ", ".join(MECHANISMS)

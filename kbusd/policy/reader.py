@@ -10,11 +10,13 @@ stdout, and the status is 1 (2 for wrong usage).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import msgspec
 
+from kbusd.policy.addresses import AddressError, resolve
 from kbusd.policy.configuration import (
     SESSION_FILE,
     SYSTEM_FILE,
@@ -46,12 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         root = selinux_policy_root() if selinux_enabled() else None
         configuration = load(options.file, selinux_root=root)
-    except ConfigurationError as error:
+        listen = options.address or configuration.listen
+        places = ["--address"] * len(listen) if options.address else configuration.listen_at
+        addresses = [
+            address
+            for text, where in zip(listen, places, strict=True)
+            for address in resolve(text, where, os.environ)
+        ]
+    except (ConfigurationError, AddressError) as error:
         # File names and text come from outside: keep it to the promised one line.
         print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 1
-    if options.address:
-        configuration = msgspec.structs.replace(configuration, listen=tuple(options.address))
+    configuration = msgspec.structs.replace(
+        configuration, listen=tuple(listen), addresses=tuple(addresses)
+    )
     sys.stdout.buffer.write(encode(configuration))
     sys.stdout.buffer.flush()
     return 0

@@ -1,4 +1,4 @@
-"""The system calls of confinement that Python does not offer, straight from libc (libc.pxd).
+"""The system calls of confinement and identity that Python does not offer, straight from libc (libc.pxd).
 
 Nothing here decides anything. Every function raises OSError as the kernel says. Landlock's
 system call numbers are the same on every architecture (uapi asm-generic/unistd.h).
@@ -8,6 +8,7 @@ import os
 
 import cython
 from cython.cimports.kbusd.sandbox.libc import (
+    SOL_SOCKET,
     capability_data,
     capability_header,
     errno,
@@ -18,9 +19,11 @@ from cython.cimports.kbusd.sandbox.libc import (
 )
 from cython.cimports.kbusd.sandbox.libc import capget as c_capget
 from cython.cimports.kbusd.sandbox.libc import capset as c_capset
+from cython.cimports.kbusd.sandbox.libc import getsockopt as c_getsockopt
 from cython.cimports.kbusd.sandbox.libc import prctl as c_prctl
 from cython.cimports.kbusd.sandbox.libc import unshare as c_unshare
 from cython.cimports.libc.stdint import uint64_t
+from cython.cimports.libc.stdlib import free, malloc
 
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
@@ -157,3 +160,17 @@ def landlock(paths):
         _check(syscall(_LANDLOCK_RESTRICT_SELF, ruleset, _NONE))
     finally:
         os.close(ruleset)
+
+
+def getsockopt(fd: cython.int, option: cython.int, most: cython.uint):
+    """getsockopt(2) at level SOL_SOCKET, for values above the 1024 bytes that Python's own takes."""
+    value: cython.p_char = cython.cast(
+        cython.p_char, malloc(most)
+    )  # of a large one, only what is used exists
+    if value == cython.NULL:
+        raise MemoryError
+    try:
+        _check(c_getsockopt(fd, SOL_SOCKET, option, value, cython.address(most)))
+        return value[:most]
+    finally:
+        free(value)

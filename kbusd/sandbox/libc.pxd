@@ -1,4 +1,5 @@
-# What confinement calls in libc: prctl(2), capget(2), unshare(2), syscall(2) for Landlock.
+# What confinement calls in libc: prctl(2), capget(2), unshare(2), syscall(2) for Landlock; and
+# getsockopt(2).
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 cdef extern from "<errno.h>" nogil:
@@ -9,6 +10,10 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
+
+cdef extern from "<sys/socket.h>" nogil:
+    int SOL_SOCKET
+    int getsockopt(int fd, int level, int option, void *value, unsigned int *size)
 
 cdef extern from *:
     """

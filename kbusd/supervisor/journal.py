@@ -1,26 +1,32 @@
 """Where the bus's words go: standard error, syslog or both (dbus-daemon(1), --syslog).
 
-Lines of the other processes come through as bytes and leave with every control character
-replaced, so that a client's words in them cannot forge a line or drive a terminal.
+Where that is not our own standard error alone, the other processes write to a pipe of ours. Their
+lines leave with every control character replaced, so that a client's words in them cannot forge
+a line or drive a terminal.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import syslog
+from contextlib import suppress
 
 _PRINTABLE = dict.fromkeys([*range(32), 127], "?")
+_MAX_LINE = 4096
 
 
 class Journal:
-    """One place to say things to the admin."""
+    """One place to say things to the admin. `stderr` is where the others are to write."""
 
     def __init__(self, *, to_stderr: bool, to_syslog: bool, relays: bool) -> None:
         self.to_stderr = to_stderr
         self.to_syslog = to_syslog
-        self.relays = relays  # the other processes write to us, and not to our standard error
+        self.stderr = 2
+        self.pipe: int | None = None
         self._partial = b""
+        if relays:
+            self.pipe, self.stderr = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self.pipe, False)
         if to_syslog:
             syslog.openlog("kbusd", syslog.LOG_PID, syslog.LOG_DAEMON)
 
@@ -29,20 +35,18 @@ class Journal:
         if self.to_syslog:
             syslog.syslog(priority, line)
         if self.to_stderr:
-            try:
-                os.write(
-                    sys.__stderr__.fileno() if sys.__stderr__ else 2,
-                    f"kbusd[{os.getpid()}]: {line}\n".encode(errors="replace"),
-                )
-            except OSError:
-                self.to_stderr = False  # nobody reads it any more
+            with suppress(OSError):  # nobody reads it any more
+                os.write(2, f"kbusd[{os.getpid()}]: {line}\n".encode(errors="replace"))
 
     def warn(self, text: str) -> None:
         self.say(text, priority=syslog.LOG_WARNING)
 
-    def relay(self, data: bytes) -> None:
-        """Pass on what another process of the bus wrote to its standard error."""
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        self._partial = self._partial[-4096:]
-        for line in lines:
-            self.say(line.decode(errors="replace"))
+    def relay(self) -> None:
+        """Pass on what the other processes wrote to the pipe, at most what fits into one."""
+        if self.pipe is None:
+            return
+        with suppress(BlockingIOError):
+            *lines, rest = (self._partial + os.read(self.pipe, 65536)).split(b"\n")
+            self._partial = rest[-_MAX_LINE:]
+            for line in lines:
+                self.say(line.decode(errors="replace"))

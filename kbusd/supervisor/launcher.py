@@ -1,6 +1,7 @@
 """The launcher: runs the services that the broker activates, and tells how they ended.
 
-`python -m kbusd.supervisor.launcher`; fd 3 is the line to the broker, 4 the compiled profile.
+`python -m kbusd.supervisor.launcher FILES`; fd 3 is the line to the broker, 4 the compiled profile,
+FILES how many descriptors a service may open (the supervisor itself has raised its limit).
 Privileged where the bus is root's: a service may have to run as another user, so this process
 keeps the right to change to one. It reads only the broker's records, never a client's bytes; the
 programs and users are those of the service files. When the line closes it ends, and the services
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import resource
 import select
 import signal
 import socket
@@ -187,6 +189,8 @@ def say(text: str) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to act on
+    files, most = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     for fd in (BROKER, PROFILE):
         os.set_inheritable(fd, False)
     profile = profiles.decode(os.pread(PROFILE, os.fstat(PROFILE).st_size, 0))

@@ -1,6 +1,6 @@
 """Starts the other processes of the bus afresh (execve), so that none shares our heap.
 
-Each gets just the descriptors that it is given, from 3 on, in the order given.
+Each gets just the descriptors that it is given, at the numbers that it is given them at.
 """
 
 from __future__ import annotations
@@ -9,40 +9,41 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import kbusd
 from kbusd.supervisor import start
 
-_FIRST_FD = 3
 _CLEAR_OF = 64  # above every number that a child's descriptors are placed at
 
 
-def spawn(module: str, arguments: Sequence[str], fds: Sequence[int], stderr: int = 2) -> int:
-    """Run `module`'s main with `arguments`; `fds` become its 3, 4, 5, ... Returns its pid."""
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for fd in (stderr, *fds)]
-    # Not our stdin and stdout: whoever reads our address from there waits for the end of file.
+def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr: int = 2) -> int:
+    """Run `module`'s main with `arguments` and returns its pid. Raises OSError.
+
+    `fds`: the child's numbers -> our descriptors. Where 0 and 1 are not among them, they are
+    /dev/null: whoever reads our address from our stdout waits for the end of file."""
+    # First out of the way of each other, then each to its place.
+    high = {to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for to, fd in fds.items()}
+    high[2] = fcntl.fcntl(stderr, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF)
     actions: list[tuple[object, ...]] = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-        (os.POSIX_SPAWN_DUP2, 0, 1),
-        (os.POSIX_SPAWN_DUP2, high[0], 2),
+        (os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1)
     ]
-    actions += [(os.POSIX_SPAWN_DUP2, fd, _FIRST_FD + n) for n, fd in enumerate(high[1:])]
+    actions += [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in high.items()]
     try:
         return os.posix_spawn(
             sys.executable,
-            command(module, arguments),
+            _command(module, arguments),
             os.environ,
             file_actions=actions,
             setsigmask=[],
             setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD],
         )
     finally:
-        for fd in high:
+        for fd in high.values():
             os.close(fd)
 
 
-def command(module: str, arguments: Sequence[str]) -> list[str]:
+def _command(module: str, arguments: Sequence[str]) -> list[str]:
     """The command line that runs `module` with our own import path (see start.py)."""
     # An editable installation of kbusd is not on the path by itself.
     ours = os.path.dirname(next(iter(kbusd.__path__)))
@@ -50,13 +51,10 @@ def command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments]
 
 
-def sealed_memfd(name: str, data: bytes) -> int:
-    """A memfd that holds `data` and can never change again (memfd_create(2), sealing)."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.write(fd, data)
-    fcntl.fcntl(
-        fd,
-        fcntl.F_ADD_SEALS,
-        fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL,
-    )
-    return fd
+def describe(code: int) -> str:
+    """The exit code of a process in words; a death by SIGSYS is what seccomp does."""
+    if code >= 0:
+        return f"exited with status {code}"
+    name = signal.Signals(-code).name
+    hint = ": a system call that its profile forbids" if name == "SIGSYS" else ""
+    return f"was killed by {name}{hint}"

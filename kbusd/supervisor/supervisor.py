@@ -1,9 +1,9 @@
-"""The supervisor's loop: one table of processes, one of workers, handlers of a few lines.
+"""The supervisor's loop: what it waits for, and what it does then.
 
-    socket readable  -> accept, read the kernel's facts, tell the broker, hand to a spare worker
-    zygote says      -> Forked: a spare more; Ended: tell the broker, fork another
+    socket readable  -> accept, ask the kernel who it is, tell the broker, hand to a spare worker
     broker says      -> Kill: end that worker; ReloadWanted: read the configuration again
-    a child ends     -> broker: the bus ends; zygote, launcher: started again
+    zygote says      -> Forked: a spare more; Ended: tell the broker
+    a child ends     -> broker: the bus ends; zygote, launcher: started again; reader: configured
     SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: read the configuration again
 
 Privileged: it holds the listening sockets and may end any process of the bus. It reads nothing
@@ -12,42 +12,46 @@ that a client wrote. Trusts the kernel and its configuration; decodes what child
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
-import selectors
 import signal
-import socket
-import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from select import POLLIN, POLLOUT, poll
+from socket import socket
 
 import msgspec
-import prctl
 
-from kbusd.rings import entries
-from kbusd.rings.line import Line, LineError, pair
+from kbusd.rings import entries, memfd
+from kbusd.rings.line import Line, LineError, adopt, close_all, pair
+from kbusd.sandbox import apply, kernel
+from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import SandboxError
-from kbusd.supervisor import profiles
+from kbusd.supervisor.clients import credentials_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
-from kbusd.supervisor.spawn import sealed_memfd, spawn
+from kbusd.supervisor.spawn import describe, spawn
+
+BROKER = "kbusd.broker"
+LAUNCHER = "kbusd.supervisor.launcher"
+READER = "kbusd.policy.reader"
+ZYGOTE = "kbusd.workers.zygote"
 
 SPARE_WORKERS = 4  # a connect costs a hand-over while these last; forking one takes about 2 ms
-FEW_SPARES = 2  # so few are made up for at once, else when it is quiet: forking disturbs a connect
-QUIET_SECONDS = 0.005
-MAX_SPARES_LOST = 16  # in a row: something is wrong with all of them
+MAX_LOST = (
+    12  # spare workers and zygotes that end by themselves in that time: it will not get better
+)
+LOST_SECONDS = 10.0
 FDS_PER_WORKER = 3  # line, pidfd, and for a moment the broker's end or the client
 OTHER_FDS = 64
-MAX_RESTARTS = 5
-RESTART_SECONDS = 10.0
+NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
-STOP_SECONDS = 2.0
 RETRY_SECONDS = 0.1  # after the system ran out of something
-_SO_PEERGROUPS = 59
-_SO_PEERSEC = 31
+PR_SET_CHILD_SUBREAPER = 36
 
 
 class StartError(Exception):
@@ -57,15 +61,8 @@ class StartError(Exception):
 class Settings(msgspec.Struct, frozen=True):
     """The part of the compiled configuration that the supervisor acts on."""
 
-    type: str | None
-    user: str | None
-    fork: bool
-    keep_umask: bool
-    syslog: bool
-    pidfile: str | None
-    listen: tuple[str, ...]
+    user: str
     limits: dict[str, int]
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -82,7 +79,10 @@ class Worker:
 
 
 class Supervisor:
-    """Runs one bus until it is told to stop. `read_configuration` returns (process id, pipe)."""
+    """Runs one bus until it is told to stop.
+
+    `read` starts the process that reads the configuration, whose errors go to the descriptor that
+    it is given; it returns the process's id and the memfd with the outcome."""
 
     def __init__(
         self,
@@ -90,420 +90,302 @@ class Supervisor:
         listeners: Sequence[Listener],
         guid: str,
         journal: Journal,
-        read_configuration: Callable[[], tuple[int, int]],
+        read: Callable[[int], tuple[int, int]],
     ) -> None:
-        self.settings = msgspec.msgpack.decode(configuration, type=Settings)
-        self.configuration = sealed_memfd("kbusd-configuration", configuration)
-        self.listeners = list(listeners)
+        self._configure(configuration)
+        self.listeners = listeners
         self.guid = guid
         self.address = ";".join(f"{each.address},guid={guid}" for each in listeners)
         self.journal = journal
-        self.read_configuration = read_configuration
-        self.selector = selectors.DefaultSelector()
-        self.children: dict[int, str] = {}
+        self.read = read
+        self.reading = -1  # the memfd of a reader at work
+        self.read_again = False
+        self.exit_status: int | None = None
+        self.children: dict[int, str] = {}  # process id -> module
+        self.lines: dict[str, Line] = {}  # to broker and zygote
+        self.log_fd = -1
+        self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
-        self.by_uid: Counter[int] = Counter()
-        self.next_worker = 1
         self.forking = 0
-        self.spares_lost = 0
-        self.restarts: list[float] = []
-        self.max_workers = SPARE_WORKERS
-        self.listening = False
+        self.next_worker = 1
+        self.by_uid: Counter[int] = Counter()
         self.pause_until = 0.0
-        self.exit_status: int | None = None
-        self.reading: tuple[int, int, bytearray] | None = None
-        self.reload_again = False
-        self.log_fd = -1
-        self.stderr = 2
 
-    # -- start ---------------------------------------------------------------------------------
+    # -- start and end -------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start every process of the bus and wait until a client can be served."""
-        prctl.set_child_subreaper(True)  # workers of a dead zygote come to us
-        self._watch_signals()
-        if self.journal.relays:
-            self._relay_stderr()
-        try:
-            self.compiled = profiles.compile_all(self.settings.user)
-            self.files = resource.getrlimit(resource.RLIMIT_NOFILE)  # confine raises it
-            for warning in profiles.confine(self.compiled["supervisor"]):
-                self.journal.warn(warning)
-        except SandboxError as error:
-            raise StartError(str(error)) from None
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
-        self.max_workers = max(files // FDS_PER_WORKER, SPARE_WORKERS)
-        self.broker = self._start_broker()
-        self._start_launcher()
-        self._start_zygote()
-        deadline = time.monotonic() + START_SECONDS
-        while not self.spare and self.exit_status is None:
-            if time.monotonic() > deadline:
-                raise StartError(f"no worker was ready within {START_SECONDS:.0f} s")
-            self._turn(0.5)
-        if self.exit_status is not None:
-            raise StartError("a process of the bus ended while starting; see the lines above")
-
-    def _start(self, name: str, messages: object, arguments: Sequence[str], *fds: int) -> Line:
-        ours, theirs = pair()
-        with theirs:
-            pid = spawn(name, arguments, [theirs.fileno(), *fds], self.stderr)
-        self.children[pid] = name
-        return Line(ours, messages)
-
-    def _start_broker(self) -> Line:
-        line = self._start(
-            "kbusd.broker",
-            entries.ToSupervisor,
-            ["--guid", self.guid, "--address", self.address],
-            self.configuration,
-            self.compiled["broker"],
-        )
-        line.sock.settimeout(START_SECONDS)
-        try:
-            received = line.receive()
-        except (EOFError, LineError, OSError) as error:
-            raise StartError(f"the broker did not start: {error}") from None
-        if received is None or not isinstance(received[0], entries.BrokerReady):
-            raise StartError("the broker's first word was not BrokerReady")
-        (self.log_fd,) = received[1]
-        line.sock.setblocking(False)
-        self.selector.register(line, selectors.EVENT_READ, self._from_broker)
-        return line
-
-    def _start_launcher(self) -> None:
-        ours, theirs = pair()
-        with ours, theirs:
-            pid = spawn(
-                "kbusd.supervisor.launcher",
-                [],
-                [theirs.fileno(), self.compiled["launcher"]],
-                self.stderr,
-            )
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, self.files)  # a service's, as we got it
-            self.children[pid] = "kbusd.supervisor.launcher"
-            self._tell(self.broker, entries.LauncherLine(), [ours.fileno()])
-
-    def _start_zygote(self) -> None:
-        self.zygote = self._start(
-            "kbusd.workers.zygote",
-            entries.FromZygote,
-            [self.guid, str(os.getpid())],
-            self.configuration,
-            self.compiled["zygote"],
-            self.compiled["worker"],
-            self.log_fd,
-        )
-        self.selector.register(self.zygote, selectors.EVENT_READ, self._from_zygote)
-        self.forking = 0
-        self._refill()
-
-    # -- the loop ------------------------------------------------------------------------------
-
-    def run(self) -> int:
-        """Serve until told to stop; returns the exit status."""
-        try:
-            while self.exit_status is None:
-                self._turn(None)
-        finally:
-            self.stop()
-        return self.exit_status or 0
-
-    def _turn(self, timeout: float | None) -> None:
-        wanted = bool(self.spare) and not self.broker.queue and time.monotonic() >= self.pause_until
-        if wanted != self.listening:
-            self._listen(wanted)
-        short = len(self.spare) + self.forking < SPARE_WORKERS
-        if self.pause_until > time.monotonic():
-            timeout = RETRY_SECONDS
-        elif short:
-            timeout = QUIET_SECONDS
-        ready = self.selector.select(timeout)
-        for key, _ in ready:
-            if self.exit_status is None:
-                key.data()
-        if short and self.exit_status is None and (not ready or len(self.spare) < FEW_SPARES):
-            self._refill()
-        for line in (self.broker, self.zygote):
-            self._flush(line)
-
-    def _listen(self, on: bool) -> None:
-        for listener in self.listeners:
-            if on:
-                self.selector.register(
-                    listener.sock, selectors.EVENT_READ, lambda it=listener: self._accept(it)
-                )
-            else:
-                self.selector.unregister(listener.sock)
-        self.listening = on
-
-    def _tell(self, line: Line, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
-        try:
-            line.send(message, fds)
-        except OSError:
-            pass  # it is gone; its end is noticed by waitpid
-
-    def _flush(self, line: Line) -> None:
-        if line.queue:
-            with contextlib.suppress(OSError):
-                line.flush()
-        if line.sock.fileno() >= 0 and line in self.selector.get_map():
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if line.queue else 0)
-            key = self.selector.get_key(line)
-            if key.events != events:
-                self.selector.modify(line, events, key.data)
-
-    # -- clients -------------------------------------------------------------------------------
-
-    def _accept(self, listener: Listener) -> None:
-        while self.spare and not self.broker.queue:
-            try:
-                client, _ = listener.sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self.journal.warn(f"cannot accept a client: {error.strerror}")
-                self.pause_until = time.monotonic() + RETRY_SECONDS
-                return
-            with client:
-                client.setblocking(False)  # for the worker, which may not change it
-                self._serve(client)
-
-    def _serve(self, client: socket.socket) -> None:
-        try:
-            credentials = peer_credentials(client)
-        except OSError as error:
-            self.journal.warn(f"refused a client: the kernel does not say who it is: {error}")
-            return
-        limit = self.settings.limits.get("max_connections_per_user", 1 << 30) + 64
-        if self.by_uid[credentials.uid] >= limit:
-            self.journal.warn(
-                f"refused pid {credentials.pid}: uid {credentials.uid} has {limit} connections"
-                " already (limit max_connections_per_user and 64 not yet authenticated)"
-            )
-            return
-        worker = self.spare.popleft()
-        self.spares_lost = 0
-        worker.client = credentials
-        self.by_uid[credentials.uid] += 1
-        self._tell(self.broker, entries.Assigned(worker.number, credentials))
-        self._tell(worker.line, entries.Client(credentials), [client.fileno()])
-
-    # -- workers -------------------------------------------------------------------------------
-
-    def _refill(self) -> None:
-        room = self.max_workers - len(self.workers) - self.forking
-        for _ in range(min(room, SPARE_WORKERS - len(self.spare) - self.forking)):
-            self._tell(self.zygote, entries.Fork(self.next_worker))
-            self.next_worker += 1
-            self.forking += 1
-
-    def _from_zygote(self) -> None:
-        try:
-            while (received := self.zygote.receive()) is not None:
-                message, fds = received
-                if isinstance(message, entries.Forked):
-                    self._forked(message, fds)
-                else:
-                    self._ended(message.worker, message.status)
-        except (EOFError, LineError) as error:
-            if isinstance(error, LineError):
-                self.journal.warn(f"zygote: {error}")
-            self.selector.unregister(self.zygote)
-            self.zygote.close()  # its end comes by SIGCHLD
-
-    def _forked(self, message: entries.Forked, fds: list[int]) -> None:
-        line_fd, broker_fd, pidfd = fds
-        self.forking -= 1
-        line = Line(socket.socket(fileno=line_fd), entries.ToSupervisor)
-        worker = Worker(message.worker, message.pid, pidfd, line)
-        self.workers[message.worker] = worker
-        self._tell(self.broker, entries.WorkerStarted(message.worker, message.pid), [broker_fd])
-        os.close(broker_fd)
-        self.spare.append(worker)
-
-    def _ended(self, number: int, status: int) -> None:
-        worker = self.workers.pop(number, None)
-        if worker is None:
-            return
-        code = os.waitstatus_to_exitcode(status)
-        reason = "" if code == 0 else describe(code)
-        if reason and self.exit_status is None:
-            self.journal.warn(f"{worker} {reason}")
-        if worker.client is not None:
-            self.by_uid[worker.client.uid] -= 1
-        else:
-            self.spare.remove(worker)
-            self.spares_lost += 1
-            if self.spares_lost >= MAX_SPARES_LOST:
-                self.journal.warn(f"{self.spares_lost} spare workers in a row ended by themselves")
-                self.exit_status = 1
-        self._tell(self.broker, entries.WorkerGone(number, reason))
-        worker.line.close()
-        os.close(worker.pidfd)
-
-    def _from_broker(self) -> None:
-        try:
-            while (received := self.broker.receive()) is not None:
-                message, _ = received
-                if isinstance(message, entries.Kill):
-                    self._kill(message)
-                elif isinstance(message, entries.ReloadWanted):
-                    self._reload()
-        except (EOFError, LineError) as error:
-            self.journal.warn(f"the broker's line ended: {error or 'closed'}")
-            self.exit_status = 1
-
-    def _kill(self, message: entries.Kill) -> None:
-        worker = self.workers.get(message.worker)
-        if worker is not None:
-            self.journal.warn(f"ending {worker}: {message.reason}")
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-
-    # -- configuration -------------------------------------------------------------------------
-
-    def _reload(self) -> None:
-        if self.reading is not None:
-            self.reload_again = True
-            return
-        pid, pipe = self.read_configuration()
-        self.reading = (pid, pipe, bytearray())
-        self.selector.register(pipe, selectors.EVENT_READ, self._configuration_read)
-
-    def _configuration_read(self) -> None:
-        assert self.reading is not None
-        _, pipe, data = self.reading
-        chunk = os.read(pipe, 1 << 20)
-        if chunk:
-            data += chunk
-            return
-        self.selector.unregister(pipe)
-        os.close(pipe)
-        self.reading = None
-        if data:
-            self.settings = msgspec.msgpack.decode(data, type=Settings)
-            os.close(self.configuration)
-            self.configuration = sealed_memfd("kbusd-configuration", bytes(data))
-            self.journal.say("configuration read again")
-            self._tell(self.broker, entries.Reconfigured(), [self.configuration])
-            self._tell(self.zygote, entries.Configured(), [self.configuration])
-        else:
-            self.journal.warn("configuration not read again; the one in force stays")
-            self._tell(self.broker, entries.Reconfigured())
-        if self.reload_again:
-            self.reload_again = False
-            self._reload()
-
-    # -- signals and children ------------------------------------------------------------------
-
-    def _watch_signals(self) -> None:
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._signal_pipe = writer
+        kernel.prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers of a dead zygote come to us
+        self.signals, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
-        self.selector.register(reader, selectors.EVENT_READ, lambda: self._signalled(reader))
+        try:
+            profiles = sandbox.compile_all(self.settings.user)
+            self.soft_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # confine raises it
+            for warning in apply.confine(profiles["supervisor"]):
+                self.journal.warn(warning)
+        except SandboxError as error:
+            raise StartError(str(error)) from None
+        self.profiles = {
+            name: memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
+            for name, profile in profiles.items()
+        }
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
+        self.max_workers = max(files // FDS_PER_WORKER, SPARE_WORKERS)
+        self._start_broker()
+        deadline = time.monotonic() + START_SECONDS
+        while not self.spare:
+            self._turn(0.5)
+            if self.exit_status is not None:
+                raise StartError("a process of the bus ended while starting; see the lines above")
+            if time.monotonic() > deadline:
+                raise StartError(f"no worker was ready within {START_SECONDS:.0f} s")
 
-    def _signalled(self, reader: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for number in set(os.read(reader, 512)):
-                match number:
-                    case signal.SIGTERM | signal.SIGINT:
-                        self.exit_status = 0
-                    case signal.SIGHUP:
-                        self._reload()
-                    case signal.SIGCHLD:
-                        self._reap()
+    def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
+        """Start another process of the bus; returns our end of its line, whose other is its 3."""
+        ours, theirs = pair()
+        with theirs:
+            places = dict(enumerate((theirs.fileno(), *fds), 3))
+            self.children[spawn(module, arguments, places, self.journal.stderr)] = module
+        return ours
 
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            name = self.children.pop(pid, None)
-            if name is not None:
-                self._child_ended(name, pid, os.waitstatus_to_exitcode(status))
-                continue
-            for worker in [each for each in self.workers.values() if each.pid == pid]:
-                self._ended(worker.number, status)
+    def _start_broker(self) -> None:
+        arguments = ["--guid", self.guid, "--address", self.address]
+        ours = self._start(BROKER, arguments, self.configuration, self.profiles["broker"])
+        self.lines[BROKER] = Line(ours, entries.ToSupervisor)
 
-    def _child_ended(self, name: str, pid: int, code: int) -> None:
-        if self.exit_status is not None:
-            return
-        self.journal.warn(f"{name} (pid {pid}) {describe(code)}")
-        match name:
-            case "kbusd.workers.zygote" if self.log_fd >= 0 and self._may_restart():
-                if self.zygote.sock.fileno() >= 0:
-                    self._from_zygote()
-                self._start_zygote()
-            case "kbusd.supervisor.launcher" if code < 0:
-                self._start_launcher()
-            case _:
-                self.exit_status = 1
+    def _start_launcher(self) -> None:
+        arguments = [str(self.soft_files)]  # a service's limit, as we got it
+        with self._start(LAUNCHER, arguments, self.profiles["launcher"]) as ours:
+            self._tell(BROKER, entries.LauncherLine(), [ours.fileno()])
 
-    def _may_restart(self) -> bool:
-        """Not if it ended too often in a short time: then something is wrong for good."""
-        now = time.monotonic()
-        self.restarts = [at for at in self.restarts if now - at < RESTART_SECONDS] + [now]
-        return len(self.restarts) <= MAX_RESTARTS
-
-    def _relay_stderr(self) -> None:
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        self.stderr = writer
-        self.selector.register(
-            reader, selectors.EVENT_READ, lambda: self.journal.relay(os.read(reader, 65536))
-        )
-
-    # -- stop ----------------------------------------------------------------------------------
+    def _start_zygote(self) -> None:
+        arguments = [self.guid, str(os.getpid())]
+        fds = self.configuration, self.profiles["zygote"], self.profiles["worker"], self.log_fd
+        self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
+        self.forking = 0
 
     def stop(self) -> None:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
         for listener in self.listeners:
             listener.sock.close()
             if listener.path is not None:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     os.unlink(listener.path)
-        for worker in self.workers.values():
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        for name in ("broker", "zygote"):
-            if (line := getattr(self, name, None)) is not None:
-                line.close()
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.children and time.monotonic() < deadline:
-            self._reap()
-            time.sleep(0.01)
         for pid in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in list(self.children):
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
+        for worker in self.workers.values():
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+        for pid in self.children:
             os.waitpid(pid, 0)
-        self.children.clear()
+        self.journal.relay()
 
+    # -- the loop ------------------------------------------------------------------------------
 
-def peer_credentials(client: socket.socket) -> entries.Credentials:
-    """Who is at the other end, by the kernel's word at connect time (unix(7)). Raises OSError."""
-    pid, uid, gid = struct.unpack(
-        "iII", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    )
-    groups: tuple[int, ...] = ()
-    with contextlib.suppress(OSError):
-        raw = client.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 65536)
-        groups = struct.unpack(f"{len(raw) // 4}I", raw[: len(raw) // 4 * 4])
-    label = b""
-    with contextlib.suppress(OSError):
-        label = client.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, 4096).rstrip(b"\0")
-    return entries.Credentials(uid, gid, pid, groups, label)
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit status."""
+        while self.exit_status is None:
+            self._turn(RETRY_SECONDS if self.pause_until > time.monotonic() else None)
+        return self.exit_status
 
+    def _turn(self, seconds: float | None) -> None:
+        """Wait, so long at most, and do what there is to do."""
+        waiting = poll()
+        actions = {}
+        for fd, events, action in self._sources():
+            waiting.register(fd, events)
+            actions[fd] = action
+        for fd, _ in waiting.poll(None if seconds is None else seconds * 1000):
+            if self.exit_status is None:
+                actions[fd]()
+        self._refill()
+        for line in self.lines.values():
+            with suppress(OSError):
+                line.flush()
 
-def describe(code: int) -> str:
-    """An exit code in words; a death by SIGSYS is what seccomp does."""
-    if code >= 0:
-        return f"exited with status {code}"
-    name = signal.Signals(-code).name
-    hint = ": a system call that its profile forbids" if name == "SIGSYS" else ""
-    return f"was killed by {name}{hint}"
+    def _sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
+        """What we wait for now: descriptor, events, and what to do then."""
+        yield self.signals, POLLIN, self._signalled
+        for module, line in self.lines.items():
+            events = POLLIN | POLLOUT if line.queue else POLLIN
+            yield line.fileno(), events, partial(self._receive, module)
+        if self.journal.pipe is not None:
+            yield self.journal.pipe, POLLIN, self.journal.relay
+        if self.spare and self.pause_until <= time.monotonic() and not self.lines[BROKER].queue:
+            for listener in self.listeners:
+                yield listener.sock.fileno(), POLLIN, partial(self._accept, listener)
+
+    def _tell(self, module: str, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+        with suppress(OSError, KeyError):  # it is gone; waitpid will say so
+            self.lines[module].send(message, fds)
+
+    def _receive(self, module: str) -> None:
+        line = self.lines[module]
+        try:
+            while (received := line.receive()) is not None:
+                self._said(*received)
+        except (EOFError, LineError) as error:
+            if isinstance(error, LineError):
+                self.journal.warn(f"{module}: {error}")
+            line.close()  # it ends by that, if it has not already, and waitpid will say so
+            del self.lines[module]
+
+    def _said(self, message: msgspec.Struct, fds: list[int]) -> None:
+        """What broker and zygote say; which of these each may say is settled by its line's type."""
+        match message, fds:
+            case entries.BrokerReady(), [log_fd] if self.log_fd < 0:
+                self.log_fd = log_fd
+                self._start_launcher()
+                self._start_zygote()
+            case entries.Kill(number, reason), []:
+                if (worker := self.workers.get(number)) is not None:
+                    self.journal.warn(f"ending {worker}: {reason}")
+                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            case entries.ReloadWanted(), []:
+                self._reload()
+            case entries.Forked(number, pid), [line_fd, broker_fd, pidfd]:
+                self.forking -= 1
+                line = Line(adopt(line_fd), entries.ToSupervisor)
+                self.workers[number] = worker = Worker(number, pid, pidfd, line)
+                self.spare.append(worker)
+                self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
+                os.close(broker_fd)
+            case entries.Ended(number, status), []:
+                self._worker_ended(number, status)
+            case _:
+                close_all(fds)
+                raise LineError(f"sent {message} with {len(fds)} descriptors")
+
+    # -- clients and workers -------------------------------------------------------------------
+
+    def _accept(self, listener: Listener) -> None:
+        if not self.spare:
+            return
+        try:
+            client, _ = listener.sock.accept()
+            credentials = credentials_of(client)
+        except BlockingIOError:
+            return  # it has gone again
+        except OSError as error:
+            self.journal.warn(f"cannot accept a client: {error.strerror}")
+            self.pause_until = time.monotonic() + RETRY_SECONDS
+            return
+        with client:
+            limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
+            if self.by_uid[credentials.uid] >= limit:
+                self.journal.warn(
+                    f"refused pid {credentials.pid}: uid {credentials.uid} has {limit} connections"
+                    " already (limit max_connections_per_user and 64 not yet authenticated)"
+                )
+                return
+            worker = self.spare.popleft()
+            worker.client = credentials
+            self.by_uid[credentials.uid] += 1
+            client.setblocking(False)  # for the worker, which may not change it
+            self._tell(BROKER, entries.Assigned(worker.number, credentials))
+            with suppress(OSError):
+                worker.line.send(entries.Client(credentials), [client.fileno()])
+
+    def _refill(self) -> None:
+        while (
+            len(self.spare) + self.forking < SPARE_WORKERS
+            and len(self.workers) + self.forking < self.max_workers
+            and ZYGOTE in self.lines
+        ):
+            self._tell(ZYGOTE, entries.Fork(self.next_worker))
+            self.next_worker += 1
+            self.forking += 1
+
+    def _worker_ended(self, number: int, status: int) -> None:
+        worker = self.workers.pop(number, None)
+        if worker is None:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        reason = "" if code == 0 else describe(code)
+        if reason:
+            self.journal.warn(f"{worker} {reason}")
+        if worker.client is not None:
+            self.by_uid[worker.client.uid] -= 1
+        else:
+            self.spare.remove(worker)
+            self._lose()
+        self._tell(BROKER, entries.WorkerGone(number, reason))
+        worker.line.close()
+        os.close(worker.pidfd)
+
+    def _lose(self) -> None:
+        """Something ended by itself and is made anew, but not if that happens again and again."""
+        now = time.monotonic()
+        if len(self.lost) == MAX_LOST and now - self.lost[0] < LOST_SECONDS:
+            self.journal.warn(f"{MAX_LOST} processes ended within {LOST_SECONDS:.0f} s: giving up")
+            self.exit_status = 1
+        self.lost.append(now)
+
+    # -- configuration -------------------------------------------------------------------------
+
+    def _configure(self, data: bytes) -> None:
+        self.settings = msgspec.msgpack.decode(data, type=Settings)
+        self.configuration = memfd.sealed("kbusd-configuration", data)
+
+    def _reload(self) -> None:
+        self.read_again = self.reading >= 0
+        if not self.read_again:
+            pid, self.reading = self.read(self.journal.stderr)
+            self.children[pid] = READER
+
+    def _configuration_read(self, code: int) -> None:
+        data = os.pread(self.reading, os.fstat(self.reading).st_size, 0)
+        os.close(self.reading)
+        self.reading = -1
+        if code == 0:
+            os.close(self.configuration)
+            self._configure(data)
+            self.journal.say("configuration read again")
+            self._tell(BROKER, entries.Reconfigured(), [self.configuration])
+            self._tell(ZYGOTE, entries.Configured(), [self.configuration])
+        else:
+            self.journal.warn("configuration not read again; the one in force stays")
+            self._tell(BROKER, entries.Reconfigured())
+        if self.read_again:
+            self._reload()
+
+    # -- signals and children ------------------------------------------------------------------
+
+    def _signalled(self) -> None:
+        for number in set(os.read(self.signals, 512)):
+            match number:
+                case signal.SIGTERM | signal.SIGINT:
+                    self.exit_status = 0
+                case signal.SIGHUP:
+                    self._reload()
+                case signal.SIGCHLD:
+                    self._reap()
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while (pid := (ended := os.waitpid(-1, os.WNOHANG))[0]) != 0:
+                if pid in self.children:
+                    self._child_ended(pid, os.waitstatus_to_exitcode(ended[1]))
+                for worker in [each for each in self.workers.values() if each.pid == pid]:
+                    self._worker_ended(worker.number, ended[1])
+
+    def _child_ended(self, pid: int, code: int) -> None:
+        module = self.children.pop(pid)
+        if module in self.lines:
+            self._receive(module)  # its last words
+        if module in self.lines:  # a worker that is not locked down yet has the other end
+            self.lines.pop(module).close()
+        if module != READER:
+            self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
+        if module == READER:
+            self._configuration_read(code)
+        elif module == ZYGOTE:
+            self._lose()
+            self._start_zygote()
+        elif module == LAUNCHER and code < 0:
+            self._start_launcher()
+        else:
+            self.exit_status = 1

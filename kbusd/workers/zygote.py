@@ -4,6 +4,9 @@ fd 3: line to the supervisor; 4: compiled configuration; 5, 6: its own and the w
 sandbox profiles; 7: the control log. It holds no secret and never sees a client. Everything is
 imported before the first fork (late imports die under seccomp) and frozen out of the garbage
 collector's sight, so that a worker shares these pages as long as it lives.
+
+Workers are asked for as others get a client. Forking would disturb that client, so it waits until
+nothing more is asked for a moment, unless spare workers get few.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from kbusd.workers import worker
 from kbusd.workers.context import Context, read_all
 from kbusd.workers.rehearsal import Rehearsal
 
+PATIENCE = 2  # workers that may be asked for and not yet be forked
+QUIET_SECONDS = 0.005
 REHEARSALS = 16  # Python 3.11 specialises code that has run eight times
 
 
@@ -43,6 +48,7 @@ class Zygote:
     def __init__(self, context: Context, line: Line) -> None:
         self.context = context
         self.line = line
+        self.wanted: list[int] = []
         self.workers: dict[int, int] = {}
         self.locking: dict[int, Locking] = {}  # by the pipe that they say it on
         self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
@@ -100,7 +106,7 @@ class Zygote:
             message, fds = received
             match message:
                 case entries.Fork():
-                    self.fork(message.worker)
+                    self.wanted.append(message.worker)
                 case entries.Configured():
                     self.context = self.context.with_configuration(read_all(fds[0]))
                     os.close(fds[0])
@@ -114,7 +120,9 @@ class Zygote:
         self.epoll.register(reader, select.EPOLLIN)
         self.epoll.register(self.line.fileno(), select.EPOLLIN)
         while True:
-            for fd, _ in self.epoll.poll(0.001 if self.line.queue else None):
+            seconds = 0.001 if self.line.queue else QUIET_SECONDS if self.wanted else None
+            ready = self.epoll.poll(seconds)
+            for fd, _ in ready:
                 if fd == reader:
                     with contextlib.suppress(BlockingIOError):
                         os.read(reader, 4096)
@@ -123,6 +131,10 @@ class Zygote:
                     self.locked(fd)
                 else:
                     self.receive()
+            if not ready or len(self.wanted) > PATIENCE:
+                for number in self.wanted:
+                    self.fork(number)
+                self.wanted.clear()
             self.line.flush()
 
 

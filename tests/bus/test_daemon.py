@@ -257,6 +257,58 @@ def test_broken_configuration_names_file_and_line(place: Path) -> None:
     assert "nonsense" in message
 
 
+@pytest.mark.kbusd_only
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("tcp:host=localhost", "transport 'tcp' is not supported"),
+        ("unix:path=/no/such/directory/bus", "No such file or directory"),
+        ("systemd:", "no sockets were passed"),
+    ],
+)
+def test_whoever_gave_a_bad_address_is_named(place: Path, address: str, reason: str) -> None:
+    path = place / "bus.conf"
+    path.write_text(f"<busconfig>\n\n<listen>{address}</listen></busconfig>")
+    message = refused(f"--config-file={path}", "--nofork")
+    assert f"{path}:3: " in message
+    assert reason in message
+    path.write_text(configuration(f"unix:path={place}/bus"))
+    message = refused(f"--config-file={path}", "--nofork", f"--address={address}")
+    assert "--address: " in message
+    assert reason in message
+    assert not (place / "bus").exists()
+
+
+@pytest.mark.kbusd_only
+def test_a_socket_that_somebody_answers_on_is_left_alone(config: Path, place: Path) -> None:
+    process = start(f"--config-file={config}", "--nofork", "--print-address=1")
+    assert process.stdout
+    address = read_line(process.stdout)
+    assert "another bus answers on this socket" in refused(f"--config-file={config}", "--nofork")
+    works(address).close()
+    end(process)
+
+
+def test_a_file_in_the_place_of_the_socket_is_left_alone(config: Path, place: Path) -> None:
+    (place / "bus").write_text("not a socket")
+    assert f"{place}/bus" in refused(f"--config-file={config}", "--nofork")
+    assert (place / "bus").read_text() == "not a socket"
+
+
+@pytest.mark.kbusd_only
+def test_descriptors_of_the_starter_are_not_handed_on(config: Path) -> None:
+    reader, writer = os.pipe()
+    process = start(f"--config-file={config}", "--nofork", "--print-address=1", pipes=writer)
+    os.close(writer)
+    assert process.stdout
+    read_line(process.stdout)
+    link = os.readlink(f"/proc/self/fd/{reader}")
+    for child in procs.descendants(process.pid):
+        assert link not in procs.descriptors(child.pid)
+    end(process)
+    os.close(reader)
+
+
 # -- addresses ---------------------------------------------------------------------------
 
 

@@ -93,6 +93,18 @@ def test_who_a_client_is(bus: Bus) -> None:
         assert set(groups) == {os.getegid(), *os.getgroups()}
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its groups")
+def test_supplementary_groups(bus: Bus) -> None:
+    before = os.getgroups()
+    os.setgroups([2001, 2003])
+    try:
+        client = bus.connect()
+    finally:
+        os.setgroups(before)
+    credentials = client.driver("GetConnectionCredentials", "s", (client.name,))[0]
+    assert credentials["UnixGroupIDs"] == ("au", [os.getegid(), 2001, 2003])
+
+
 def test_who_the_driver_is(bus: Bus) -> None:
     client = bus.connect()
     assert client.driver("GetConnectionUnixUser", "s", (DRIVER,)) == [os.geteuid()]

@@ -46,17 +46,11 @@ PARSERS = {
     "kbusd.workers",
 }
 
-# The supervisor, in lines of code (blank lines, comments and docstrings not counted).
-LOOP = ("supervisor.py", "journal.py")  # what runs while clients come and go
-AT_START = (
-    "__init__.py",
-    "listen.py",
-    "profiles.py",
-    "spawn.py",
-)  # and when a process is restarted
+# The supervisor, at start and later, in lines of code (blank lines, comments and docstrings not
+# counted).
+SUPERVISOR = ("__init__.py", "clients.py", "journal.py", "listen.py", "spawn.py", "supervisor.py")
 CHILDREN = ("launcher.py", "start.py")  # run in processes of their own, after execve
-MAX_LOOP_LINES = 500
-MAX_LINES = 650  # the aim is 500 here too; until then it must not grow
+MAX_LINES = 500
 
 
 def layer(package: str) -> int:
@@ -169,10 +163,11 @@ def code_lines(source: bytes) -> int:
 
 def test_the_supervisor_can_be_read_in_one_sitting() -> None:
     supervisor = KBUSD / "supervisor"
-    assert {path.name for path in supervisor.glob("*.py")} == {*LOOP, *AT_START, *CHILDREN}
-    sizes = {name: code_lines((supervisor / name).read_bytes()) for name in (*LOOP, *AT_START)}
-    assert sum(sizes[name] for name in LOOP) < MAX_LOOP_LINES, sizes
-    assert sum(sizes.values()) <= MAX_LINES, sizes
+    assert {path.name for path in supervisor.glob("*.py")} == {*SUPERVISOR, *CHILDREN}
+    sizes = {name: code_lines((supervisor / name).read_bytes()) for name in SUPERVISOR}
+    assert sum(sizes.values()) < MAX_LINES, sizes
+    plain = (supervisor / "supervisor.py").read_bytes().count(b"\n")
+    assert plain < MAX_LINES, "supervisor.py, with its comments"
 
 
 def test_lines_of_code_are_told_from_words() -> None:
@@ -193,7 +188,7 @@ def f() -> None:
 
 def test_a_privileged_process_loads_no_parser() -> None:
     """Which modules a fresh process has after importing all that the supervisor consists of."""
-    names = (Path(name).stem for name in (*LOOP, *AT_START) if name != "__init__.py")
+    names = (Path(name).stem for name in SUPERVISOR if name != "__init__.py")
     modules = ", ".join(["kbusd.main", *(f"kbusd.supervisor.{name}" for name in names)])
     done = subprocess.run(
         [sys.executable, "-s", "-c", f"import sys, {modules}\nprint(*sys.modules)"],

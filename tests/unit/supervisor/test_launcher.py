@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from kbusd.rings import entries as e
+from kbusd.rings import memfd
 from kbusd.rings.line import Line, pair
 from kbusd.sandbox.compile import compile_all
 from kbusd.sandbox.compiled import encode
-from kbusd.supervisor.spawn import sealed_memfd
 
 SECONDS = 10.0
+FILES = "234"
 PROFILE = encode(compile_all()["launcher"])
 
 
@@ -31,7 +32,7 @@ class Launcher:
     def __init__(self) -> None:
         ours, theirs = pair()
         with theirs:
-            self.process = start(theirs, sealed_memfd("profile", PROFILE))
+            self.process = start(theirs, memfd.sealed("profile", PROFILE))
         self.line = Line(ours, e.FromLauncher)
 
     def ask(self, message: Any) -> None:
@@ -58,7 +59,7 @@ def start(line: socket.socket, profile: int) -> subprocess.Popen[bytes]:
     high = [os.dup2(fd, fd + 100, inheritable=True) for fd in (line.fileno(), profile)]
     try:
         return subprocess.Popen(
-            ["bash", "-c", command, "sh", sys.executable, "-m", "kbusd.supervisor.launcher"],
+            ["bash", "-c", command, "sh", sys.executable, "-m", "kbusd.supervisor.launcher", FILES],
             pass_fds=high,
             env=os.environ | {"KBUSD_TEST": "inherited"},
         )
@@ -107,7 +108,7 @@ def test_a_service_inherits_environment_and_nothing_else(
     script = (
         f'cd {tmp_path}; echo "$KBUSD_TEST $EXTRA" > env; ls /proc/$$/fd > fds;'
         ' grep -E "^Sig(Blk|Ign)" /proc/self/status > signals; readlink /proc/$$/fd/0 > stdin;'
-        ' cut -d" " -f1,6 /proc/$$/stat > session'
+        ' cut -d" " -f1,6 /proc/$$/stat > session; ulimit -n > files'
     )
     assert launcher.run("/bin/sh", "-c", script, EXTRA="given").status == 0
     assert (tmp_path / "env").read_text() == "inherited given\n"
@@ -116,6 +117,7 @@ def test_a_service_inherits_environment_and_nothing_else(
         # posix_spawn of glibc leaves its own two signals, 32 and 33, ignored.
         assert int(line.split()[1], 16) & ~(3 << 31) == 0, line
     assert (tmp_path / "stdin").read_text() == "/dev/null\n"
+    assert (tmp_path / "files").read_text().strip() == FILES
     pid, session = (tmp_path / "session").read_text().split()
     assert pid == session
 
