@@ -38,9 +38,9 @@ passed once. Nothing overtakes: B and the copies have rising stamps; unicast fra
 have rising stamps; R only ever delivers the lower of the two heads, and by 7 it knows both.
 
 Order across senders: one message is not in all Rings at the same moment, so P says
-Broadcast.begin before the first and end when it is in all of them, and R waits for the end, as
-for the MARK of rule 7, before it delivers anybody's frames with higher stamps. While something
-waits for a Ring, P sends nothing new. All these waits have a limit; where a worker hangs for
+Broadcast.begin before the first and end when it is in all of them, not when it waits for one of
+them, and R waits for the end before it delivers frames of others with higher stamps, as it does
+for the MARK of rule 7. While something waits for a Ring, P sends nothing new. All these waits have a limit; where a worker hangs for
 longer, what waits for it comes late for others, but still in P's order.
 """
 

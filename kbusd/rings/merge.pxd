@@ -39,6 +39,8 @@ cdef class Merge:
     cdef int sources, room, count, current
     cdef size_t length
     cdef uint64_t aux, cut, blocked
+    cdef uint64_t begun, begun_next  # the two lowest stamps at which peers have begun something
+    cdef int beginner   # whose the lowest is
     cdef int64_t patience
     cdef bint again, lowered
     cdef readonly bint holding
@@ -51,6 +53,7 @@ cdef class Merge:
     cdef int publish(self) except -1
     cdef bint pending(self) except -1
     cdef uint64_t _promised(self, Source *source) except 0
+    cdef void _has_begun(self, int i, uint64_t stamp) noexcept
     cdef bint _holds(self, Source *source) except -1
     cdef list take_broken(self)
     cdef void _grow(self) except *

@@ -10,7 +10,8 @@ scans and so lacks nothing: that much is delivered, in the order of stamps, the 
 gather. (DESIGN.md, "Order"; there the scan is repeated until two agree, which a busy sender can
 put off. To cut at the lowest new stamp needs no third scan and rests on the same argument.)
 A sender that promises frames which are not there yet, because it is between `Broadcast.begin` and
-`end` or because it has overrun us and the copies are to come, cuts at their stamp in the same way.
+`end` or because it has overrun us and the copies are to come, cuts at their stamp in the same way;
+between `begin` and `end` only what others send, since its own frames stand in its own order.
 
 A peer is one source: its Ring and, where it has one for us, its Broadcast, read by the rules 5 to 8
 of fanout.py. The control log is another. Sources are hostile. One whose frames break a rule, whose
@@ -222,23 +223,24 @@ class Merge:
             if not found:
                 self.blocked = 0
                 return 0
-            self.cut = EVERYTHING
-            cause = -1
+            self.cut = self.begun = self.begun_next = EVERYTHING
+            cause = self.beginner = -1
             for i in range(self.sources):
                 source = self.table + i
                 if source.bad:
                     continue
-                promised = EVERYTHING
                 if source.cast != cython.NULL and source.ring != cython.NULL:
-                    promised = cython.cast(BroadcastReader, source.cast).begun() or EVERYTHING
+                    promised = cython.cast(BroadcastReader, source.cast).begun()
+                    if promised and not source.distrusted:
+                        self._has_begun(i, promised)
                 self._scan(source)
                 if self.again:
                     break
-                if source.state == CATCHING_UP:
-                    promised = min(promised, self._promised(source))
-                if promised < self.cut and not source.distrusted:
-                    self.cut = promised
-                    cause = i
+                if source.state == CATCHING_UP and not source.distrusted:
+                    promised = self._promised(source)
+                    if promised < self.cut:
+                        self.cut = promised
+                        cause = i
                 if source.unicast.newer != source.unicast.seen and not source.distrusted:
                     code = cython.cast(RingReader, source.ring).look(
                         source.unicast.seen, source.unicast.newer, cython.address(head)
@@ -264,6 +266,8 @@ class Merge:
                         cause = i
             if self.again:
                 continue
+            if self.begun < self.cut:
+                cause = self.beginner
             self.lowered = True
             while self.lowered and not self.again:
                 self.lowered = False
@@ -304,6 +308,15 @@ class Merge:
             source.distrusted = True
         self.count = 0
         return 0
+
+    def _has_begun(self, i, stamp) -> cython.void:
+        """Source `i` puts something with stamps from `stamp` on into several rings."""
+        if stamp < self.begun:
+            self.begun_next = self.begun
+            self.begun = stamp
+            self.beginner = i
+        elif stamp < self.begun_next:
+            self.begun_next = stamp
 
     def _holds(self, source) -> cython.bint:
         """Whether frames were taken out of the source's Ring that can be delivered now."""
@@ -446,6 +459,7 @@ class Merge:
         unicast_stamp: uint64_t = 0
         copy: cython.int
         unicast: cython.int
+        others: uint64_t
         source.excluded = False
         if source.bad or source.state == CATCHING_UP:
             return False
@@ -483,7 +497,8 @@ class Merge:
         if source.stamp == EVERYTHING:
             self._break(source, -4)  # nothing could come after it
             return False
-        source.excluded = source.stamp >= self.cut
+        others = self.begun_next if source - self.table == self.beginner else self.begun
+        source.excluded = source.stamp >= self.cut or source.stamp >= others
         return not source.excluded
 
     def _first_unicast(self, source, stamp) -> cython.int:

@@ -51,9 +51,10 @@ cdef class Engine:
     cdef long long id, epoch, names_version
     cdef uint32_t serial
     cdef int request
-    cdef int introducing, slow, fetching
-    cdef bint busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
-    cdef uint64_t tidy_at, stall_until, leave_until, poll_ns, poll_from, reply_ns
+    cdef int slow, fetching, held
+    cdef set meeting
+    cdef bint begun, busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
+    cdef uint64_t tidy_at, stall_ns, stall_until, leave_until, poll_ns, poll_from, reply_ns
     cdef size_t max_message, max_outgoing, max_pending
     cdef uint32_t max_fds
 
@@ -63,6 +64,8 @@ cdef class Engine:
     cdef void _watch_client(self) except *
     cdef int _timeout(self) except -2
     cdef bint _stalled(self) except -1
+    cdef void _begin(self, uint64_t stamp) noexcept
+    cdef void _end(self) noexcept
     cdef bint _waits(self) except -1
     cdef void _messages(self) except *
     cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1

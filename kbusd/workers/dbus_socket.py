@@ -112,6 +112,9 @@ STALL_NS = cython.declare(uint64_t, 250_000_000)
 # hypervisor does (halt polling); nothing once one lasted longer.
 POLL_LEAST = cython.declare(uint64_t, 10_000)
 POLL_MOST = cython.declare(uint64_t, 50_000)
+# Where a peer has promised something, look for it so often, mostly in vain for less than 10 µs; then
+# leave the core to whoever it waits for.
+HELD_LOOKS = cython.declare(cython.int, 50)
 CONTENDED = cython.declare(uint64_t, 200_000)
 POLL_PAUSE = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
@@ -173,9 +176,13 @@ def _store(place: cython.pointer(uint8_t), value: uint32_t, big: cython.bint) ->
 
 @cython.cclass
 class Engine:
-    """Serves one client. Made before lock-down, without a client; `serve` then runs to its end."""
+    """Serves one client. Made before lock-down, without a client; `serve` then runs to its end.
 
-    def __init__(self, context, line):
+    `stall_ns`: how long at most our client's next message waits for one peer."""
+
+    def __init__(self, context, line, stall_ns: uint64_t = STALL_NS):
+        self.stall_ns = stall_ns
+        self.meeting = set()
         self.context = context
         self.line = line
         self.clock = Clock()
@@ -238,6 +245,7 @@ class Engine:
             reason = str(error)
         except EOFError:
             return  # the broker is gone: the bus ends
+        self.broadcast.end()
         try:
             self._flush()
             self.line.send(entries.Leaving(0, reason))
@@ -273,7 +281,8 @@ class Engine:
             timeout = self._timeout()
             if self.tidy_at:
                 timeout = self._until_tidy(timeout)
-            count = self._poll(events) if self.poll_ns else 0
+            self.held = self.held + 1 if self.merge.holding else 0
+            count = self._poll(events) if self.poll_ns and not self.held else 0
             if count == 0:
                 count = self._sleep(events, timeout)
             if count < 0:
@@ -311,7 +320,7 @@ class Engine:
 
     def _leave(self):
         """End, if nothing that the client sent waits any more, or has waited too long."""
-        if not (self.introducing or self.backlogged or self.busy):
+        if not (self.meeting or self.backlogged or self.busy):
             raise Gone("")
         if monotonic() > self.leave_until:
             raise Gone("left while what it had sent could not be delivered")
@@ -348,7 +357,7 @@ class Engine:
         begin: uint64_t = monotonic()
         self.status.set_sleeping(True)  # pairs with Peer.ring_bell: publish, fence, look
         if self.merge.pending():
-            timeout = 0
+            timeout = 1 if self.held > HELD_LOOKS else 0
         count = epoll_wait(self.epoll, events, 8, timeout)
         self.status.set_sleeping(False)
         if timeout != 0:
@@ -431,29 +440,40 @@ class Engine:
         self.tidy_at = monotonic() + TIDY_NS if left or kept else 0
 
     def _waits(self) -> cython.bint:
-        return (
-            self.busy or self.fetching > 0 or ((self.introducing or self.slow) and self._stalled())
-        )
+        return self.busy or self.fetching > 0 or ((self.meeting or self.slow) and self._stalled())
 
     def _stalled(self) -> cython.bint:
         """Whether our client's next message must wait for an introduction or for room."""
         peer: Peer
-        if not self.introducing and not self.slow:
+        if not self.meeting and not self.slow:
             self.stall_until = 0
             return False
         now: uint64_t = self.clock.next()
         if self.stall_until == 0:
-            self.stall_until = now + STALL_NS
+            self.stall_until = now + self.stall_ns
         if now < self.stall_until:
             return True
         # Nobody is waited for twice, until he has caught up.
-        for item in self.peers.values():
+        for item in (*self.meeting, *self.backlogged):
             peer = item
-            if peer.state == ASKED or peer.backlog:
-                peer.late = True
-        self.introducing = self.slow = 0
+            peer.late = True
+        self.meeting.clear()
+        self.slow = 0
         self.stall_until = 0
+        self._end()
         return False
+
+    def _begin(self, stamp: uint64_t) -> cython.void:
+        """What follows goes to more than one ring, with stamps from `stamp` on."""
+        if not self.begun:
+            self.begun = True
+            self.broadcast.begin(stamp)
+
+    def _end(self) -> cython.void:
+        """It stands in all of them: not while some of it waits, unless for one that is late."""
+        if self.begun and not self.slow:
+            self.begun = False
+            self.broadcast.end()
 
     def _flush(self) -> cython.void:
         if self.output.pending and not self.leaving and self.output.flush(self.client) < 0:
@@ -464,27 +484,34 @@ class Engine:
         peer: Peer
         if self.backlogged:
             still = []
+            self.slow = 0
             for item in self.backlogged:
                 peer = cython.cast(Peer, item)
-                if peer.state != GONE and (peer.state != READY or not peer.flush()):
-                    still.append(peer)
+                if peer.state == READY:
+                    self._relieve(peer)
                     if peer.state == READY and not peer.touched:
                         peer.touched = True
                         self.touched.append(peer)
-                    continue
-                if not peer.late:
-                    self.slow -= 1
-                peer.late = False
-                if peer.state != GONE and not peer.touched:
-                    peer.touched = True
-                    self.touched.append(peer)
+                if peer.backlog:
+                    still.append(peer)
+                    self.slow += not peer.late
+                else:
+                    peer.late = False
             self.backlogged = still
+            self._end()
         for item in self.touched:
             peer = cython.cast(Peer, item)
             peer.touched = False
             if peer.state == READY:
                 peer.ring_bell()
         self.touched.clear()
+
+    def _relieve(self, peer: Peer):
+        """Write what waits for the peer, as far as there is room."""
+        try:
+            peer.flush()
+        except HostilePeer as error:
+            self._drop(peer, str(error))
 
     # -- from our client -----------------------------------------------------------------------
 
@@ -804,6 +831,7 @@ class Engine:
         head.reply_serial = header.reply_serial
         head.body_length = header.body_length
         if self.replica.monitors:
+            head.stamp = self.clock.next()
             self._copy(
                 route.facts,
                 _raw(cython.address(head)),
@@ -811,6 +839,8 @@ class Engine:
                 fds,
                 self.id,
             )
+            if self.slow:
+                self._begin(head.stamp)  # a monitor is not to see the answer first
         elif not self.loaded:
             self.hello = (route.facts, _raw(cython.address(head)))
         if route.peer is not None:
@@ -888,7 +918,7 @@ class Engine:
             head.envelope_length = length
             head.length = (HEAD + length + head.body_length + 7) & ~7
             place = self._reserve(route, head.length)
-        self.broadcast.begin(head.stamp)
+        self._begin(head.stamp)
         if place != cython.NULL:
             head.aux = self.broadcast.position + head.length
         for item in route.subscribers:
@@ -910,7 +940,7 @@ class Engine:
                     if not peer.touched:
                         peer.touched = True
                         self.touched.append(peer)
-        self.broadcast.end()
+        self._end()
         if self.me in route.subscribers:
             self._to_myself(route, head, body, fds)
 
@@ -927,12 +957,12 @@ class Engine:
         large.kind = LARGE
         large.aux = head.body_length
         large.body_length = 0
-        self.broadcast.begin(self.clock.next())
+        self._begin(self.clock.next())
         for item in route.subscribers:
             peer = cython.cast(Peer, item)
             if peer is not self.me:
                 self._send(peer, cython.address(large), route.envelope, body, (*fds, own))
-        self.broadcast.end()
+        self._end()
         if self.me in route.subscribers:
             self._to_myself(route, head, body, fds)
 
@@ -1300,7 +1330,7 @@ class Engine:
         if not self.loaded:
             return
         fds = self._half(peer)
-        self.introducing += 1
+        self.meeting.add(peer)
         self._ask_with(
             entries.Introduce(0, peer.id, peer.slot, peer.broadcast_slot),
             fds,
@@ -1308,8 +1338,7 @@ class Engine:
         )
 
     def _introduced(self, peer: Peer, answer, fds):
-        if not peer.late:
-            self.introducing -= 1
+        self.meeting.discard(peer)
         if peer.state != ASKED:  # the peer's own introduction came first, or the peer went
             return
         if isinstance(answer, entries.Failure):
@@ -1349,6 +1378,8 @@ class Engine:
         self.by_source[reader] = peer
         if peer.backlog:
             self._hold_back(peer)
+        else:
+            peer.late = False
 
     def _refused(self, peer: Peer, failure):
         """No introduction: calls that waited for it are answered."""

@@ -42,6 +42,6 @@ cdef class Peer:
     cdef dict templates
     cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
     cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
-    cdef int flush(self) except -2
+    cpdef int flush(self) except -2
     cdef object _send_fds(self, object stamp, tuple fds)
     cdef tuple receive_fds(self, size_t count)

@@ -20,7 +20,9 @@ from cython.cimports.kbusd.rings.frame import MESSAGE, FrameHead
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusView
 from cython.cimports.libc.stdint import uint8_t
-from cython.cimports.libc.string import memcpy
+from cython.cimports.libc.string import memcpy, memset
+
+from kbusd.rings.values import Frame
 
 NEW = 0  # known by the log alone
 ASKED = 1  # Introduce is on its way
@@ -135,6 +137,11 @@ class Peer:
         if self.state == READY and not self.backlog:
             if self._write(head, envelope, body, fds):
                 return 1
+            # Look again: the reader may have made room before it could see that we want it.
+            self.ring.want_space(True)
+            if self._write(head, envelope, body, fds):
+                self.ring.want_space(False)
+                return 1
         kept = tuple([os.dup(fd) for fd in fds])
         self.backlog.append(
             (
@@ -145,9 +152,17 @@ class Peer:
             )
         )
         self.backlog_bytes += HEAD + len(envelope) + head.body_length
-        if self.state == READY:
-            self.ring.want_space(True)
         return 0
+
+    def write(self, frame: Frame, clock: Clock) -> bool:
+        """`put` for Python, of a frame without descriptors; the clock gives its stamp."""
+        head: FrameHead
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = frame.kind
+        head.body_length = len(frame.body)
+        body: cython.p_char = frame.body
+        data = cython.cast(cython.pointer(cython.const[uint8_t]), body)
+        return self.put(cython.address(head), frame.envelope, data, (), clock) == 1
 
     def _write(
         self,
@@ -207,6 +222,7 @@ class Peer:
     def flush(self) -> cython.int:
         """Write what waits, as far as there is room: 1 nothing waits any more, 0 something does."""
         head: FrameHead
+        asked: cython.bint = False
         while self.backlog:
             raw, envelope, body, fds = self.backlog[0]
             source: cython.p_char = raw
@@ -218,8 +234,11 @@ class Peer:
                 cython.cast(cython.pointer(cython.const[uint8_t]), text),
                 fds,
             ):
+                if asked:
+                    return 0
                 self.ring.want_space(True)
-                return 0
+                asked = True
+                continue  # look again, as in `put`
             self.backlog.popleft()
             self.backlog_bytes -= HEAD + len(envelope) + len(body)
             for fd in fds:

@@ -259,6 +259,7 @@ def test_somebody_else_takes_the_name_while_the_service_starts(bus: Bus, gate: P
     reload(bus)
     caller, owner = bus.connect(), bus.connect()
     owner.add_match("member='NameOwnerChanged',arg1=''")
+    owner.add_match("member='NameOwnerChanged',arg2=''")
     serial = caller.send_call("test.act.Slow", "/", "test.I", "Hello", "s", ("x",))
     service = owner.wait_signal("NameOwnerChanged").args[0]
     owner.request_name("test.act.Slow")
@@ -268,3 +269,6 @@ def test_somebody_else_takes_the_name_while_the_service_starts(bus: Bus, gate: P
     assert service != owner.name
     with gate.open("wb") as pipe:
         pipe.write(b"x")
+    # It finds the name taken and ends; not before that may the bus be stopped.
+    gone = [service, service, ""]
+    owner.wait(lambda message: message.member == "NameOwnerChanged" and message.args == gone)

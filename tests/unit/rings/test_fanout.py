@@ -219,3 +219,21 @@ def test_a_mark_beyond_the_broadcast_is_a_lie() -> None:
         "a frame, a position or the head is out of range"
     ]
     assert struct.calcsize("<IBBHQIIIIQ") == 40
+
+
+def test_a_sender_that_is_not_at_the_end_holds_up_others_and_not_itself() -> None:
+    """What has begun waits for a full Ring elsewhere; here it is delivered, what answers it not."""
+    run = Run()
+    introduce(run.workers[2], run.workers[3])
+    run.step("unicast", 1, 1900)
+    run.step("unicast", 1, 1900)  # the Ring to 1 is full
+    run.step("signal", [1, 2, 3], 1000)
+    assert [frame.serial for _, frame in run.workers[2].merge.take()] == [3]
+    run.workers[2].unicast(3, bytes(READERS), 4)
+    assert [frame.serial for _, frame in run.workers[3].merge.take()] == [3]
+    assert run.workers[3].merge.take() == []
+    assert run.workers[3].merge.holding
+    run.workers[1].merge.take()
+    assert run.sender.to[1].flush()
+    assert run.sender.end()
+    assert [frame.serial for _, frame in run.workers[3].merge.take()] == [4]

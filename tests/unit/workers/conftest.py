@@ -11,7 +11,9 @@ import pytest
 
 from kbusd.policy import configuration
 from kbusd.rings.entries import Credentials
+from kbusd.sandbox.compiled import Compiled
 from kbusd.workers import driver
+from kbusd.workers.context import Context
 from tests.unit.workers.model import Model
 from tests.unit.workers.reference import ReferenceBus
 
@@ -48,3 +50,18 @@ def model(reference: ReferenceBus) -> Model:
     """Ours, with the reference's configuration, pid and id."""
     facts = driver.Bus(reference.guid, machine_id(), os.geteuid(), reference.process.pid)
     return Model(configuration.load(reference.configuration), facts)
+
+
+EVERYTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><policy context="default">
+<allow user="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/>
+<allow own="*"/></policy></busconfig>"""
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Context:
+    """A bus that allows everything, without confinement."""
+    file = tmp_path / "bus.conf"
+    file.write_text(EVERYTHING)
+    data = configuration.encode(configuration.load(str(file)))
+    nothing = Compiled(name="none", title="none", files=(), required=frozenset())
+    return Context.make("0" * 32, os.getpid(), data, nothing, log_fd=-1)

@@ -1,0 +1,197 @@
+"""One engine alone in a child process: the test is its client, its broker and all other workers.
+
+So a test decides when a peer reads its ring, which no client can, and sees what stands in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from kbusd.rings import entries, memfd
+from kbusd.rings.broadcast import Broadcast, BroadcastReader
+from kbusd.rings.clock import Clock
+from kbusd.rings.fanout import Subscriber
+from kbusd.rings.line import Line, close_all, pair
+from kbusd.rings.ring import Ring, RingReader
+from kbusd.rings.status import StatusView
+from kbusd.rings.values import Frame
+from kbusd.workers.context import Context
+from kbusd.workers.dbus_socket import Engine
+from tests.bus import wireformat as w
+from tests.unit.rings.worker import Outgoing, Worker
+
+LOG = 2  # kind of frame
+ENGINE = 1  # its connection's id
+SECONDS = 20.0
+BIG = 1 << 20  # bytes of the rings to the engine
+
+
+@dataclass
+class Met:
+    """What a worker of ours holds of the engine."""
+
+    reader: RingReader
+    doorbell: int
+    side: socket.socket
+
+
+class Alone:
+    """`client` is the socket of the engine's client, which has said Hello; `workers` are ours."""
+
+    def __init__(self, context: Context, ids: list[int], rule: str, **options: int) -> None:
+        """Each of `ids` is a connection with the match rule `rule`. `options`: Engine's."""
+        me = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
+        self.clock = Clock()
+        self.log = Broadcast(65536, "test-log")
+        self.workers = {id: Worker(id, BIG, BIG, 10**12) for id in ids}
+        self.met: dict[int, Met] = {}
+        self.client, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.supervisor, theirs = pair()
+        broker, line = pair()
+        self.broker = Line(broker, entries.WorkerMessage)
+        context = msgspec.structs.replace(context, log_fd=self.log.fileno())
+        self.pid = os.fork()
+        if self.pid == 0:
+            with contextlib.suppress(BaseException):
+                self.client.close()
+                self.supervisor.close()
+                broker.close()
+                served.setblocking(False)
+                engine = Engine(context, Line(line, entries.BrokerMessage), **options)
+                engine.serve(served.fileno(), theirs.fileno(), me, b"", [], True)
+                os._exit(0)
+            os._exit(1)
+        for end in (served, theirs, line):
+            end.close()
+        for id in (ENGINE, *ids):
+            self.enter(entries.ConnectionAdded(id, me))
+        for id in ids:
+            self.enter(entries.MatchAdded(id, rule))
+        self.serial = 0
+        self.send(w.CALL, "org.freedesktop.DBus", "Hello", path="/org/freedesktop/DBus")
+        self.until(lambda: select.select([self.client], [], [], 0)[0], "Hello is answered")
+
+    def enter(self, entry: entries.Entry) -> None:
+        """Write to the control log."""
+        self.log.append(LOG, self.clock.tick(), b"", msgspec.msgpack.encode(entry))
+
+    def send(
+        self,
+        type_: int,
+        to: str | None,
+        member: str,
+        size: int = 0,
+        fds: tuple[int, ...] = (),
+        path: str = "/",
+    ) -> int:
+        """A message of the engine's client with `size` bytes in it; returns its serial."""
+        self.serial += 1
+        interface = "org.freedesktop.DBus" if to == "org.freedesktop.DBus" else "test.I"
+        fields: dict[int, object] = {w.PATH: path, w.INTERFACE: interface, w.MEMBER: member}
+        if to is not None:
+            fields[w.DESTINATION] = to
+        if fds:
+            fields[w.UNIX_FDS] = len(fds)
+        given = ("ay", (b"x" * size,)) if size else ("", ())
+        data = w.build(type_, fields, *given, serial=self.serial)
+        sent = socket.send_fds(self.client, [data], fds) if fds else 0
+        self.client.sendall(data[sent:])
+        return self.serial
+
+    def until(self, condition: object, what: str) -> None:
+        """Do a broker's work until `condition()` holds."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():  # type: ignore[operator]
+            assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
+            if select.select([self.broker], [], [], 0.001)[0]:
+                received = self.broker.receive()
+                if received is not None:
+                    self._answer(*received)
+
+    def _answer(self, message: object, fds: list[int]) -> None:
+        match message:
+            case entries.Hello(request):
+                state = entries.Snapshot(0, 0, (), (), (), (), (), 0)
+                snapshot = memfd.sealed("test-snapshot", msgspec.msgpack.encode(state))
+                self.broker.send(entries.Reply(request, ENGINE), [snapshot])
+                os.close(snapshot)
+            case entries.Introduce(request, peer, slot, broadcast_slot):
+                self._introduce(request, self.workers[peer], slot, broadcast_slot, fds)
+                return
+            case entries.Leaving(_, reason):
+                raise AssertionError(f"the engine ended: {reason}")
+        close_all(fds)
+
+    def _introduce(
+        self, request: int, worker: Worker, slot: int, broadcast_slot: int, fds: list[int]
+    ) -> None:
+        ring_fd, doorbell, status_fd, broadcast_fd = fds
+        mine, theirs = pair()
+        view = StatusView(status_fd)
+        ring = Ring(worker.ring_size)
+        ring.connect(view, slot)
+        slots = [worker.status.take_slot(), worker.status.take_slot()]
+        reader = RingReader(ring_fd, worker.status, slots[0])
+        worker.merge.add(reader, BroadcastReader(broadcast_fd), slots[1], doorbell)
+        worker.source[reader] = ENGINE
+        worker.to[ENGINE] = Outgoing(ring, doorbell, view, Subscriber(view, broadcast_slot, ENGINE))
+        self.met[worker.name] = Met(reader, doorbell, mine)
+        own = [ring.fd, worker.doorbell.write_fd, worker.status.fd]
+        own += [worker.fanout.broadcast.fd, theirs.fileno()]
+        self.broker.send(entries.Reply(request, slots), own)
+        theirs.close()
+        close_all([ring_fd, status_fd, broadcast_fd])
+
+    def unread(self, id: int) -> int:
+        """Bytes in the ring from the engine to `id`."""
+        return self.met[id].reader.statistics().unread if id in self.met else 0
+
+    def take(self, id: int) -> list[tuple[int, Frame]]:
+        """What `id` can deliver now, as (sender, frame)."""
+        worker = self.workers[id]
+        taken = [(worker.source[reader], frame) for reader, frame in worker.merge.take()]
+        assert worker.merge.put_aside() == []
+        return taken
+
+    def gather(self, id: int, serials: list[int]) -> list[int]:
+        """Serials that `id` delivers until it has all of `serials`."""
+        got: list[int] = []
+
+        def all_there() -> bool:
+            got.extend(frame.serial for _, frame in self.take(id))
+            return set(serials) <= set(got)
+
+        self.until(all_there, f"{serials} come to :1.{id}")
+        return got
+
+    def close(self) -> None:
+        """The client goes; the child ends, or is killed if it does not."""
+        self.client.close()
+        self.supervisor.close()
+        with os.fdopen(os.pidfd_open(self.pid)) as ended:
+            if not select.select([ended], [], [], 5)[0]:
+                os.kill(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+        for met in self.met.values():
+            os.close(met.doorbell)
+            met.side.close()
+        self.broker.close()
+        assert status == 0, f"the engine ended with status {status}"
+
+
+@contextlib.contextmanager
+def alone(context: Context, ids: list[int], rule: str, **options: int) -> Iterator[Alone]:
+    one = Alone(context, ids, rule, **options)
+    try:
+        yield one
+    finally:
+        one.close()
