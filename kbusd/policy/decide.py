@@ -156,6 +156,7 @@ class ClientPolicy:
         owner: int | None = None,
     ) -> None:
         self._policy = policy
+        self._others: dict[tuple[int, int, tuple[int, ...]], ClientPolicy] = {}
         self._uid = credentials.uid
         self._gids = {credentials.gid, *credentials.groups}
         self._owner = os.geteuid() if owner is None else owner
@@ -173,6 +174,14 @@ class ClientPolicy:
         self.allows_everything_to_receive = _trivial(self._receive.all)
         self.send_depends = _depends(self._send.all)
         self.receive_depends = _depends(self._receive.all)
+
+    def of(self, credentials: CredentialsLike) -> ClientPolicy:
+        """The same policy as it applies to another client; kept for all who are alike to it."""
+        key = (credentials.uid, credentials.gid, tuple(credentials.groups))
+        other = self._others.get(key)
+        if other is None:
+            other = self._others[key] = ClientPolicy(self._policy, credentials, owner=self._owner)
+        return other
 
     def can_connect(self) -> Verdict:
         """Whether the client may use the bus at all: user= and group= rules of the default and

@@ -28,6 +28,7 @@ cdef class Route:
     cdef bint met
     cdef object error
     cdef object activate
+    cdef tuple refusals
     cdef long long epoch
     cdef long long matches
 

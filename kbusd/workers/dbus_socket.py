@@ -788,6 +788,7 @@ class Engine:
         )
         route.error = decision.error
         route.activate = decision.activate
+        route.refusals = decision.refusals
         route.broadcast = decision.broadcast
         route.depends = decision.depends
         if decision.broadcast:
@@ -865,6 +866,8 @@ class Engine:
                 head.body_length = 0
             self._send(route.peer, cython.address(head), route.envelope, body, fds)
         elif route.broadcast:
+            for text in route.refusals:
+                self._tell_monitors(self.driver.name, header.serial, text)
             self._publish(route, cython.address(head), body, fds)
         elif route.to_bus:
             self._call_bus(
@@ -883,11 +886,7 @@ class Engine:
                 _bytes(body, header.body_length),
                 fds,
             )
-        elif (
-            route.error is not None
-            and (header.type == CALL or header.type == SIGNAL)
-            and not header.flags & NO_REPLY
-        ):
+        elif route.error is not None:  # whatever it is, and whether it wants a reply or not
             self._error(header.serial, route.error[0], route.error[1])
 
     def _publish(
@@ -914,7 +913,7 @@ class Engine:
                 os.close(own)
             return
         head.stamp = self.clock.next()
-        if count > 1 and self.everyone and not fds:
+        if count > 1 and self.everyone and not route.refusals and not fds:
             head.envelope_length = length
             head.length = (HEAD + length + head.body_length + 7) & ~7
             place = self._reserve(route, head.length)
@@ -1185,42 +1184,84 @@ class Engine:
         self, type, reply_serial, member, error_name, signature, body, destination=None
     ):
         """A message from the bus itself to our client."""
-        self.serial = (self.serial % 0xFFFFFFFF) + 1
+        self._count_up()
         if type != SIGNAL:
             destination = self.driver.name
-        header = wire_header.build(
-            ord("l"),
+        facts = envelopes.Envelope(
             type,
-            0 if type == SIGNAL else NO_REPLY,
+            False,
+            destination,
             BUS_PATH if type == SIGNAL else None,
             BUS_NAME if type == SIGNAL else None,
             member,
             error_name,
-            destination,
+            signature or "",
+        )
+        # Of the bus's signals a monitor's worker makes its own copies, and the answers to them.
+        if self.loaded and type != SIGNAL:
+            self._show_monitors(facts, self.serial, reply_serial, body)
+        if self.loaded and not self.monitor:
+            refusal = self.router.admit_from_bus(facts)
+            if refusal is not None:
+                if type != SIGNAL:
+                    self._tell_monitors(BUS_NAME, self.serial, refusal)
+                return
+        number = self.serial
+        self._from_bus(facts, number, reply_serial, body)
+        if self.monitor and type == SIGNAL:
+            for refusal in self.router.refused_from_bus(
+                facts, lambda: wire_body.match_arguments(body, signature, False)
+            ):
+                self._count_up()
+                self._from_bus(_denial(BUS_NAME), self.serial, number, wire_body.string(refusal))
+
+    def _count_up(self):
+        """The next serial of the bus towards our client; never 0."""
+        self.serial = (self.serial % 0xFFFFFFFF) + 1
+
+    def _from_bus(self, facts, serial, reply_serial, body: bytes):
+        header = wire_header.build(
+            ord("l"),
+            facts.type,
+            0 if facts.type == SIGNAL else NO_REPLY,
+            facts.path,
+            facts.interface,
+            facts.member,
+            facts.error_name,
+            facts.destination,
             BUS_NAME,
-            signature,
+            facts.signature,
             0,
             reply_serial != 0,
             reply_serial,
-            self.serial,
+            serial,
             len(body),
         )
-        if self.loaded and type != SIGNAL and self.replica.monitors:
-            head: FrameHead
-            memset(cython.address(head), 0, cython.sizeof(FrameHead))
-            head.flags = NO_REPLY
-            head.serial = self.serial
-            head.reply_serial = reply_serial
-            head.body_length = len(body)
-            facts = envelopes.Envelope(
-                type, False, destination, None, None, None, error_name, signature or ""
-            )
-            self._copy(facts, _raw(cython.address(head)), body, (), BUS_ID)
         message: bytes = header + body
         data: cython.p_char = message
         length: cython.size_t = len(message)
         memcpy(self.output.reserve(length), data, length)
         self.output.commit(length)
+
+    def _tell_monitors(self, destination, serial, text):
+        """Message `serial` of `destination` was kept from one whom it was not addressed to alone:
+        its sender hears nothing, the monitors see the answer that it would have got."""
+        if not self.replica.monitors:
+            return
+        self._count_up()
+        self._show_monitors(_denial(destination), self.serial, serial, wire_body.string(text))
+
+    def _show_monitors(self, facts, serial, reply_serial, body: bytes):
+        """A message of the bus itself, to monitors alone."""
+        head: FrameHead
+        if not self.replica.monitors:
+            return
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.flags = NO_REPLY
+        head.serial = serial
+        head.reply_serial = reply_serial
+        head.body_length = len(body)
+        self._copy(facts, _raw(cython.address(head)), body, (), BUS_ID)
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -1244,8 +1285,7 @@ class Engine:
             memcpy(cython.address(head), source, cython.sizeof(FrameHead))
             wants_reply = type == CALL and not flags & NO_REPLY
             if isinstance(answer, entries.Failure):
-                if wants_reply:
-                    self._error(head.serial, answer.error, answer.message)
+                self._error(head.serial, answer.error, answer.message)
             else:
                 self._send_later(facts, wants_reply, raw, body, fds)
             close_all(fds)
@@ -1258,8 +1298,7 @@ class Engine:
         memcpy(cython.address(head), source, cython.sizeof(FrameHead))
         decision = self.router.decide(facts, NO_AUTO_START, len(fds), tuple)
         if decision.error is not None:
-            if wants_reply:
-                self._error(head.serial, decision.error[0], decision.error[1])
+            self._error(head.serial, decision.error[0], decision.error[1])
             return
         route = Route()
         route.envelope = envelopes.encode(facts)
@@ -1848,6 +1887,11 @@ class Engine:
 @cython.cfunc
 def _raw(head: cython.pointer(FrameHead)) -> bytes:
     return _bytes(cython.cast(cython.pointer(uint8_t), head), cython.sizeof(FrameHead))
+
+
+def _denial(destination):
+    """The envelope of the bus's answer to a message that policy refused."""
+    return envelopes.Envelope(ERROR, False, destination, None, None, None, ACCESS_DENIED, "s")
 
 
 def _arguments(body, large_fd, envelope):

@@ -266,8 +266,7 @@ class Driver:
         return [Return(call.serial, signature, _serialise(signature, values))]
 
     def _error(self, call: Call, name: str, text: str) -> list[Action]:
-        if call.flags & NO_REPLY_EXPECTED:
-            return []
+        """Sent to those who want no reply, too, as dbus-daemon does: monitors show what failed."""
         return [Error(call.serial, name, text)]
 
     def _call_to_nobody(self, call: Call) -> tuple[Any, ...]:

@@ -1,8 +1,10 @@
 """Whom a message goes to, and whether it may: the part of routing that is decided once per kind.
 
 Plain Python, off the hot path: the engine keeps each answer under the bytes of the header until
-names, match rules or policy change. Policy is asked on both sides, by the sender's worker in
-`decide` and by the receiver's in `admit`; every refusal names the rule with its file and line.
+names, match rules or policy change. The sender's worker asks the policy of both sides in `decide`,
+so that its client and the monitors hear of a refusal at its place among what the client sends; the
+receiver's worker asks its own again in `admit`, as it does not trust the sender's. Every refusal
+names the rule with its file and line.
 """
 
 from __future__ import annotations
@@ -12,7 +14,14 @@ from typing import NamedTuple
 
 from kbusd.policy import decide as policy
 from kbusd.rings.envelope import Envelope
-from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica, unique_name
+from kbusd.workers.replica import (
+    BUS_ID,
+    BUS_NAME,
+    NOBODY,
+    Connection,
+    Replica,
+    unique_name,
+)
 
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_AUTO_START = 0x2
@@ -24,13 +33,15 @@ SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
 
 class Decision(NamedTuple):
     """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
-    `activate`: the name to be started first. `depends`: on the message's arguments."""
+    `activate`: the name to be started first. `depends`: on the message's arguments.
+    `refusals`: why subscribers do not get a broadcast; only monitors are told."""
 
     targets: tuple[int, ...] = ()
     broadcast: bool = False
     depends: bool = False
     error: tuple[str, str] | None = None
     activate: str | None = None
+    refusals: tuple[str, ...] = ()
 
 
 class Router:
@@ -50,11 +61,11 @@ class Router:
             return Decision(targets=(BUS_ID,))
         id = self.replica.owner(envelope.destination)
         if id is None:
-            return self._unowned(envelope, flags)
+            return self._unowned(envelope, flags, fds)
         if id == BUS_ID and not self.replica.me:
             return Decision(targets=(id,))  # who may connect may say Hello; the driver sees to it
         names: Sequence[str] = (BUS_NAME,) if id == BUS_ID else self.replica.sender_names(id)
-        refusal = self._may_send(envelope, id, names, fds)
+        refusal = self._may_send(envelope, id, names, fds) or self._may_receive(envelope, id, fds)
         if refusal is not None:
             return Decision(error=(ACCESS_DENIED, refusal))
         return Decision(targets=(id,))
@@ -71,15 +82,19 @@ class Router:
             envelope.member,
             args,
         )
-        if not self.policy.allows_everything_to_send:
-            ids = tuple(
-                id
-                for id in ids
-                if self._may_send(envelope, id, self.replica.sender_names(id), fds) is None
-            )
-        return Decision(targets=ids, broadcast=True, depends=depends)
+        targets: list[int] = []
+        refusals: list[str] = []
+        for id in ids:
+            refusal = self._may_send(
+                envelope, id, self.replica.sender_names(id), fds
+            ) or self._may_receive(envelope, id, fds)
+            if refusal is None:
+                targets.append(id)
+            else:
+                refusals.append(refusal)
+        return Decision(tuple(targets), broadcast=True, depends=depends, refusals=tuple(refusals))
 
-    def _unowned(self, envelope: Envelope, flags: int) -> Decision:
+    def _unowned(self, envelope: Envelope, flags: int, fds: int) -> Decision:
         name = envelope.destination
         assert name is not None
         if flags & NO_AUTO_START:
@@ -87,6 +102,10 @@ class Router:
         if name.startswith(":"):
             text = f"The name {name} was not provided by any .service files"
             return Decision(error=(SERVICE_UNKNOWN, text))
+        if name in self.replica.activatable:
+            refusal = self._may_send(envelope, NOBODY, (name,), fds)
+            if refusal is not None:
+                return Decision(error=(ACCESS_DENIED, refusal))
         return Decision(activate=name)
 
     def _may_send(
@@ -110,25 +129,71 @@ class Router:
             requested_reply=requested,
         )
 
+    def _may_receive(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
+        """None if the receiver may get this from our client, else why not."""
+        other = self.replica.connections.get(receiver)
+        if other is None:  # the bus itself
+            return None
+        return self._received(
+            self.policy.of(other.credentials), envelope, self.replica.me, receiver, fds
+        )
+
     def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
         """None if our client may get a message of `sender`, else why not.
 
         Replies come here only if our client asked for them."""
-        if self.policy.allows_everything_to_receive:
+        return self._received(self.policy, envelope, sender.id, self.replica.me, fds)
+
+    def admit_from_bus(self, envelope: Envelope) -> str | None:
+        """The same for a message of the bus itself to our client."""
+        return self._received(self.policy, envelope, BUS_ID, self.replica.me, 0)
+
+    def refused_from_bus(
+        self, envelope: Envelope, args: Callable[[], Sequence[str | None]]
+    ) -> list[str]:
+        """Why clients do not get a signal of the bus that our client, a monitor, sees; nothing if it
+        does not watch errors."""
+        watching, _ = self.replica.watching(ERROR, BUS_ID, BUS_NAME, None, None, None, tuple)
+        if self.replica.me not in watching:
+            return []
+        if envelope.destination is not None:
+            id = self.replica.owner(envelope.destination)
+            ids: Sequence[int] = () if id is None else (id,)
+        else:
+            ids, _ = self.replica.subscribers(
+                SIGNAL, BUS_ID, None, envelope.path, envelope.interface, envelope.member, args
+            )
+        receivers = [self.replica.connections[id] for id in ids]
+        texts = [
+            self._received(self.policy.of(each.credentials), envelope, BUS_ID, each.id, 0)
+            for each in receivers
+        ]
+        return [text for text in texts if text is not None]
+
+    def _received(
+        self,
+        receivers: policy.ClientPolicy,
+        envelope: Envelope,
+        sender: int,
+        receiver: int,
+        fds: int,
+    ) -> str | None:
+        if receivers.allows_everything_to_receive:
             return None
         message = as_message(envelope, fds)
         requested = envelope.type in (RETURN, ERROR)
-        names = (sender.name, *sender.names)
-        verdict = self.policy.can_receive(message, names, requested_reply=requested)
+        names = self.replica.sender_names(sender)
+        verdict = receivers.can_receive(message, names, requested_reply=requested)
         if verdict.allowed:
             return None
+        from_bus = sender == BUS_ID
         return policy.rejection(
             verdict,
             message,
             "receive",
-            sender=sender.name,
-            sender_info=self._info(sender.id),
-            receiver_info=self._info(self.replica.me),
+            sender="(unset)" if from_bus else unique_name(sender),
+            sender_info="(bus)" if from_bus else self._info(sender),
+            receiver_info=self._info(receiver),
             requested_reply=requested,
         )
 

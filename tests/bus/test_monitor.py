@@ -93,6 +93,42 @@ def test_sees_the_driver_at_work(bus: Bus, monitor: RawClient) -> None:
     assert seen[reply].reply_serial == seen[request].serial
 
 
+def test_sees_the_answer_to_what_policy_forbids(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """For each subscriber of a broadcast that may not have it, at its place among the rest."""
+    refused = "org.freedesktop.DBus.Error.AccessDenied"
+    rules = """
+        <deny send_interface="test.unsent"/><deny receive_interface="test.unreceived"/>
+        <deny receive_interface="org.freedesktop.DBus" receive_member="NameLost"/>
+        """
+    allowed = '<allow send_destination="*"/><allow receive_sender="*"/><allow own="*"/>'
+    bus: Bus = start_bus(policy=f'<policy context="default">{allowed}{rules}</policy>')
+    a, b, c, monitor = (bus.connect() for _ in range(4))
+    for each in (a, b, c):
+        each.add_match("path='/watched'")
+    a.request_name("test.monitor.Lost")
+    become_monitor(monitor)
+    serials = {
+        interface: a.signal("/watched", interface, "S", flags=w.NO_REPLY_EXPECTED)
+        for interface in ("test.unsent", "test.unreceived", "test.fine")
+    }
+    a.driver("ReleaseName", "s", ("test.monitor.Lost",))
+    seen = []
+    while not seen or (seen[-1].error_name, seen[-1].destination) != (refused, DRIVER):
+        seen.append(monitor.read())
+    lost = next(m for m in seen if m.member == "NameLost" and m.destination == a.name)
+    assert seen[-1].reply_serial == lost.serial
+    seen = [m for m in seen if a.name in (m.sender, m.destination)]
+    assert [(m.interface or m.error_name, m.reply_serial) for m in seen[:9]] == [
+        ("test.unsent", None),
+        *[(refused, serials["test.unsent"])] * 3,
+        ("test.unreceived", None),
+        *[(refused, serials["test.unreceived"])] * 3,
+        ("test.fine", None),
+    ]
+    assert [m.interface for m in b.drain(a) if m.sender == a.name] == ["test.fine"]
+    assert not any(m.error_name for m in a.inbox)
+
+
 def test_sees_name_owner_changed(bus: Bus, monitor: RawClient) -> None:
     a = bus.connect()
     a.close()

@@ -122,10 +122,11 @@ def test_send_signal(send_bus: Bus) -> None:
     assert [m.member for m in b.drain(a)] == ["Fine"]
 
 
-def test_a_denied_unicast_signal_is_answered(send_bus: Bus) -> None:
+@pytest.mark.parametrize("flags", [0, w.NO_REPLY_EXPECTED])
+def test_a_denied_unicast_signal_is_answered(send_bus: Bus, flags: int) -> None:
     """The sender hears why, though a signal has no reply; the reference's monitor tests see it."""
     a, b = send_bus.connect(), send_bus.connect()
-    serial = a.signal("/", "test.denied.Signal", "Unicast", to=b.name)
+    serial = a.signal("/", "test.denied.Signal", "Unicast", to=b.name, flags=flags)
     with pytest.raises(BusError) as caught:
         a.wait_reply(serial)
     assert caught.value.name == DENIED
@@ -189,10 +190,28 @@ def test_a_name_that_is_waited_for_counts(start_bus) -> None:  # type: ignore[no
     allowed(a, queued, queued.name, "test.I", "After")
 
 
-def test_denied_call_that_wants_no_reply_is_dropped(send_bus: Bus) -> None:
+def test_denied_call_that_wants_no_reply_gets_an_error(send_bus: Bus) -> None:
     a, b = send_bus.connect(), send_bus.connect()
-    a.send_call(b.name, "/", "test.denied.Interface", "M", flags=w.NO_REPLY_EXPECTED)
+    serial = a.send_call(b.name, "/", "test.denied.Interface", "M", flags=w.NO_REPLY_EXPECTED)
     assert b.drain(a) == []
+    with pytest.raises(BusError, match="AccessDenied"):
+        a.wait_reply(serial)
+
+
+def test_who_may_not_send_to_a_service_does_not_start_it(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default('<deny send_destination="test.start.Denied"/>'))
+    started = bus.directory / "started"
+    (bus.services / "test.start.Denied.service").write_text(
+        f"[D-BUS Service]\nName=test.start.Denied\nExec=/bin/sh -c '>>{started}; exit 1'\n"
+    )
+    client = bus.connect()
+    client.driver("ReloadConfig")
+    denied(client, "test.start.Denied", "/", "test.I", "M")
+    assert not started.exists()
+    # Another way, which shows that it could have been started.
+    with pytest.raises(BusError, match="Spawn"):
+        client.driver("StartServiceByName", "su", ("test.start.Denied", 0))
+    assert started.exists()
 
 
 def test_last_matching_rule_wins(start_bus) -> None:  # type: ignore[no-untyped-def]
@@ -244,6 +263,31 @@ def test_receive(start_bus) -> None:  # type: ignore[no-untyped-def]
     a.signal("/", "test.I", "Received")
     got = [m.member for m in b.drain(a) if m.sender != DRIVER]
     assert got == ["Received"]
+
+
+def test_a_unicast_signal_that_is_not_received_is_answered(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default('<deny receive_interface="test.unreceived.Interface"/>'))
+    a, b = bus.connect(), bus.connect()
+    serial = a.signal("/", "test.unreceived.Interface", "S", to=b.name)
+    with pytest.raises(BusError, match="AccessDenied"):
+        a.wait_reply(serial)
+    assert b.drain(a) == []
+
+
+def test_what_the_bus_says_must_be_received(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """Signals and replies of the bus itself are subject to the receiver's policy."""
+    sender = 'receive_sender="org.freedesktop.DBus"'
+    rules = f"""
+        <deny {sender} receive_interface="org.freedesktop.DBus" receive_member="NameAcquired"/>
+        <deny {sender} receive_type="error" receive_requested_reply="true"/>
+        <deny own="test.own.Denied"/>
+        """
+    client = start_bus(policy=default(rules)).connect(hello=False)
+    client.name = client.driver("Hello")[0]
+    assert client.request_name("test.own.Mine") == 1
+    client.send_call(DRIVER, DRIVER_PATH, DRIVER, "RequestName", "su", ("test.own.Denied", 0))
+    client.driver("ReleaseName", "s", ("test.own.Mine",))
+    assert [m.member for m in client.inbox] == ["NameLost"]
 
 
 # -- who ---------------------------------------------------------------------------------

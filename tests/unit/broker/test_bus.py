@@ -6,6 +6,7 @@ import gc
 
 import pytest
 
+from kbusd.broker.bus import FAULTY
 from kbusd.broker.connection import Connection
 from kbusd.broker.refusal import Violation
 from kbusd.policy.rules import OWN, USER, Policy, Rule
@@ -406,13 +407,14 @@ def test_a_reload_asked_while_one_is_under_way_waits_for_another() -> None:
     assert world.taken()[-1] == (1, e.Reply(3))
 
 
-def test_a_configuration_that_cannot_be_read_changes_nothing_but_is_an_answer() -> None:
+def test_a_configuration_that_cannot_be_read_changes_nothing_and_is_an_error() -> None:
     world = World()
     a = world.client(1)
     world.ask(a, e.ReloadConfig(2))
     world.events.clear()
     world.bus.reconfigure(None)
-    assert world.taken() == [(1, e.Reply(2))]
+    assert world.taken() == [(1, e.Failure(2, *FAULTY))]
+    assert world.bus.generation == 0
 
 
 def test_a_shortage_is_refused_and_costs_nobody_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

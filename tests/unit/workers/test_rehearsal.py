@@ -12,7 +12,8 @@ from kbusd.workers.rehearsal import Rehearsal
 
 GUID = "00112233445566778899aabbccddeeff"
 EVERYTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><policy context="default">
-<allow user="*"/><allow send_destination="*"/><allow own="*"/></policy></busconfig>"""
+<allow user="*"/><allow send_destination="*"/><allow receive_sender="*"/><allow own="*"/>
+</policy></busconfig>"""
 
 
 def context(directory: Path) -> Context:
