@@ -34,7 +34,8 @@ MAX_SIGNATURE = 255  # bytes
 
 Order = Literal["little", "big"]
 
-_PATH = re.compile(rb"/|(?:/[A-Za-z0-9_]+)+")
+# Possessive, or a path of 100 MB costs gigabytes.
+PATH = re.compile(rb"/|(?:/[A-Za-z0-9_]++)++")
 _OFFSETS = {1: "B", 2: "H", 4: "I", 8: "Q"}  # type codes of struct and array
 
 
@@ -265,7 +266,7 @@ class Path(Text):
     letter = b"o"
 
     def check(self, text: bytes) -> None:
-        if not _PATH.fullmatch(text):
+        if not PATH.fullmatch(text):
             raise GVariantError("an object path is not valid")
 
 
