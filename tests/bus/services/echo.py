@@ -16,6 +16,14 @@ from tests.bus.rawclient import Disconnected, RawClient
 
 
 def main(name: str, mode: str = "") -> int:
+    """Serve until the bus ends, at whatever moment it does."""
+    try:
+        return serve(name, mode)
+    except (Disconnected, ConnectionError):
+        return 0
+
+
+def serve(name: str, mode: str) -> int:
     if mode == "fail":
         return 3
     client = RawClient(os.environ["DBUS_STARTER_ADDRESS"])
@@ -27,10 +35,7 @@ def main(name: str, mode: str = "") -> int:
     if client.request_name(name, 4) != 1:
         return 4
     while True:
-        try:
-            message = client.read(timeout=100.0)
-        except Disconnected:
-            return 0
+        message = client.read(timeout=100.0)
         if message.type != w.CALL:
             continue
         if message.member == "Environment":
