@@ -128,6 +128,7 @@ _CHANGES = frozenset(
     (
         entries.ConnectionRemoved,
         entries.NameOwnerChanged,
+        entries.QueueChanged,
         entries.MonitorAttached,
         entries.PolicyChanged,
     )
