@@ -26,7 +26,6 @@ from kbusd.broker.refusal import (
     FAILED,
     INVALID_ARGS,
     LIMITS_EXCEEDED,
-    NAME_HAS_NO_OWNER,
     NO_MEMORY,
     Refused,
     Violation,
@@ -48,12 +47,12 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
-    ListQueuedOwners,
     MatchAdded,
     MatchRemoved,
     MonitorAttached,
     NameOwnerChanged,
     PolicyChanged,
+    QueueChanged,
     ReleaseName,
     ReloadConfig,
     RemoveMatch,
@@ -71,7 +70,6 @@ BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
-MAX_DIGITS = 20  # of an id; more than will ever be given out
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
 _FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
 
@@ -195,8 +193,6 @@ class Bus:
                 value = self._request_name(connection, message.name, message.flags)
             case ReleaseName():
                 value = self._release_name(connection, message.name)
-            case ListQueuedOwners():
-                value = self._queued_owners(message.name)
             case AddMatch():
                 self._add_match(connection, message.rule)
             case RemoveMatch():
@@ -322,22 +318,6 @@ class Bus:
         self._owner_changed(change)
         return code
 
-    def _queued_owners(self, name: str) -> list[int]:
-        holder = self._holder(name)
-        if holder is not None and holder.monitor is None:
-            return [holder.id]
-        owners = [each.id for each in self.registry.waiters(name)]
-        if not owners:
-            raise Refused(NAME_HAS_NO_OWNER, f"Could not get owners of name '{name}': no such name")
-        return owners
-
-    def _holder(self, unique_name: str) -> Connection | None:
-        digits = unique_name.removeprefix(":1.")
-        if not (digits.isascii() and digits.isdigit() and len(digits) < MAX_DIGITS):
-            return None
-        holder = self.by_id.get(int(digits))
-        return holder if holder is not None and holder.unique_name == unique_name else None
-
     def _add_match(self, connection: Connection, rule: str) -> None:
         limit = self._limits["max_match_rules_per_connection"]
         self.matches.add(connection, rule, limit)
@@ -427,6 +407,11 @@ class Bus:
             monitors=tuple(monitors),
             activatable=self.activation.names,
             policy_generation=self.generation,
+            queues=tuple(
+                (name, tuple(claim.connection.id for claim in queue[1:]))
+                for name, queue in self._queues()
+                if len(queue) > 1
+            ),
         )
 
     def size(self) -> int:
@@ -494,8 +479,12 @@ class Bus:
         if change is None:
             return
         name, old, new = change.name, change.old, change.new
+        waiting = tuple(each.id for each in change.waiting)
+        if old is new:
+            self._outside.append(QueueChanged(name, waiting))
+            return
         self._outside.append(
-            NameOwnerChanged(name, old.id if old else NOBODY, new.id if new else NOBODY)
+            NameOwnerChanged(name, old.id if old else NOBODY, new.id if new else NOBODY, waiting)
         )
         self._wake(each for each in (old, new) if each is not None)
         args = (name, old.unique_name if old else "", new.unique_name if new else "")

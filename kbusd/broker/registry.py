@@ -10,7 +10,7 @@ specification, "Message Bus Names", where it is silent those of dbus-daemon 1.14
 4. Otherwise it waits (2): at the head if it said REPLACE_EXISTING, else where it was or last.
 
 Nothing here decides *whether* a connection may have a name but the number of its names; the
-caller asks policy. Changes of owner are returned, for the log.
+caller asks policy. Changes of a queue are returned, for the log.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A name passed from `old` to `new`; None is nobody."""
+    """A name passed from `old` to `new`, None is nobody; or these are the same and only its queue
+    is another. `waiting` has those who wait for it now, the next owner first."""
 
     name: str
     old: Connection | None
     new: Connection | None
+    waiting: tuple[Connection, ...] = ()
 
 
 class Registry:
@@ -66,22 +68,28 @@ class Registry:
 
     def request(self, connection: Connection, name: str, flags: int) -> tuple[int, Change | None]:
         """RequestName; returns its result code and what changed."""
-        queue = self.queues.get(name)
-        if queue is None:
-            self.queues[name] = [Claim(connection, flags)]
+        before = self.waiters(name)
+        queue = self.queues.setdefault(name, [])
+        code = self._request(name, queue, connection, flags)
+        return code, self._change(name, before)
+
+    def _request(self, name: str, queue: list[Claim], connection: Connection, flags: int) -> int:
+        if not queue:
+            queue.append(Claim(connection, flags))
             connection.names.append(name)
-            return PRIMARY_OWNER, Change(name, None, connection)
+            return PRIMARY_OWNER
         owner = queue[0]
         if owner.connection is connection:
             owner.flags = flags
-            return ALREADY_OWNER, None
+            return ALREADY_OWNER
         mine = next((claim for claim in queue if claim.connection is connection), None)
         if flags & REPLACE_EXISTING and owner.flags & ALLOW_REPLACEMENT:
-            return PRIMARY_OWNER, self._replace(name, queue, mine, connection, flags)
+            self._replace(name, queue, mine, connection, flags)
+            return PRIMARY_OWNER
         if flags & DO_NOT_QUEUE:
             if mine is not None:
                 self._leave(name, queue, mine)
-            return EXISTS, None
+            return EXISTS
         if mine is None:
             mine = Claim(connection, flags)
             connection.names.append(name)
@@ -90,16 +98,18 @@ class Registry:
         if flags & REPLACE_EXISTING:
             queue.remove(mine)
             queue.insert(1, mine)
-        return IN_QUEUE, None
+        return IN_QUEUE
 
     def release(self, connection: Connection, name: str) -> tuple[int, Change | None]:
         """ReleaseName; returns its result code and what changed."""
         queue = self.queues.get(name)
         if queue is None:
             return NON_EXISTENT, None
+        before = self.waiters(name)
         for claim in queue:
             if claim.connection is connection:
-                return RELEASED, self._leave(name, queue, claim)
+                self._leave(name, queue, claim)
+                return RELEASED, self._change(name, before)
         return NOT_OWNER, None
 
     def _replace(
@@ -109,7 +119,7 @@ class Registry:
         mine: Claim | None,
         connection: Connection,
         flags: int,
-    ) -> Change:
+    ) -> None:
         old = queue[0]
         if mine is None:
             mine = Claim(connection, flags)
@@ -121,14 +131,17 @@ class Registry:
         if old.flags & DO_NOT_QUEUE:
             queue.remove(old)
             old.connection.names.remove(name)
-        return Change(name, old.connection, connection)
 
-    def _leave(self, name: str, queue: list[Claim], claim: Claim) -> Change | None:
-        was_owner = queue[0] is claim
+    def _leave(self, name: str, queue: list[Claim], claim: Claim) -> None:
         queue.remove(claim)
         claim.connection.names.remove(name)
         if not queue:
             del self.queues[name]
-        if not was_owner:
+
+    def _change(self, name: str, before: list[Connection]) -> Change | None:
+        """What there is to say of a name whose owner and waiters were `before`."""
+        after = self.waiters(name)
+        if after == before:
             return None
-        return Change(name, claim.connection, queue[0].connection if queue else None)
+        old, new = before[0] if before else None, after[0] if after else None
+        return Change(name, old, new, tuple(after[1:]))

@@ -43,11 +43,19 @@ class ConnectionRemoved(Entry, frozen=True, tag="c"):
 
 
 class NameOwnerChanged(Entry, frozen=True, tag="N"):
-    """A well-known name changed its primary owner; 0 is nobody."""
+    """A well-known name changed its primary owner; 0 is nobody. `waiting`: its queue from now on."""
 
     name: str
     old: int
     new: int
+    waiting: tuple[int, ...] = ()
+
+
+class QueueChanged(Entry, frozen=True, tag="Q"):
+    """Those who wait for a well-known name while its owner stays, the next owner first."""
+
+    name: str
+    waiting: tuple[int, ...]
 
 
 class MatchAdded(Entry, frozen=True, tag="M"):
@@ -90,6 +98,7 @@ LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
     | NameOwnerChanged
+    | QueueChanged
     | MatchAdded
     | MatchRemoved
     | MonitorAttached
@@ -99,7 +108,9 @@ LogEntry = (
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """The state of the bus at `position` of the control log; replaying from there catches up."""
+    """The state of the bus at `position` of the control log; replaying from there catches up.
+
+    `queues` has the names that somebody waits for, as QueueChanged tells it."""
 
     position: int
     stamp: int
@@ -109,6 +120,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     monitors: tuple[tuple[int, tuple[str, ...]], ...]
     activatable: tuple[str, ...]
     policy_generation: int
+    queues: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -133,12 +145,6 @@ class RequestName(Request, frozen=True, tag="request_name"):
 
 class ReleaseName(Request, frozen=True, tag="release_name"):
     """Reply: the D-Bus result code 1..3."""
-
-    name: str
-
-
-class ListQueuedOwners(Request, frozen=True, tag="queued"):
-    """Reply: list of ids, primary owner first. Failure NameHasNoOwner."""
 
     name: str
 
@@ -226,7 +232,6 @@ WorkerMessage = (
     Hello
     | RequestName
     | ReleaseName
-    | ListQueuedOwners
     | AddMatch
     | RemoveMatch
     | StartService

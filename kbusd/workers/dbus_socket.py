@@ -135,6 +135,7 @@ _CHANGES = frozenset(
     (
         entries.ConnectionRemoved,
         entries.NameOwnerChanged,
+        entries.QueueChanged,
         entries.MonitorAttached,
         entries.PolicyChanged,
     )
@@ -334,12 +335,15 @@ class Engine:
         now: uint64_t = monotonic()
         until: uint64_t = now + self.poll_ns
         before: uint64_t
+        pending: cython.bint
         while True:
-            if self.merge.pending():
-                return -2
+            pending = self.merge.pending()
+            # What the client wrote before a frame came goes before it, so look at the client last.
             count = epoll_wait(self.epoll, events, 8, 0)
             if count != 0:
                 return count
+            if pending:
+                return -2
             if now >= until:
                 return 0
             before = now

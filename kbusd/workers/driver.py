@@ -44,7 +44,6 @@ from kbusd.rings.entries import (
     Credentials,
     Failure,
     Hello,
-    ListQueuedOwners,
     LogEntry,
     MonitorAttached,
     NameOwnerChanged,
@@ -371,12 +370,10 @@ class Driver:
                     raise _nobody("owner", name)
                 return "s", unique_name(owner)
             case "ListQueuedOwners", [str(name)]:
-                owner = self.replica.owner(name)
-                if owner is None:
+                owners = self.replica.owners(name)
+                if not owners:
                     raise _nobody("owners", name)
-                if owner == BUS_ID or name.startswith(":"):
-                    return "as", [unique_name(owner)]
-                return self._ask(call, ListQueuedOwners(0, name))
+                return "as", [unique_name(each) for each in owners]
             case "GetConnectionUnixUser", [str(name)]:
                 connection = self._connection(name, "UID")
                 return "u", connection.credentials.uid if connection else self.bus.owner
@@ -568,9 +565,6 @@ class Driver:
                 ]
             case RequestName() | ReleaseName() | StartService():
                 return self._return(call, "u", _code(value))
-            case ListQueuedOwners():
-                owners = msgspec.convert(value, list[int])
-                return self._return(call, "as", [unique_name(id) for id in owners])
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
                 return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))

@@ -28,6 +28,7 @@ from kbusd.rings.entries import (
     MonitorAttached,
     NameOwnerChanged,
     PolicyChanged,
+    QueueChanged,
     Snapshot,
 )
 from kbusd.wire.match import MatchRule, eavesdropping, parse
@@ -70,16 +71,17 @@ class Watch:
 
 
 class Connection:
-    """A client that has said Hello. `version` grows whenever `names` changes."""
+    """A client that has said Hello. `names` are those that it owns, `waits_for` those in whose queue
+    it is."""
 
-    __slots__ = ("credentials", "id", "matches", "name", "names", "version")
+    __slots__ = ("credentials", "id", "matches", "name", "names", "waits_for")
 
     def __init__(self, id: int, credentials: Credentials) -> None:
         self.id = id
         self.name = unique_name(id)
         self.credentials = credentials
         self.names: frozenset[str] = _NO_NAMES
-        self.version = 0
+        self.waits_for: frozenset[str] = _NO_NAMES
         self.matches: tuple[Watch, ...] = ()
 
 
@@ -252,6 +254,7 @@ class Replica:
         self.me = NOBODY
         self.connections: dict[int, Connection] = {}
         self.names: dict[str, int] = {}
+        self.queues: dict[str, tuple[int, ...]] = {}  # who waits, of names that somebody waits for
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
@@ -269,6 +272,7 @@ class Replica:
         """Forget everything and start from `snapshot`. `me` stays. Raises ReplicaError."""
         self.connections = {}
         self.names = {}
+        self.queues = {}
         self.monitors = {}
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
@@ -280,6 +284,8 @@ class Replica:
             self._add_connection(id, credentials)
         for name, owner in snapshot.names:
             self._change_owner(name, NOBODY, owner)
+        for name, waiting in snapshot.queues:
+            self._change_queue(name, waiting)
         for id, rule in snapshot.matches:
             self._add_match(id, rule)
         for id, rules in snapshot.monitors:
@@ -295,8 +301,11 @@ class Replica:
                 self._add_connection(id, credentials)
             case ConnectionRemoved(id):
                 self._remove_connection(id)
-            case NameOwnerChanged(name, old, new):
+            case NameOwnerChanged(name, old, new, waiting):
                 self._change_owner(name, old, new)
+                self._change_queue(name, waiting)
+            case QueueChanged(name, waiting):
+                self._change_queue(name, waiting)
             case MatchAdded(id, rule):
                 self._add_match(id, rule)
             case MatchRemoved(id, rule):
@@ -322,8 +331,10 @@ class Replica:
             self.monitors_version += 1
             return
         connection = self._connection(id)
-        if connection.names:
-            raise ReplicaError(f"connection {id} was removed while it owned names")
+        if connection.names or connection.waits_for:
+            raise ReplicaError(
+                f"connection {id} was removed while it owned names or waited for some"
+            )
         for watch in connection.matches:
             self._release(id, watch)
         del self.connections[id]
@@ -338,12 +349,10 @@ class Replica:
         if old != NOBODY:
             loser = self._connection(old)
             loser.names -= {name}
-            loser.version += 1
             del self.names[name]
         if new != NOBODY:
             winner = self._connection(new)
             winner.names |= {name}
-            winner.version += 1
             self.names[name] = new
         if self._index is not None and name in self._index.senders:
             self.matches_version += 1
@@ -351,6 +360,19 @@ class Replica:
             self.my_version += 1
         if self.monitors:
             self.monitors_version += 1
+
+    def _change_queue(self, name: str, waiting: tuple[int, ...]) -> None:
+        owner = self.names.get(name)
+        if waiting and (owner is None or owner in waiting or len(set(waiting)) < len(waiting)):
+            raise ReplicaError(f"{name} has an owner {owner} and a queue {waiting}")
+        for id in self.queues.pop(name, ()):
+            connection = self._connection(id)
+            connection.waits_for -= {name}
+        for id in waiting:
+            connection = self._connection(id)
+            connection.waits_for |= {name}
+        if waiting:
+            self.queues[name] = waiting
 
     def _add_match(self, id: int, text: str) -> None:
         connection = self._connection(id)
@@ -399,7 +421,7 @@ class Replica:
     def _attach_monitor(self, id: int, rules: tuple[str, ...]) -> None:
         connection = self.connections.get(id)
         if connection is not None:
-            if connection.names or connection.matches:
+            if connection.names or connection.waits_for or connection.matches:
                 raise ReplicaError(f"connection {id} became a monitor with names or match rules")
             del self.connections[id]
         try:
@@ -438,6 +460,20 @@ class Replica:
         if connection is None:
             return (unique_name(id),)
         return (connection.name, *connection.names)
+
+    def policy_names(self, id: int) -> Sequence[str]:
+        """All names that a policy rule may use for the connection: those that it waits for count.
+
+        Reference: send_destination and receive_sender in dbus-daemon(1), as dbus-daemon 1.14 has it:
+        "the owner" of a name there is whoever is in its queue."""
+        connection = self.connections.get(id)
+        names = self.sender_names(id)
+        return names if connection is None else (*names, *connection.waits_for)
+
+    def owners(self, name: str) -> list[int]:
+        """The owner of a name and those who wait for it, in order; empty if nobody owns it."""
+        owner = self.owner(name)
+        return [] if owner is None else [owner, *self.queues.get(name, ())]
 
     def match_rules(self) -> int:
         """How many match rules there are on the bus."""

@@ -64,7 +64,7 @@ class Router:
             return self._unowned(envelope, flags, fds)
         if id == BUS_ID and not self.replica.me:
             return Decision(targets=(id,))  # who may connect may say Hello; the driver sees to it
-        names: Sequence[str] = (BUS_NAME,) if id == BUS_ID else self.replica.sender_names(id)
+        names = self.replica.policy_names(id)
         refusal = self._may_send(envelope, id, names, fds) or self._may_receive(envelope, id, fds)
         if refusal is not None:
             return Decision(error=(ACCESS_DENIED, refusal))
@@ -86,7 +86,7 @@ class Router:
         refusals: list[str] = []
         for id in ids:
             refusal = self._may_send(
-                envelope, id, self.replica.sender_names(id), fds
+                envelope, id, self.replica.policy_names(id), fds
             ) or self._may_receive(envelope, id, fds)
             if refusal is None:
                 targets.append(id)
@@ -182,7 +182,7 @@ class Router:
             return None
         message = as_message(envelope, fds)
         requested = envelope.type in (RETURN, ERROR)
-        names = self.replica.sender_names(sender)
+        names = self.replica.policy_names(sender)
         verdict = receivers.can_receive(message, names, requested_reply=requested)
         if verdict.allowed:
             return None

@@ -120,3 +120,17 @@ def test_a_receiver_that_does_not_read_costs_the_sender_not_the_bus(start_bus) -
     assert refused
     first = stuck.read()
     assert (first.type, first.body[4:]) == (w.CALL, payload)
+
+
+def test_what_a_client_wrote_first_is_judged_first(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """A call beyond the limit stays beyond it, though a reply that was written after it frees a place."""
+    bus: Bus = start_bus(limits={"max_replies_per_connection": 1})
+    caller, callee = bus.connect(), bus.connect()
+    for _ in range(1000):
+        first = caller.send_call(callee.name, "/", "test.I", "First")
+        call = callee.wait_call("First")
+        second = caller.send_call(callee.name, "/", "test.I", "Second")
+        callee.reply(call)
+        caller.wait_reply(first)
+        with pytest.raises(BusError, match="LimitsExceeded"):
+            caller.wait_reply(second)

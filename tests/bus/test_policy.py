@@ -177,7 +177,6 @@ def test_hello_is_always_allowed(start_bus) -> None:  # type: ignore[no-untyped-
     denied(client, DRIVER, DRIVER_PATH, DRIVER, "ListNames")
 
 
-@pytest.mark.kbusd_differs("the control log tells owners of names, not yet who waits for them")
 def test_a_name_that_is_waited_for_counts(start_bus) -> None:  # type: ignore[no-untyped-def]
     """send_destination is about every connection in the name's queue, not only its owner."""
     bus: Bus = start_bus(policy=default('<deny send_destination="test.queued.Name"/>'))
@@ -188,6 +187,29 @@ def test_a_name_that_is_waited_for_counts(start_bus) -> None:  # type: ignore[no
     denied(a, queued.name, "/", "test.I", "M")
     queued.driver("ReleaseName", "s", ("test.queued.Name",))
     allowed(a, queued, queued.name, "test.I", "After")
+
+
+def test_a_queue_counts_for_prefixes_and_for_senders(start_bus) -> None:  # type: ignore[no-untyped-def]
+    rules = """
+        <deny send_destination_prefix="test.prefixed"/>
+        <deny receive_sender="test.sender.Name" receive_interface="test.I"/>
+        """
+    bus: Bus = start_bus(policy=default(rules))
+    a, owner, queued = (bus.connect() for _ in range(3))
+    for name in ("test.prefixed.One", "test.sender.Name"):
+        assert owner.request_name(name, 1) == 1
+        assert queued.request_name(name) == 2
+    denied(a, queued.name, "/", "test.Other", "M")
+    assert "Rejected receive" in denied(queued, a.name, "/", "test.I", "M")
+    # Who was replaced stays in the queue.
+    assert queued.request_name("test.prefixed.One", 2) == 1
+    denied(a, owner.name, "/", "test.Other", "M")
+    owner.driver("ReleaseName", "s", ("test.prefixed.One",))
+    allowed(a, owner, owner.name, "test.Other", "M")
+    a.add_match("sender='test.sender.Name'")  # of match rules only the owner counts
+    owner.signal("/", "test.Other", "FromOwner")
+    queued.signal("/", "test.Other", "FromQueued")
+    assert [m.member for m in a.drain(queued)] == ["FromOwner"]
 
 
 def test_denied_call_that_wants_no_reply_gets_an_error(send_bus: Bus) -> None:

@@ -113,8 +113,10 @@ def test_names_pass_to_the_next_in_the_queue() -> None:
         ("log", e.NameOwnerChanged("a.b", 0, 1)),
         (1, e.Reply(2, 1)),
     ]
-    assert world.ask(b, e.RequestName(2, "a.b", 0)) == [(2, e.Reply(2, 2))]
-    assert world.ask(b, e.ListQueuedOwners(3, "a.b")) == [(2, e.Reply(3, [1, 2]))]
+    assert world.ask(b, e.RequestName(2, "a.b", 0)) == [
+        ("log", e.QueueChanged("a.b", (2,))),
+        (2, e.Reply(2, 2)),
+    ]
     assert world.ask(a, e.ReleaseName(3, "a.b")) == [
         ("log", e.NameOwnerChanged("a.b", 1, 2)),
         (1, e.Reply(3, 1)),
@@ -127,10 +129,27 @@ def test_replacing_an_owner_that_allows_it() -> None:
     a, b = world.client(1), world.client(2)
     world.ask(a, e.RequestName(2, "a.b", 1))
     assert world.ask(b, e.RequestName(2, "a.b", 2)) == [
-        ("log", e.NameOwnerChanged("a.b", 1, 2)),
+        ("log", e.NameOwnerChanged("a.b", 1, 2, (1,))),
         (2, e.Reply(2, 1)),
     ]
-    assert world.ask(a, e.ListQueuedOwners(3, "a.b")) == [(1, e.Reply(3, [2, 1]))]
+
+
+def test_who_waits_stands_in_the_log() -> None:
+    world = World()
+    a, b, c = (world.client(number) for number in (1, 2, 3))
+    world.ask(a, e.RequestName(2, "a.b", 0))
+    world.ask(b, e.RequestName(2, "a.b", 0))
+    assert world.ask(c, e.RequestName(2, "a.b", 2))[0] == ("log", e.QueueChanged("a.b", (3, 2)))
+    assert world.ask(c, e.RequestName(3, "a.b", 0)) == [(3, e.Reply(3, 2))]  # nothing changed
+    assert world.bus.snapshot(0, 0).queues == (("a.b", (3, 2)),)
+    assert world.ask(b, e.RequestName(3, "a.b", 4))[0] == ("log", e.QueueChanged("a.b", (3,)))
+    world.events.clear()
+    world.bus.gone(3)
+    assert world.taken() == [
+        ("log", e.QueueChanged("a.b", ())),
+        ("log", e.ConnectionRemoved(3)),
+    ]
+    assert world.bus.snapshot(0, 0).queues == ()
 
 
 @pytest.mark.parametrize(
@@ -200,17 +219,6 @@ def test_limit_of_names_counts_the_unique_one() -> None:
         " file if required; max_names_per_connection=2)"
     )
     assert world.ask(a, e.RequestName(3, "a.c", 0)) == [(1, refused(3, "LimitsExceeded", text))]
-
-
-def test_queued_owners_of_unique_and_unknown_names() -> None:
-    world = World()
-    a = world.client(1)
-    assert world.ask(a, e.ListQueuedOwners(2, ":1.1")) == [(1, e.Reply(2, [1]))]
-    for name in (":1.01", ":1.9", "a.b", "", ":1."):
-        text = f"Could not get owners of name '{name}': no such name"
-        assert world.ask(a, e.ListQueuedOwners(3, name)) == [
-            (1, refused(3, "NameHasNoOwner", text))
-        ]
 
 
 # -- match rules -----------------------------------------------------------------------------------
@@ -362,9 +370,8 @@ def test_a_monitor_loses_names_and_rules_and_then_is_one() -> None:
     assert world.bus.snapshot(5, 6).monitors == ((1, ("type='signal'",)),)
     with pytest.raises(Violation):
         world.ask(root, e.RequestName(5, "a.b", 0))
-    other = world.client(2)
+    world.client(2)
     assert world.woken == {1}
-    assert world.ask(other, e.ListQueuedOwners(9, ":1.1"))[0][1].error == ERROR + "NameHasNoOwner"
     world.events.clear()
     world.bus.gone(1)
     assert world.taken() == [("log", e.ConnectionRemoved(1))]
@@ -451,6 +458,7 @@ def test_snapshot_tells_the_whole_state() -> None:
         monitors=(),
         activatable=(),
         policy_generation=0,
+        queues=(("a.b", (2,)),),
     )
 
 

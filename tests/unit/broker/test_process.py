@@ -300,7 +300,7 @@ def test_a_sleeping_worker_is_not_sent_one_wake_per_change(broker: Broker) -> No
     for request in range(3000):
         other.ask(e.RequestName(request, "a.b", 0))
         other.ask(e.ReleaseName(request, "a.b"))
-    assert watcher.ask(e.ListQueuedOwners(3, "a.b"))[0].request == 3
+    assert watcher.ask(e.RequestName(3, "a.c", 0))[0].request == 3
 
 
 def test_services_are_launched_by_the_launcher() -> None:

@@ -140,6 +140,7 @@ class Life(RuleBasedStateMachine):
             assert len(set(waiters)) == len(waiters)
             assert all(each.names.count(name) == 1 for each in waiters)
             assert set(waiters) <= set(self.alive)
+            assert self.follower.owners(name) == [each.id for each in waiters]
         for each in self.alive:
             assert all(each in registry.waiters(name) for name in each.names)
 
@@ -165,6 +166,8 @@ def view(replica: Replica) -> dict[str, Any]:
         "credentials": {id: each.credentials for id, each in replica.connections.items()},
         "names": replica.names,
         "owned": {id: each.names for id, each in replica.connections.items()},
+        "queues": replica.queues,
+        "waits_for": {id: each.waits_for for id, each in replica.connections.items()},
         "matches": {
             id: sorted(watch.text for watch in each.matches)
             for id, each in replica.connections.items()

@@ -22,6 +22,7 @@ from kbusd.rings.entries import (
     MonitorAttached,
     NameOwnerChanged,
     PolicyChanged,
+    QueueChanged,
     Snapshot,
 )
 from kbusd.wire import match
@@ -89,13 +90,27 @@ def test_unique_names_there_and_back() -> None:
     assert [parse_unique(unique_name(id)) for id in (1, 10, 2**63)] == [1, 10, 2**63]
 
 
-def test_a_connections_version_counts_its_names() -> None:
+def test_who_waits_for_a_name_counts_for_policy_and_not_for_match_rules() -> None:
+    replica = replica_of(NameOwnerChanged("a.b", 0, 2), QueueChanged("a.b", (3, 1)))
+    assert replica.owners("a.b") == [2, 3, 1]
+    assert set(replica.policy_names(1)) == {":1.1", "a.b"}
+    assert set(replica.sender_names(1)) == {":1.1"}
+    replica.apply(NameOwnerChanged("a.b", 2, 3, (1,)))
+    assert replica.owners("a.b") == [3, 1]
+    assert set(replica.policy_names(2)) == {":1.2"}
+    replica.apply(QueueChanged("a.b", ()))
+    assert replica.owners("a.b") == [3]
+    assert set(replica.policy_names(1)) == {":1.1"}
+    replica.apply(NameOwnerChanged("a.b", 3, 0))
+    assert replica.owners("a.b") == []
+
+
+def test_owners_of_unique_names_and_of_the_bus() -> None:
     replica = replica_of()
-    versions = [replica.connections[2].version]
-    for entry in (NameOwnerChanged("a.b", 0, 2), NameOwnerChanged("a.b", 2, 0)):
-        replica.apply(entry)
-        versions.append(replica.connections[2].version)
-    assert versions == sorted(set(versions))
+    assert replica.owners(":1.2") == [2]
+    assert replica.owners(BUS_NAME) == [BUS_ID]
+    for name in (":1.01", ":1.9", "a.b", "", ":1."):
+        assert replica.owners(name) == []
 
 
 # -- subscribers ---------------------------------------------------------------------------------
@@ -261,10 +276,23 @@ def test_monitors_see_messages_to_others() -> None:
         MatchRemoved(1, "bogus"),
         MonitorAttached(2, ()),
         MonitorAttached(1, ("bogus",)),
+        NameOwnerChanged("a.b", 2, 0, (1,)),
+        NameOwnerChanged("a.b", 2, 1, (1,)),
+        QueueChanged("a.b", (2,)),
+        QueueChanged("a.b", (1, 1)),
+        QueueChanged("a.b", (9,)),
+        QueueChanged("a.c", (1,)),
     ],
 )
 def test_a_log_that_contradicts_itself(entry: LogEntry) -> None:
     replica = replica_of(NameOwnerChanged("a.b", 0, 2), MatchAdded(1, "member='M'"))
+    with pytest.raises(ReplicaError):
+        replica.apply(entry)
+
+
+@pytest.mark.parametrize("entry", [ConnectionRemoved(3), MonitorAttached(3, ())])
+def test_who_goes_leaves_the_queues_first(entry: LogEntry) -> None:
+    replica = replica_of(NameOwnerChanged("a.b", 0, 2), QueueChanged("a.b", (3,)))
     with pytest.raises(ReplicaError):
         replica.apply(entry)
 
