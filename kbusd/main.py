@@ -21,6 +21,7 @@ from typing import NoReturn
 import msgspec
 import prctl
 
+from kbusd.sandbox.errors import SandboxError
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
 from kbusd.supervisor.spawn import spawn
@@ -247,7 +248,7 @@ def _run(
             journal.warn(warning)
         try:
             supervisor.start()
-        except StartError as error:
+        except (StartError, SandboxError) as error:
             journal.warn(str(error))
             return 1
         printed: set[int] = set()

@@ -70,6 +70,7 @@ BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
+GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
 _FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
 
@@ -97,6 +98,7 @@ class Bus:
         self._reload_asked = False
         self._next_id = 1  # 0 is nobody
         self._per_uid: Counter[int] = Counter()
+        self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
         self._configure(configuration)
@@ -111,6 +113,8 @@ class Bus:
         connection = self.connections.get(worker)
         if connection is not None:
             connection.credentials = credentials
+            patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
+            self._incomplete[worker] = self._outside.now() + patience
 
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
@@ -134,6 +138,7 @@ class Bus:
     def gone(self, worker: int, reason: str = "") -> None:
         """The worker has ended or its line is closed. What it held passes on."""
         connection = self.connections.pop(worker, None)
+        self._incomplete.pop(worker, None)
         if connection is None:
             return
         said = connection.last_word if connection.last_word is not None else reason
@@ -267,6 +272,8 @@ class Bus:
         self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
         self._wake(self.monitors)
         self._outside.send(connection.worker, Reply(message.request, connection.id), [snapshot])
+        self._incomplete.pop(connection.worker, None)
+        self._outside.joined(connection.worker)
 
     def _request_name(self, connection: Connection, name: str, flags: int) -> int:
         if not names.is_bus_name(name):
@@ -373,16 +380,22 @@ class Bus:
 
     def deadline(self) -> float | None:
         """When `tick` is to be called (CLOCK_MONOTONIC, seconds), None for never."""
-        first, second = self.introductions.deadline(), self.activation.deadline()
-        if first is None or second is None:
-            return second if first is None else first
-        return min(first, second)
+        each = self.introductions.deadline(), self.activation.deadline(), self._hello_deadline()
+        return min((deadline for deadline in each if deadline is not None), default=None)
+
+    def _hello_deadline(self) -> float | None:
+        return next(iter(self._incomplete.values()), None)
 
     def tick(self) -> None:
         """End what has waited too long."""
         now = self._outside.now()
         self.introductions.tick(now)
         self.activation.tick(now)
+        while (deadline := self._hello_deadline()) is not None and deadline <= now:
+            worker = next(iter(self._incomplete))
+            del self._incomplete[worker]
+            limit = self._limits["auth_timeout"] // 1000
+            self._outside.kill(worker, f"did not say Hello within {limit} s (limit auth_timeout)")
 
     # -- state ---------------------------------------------------------------------------------
 

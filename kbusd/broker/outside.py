@@ -24,6 +24,9 @@ class Outside(Protocol):
     def wake(self, worker: int) -> None:
         """See to it that the worker looks at the log once more than it has."""
 
+    def joined(self, worker: int) -> None:
+        """Let the supervisor know that the worker's client said Hello."""
+
     def kill(self, worker: int, reason: str) -> None:
         """Have the supervisor end the worker."""
 

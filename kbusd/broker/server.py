@@ -32,6 +32,7 @@ from kbusd.rings.entries import (
     BrokerReady,
     EndLaunch,
     FromLauncher,
+    Joined,
     Kill,
     Launch,
     LaunchEnded,
@@ -300,6 +301,9 @@ class Server:
 
     def wake(self, worker: int) -> None:
         self._wake_up.add(worker)
+
+    def joined(self, worker: int) -> None:
+        self._tell_supervisor(Joined(worker))
 
     def kill(self, worker: int, reason: str) -> None:
         self._broken[worker] = reason

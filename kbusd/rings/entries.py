@@ -344,11 +344,18 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
     reason: str
 
 
+class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
+    """broker -> supervisor. The client of `worker` said Hello: it is complete (dbus-daemon(1),
+    max_incomplete_connections)."""
+
+    worker: int
+
+
 class BrokerReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """broker -> supervisor, its first word. fd: the control log's memfd, sealed."""
 
 
-ToSupervisor = ReloadWanted | Kill | BrokerReady
+ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------

@@ -1,30 +1,66 @@
-"""Who a client is, by the kernel's word at the time when it connected (unix(7))."""
+"""Clients that have no worker yet: who they are, and whose turn it is.
+
+Privileged: who a client is, is the kernel's word at the time when it connected (unix(7)), and the
+rest of the bus believes it. Reads nothing that a client wrote.
+"""
 
 from __future__ import annotations
 
-import errno
 import socket
 import struct
 from array import array
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from select import POLLHUP, poll
 
 from kbusd.rings.entries import Credentials
 from kbusd.sandbox import kernel
 
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
-_GROUPS_SIZE = 65536 * 4  # NGROUPS_MAX
-_LABEL_SIZE = 65536
+_MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
 
 
 def credentials_of(client: socket.socket) -> Credentials:
     """Who is at the other end. Raises OSError."""
     fd = client.fileno()
     pid, uid, gid = struct.unpack("iII", kernel.getsockopt(fd, socket.SO_PEERCRED, 12))
-    groups = array("I", kernel.getsockopt(fd, _SO_PEERGROUPS, _GROUPS_SIZE))
+    groups = array("I", kernel.getsockopt(fd, _SO_PEERGROUPS, _MOST))
     label = b""
-    try:
-        label = kernel.getsockopt(fd, _SO_PEERSEC, _LABEL_SIZE).rstrip(b"\0")
-    except OSError as error:
-        if error.errno != errno.ENOPROTOOPT:  # no security module here labels sockets
-            raise
+    with suppress(OSError):  # where no security module labels sockets
+        label = kernel.getsockopt(fd, _SO_PEERSEC, _MOST).rstrip(b"\0")
     return Credentials(uid, gid, pid, tuple(groups), label)
+
+
+class Clients:
+    """Clients that wait for a worker. The uids take turns: who floods delays nobody but himself.
+
+    `of` counts those of a uid. It goes up by `add`; who takes the next one lets it go down when that
+    is gone. It is here for both, because whoever left while he waited is forgotten unseen."""
+
+    def __init__(self) -> None:
+        self.of: Counter[int] = Counter()
+        self._queues: dict[int, deque[tuple[Credentials, socket.socket]]] = {}  # by uid, in turn
+
+    def waiting(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def add(self, credentials: Credentials, client: socket.socket) -> None:
+        self.of[credentials.uid] += 1
+        self._queues.setdefault(credentials.uid, deque()).append((credentials, client))
+
+    def next(self, may: Callable[[int], bool]) -> tuple[Credentials, socket.socket] | None:
+        """The next client of a uid that may have a worker now."""
+        while (uid := next(filter(may, self._queues), None)) is not None:
+            queue = self._queues.pop(uid)
+            credentials, client = queue.popleft()
+            if queue:
+                self._queues[uid] = queue  # behind the others
+            there = poll()
+            there.register(client, POLLHUP)
+            if not there.poll(0):
+                return credentials, client
+            client.close()
+            self.of[uid] -= 1
+        return None

@@ -22,7 +22,7 @@ class Journal:
         self.to_stderr = to_stderr
         self.to_syslog = to_syslog
         self.stderr = 2
-        self.pipe: int | None = None
+        self.pipe = -1
         self._partial = b""
         if relays:
             self.pipe, self.stderr = os.pipe2(os.O_CLOEXEC)
@@ -43,9 +43,7 @@ class Journal:
 
     def relay(self) -> None:
         """Pass on what the other processes wrote to the pipe, at most what fits into one."""
-        if self.pipe is None:
-            return
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # there is nothing more, or no pipe
             *lines, rest = (self._partial + os.read(self.pipe, 65536)).split(b"\n")
             self._partial = rest[-_MAX_LINE:]
             for line in lines:

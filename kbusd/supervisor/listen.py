@@ -45,18 +45,14 @@ def open_listeners(addresses: Iterable[Address]) -> list[Listener]:
 
 def _bind(kind: str, value: str) -> Listener:
     sock = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
-    try:
-        if kind == "path":
-            _remove_stale(value)
-            sock.bind(value)
-            # Who may talk is decided by policy and by the directory, as in dbus-daemon(1).
-            os.chmod(value, 0o777)
-        else:
-            sock.bind(b"\0" + os.fsencode(value))
-        sock.listen(SOMAXCONN)
-    except OSError:
-        sock.close()
-        raise
+    if kind == "path":
+        _remove_stale(value)
+        sock.bind(value)
+        # Who may talk is decided by policy and by the directory, as in dbus-daemon(1).
+        os.chmod(value, 0o777)
+    else:
+        sock.bind(b"\0" + os.fsencode(value))
+    sock.listen(SOMAXCONN)
     return Listener(sock, f"unix:{kind}={_escape(value)}", value if kind == "path" else None)
 
 

@@ -1,7 +1,9 @@
 """The supervisor's loop: what it waits for, and what it does then.
 
-    socket readable  -> accept, ask the kernel who it is, tell the broker, hand to a spare worker
-    broker says      -> Kill: end that worker; ReloadWanted: read the configuration again
+    socket readable  -> accept, ask the kernel who it is; the client waits for its turn
+    a spare worker   -> tell the broker whose turn it is, hand the client over
+    broker says      -> Kill: end that worker; Joined: its client is complete;
+                        ReloadWanted: read the configuration again
     zygote says      -> Forked: a spare more; Ended: tell the broker
     a child ends     -> broker: the bus ends; zygote, launcher: started again; reader: configured
     SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: read the configuration again
@@ -16,7 +18,7 @@ import os
 import resource
 import signal
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +32,7 @@ from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line, LineError, adopt, close_all, pair
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
-from kbusd.sandbox.errors import SandboxError
-from kbusd.supervisor.clients import credentials_of
+from kbusd.supervisor.clients import Clients, credentials_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import describe, spawn
@@ -46,12 +47,11 @@ MAX_LOST = (
     12  # spare workers and zygotes that end by themselves in that time: it will not get better
 )
 LOST_SECONDS = 10.0
-FDS_PER_WORKER = 3  # line, pidfd, and for a moment the broker's end or the client
+FDS_PER_WORKER = 3  # line, pidfd, and a client that waits
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
 RETRY_SECONDS = 0.1  # after the system ran out of something
-PR_SET_CHILD_SUBREAPER = 36
 
 
 class StartError(Exception):
@@ -99,39 +99,37 @@ class Supervisor:
         self.journal = journal
         self.read = read
         self.reading = -1  # the memfd of a reader at work
-        self.read_again = False
         self.exit_status: int | None = None
         self.children: dict[int, str] = {}  # process id -> module
         self.lines: dict[str, Line] = {}  # to broker and zygote
+        self.profiles: dict[str, int] = {}  # sealed memfds
         self.log_fd = -1
         self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
         self.forking = 0
         self.next_worker = 1
-        self.by_uid: Counter[int] = Counter()
+        self.clients = Clients()
+        self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
         self.pause_until = 0.0
 
     # -- start and end -------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start every process of the bus and wait until a client can be served."""
-        kernel.prctl(PR_SET_CHILD_SUBREAPER, 1)  # workers of a dead zygote come to us
+        """Start every process of the bus and wait until a client can be served.
+
+        Raises StartError, and SandboxError if a confinement can't be had."""
+        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)  # workers of a dead zygote come to us
         self.signals, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
-        try:
-            profiles = sandbox.compile_all(self.settings.user)
-            self.soft_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # confine raises it
-            for warning in apply.confine(profiles["supervisor"]):
-                self.journal.warn(warning)
-        except SandboxError as error:
-            raise StartError(str(error)) from None
-        self.profiles = {
-            name: memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
-            for name, profile in profiles.items()
-        }
+        profiles = sandbox.compile_all(self.settings.user)
+        self.soft_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # confine raises it
+        for warning in apply.confine(profiles["supervisor"]):
+            self.journal.warn(warning)
+        for name, profile in profiles.items():
+            self.profiles[name] = memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
         self.max_workers = max(files // FDS_PER_WORKER, SPARE_WORKERS)
         self._start_broker()
@@ -201,6 +199,8 @@ class Supervisor:
         for fd, _ in waiting.poll(None if seconds is None else seconds * 1000):
             if self.exit_status is None:
                 actions[fd]()
+        if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
+            self._serve()
         self._refill()
         for line in self.lines.values():
             with suppress(OSError):
@@ -212,9 +212,9 @@ class Supervisor:
         for module, line in self.lines.items():
             events = POLLIN | POLLOUT if line.queue else POLLIN
             yield line.fileno(), events, partial(self._receive, module)
-        if self.journal.pipe is not None:
+        if self.journal.pipe >= 0:
             yield self.journal.pipe, POLLIN, self.journal.relay
-        if self.spare and self.pause_until <= time.monotonic() and not self.lines[BROKER].queue:
+        if self.clients.waiting() < self.max_workers and self.pause_until <= time.monotonic():
             for listener in self.listeners:
                 yield listener.sock.fileno(), POLLIN, partial(self._accept, listener)
 
@@ -230,8 +230,8 @@ class Supervisor:
         except (EOFError, LineError) as error:
             if isinstance(error, LineError):
                 self.journal.warn(f"{module}: {error}")
-            line.close()  # it ends by that, if it has not already, and waitpid will say so
-            del self.lines[module]
+            # It ends by that, if it has not already, and waitpid will say so.
+            self.lines.pop(module).close()
 
     def _said(self, message: msgspec.Struct, fds: list[int]) -> None:
         """What broker and zygote say; which of these each may say is settled by its line's type."""
@@ -244,6 +244,8 @@ class Supervisor:
                 if (worker := self.workers.get(number)) is not None:
                     self.journal.warn(f"ending {worker}: {reason}")
                     signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            case entries.Joined(number), []:
+                self.incomplete.pop(number, None)
             case entries.ReloadWanted(), []:
                 self._reload()
             case entries.Forked(number, pid), [line_fd, broker_fd, pidfd]:
@@ -262,8 +264,6 @@ class Supervisor:
     # -- clients and workers -------------------------------------------------------------------
 
     def _accept(self, listener: Listener) -> None:
-        if not self.spare:
-            return
         try:
             client, _ = listener.sock.accept()
             credentials = credentials_of(client)
@@ -273,34 +273,43 @@ class Supervisor:
             self.journal.warn(f"cannot accept a client: {error.strerror}")
             self.pause_until = time.monotonic() + RETRY_SECONDS
             return
-        with client:
-            limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
-            if self.by_uid[credentials.uid] >= limit:
-                self.journal.warn(
-                    f"refused pid {credentials.pid}: uid {credentials.uid} has {limit} connections"
-                    " already (limit max_connections_per_user and 64 not yet authenticated)"
-                )
-                return
+        limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
+        if self.clients.of[credentials.uid] < limit:
+            client.setblocking(False)  # for the worker, which may not change it
+            self.clients.add(credentials, client)
+            return
+        self.journal.warn(
+            f"refused pid {credentials.pid}: uid {credentials.uid} has {limit} connections already"
+            f" (limit max_connections_per_user and {NOT_AUTHENTICATED} not yet authenticated)"
+        )
+        client.close()
+
+    def _serve(self) -> None:
+        """Give spare workers to those whose turn it is."""
+        while self.spare and (turn := self.clients.next(self._may_have_a_worker)):
+            credentials, client = turn
             worker = self.spare.popleft()
             worker.client = credentials
-            self.by_uid[credentials.uid] += 1
-            client.setblocking(False)  # for the worker, which may not change it
+            self.incomplete[worker.number] = credentials.uid
             self._tell(BROKER, entries.Assigned(worker.number, credentials))
-            with suppress(OSError):
+            with client, suppress(OSError):
                 worker.line.send(entries.Client(credentials), [client.fileno()])
 
+    def _may_have_a_worker(self, uid: int) -> bool:
+        """No uid takes more than half of what is left of the places for those without a Hello."""
+        free = self.settings.limits["max_incomplete_connections"] - len(self.incomplete)
+        return list(self.incomplete.values()).count(uid) < free
+
     def _refill(self) -> None:
-        while (
-            len(self.spare) + self.forking < SPARE_WORKERS
-            and len(self.workers) + self.forking < self.max_workers
-            and ZYGOTE in self.lines
-        ):
+        room = self.max_workers - len(self.workers)
+        for _ in range(min(room, SPARE_WORKERS - len(self.spare)) - self.forking):
             self._tell(ZYGOTE, entries.Fork(self.next_worker))
             self.next_worker += 1
             self.forking += 1
 
     def _worker_ended(self, number: int, status: int) -> None:
         worker = self.workers.pop(number, None)
+        self.incomplete.pop(number, None)
         if worker is None:
             return
         code = os.waitstatus_to_exitcode(status)
@@ -308,7 +317,7 @@ class Supervisor:
         if reason:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
-            self.by_uid[worker.client.uid] -= 1
+            self.clients.of[worker.client.uid] -= 1
         else:
             self.spare.remove(worker)
             self._lose()
@@ -344,11 +353,10 @@ class Supervisor:
             os.close(self.configuration)
             self._configure(data)
             self.journal.say("configuration read again")
-            self._tell(BROKER, entries.Reconfigured(), [self.configuration])
             self._tell(ZYGOTE, entries.Configured(), [self.configuration])
         else:
             self.journal.warn("configuration not read again; the one in force stays")
-            self._tell(BROKER, entries.Reconfigured())
+        self._tell(BROKER, entries.Reconfigured(), [self.configuration] if code == 0 else [])
         if self.read_again:
             self._reload()
 
@@ -378,11 +386,11 @@ class Supervisor:
             self._receive(module)  # its last words
         if module in self.lines:  # a worker that is not locked down yet has the other end
             self.lines.pop(module).close()
-        if module != READER:
-            self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
         if module == READER:
             self._configuration_read(code)
-        elif module == ZYGOTE:
+            return
+        self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
+        if module == ZYGOTE:
             self._lose()
             self._start_zygote()
         elif module == LAUNCHER and code < 0:

@@ -19,6 +19,7 @@ from .daemon import Bus
 from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
 
 SEED = 20150401
+SECONDS = 20.0
 
 
 class Bystanders:
@@ -214,6 +215,36 @@ def test_killed_zygote_is_replaced(start_bus: Callable[..., Bus]) -> None:
         client.signal("/", "test.I", "New", to=a.name)
         assert a.wait_signal("New").sender == client.name
     logged(bus, "zygote")
+
+
+@pytest.mark.kbusd_only
+def test_killed_broker_ends_the_bus(start_bus: Callable[..., Bus]) -> None:
+    """All of it, with a word about the reason."""
+    bus = start_bus()
+    client = bus.connect()
+    tree = bus.tree()
+    (broker,) = [p for p in tree if p.comm == "kbusd-broker"]
+    os.kill(broker.pid, signal.SIGKILL)
+    assert bus.process.wait(SECONDS) == 1
+    client.expect_disconnect()
+    procs.eventually(lambda: not any(procs.alive(p) for p in tree), "its processes end")
+    assert not bus.socket.exists()
+    assert f"kbusd.broker (pid {broker.pid}) was killed by SIGKILL" in bus.log()
+    bus.kill()
+
+
+@pytest.mark.kbusd_only
+def test_killed_launcher_is_replaced(start_bus: Callable[..., Bus]) -> None:
+    bus = start_bus()
+    (launcher,) = [p for p in bus.tree() if p.comm == "kbusd-launcher"]
+    os.kill(launcher.pid, signal.SIGKILL)
+
+    def another() -> bool:
+        found = [p.pid for p in bus.tree() if p.comm == "kbusd-launcher"]
+        return len(found) == 1 and found != [launcher.pid]
+
+    procs.eventually(another, "there is a launcher again")
+    assert bus.connect().name
 
 
 @pytest.mark.kbusd_only

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Iterator
+
 import pytest
 
+from . import procs
 from . import wireformat as w
-from .daemon import Bus
-from .rawclient import DRIVER, BusError, Disconnected, RawSocket
+from .daemon import OPEN_POLICY, Bus
+from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
 
 EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 
@@ -93,7 +100,7 @@ def test_descriptors_per_message(start_bus) -> None:  # type: ignore[no-untyped-
 
 def test_incomplete_connections_do_not_lock_others_out(start_bus) -> None:  # type: ignore[no-untyped-def]
     bus: Bus = start_bus(limits={"max_incomplete_connections": 5, "auth_timeout": 300})
-    silent = [RawSocket(bus.address) for _ in range(20)]
+    silent = [RawSocket(bus.address) for _ in range(10)]
     assert bus.connect().driver("NameHasOwner", "s", (DRIVER,)) == [True]
     for sock in silent:
         sock.expect_disconnect()
@@ -134,3 +141,132 @@ def test_what_a_client_wrote_first_is_judged_first(start_bus) -> None:  # type: 
         caller.wait_reply(first)
         with pytest.raises(BusError, match="LimitsExceeded"):
             caller.wait_reply(second)
+
+
+# -- whose turn it is ----------------------------------------------------------------------
+
+SOMEBODY, ANOTHER = 65534, 65533  # users whom the tests' own clients can be
+HELLO = w.build(
+    w.CALL,
+    {
+        w.PATH: "/org/freedesktop/DBus",
+        w.DESTINATION: DRIVER,
+        w.INTERFACE: DRIVER,
+        w.MEMBER: "Hello",
+    },
+    serial=1,
+)
+EVERYBODY = OPEN_POLICY.replace("<allow own", '<allow user="*"/><allow own')
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
+
+
+@contextlib.contextmanager
+def somebody(uid: int) -> Iterator[None]:
+    """The kernel keeps who a client is when it connects."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def flood() -> Iterator[list[socket.socket]]:
+    """Sockets to be closed at the end."""
+    sockets: list[socket.socket] = []
+    yield sockets
+    for each in sockets:
+        each.close()
+
+
+def connect_unread(bus: Bus, sockets: list[socket.socket], count: int, words: bytes) -> None:
+    """Connections that say something at once and look at no answer."""
+    for _ in range(count):
+        sock = socket.socket(socket.AF_UNIX)
+        sockets.append(sock)
+        sock.connect(str(bus.socket))
+        if words:
+            sock.send(words)
+
+
+def answered(sockets: list[socket.socket]) -> int:
+    """How many of them the bus has said something to."""
+    poll = select.poll()
+    for each in sockets:
+        poll.register(each, select.POLLIN)
+    return len(poll.poll(0))
+
+
+@pytest.mark.kbusd_only
+@as_root
+def test_a_flood_of_connects_delays_nobody_else(start_bus, flood: list[socket.socket]) -> None:  # type: ignore[no-untyped-def]
+    """Uids take turns: by order, not by time, whoever comes while 500 wait is among the next."""
+    bus: Bus = start_bus(policy=EVERYBODY, limits={"max_connections_per_user": 1000})
+    with somebody(SOMEBODY):
+        words = b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n" + HELLO
+        connect_unread(bus, flood, 500, words)
+    before = answered(flood)
+    with somebody(ANOTHER):
+        assert bus.connect().name
+    after = answered(flood)
+    assert after - before < (500 - before) / 2
+    assert after < 500
+
+
+@pytest.mark.kbusd_only
+@as_root
+def test_the_silent_of_one_uid_do_not_take_all_places(
+    start_bus,
+    flood: list[socket.socket],  # type: ignore[no-untyped-def]
+) -> None:
+    bus: Bus = start_bus(policy=EVERYBODY, limits={"max_incomplete_connections": 8})
+    with somebody(SOMEBODY):
+        connect_unread(bus, flood, 20, b"")
+    for uid in (ANOTHER, ANOTHER - 1, 0):
+        with somebody(uid):
+            assert bus.connect().name
+    assert answered(flood) == 0  # nobody waited until they had to go
+    procs.eventually(lambda: served(bus, flood) == 4, "half of the places are taken")
+
+
+@pytest.mark.kbusd_only
+def test_who_left_while_it_waited_costs_no_worker(start_bus, flood: list[socket.socket]) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(limits={"max_incomplete_connections": 1})
+    connect_unread(bus, flood, 1, b"")
+    procs.eventually(lambda: served(bus, flood) == 1, "it has the only place")
+    gone: list[socket.socket] = []
+    connect_unread(bus, gone, 30, b"\0AUTH EXTERNAL\r\n")
+    for each in gone:
+        each.close()
+    numbers = {process.pid for process in bus.workers()}
+    flood.pop().close()
+    client = bus.connect()
+    assert client.name == ":1.1"
+    fresh = {process.pid for process in bus.workers()} - numbers
+    assert len(fresh) <= 2, "one for the silent one's place, one for the new client's"
+
+
+def served(bus: Bus, sockets: list[socket.socket]) -> int:
+    """How many of them a worker holds."""
+    links = {f"socket:[{procs.peer_inode(each)}]" for each in sockets}
+    return sum(len(links.intersection(procs.descriptors(p.pid))) for p in bus.workers())
+
+
+@pytest.mark.kbusd_only
+def test_connections_of_one_uid_that_wait_are_limited(
+    start_bus,
+    flood: list[socket.socket],  # type: ignore[no-untyped-def]
+) -> None:
+    bus: Bus = start_bus(limits={"max_connections_per_user": 2, "max_incomplete_connections": 1})
+    connect_unread(bus, flood, 2 + 64, b"")
+    with contextlib.closing(RawSocket(bus.address)) as one_more:
+        one_more.expect_disconnect()
+    refusal = f"uid {os.geteuid()} has 66 connections already (limit max_connections_per_user"
+    assert refusal in bus.log()
+
+
+def test_who_does_not_say_hello_is_disconnected(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(limits={"auth_timeout": 200})
+    client = RawClient(bus.address, hello=False)
+    client.expect_disconnect()
+    client.close()

@@ -32,6 +32,23 @@ def test_hello_is_answered_with_id_and_snapshot_once_it_stands_in_the_log() -> N
         ("log", e.ConnectionAdded(1, credentials(4))),
         (4, e.Reply(1, 1), 77),
     ]
+    assert world.joined_by == [4]
+
+
+def test_who_does_not_say_hello_in_time_is_ended() -> None:
+    world = World(limits={"auth_timeout": 3000})
+    for worker in (1, 2, 3):
+        world.bus.worker_started(worker, worker)
+        world.bus.assigned(worker, credentials(worker))
+        world.time += 1
+    world.ask(world.bus.connections[1], e.Hello(1))
+    world.events.clear()
+    world.time = world.bus.deadline() or 0
+    world.bus.tick()
+    assert world.events == [("kill", 2, "did not say Hello within 3 s (limit auth_timeout)")]
+    world.bus.gone(2)
+    world.bus.gone(3)
+    assert world.bus.deadline() is None
 
 
 def test_no_unique_name_is_spent_on_a_connection_without_hello() -> None:

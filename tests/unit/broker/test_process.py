@@ -71,6 +71,7 @@ class Broker:
         reply, (fd,) = worker.ask(e.Hello(1))
         worker.id = reply.value
         os.close(fd)
+        assert self.hear()[0] == e.Joined(worker.number)
         return worker
 
     def entries(self) -> list[e.LogEntry]:

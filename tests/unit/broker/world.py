@@ -36,6 +36,7 @@ class World:
         self.next_fd = 100
         self.open_fds: set[int] = set()
         self.words: list[str] = []
+        self.joined_by: list[int] = []
         limits = DEFAULT_LIMITS | settings.pop("limits", {})
         settings = dict[str, Any](type="session", policy=OPEN) | settings
         self.configuration = Configuration(limits=limits, **settings)
@@ -55,6 +56,9 @@ class World:
 
     def kill(self, worker: int, reason: str) -> None:
         self.events.append(("kill", worker, reason))
+
+    def joined(self, worker: int) -> None:
+        self.joined_by.append(worker)
 
     def reload(self) -> None:
         self.events.append(("reload",))

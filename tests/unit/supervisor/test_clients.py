@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from kbusd.supervisor.clients import credentials_of
+from kbusd.rings.entries import Credentials
+from kbusd.supervisor.clients import Clients, credentials_of
 
 
 def test_who_is_at_the_other_end() -> None:
@@ -30,3 +31,59 @@ def test_supplementary_groups(count: int) -> None:
         os.setgroups(before)
     with ours, theirs:
         assert credentials_of(ours).groups == tuple(range(1000, 1000 + count))
+
+
+class Waiting:
+    """Clients with both ends of their sockets, told apart by their pid."""
+
+    def __init__(self) -> None:
+        self.clients = Clients()
+        self.ends: dict[int, socket.socket] = {}
+
+    def add(self, uid: int, *pids: int) -> None:
+        for pid in pids:
+            self.ends[pid], ours = socket.socketpair()
+            self.clients.add(Credentials(uid, uid, pid), ours)
+
+    def take(self, *barred: int) -> int | None:
+        """The pid of the next one, if it is none of the barred uids'."""
+        turn = self.clients.next(lambda uid: uid not in barred)
+        if turn is None:
+            return None
+        turn[1].close()
+        return turn[0].pid
+
+    def take_all(self, *barred: int) -> list[int]:
+        return list(iter(lambda: self.take(*barred), None))
+
+
+def test_uids_take_turns() -> None:
+    waiting = Waiting()
+    waiting.add(1, 11, 12, 13, 14)
+    assert waiting.take() == 11
+    waiting.add(2, 21, 22)
+    waiting.add(3, 31)
+    assert waiting.take_all() == [12, 21, 31, 13, 22, 14]
+    assert waiting.clients.waiting() == 0
+
+
+def test_who_may_not_have_a_worker_keeps_its_place() -> None:
+    waiting = Waiting()
+    waiting.add(1, 11, 12)
+    waiting.add(2, 21, 22)
+    assert waiting.take_all(1) == [21, 22]
+    assert waiting.clients.waiting() == 2
+    assert waiting.take_all() == [11, 12]
+
+
+def test_who_has_left_is_passed_over_and_not_counted_any_more() -> None:
+    waiting = Waiting()
+    waiting.add(1, 11, 12, 13)
+    waiting.add(2, 21)
+    waiting.ends[11].send(b"last words")
+    for pid in (11, 12, 21):
+        waiting.ends[pid].close()
+    waiting.ends[13].shutdown(socket.SHUT_WR)  # has said all, but listens
+    assert waiting.clients.of == {1: 3, 2: 1}
+    assert waiting.take_all() == [13]
+    assert waiting.clients.of == {1: 1, 2: 0}
