@@ -13,20 +13,13 @@ receiver is handed a signal which its rules refuse. Left out are prefixes longer
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from kbusd.kdbus import bloomhash
+from kbusd.kdbus import abi, bloomhash, layout
 from kbusd.kdbus.payload import unique_id
 
 MAX_PREFIX = 1024  # bytes: as long as a match rule may be; more would cost the square of the length
-
-# Items of struct kdbus_cmd_match, and the id that stands for any.
-ITEM_BLOOM_MASK, ITEM_ID, ITEM_NAME, ITEM_DST_ID = 9, 14, 15, 16
-ITEM_NAME_ADD, ITEM_NAME_REMOVE, ITEM_NAME_CHANGE = 0x8000, 0x8001, 0x8002
-ITEM_ID_ADD, ITEM_ID_REMOVE = 0x8003, 0x8004
-ANY_ID = (1 << 64) - 1
 
 _TYPES = {1: "method_call", 2: "method_return", 3: "error", 4: "signal"}
 _DRIVER = "org.freedesktop.DBus"
@@ -154,16 +147,16 @@ def matches(size: int, n_hash: int, rule: Rule) -> list[tuple[Item, ...]]:
     if rule.sender is not None:
         sender = unique_id(rule.sender)
         if sender is None:
-            name = ITEM_NAME, rule.sender.encode() + b"\0"
+            name = abi.ITEM_NAME, rule.sender.encode() + b"\0"
         else:
-            items.append((ITEM_ID, struct.pack("=Q", sender)))
+            items.append((abi.ITEM_ID, layout.U64.pack(sender)))
     if rule.destination is not None:
         destination = unique_id(rule.destination)
         if destination is not None:
-            items.append((ITEM_DST_ID, struct.pack("=Q", destination)))
+            items.append((abi.ITEM_DST_ID, layout.U64.pack(destination)))
     bits = mask(size, n_hash, rule)
     if bits is not None:
-        items.append((ITEM_BLOOM_MASK, bits))
+        items.append((abi.ITEM_BLOOM_MASK, bits))
     if name is not None:
         items.append(name)
     found = [tuple(items)]
@@ -192,24 +185,26 @@ def _name_changes(name: str | None, old: str | None, new: str | None) -> list[tu
     where a name goes from an activator to its service, which for D-Bus is a name that comes.
     """
     id = None if name is None else unique_id(name)
-    old_id, new_id = (unique_id(owner) if owner else ANY_ID for owner in (old, new))
+    old_id, new_id = (unique_id(owner) if owner else abi.MATCH_ID_ANY for owner in (old, new))
     if old_id is None or new_id is None or (old == "" and new == ""):
         return []
-    if id is not None and not {old_id, new_id} <= {id, ANY_ID}:
+    if id is not None and not {old_id, new_id} <= {id, abi.MATCH_ID_ANY}:
         return []
     found: list[tuple[Item, ...]] = []
     if id is None:
-        owners = struct.pack("=QQQQ", old_id, 0, new_id, 0)
+        owners = layout.NAME_CHANGE.pack(old_id, 0, new_id, 0)
         content = owners + (b"" if name is None else name.encode() + b"\0")
         if not old:
-            found.append(((ITEM_NAME_ADD, content),))
+            found.append(((abi.ITEM_NAME_ADD, content),))
         if not new:
-            found.append(((ITEM_NAME_REMOVE, content),))
-        found.append(((ITEM_NAME_CHANGE, content),))
+            found.append(((abi.ITEM_NAME_REMOVE, content),))
+        found.append(((abi.ITEM_NAME_CHANGE, content),))
     if name is None or id is not None:
-        anyone = ANY_ID if id is None else id
+        anyone = abi.MATCH_ID_ANY if id is None else id
         if not old:
-            found.append(((ITEM_ID_ADD, struct.pack("=QQ", new_id if new else anyone, 0)),))
+            found.append(((abi.ITEM_ID_ADD, layout.ID_CHANGE.pack(new_id if new else anyone, 0)),))
         if not new:
-            found.append(((ITEM_ID_REMOVE, struct.pack("=QQ", old_id if old else anyone, 0)),))
+            found.append(
+                ((abi.ITEM_ID_REMOVE, layout.ID_CHANGE.pack(old_id if old else anyone, 0)),)
+            )
     return found

@@ -252,7 +252,7 @@ class Text(Type):
 
     def _copy(self, data: bytes, at: int, length: int, out: bytearray) -> int:
         end = at + length + 1
-        if end > len(data) or data.find(0, at, end) != end - 1:
+        if data.find(0, at, end) != end - 1:
             raise GVariantError("a string does not end with its first NUL")
         text = data[at:end]
         self.check(text[:-1])

@@ -25,14 +25,11 @@ from typing import Any
 
 import msgspec
 
-from kbusd.kdbus import gvariant
+from kbusd.kdbus import abi, gvariant
 from kbusd.kdbus.gvariant import GVariantError, Order
 
-PAYLOAD_DBUS = 0x4442757344427573  # "DBusDBus": payload_type in struct kdbus_msg
-EXPECT_REPLY, NO_AUTO_START, SIGNAL = 1, 2, 4  # flags there
-
-METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL_TYPE = 1, 2, 3, 4
-NO_REPLY_EXPECTED, DBUS_NO_AUTO_START = 1, 2  # flags in a D-Bus header
+METHOD_CALL, METHOD_RETURN, ERROR, SIGNAL = 1, 2, 3, 4
+NO_REPLY_EXPECTED, NO_AUTO_START = 1, 2  # flags in a D-Bus header
 
 FIXED = 16  # bytes of the fixed part in both versions
 MAX_SIZE = 1 << 27
@@ -64,7 +61,7 @@ _NEEDED = {
     METHOD_CALL: ("path", "member"),
     METHOD_RETURN: ("reply_cookie",),
     ERROR: ("reply_cookie", "error_name"),
-    SIGNAL_TYPE: ("path", "interface", "member"),
+    SIGNAL: ("path", "interface", "member"),
 }
 _LOCAL_PATH = "/org/freedesktop/DBus/Local"
 _LOCAL_INTERFACE = "org.freedesktop.DBus.Local"
@@ -113,9 +110,9 @@ def unique_id(name: str) -> int | None:
 def kdbus_flags(type: int, flags: int) -> int:
     """What struct kdbus_msg has in its flags, for a message with this type and these flags."""
     return (
-        (EXPECT_REPLY if type == METHOD_CALL and not flags & NO_REPLY_EXPECTED else 0)
-        | (NO_AUTO_START if flags & DBUS_NO_AUTO_START else 0)
-        | (SIGNAL if type == SIGNAL_TYPE else 0)
+        (abi.MSG_EXPECT_REPLY if type == METHOD_CALL and not flags & NO_REPLY_EXPECTED else 0)
+        | (abi.MSG_NO_AUTO_START if flags & NO_AUTO_START else 0)
+        | (abi.MSG_SIGNAL if type == SIGNAL else 0)
     )
 
 
@@ -129,11 +126,11 @@ def check_agreement(
     either version.
     """
     kflags, kcookie, kreply = kdbus
-    if (kflags ^ kdbus_flags(type, flags)) & (EXPECT_REPLY | NO_AUTO_START):
+    if (kflags ^ kdbus_flags(type, flags)) & (abi.MSG_EXPECT_REPLY | abi.MSG_NO_AUTO_START):
         raise PayloadError(f"a message of type {type} with flags {flags} has kdbus flags {kflags}")
     if kcookie != cookie:
         raise PayloadError(f"the cookie is {cookie} in the payload and {kcookie} outside")
-    if not kflags & EXPECT_REPLY and kreply != reply_cookie:
+    if not kflags & abi.MSG_EXPECT_REPLY and kreply != reply_cookie:
         raise PayloadError(f"it replies to {reply_cookie} in the payload and to {kreply} outside")
 
 
@@ -171,7 +168,7 @@ def read(data: bytes) -> Message:
     for attribute in _NEEDED.get(message.type, ()):
         if not getattr(message, attribute):
             raise PayloadError(f"a message of type {message.type} without {attribute}")
-    if message.type in (METHOD_CALL, SIGNAL_TYPE) and message.reply_cookie:
+    if message.type in (METHOD_CALL, SIGNAL) and message.reply_cookie:
         raise PayloadError("a method call or signal is a reply")
     if message.path == _LOCAL_PATH or message.interface == _LOCAL_INTERFACE:
         raise PayloadError(f"{_LOCAL_PATH} and {_LOCAL_INTERFACE} are reserved")

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kbusd.kdbus import bloomhash, bloommatch
+from kbusd.kdbus import bloom, bloomhash, bloommatch
+from kbusd.kdbus import match as kernel
+from kbusd.kdbus.items import Item
 from kbusd.wire import match
 from kbusd.wire.body import PathArgument
+from tests.unit.kdbus.cases import unhurried
 
 SIZE, N_HASH = 64, 8  # what systemd made its buses with
 SIGNAL = 4
-ANY = bloommatch.ANY_ID
+ANY = 2**64 - 1
 
 # The first outputs of the reference implementation (vectors_sip64), for the inputs of 0, 1, 2, ...
 # bytes 00, 01, 02, ... under the key 00 .. 0f; and the example of 15 bytes in the paper.
@@ -147,7 +150,7 @@ RULES = st.builds(
 )
 
 
-@settings(max_examples=300)
+@settings(unhurried, max_examples=200)
 @given(RULES, NAMES, PATHS, ARGUMENTS)
 @example(match.MatchRule(args=((1, "a"),)), "a.b", "/", [None, "a"])
 @example(match.MatchRule(path_namespace="/"), "a.b", "/a/b", [])
@@ -278,3 +281,27 @@ def test_the_usual_rule_for_name_owner_changed_asks_for_notifications() -> None:
         "member='NameOwnerChanged',path='/org/freedesktop/DBus',arg0='a.b'"
     )
     assert len(bloommatch.matches(SIZE, N_HASH, rule)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        ("type='signal',interface='a.b',path_namespace='/a',arg0='x'", True),
+        ("sender=':1.7',member='M'", True),
+        ("sender='c.d',arg0namespace='x'", True),
+        ("", True),
+        ("sender=':1.8',member='M'", False),
+        ("sender='c.e'", False),
+        ("member='N'", False),
+        ("arg0='y'", False),
+    ],
+)
+def test_the_bus_finds_who_asked_for_a_signal(rule: str, found: bool) -> None:
+    """What this module computes, by way of the ABI, in the bus's own matching."""
+    matches = kernel.Matches()
+    for number, items in enumerate(bloommatch.matches(SIZE, N_HASH, match.parse(rule))):
+        rules = tuple(kernel.parse_rule(Item(*each), SIZE) for each in items)
+        matches.add(number, rules, False)
+    bits = bloommatch.message_filter(SIZE, N_HASH, SIGNAL, "a.b", "M", "/a/b", [(0, "s", "x")])
+    signal = kernel.Signal(7, ANY, ("c.d",), bloom.Filter(0, bits))
+    assert matches.admits(signal) == found

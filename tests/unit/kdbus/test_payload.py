@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import struct
+from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kbusd.kdbus import payload
+from kbusd.kdbus import abi, payload
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.payload import Message, PayloadError
 from kbusd.wire import body, header, names
 from tests.unit.kdbus import glib
-from tests.unit.kdbus.test_gvariant import ORDERS, altered
+from tests.unit.kdbus.cases import ORDERS, altered, unhurried
 from tests.unit.wire import marshal
 
 CALL = Message(
@@ -29,7 +32,7 @@ CALL = Message(
     order="little",
 )
 
-# As sd-bus of systemd 226 lays this message out: part by part, offsets by hand.
+# As sd-bus lays a message out: part by part, offsets by hand.
 CALL_BYTES = b"".join(
     (
         b"l\1\0\2" + bytes(4) + struct.pack("<Q", 7),
@@ -78,6 +81,31 @@ def test_a_message_is_written_as_sd_bus_wrote_it() -> None:
     assert payload.read(CALL_BYTES) == CALL
 
 
+# What sd-bus itself wrote: that of elogind 246, the last one in Debian with GVariant, switched to it.
+RECORDED = [
+    json.loads(line)
+    for line in Path(__file__).with_name("sd_bus_messages.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize(("kind", "signature", "values", "data"), RECORDED)
+def test_what_sd_bus_wrote_is_read_and_written_the_same(
+    kind: str, signature: str, values: str, data: str
+) -> None:
+    recorded = bytes.fromhex(data)
+    message = payload.read(recorded)
+    assert (message.path, message.interface) == ("/org/example", "org.example.I")
+    assert message.signature == signature
+    assert message.body == marshal.marshal(signature, ast.literal_eval(values), False)
+    if kind == "signal":
+        assert (message.type, message.flags, message.member) == (4, 1, "Changed")
+        assert payload.write(message, "little") == recorded
+    else:  # it has the member before the interface in method calls
+        assert (message.type, message.flags, message.member) == (1, 1, "Get")
+        assert payload.read(payload.write(message, "little")) == message
+
+
+@unhurried
 @given(messages())
 def test_a_message_comes_back_as_it_was(message: Message) -> None:
     data = payload.write(message, message.order)
@@ -86,6 +114,7 @@ def test_a_message_comes_back_as_it_was(message: Message) -> None:
 
 
 @glib.needed
+@unhurried
 @given(messages(), st.sampled_from(ORDERS))
 def test_glib_reads_what_is_written(message: Message, order: payload.Order) -> None:
     data = payload.write(message, order)
@@ -97,7 +126,7 @@ def test_glib_reads_what_is_written(message: Message, order: payload.Order) -> N
     body.check_body(back.body, back.signature.encode(), order == "big")
 
 
-@settings(max_examples=150)
+@unhurried
 @given(messages(), st.data())
 def test_altered_messages_are_refused_or_valid(message: Message, data: st.DataObject) -> None:
     """What is read makes a header and a body that the wire format's own checks accept."""
@@ -130,7 +159,7 @@ def test_altered_messages_are_refused_or_valid(message: Message, data: st.DataOb
     assert header.parse(built).member == read.member
 
 
-@settings(max_examples=200)
+@unhurried
 @given(st.text("aB0_-.:/ é", max_size=8))
 @example(":")
 @example(":.")
@@ -231,13 +260,23 @@ def test_what_is_no_message_is_refused(data: bytes, why: str) -> None:
         payload.read(data)
 
 
+def test_an_offset_wider_than_needed_is_refused() -> None:
+    text = "x" * 137
+    body = struct.pack("<I", len(text)) + text.encode() + b"\0"
+    data = payload.write(msgspec.structs.replace(CALL, signature="s", body=body), "little")
+    assert len(data) == 255
+    assert payload.read(data).body == body
+    with pytest.raises(PayloadError, match="framing offset"):
+        payload.read(data + b"\0")
+
+
 def test_replies_and_signals_expect_no_reply() -> None:
     """An sd-bus that gets one refuses it otherwise."""
-    signal = msgspec.structs.replace(CALL, type=payload.SIGNAL_TYPE)
+    signal = msgspec.structs.replace(CALL, type=payload.SIGNAL)
     assert payload.read(payload.write(signal, "little")).flags == payload.NO_REPLY_EXPECTED
-    assert payload.kdbus_flags(payload.SIGNAL_TYPE, 0) == payload.SIGNAL
-    assert payload.kdbus_flags(payload.METHOD_CALL, 0) == payload.EXPECT_REPLY
-    assert payload.kdbus_flags(payload.METHOD_CALL, 3) == payload.NO_AUTO_START
+    assert payload.kdbus_flags(payload.SIGNAL, 0) == abi.MSG_SIGNAL
+    assert payload.kdbus_flags(payload.METHOD_CALL, 0) == abi.MSG_EXPECT_REPLY
+    assert payload.kdbus_flags(payload.METHOD_CALL, 3) == abi.MSG_NO_AUTO_START
     assert payload.kdbus_flags(payload.METHOD_RETURN, 0) == 0
 
 
