@@ -34,7 +34,7 @@ cdef class Route:
 
 cdef class Engine:
     cdef object context, line, replica, driver, router, credentials
-    cdef object hello, due
+    cdef object hello, due, shares
     cdef object requests, activating, monitor_rules
     cdef Clock clock
     cdef StatusPage status
@@ -56,7 +56,7 @@ cdef class Engine:
     cdef set meeting
     cdef bint begun, busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
     cdef uint64_t tidy_at, stall_ns, stall_until, leave_until, poll_ns, poll_from, reply_ns
-    cdef size_t max_message, max_outgoing, max_pending
+    cdef size_t max_message, max_outgoing, max_pending, max_outgoing_fds, uncounted, fd_cost
     cdef uint32_t max_fds
 
     cdef void _loop(self) except *
@@ -88,3 +88,5 @@ cdef class Engine:
     cdef const uint8_t *_bulk_body(self, Peer peer, FrameHead *head) except NULL
     cdef void _bells(self) except *
     cdef void _flush(self) except *
+    cdef bint _crowded(self) noexcept
+    cdef bint _over_the_limit(self) except -1

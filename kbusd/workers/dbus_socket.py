@@ -63,6 +63,7 @@ from kbusd.workers import driver as drivers
 from kbusd.workers.peer import HostilePeer
 from kbusd.workers.replica import BUS_ID, BUS_NAME, Replica, ReplicaError
 from kbusd.workers.routing import ACCESS_DENIED, Router
+from kbusd.workers.shares import Shares
 
 CALL = cython.declare(cython.int, 1)
 RETURN = cython.declare(cython.int, 2)
@@ -118,6 +119,8 @@ HELD_LOOKS = cython.declare(cython.int, 50)
 CONTENDED = cython.declare(uint64_t, 200_000)
 POLL_PAUSE = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
+# Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
+UNCOUNTED = cython.declare(cython.size_t, 131072)
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
 
 BUS_PATH = "/org/freedesktop/DBus"
@@ -128,6 +131,7 @@ TIMED_OUT_TEXT = "Message did not receive a reply (timeout by message bus)"
 NO_FDS_TEXT = (
     "Tried to send message with Unix file descriptors to a client that doesn't support that."
 )
+FULL_TEXT = "The sender's share of the destination's queue is full (limit max_outgoing_bytes)"
 DISCONNECTED_TEXT = "Message recipient disconnected from message bus without replying"
 
 
@@ -195,6 +199,7 @@ class Engine:
         self.merge = Merge(self.clock)
         self.input = Input()
         self.output = Output()
+        self.shares = Shares(0)
         self.replica = Replica()
         self.peers = {}
         self.by_source = {}
@@ -1246,6 +1251,8 @@ class Engine:
         length: cython.size_t = len(message)
         memcpy(self.output.reserve(length), data, length)
         self.output.commit(length)
+        if self._crowded():
+            self._count_own(length)
 
     def _tell_monitors(self, destination, serial, text):
         """Message `serial` of `destination` was kept from one whom it was not addressed to alone:
@@ -1488,6 +1495,8 @@ class Engine:
                 except HostilePeer as error:
                     self._drop(peer, str(error))
             self.merge.publish()
+            if self.output.pending > self.uncounted:
+                self._flush()
         for source, text in self.merge.take_broken():
             if source is self.log:
                 self._behind()
@@ -1558,7 +1567,10 @@ class Engine:
             self.driver.policy = policy
         limits = configuration.limits
         self.max_message = min(limits["max_message_size"], MAX_MESSAGE)
-        self.max_outgoing = limits["max_outgoing_bytes"]
+        self.max_outgoing = self.shares.limit = limits["max_outgoing_bytes"]
+        self.uncounted = min(self.max_outgoing // 8, UNCOUNTED)
+        self.max_outgoing_fds = limits["max_outgoing_unix_fds"]
+        self.fd_cost = self.max_outgoing // max(self.max_outgoing_fds, 1)
         self.max_pending = limits["max_replies_per_connection"]
         self.max_fds = min(limits["max_message_unix_fds"], 253)
         self.reply_ns = max(limits["reply_timeout"], 0) * 1_000_000
@@ -1647,11 +1659,15 @@ class Engine:
             if template.type == CALL and not head.flags & NO_REPLY:
                 self._refuse(peer, head.serial, NOT_SUPPORTED, NO_FDS_TEXT)
             return
-        if self.output.pending > self.max_outgoing:
+        if self._crowded() and not self._may_wait(peer, template, head.serial, head.flags):
             close_all(fds)
-            self._overflow(peer, template.type, head.serial, head.flags)
+            if template.type == RETURN or template.type == ERROR:
+                self._error(head.reply_serial, LIMITS_EXCEEDED, FULL_TEXT)
             return
+        before: cython.size_t = self.output.pending
         self._emit(template, head, body, fds, peer.bulk_view if head.kind == BULK else None)
+        if self._crowded():
+            self._count(peer, template, self.output.pending - before + head.fds * self.fd_cost)
 
     def _bulk_begins(self, peer: Peer, aux: uint64_t, fds: tuple) -> tuple:
         """Map the peer's new bulk area or let go of the old one, if its frame says so; the
@@ -1701,8 +1717,8 @@ class Engine:
             template = Template()
             self._fill(template, raw, BUS_NAME if sender == -1 else peer.name, head.fds)
             self._keep(peer, key, template)
-        if self.output.pending > self.max_outgoing:
-            raise Gone(f"does not read what it monitors: {self.output.pending} bytes wait for it")
+        if self._over_the_limit():
+            raise Gone(f"does not read what it monitors: {self._what_waits()}")
         if not self.unix_fds and fds:
             close_all(fds)
             return
@@ -1793,6 +1809,8 @@ class Engine:
     def _judge(self, peer: Peer, key, raw, fds, body, large_fd) -> Template:
         """Decode an envelope by type, check its names, ask policy and our match rules; these may
         look at the body, which is not checked yet; it is in `large_fd` if that is not -1."""
+        if peer.connection is None:  # we knew it by its introduction alone
+            peer.connection = self.replica.connections.get(peer.id)
         template = Template()
         envelope = self._fill(template, raw, peer.name, fds)
         template.epoch = self.epoch
@@ -1872,20 +1890,68 @@ class Engine:
             raise HostilePeer(f"a refusal with the error {error!r}")
         self._error(serial, error, text)
 
-    def _overflow(self, peer: Peer, type, serial, flags):
-        """Our client does not read: the sender of a call pays, a signal unread ends the client."""
-        if type == CALL and not flags & NO_REPLY:
-            self._refuse(
-                peer,
-                serial,
-                LIMITS_EXCEEDED,
-                "The destination's queue is full (limit max_outgoing_bytes)",
-            )
-        elif type != CALL:
-            raise Gone(
-                f"does not read: {self.output.pending} bytes wait for it, over the limit"
-                f" max_outgoing_bytes of {self.max_outgoing}"
-            )
+    # -- a client that does not read -----------------------------------------------------------
+
+    def _crowded(self) -> cython.bint:
+        """Whether so much waits for our client that it matters whose it is."""
+        return self.output.pending > self.uncounted or self.output.fds * 8 > self.max_outgoing_fds
+
+    def _over_the_limit(self) -> cython.bint:
+        """Whether too much waits in all, the socket having taken what it can."""
+        weight: cython.size_t = self.output.pending + self.output.fds * self.fd_cost
+        if weight <= self.max_outgoing:
+            return False
+        self._flush()
+        return self.output.pending + self.output.fds * self.fd_cost > self.max_outgoing
+
+    def _what_waits(self) -> str:
+        return (
+            f"{self.output.pending} bytes and {self.output.fds} descriptors wait for it (limits"
+            f" max_outgoing_bytes={self.max_outgoing}, max_outgoing_unix_fds={self.max_outgoing_fds})"
+        )
+
+    def _may_wait(self, peer: Peer, template: Template, serial, flags) -> bool:
+        """Whether one more message of the peer's may wait; if not, the peer is told."""
+        if self._asked_for(peer, template) or not self._over_its_share(peer):
+            return True
+        self._flush()
+        if not self._over_its_share(peer):
+            return True
+        if self.shares.first_refusal(peer.id):
+            self._say(f"{peer.name} is over its share of what waits: {self._what_waits()}")
+        if template.type == CALL and not flags & NO_REPLY:
+            self._refuse(peer, serial, LIMITS_EXCEEDED, FULL_TEXT)
+        return False
+
+    def _over_its_share(self, peer: Peer) -> bool:
+        self.shares.release(self.output.sent)
+        return self.shares.over(_user(peer), peer.id)
+
+    def _count(self, peer: Peer, template: Template, amount):
+        """`amount` more waits for our client."""
+        end = self.output.sent + self.output.pending
+        if self._asked_for(peer, template):
+            self._count_own(amount)
+        else:
+            self.shares.charge(_user(peer), peer.id, amount, end)
+
+    def _asked_for(self, peer: Peer, template: Template) -> bool:
+        """Whether it is our client's fault if this waits: signals that its rules match, unless
+        they are of some other user, who could else flood it off the bus."""
+        return template.broadcast and _user(peer) in (0, self.credentials.uid)
+
+    def _count_own(self, amount):
+        """`amount` more waits of what our client asked for. If that is the most of what is over
+        the limit, it does not read."""
+        self.shares.charge_own(amount, self.output.sent + self.output.pending)
+        if self._over_the_limit():
+            self.shares.release(self.output.sent)
+            if self.shares.own * 2 > self.max_outgoing:
+                raise Gone(f"does not read its signals: {self._what_waits()}")
+
+
+def _user(peer: Peer) -> int:
+    return -1 if peer.connection is None else peer.connection.credentials.uid
 
 
 @cython.cfunc

@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
 
 from kbusd.rings.bulk cimport Area, BulkView
 from kbusd.workers.libc cimport msghdr
@@ -15,7 +15,8 @@ cdef class Output:
     cdef object segments
     cdef Segment tail, spare
     cdef bint spare_used
-    cdef readonly size_t pending
+    cdef readonly size_t pending, fds
+    cdef readonly uint64_t sent
     cdef uint8_t *reserve(self, size_t length) except NULL
     cdef void commit(self, size_t length) noexcept
     cdef void begin_with_fds(self, tuple fds) except *

@@ -90,7 +90,8 @@ def _segment(capacity: cython.size_t) -> Segment:
 
 @cython.cclass
 class Output:
-    """The queue to one client. `pending` counts the bytes in it."""
+    """The queue to one client. `pending` counts the bytes in it, `fds` the descriptors, `sent` the
+    bytes that have left it since the beginning."""
 
     def __init__(self):
         self.tail = _segment(SEGMENT)
@@ -117,6 +118,7 @@ class Output:
 
     def begin_with_fds(self, fds: tuple) -> cython.void:
         """What is reserved next is the first byte of a message with these descriptors."""
+        self.fds += len(fds)
         if self.tail.start == self.tail.end and not self.tail.full and not self.tail.fds:
             self.tail.fds = fds
             return
@@ -128,9 +130,7 @@ class Output:
     def drop_fds(self) -> cython.void:
         """The message that was begun with descriptors is not committed after all."""
         if self.tail.start == self.tail.end:
-            for number in self.tail.fds:
-                os.close(number)
-            self.tail.fds = ()
+            self._close(self.tail)
 
     def add_mapping(
         self,
@@ -227,12 +227,11 @@ class Output:
 
     def _sent(self, sent: cython.size_t) -> cython.void:
         self.pending -= sent
+        self.sent += sent
         while True:
             segment: Segment = self.segments[0]
             if sent and segment.fds:
-                for number in segment.fds:
-                    os.close(number)
-                segment.fds = ()
+                self._close(segment)
             here: cython.size_t = segment.end - segment.start
             if sent < here:
                 segment.start += sent
@@ -277,7 +276,10 @@ class Output:
     def close(self) -> None:
         """Close the descriptors that were never sent."""
         for item in self.segments:
-            segment: Segment = item
-            for number in segment.fds:
-                os.close(number)
-            segment.fds = ()
+            self._close(item)
+
+    def _close(self, segment: Segment):
+        self.fds -= len(segment.fds)
+        for number in segment.fds:
+            os.close(number)
+        segment.fds = ()

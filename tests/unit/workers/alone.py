@@ -19,6 +19,7 @@ import msgspec
 from kbusd.rings import entries, memfd
 from kbusd.rings.broadcast import Broadcast, BroadcastReader
 from kbusd.rings.clock import Clock
+from kbusd.rings.envelope import Envelope, encode
 from kbusd.rings.fanout import Subscriber
 from kbusd.rings.line import Line, close_all, pair
 from kbusd.rings.ring import Ring, RingReader
@@ -47,8 +48,11 @@ class Met:
 class Alone:
     """`client` is the socket of the engine's client, which has said Hello; `workers` are ours."""
 
-    def __init__(self, context: Context, ids: list[int], rule: str, **options: int) -> None:
-        """Each of `ids` is a connection with the match rule `rule`. `options`: Engine's."""
+    def __init__(
+        self, context: Context, ids: list[int], rule: str, uid: int | None = None, **options: int
+    ) -> None:
+        """Each of `ids` is a connection with the match rule `rule`, of user `uid` or of ours; so is
+        the engine's own, but of us. `options`: Engine's."""
         me = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
         self.clock = Clock()
         self.log = Broadcast(65536, "test-log")
@@ -72,11 +76,13 @@ class Alone:
             os._exit(1)
         for end in (served, theirs, line):
             end.close()
+        them = me if uid is None else entries.Credentials(uid, uid, os.getpid())
         for id in (ENGINE, *ids):
-            self.enter(entries.ConnectionAdded(id, me))
-        for id in ids:
+            self.enter(entries.ConnectionAdded(id, me if id == ENGINE else them))
+        for id in (ENGINE, *ids):
             self.enter(entries.MatchAdded(id, rule))
         self.serial = 0
+        self.left: str | None = None  # why the engine ended
         self.send(w.CALL, "org.freedesktop.DBus", "Hello", path="/org/freedesktop/DBus")
         self.until(lambda: select.select([self.client], [], [], 0)[0], "Hello is answered")
 
@@ -108,10 +114,15 @@ class Alone:
         return self.serial
 
     def until(self, condition: object, what: str) -> None:
-        """Do a broker's work until `condition()` holds."""
+        """Do a broker's work, and flush what waits for the engine, until `condition()` holds."""
         deadline = time.monotonic() + SECONDS
         while not condition():  # type: ignore[operator]
+            assert self.left is None, f"the engine ended: {self.left}"
             assert time.monotonic() < deadline, f"not within {SECONDS} s: {what}"
+            for worker in self.workers.values():
+                if ENGINE in worker.to:
+                    worker.to[ENGINE].flush()
+                worker.bells()
             if select.select([self.broker], [], [], 0.001)[0]:
                 received = self.broker.receive()
                 if received is not None:
@@ -128,7 +139,7 @@ class Alone:
                 self._introduce(request, self.workers[peer], slot, broadcast_slot, fds)
                 return
             case entries.Leaving(_, reason):
-                raise AssertionError(f"the engine ended: {reason}")
+                self.left = reason
         close_all(fds)
 
     def _introduce(
@@ -161,6 +172,16 @@ class Alone:
         taken = [(worker.source[reader], frame) for reader, frame in worker.merge.take()]
         assert worker.merge.put_aside() == []
         return taken
+
+    def put(
+        self, id: int, type_: int, to: str | None, member: str, size: int = 0, serial: int = 1
+    ) -> None:
+        """A message of the worker `id` to the engine, with `size` bytes in it."""
+        envelope = Envelope(type_, False, to, "/", "test.I", member, None, "ay" if size else "")
+        body = w.marshal("ay", (b"x" * size,)) if size else b""
+        stamp = self.workers[id].clock.tick()
+        self.workers[id].to[ENGINE].put(Frame(1, stamp, encode(envelope), body, serial=serial))
+        self.workers[id].bells()
 
     def gather(self, id: int, serials: list[int]) -> list[int]:
         """Serials that `id` delivers until it has all of `serials`."""
