@@ -76,6 +76,9 @@ class Model:
     def wake(self, worker: int) -> None:
         pass
 
+    def joined(self, worker: int) -> None:
+        pass
+
     def kill(self, worker: int, reason: str) -> None:
         raise AssertionError(f"worker {worker} was killed: {reason}")
 
