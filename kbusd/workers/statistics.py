@@ -35,7 +35,7 @@ def of_connection(connection: Connection, traffic: Mapping[str, int]) -> Values:
     found: Values = {
         "Serial": ("u", 0),
         "MatchRules": _number(len(connection.matches)),
-        "BusNames": _number(1 + len(connection.names)),
+        "BusNames": _number(1 + len(connection.names) + len(connection.waits_for)),
         "UniqueName": ("s", connection.name),
     }
     for key, value in traffic.items():

@@ -203,6 +203,12 @@ def test_statistics_count_connections(bus: Bus) -> None:
     one = client.driver("GetConnectionStats", "s", (client.name,), interface=STATS)[0]
     assert one["UniqueName"] == ("s", client.name)
     assert one["MatchRules"] == ("u", 1)
+    assert one["BusNames"] == ("u", 1)
+    other = bus.connect()
+    other.request_name("test.driver.Waited")
+    client.request_name("test.driver.Waited")
+    one = client.driver("GetConnectionStats", "s", (client.name,), interface=STATS)[0]
+    assert one["BusNames"] == ("u", 2)  # a name that it waits for counts
     rules = client.driver("GetAllMatchRules", interface=STATS)[0]
     assert len(rules[client.name]) == 1
     assert "Nothing" in rules[client.name][0]
