@@ -1232,7 +1232,7 @@ class Engine:
         header = wire_header.build(
             ord("l"),
             facts.type,
-            0 if facts.type == SIGNAL else NO_REPLY,
+            NO_REPLY,
             facts.path,
             facts.interface,
             facts.member,
@@ -1743,6 +1743,9 @@ class Engine:
         mapping: cython.pointer(uint8_t) = cython.NULL
         place: cython.pointer(uint8_t)
         code: cython.int
+        if head.serial == 0:
+            close_all(fds)
+            raise HostilePeer("a message without a serial")
         if head.kind == LARGE or head.kind == LARGE_COPY:
             length = head.aux if head.kind == LARGE else os.fstat(fds[len(fds) - 1]).st_size
             if length <= MAX_MESSAGE:
@@ -1796,7 +1799,8 @@ class Engine:
         place[2] = head.flags
         _store(place + 4, length, template.big_endian)
         _store(place + 8, head.serial, template.big_endian)
-        if head.reply_serial:
+        # A call or a signal may carry the field, too; their header has no room for it.
+        if head.reply_serial and (template.type == RETURN or template.type == ERROR):
             _store(place + 20, head.reply_serial, template.big_endian)
         if mapping != cython.NULL:
             self.output.commit(n)
