@@ -37,6 +37,7 @@ def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path) -> None:
 
 def test_nothing_of_it_stays_open(tmp_path: Path) -> None:
     made = context(tmp_path)
+    gc.collect()  # what other tests have left
     before = descriptors()
     Rehearsal(made).play(worker.serve)
     gc.collect()
