@@ -55,6 +55,7 @@ from cython.cimports.libc.string import memcpy, memset
 from kbusd.policy.decide import ClientPolicy
 from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
+from kbusd.rings.journal import Journal
 from kbusd.rings.line import LineError, close_all
 from kbusd.rings.memfd import RingError
 from kbusd.wire import body as wire_body
@@ -121,6 +122,7 @@ POLL_PAUSE = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
 # Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
 UNCOUNTED = cython.declare(cython.size_t, 131072)
+LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
 
 BUS_PATH = "/org/freedesktop/DBus"
@@ -190,6 +192,7 @@ class Engine:
         self.meeting = set()
         self.context = context
         self.line = line
+        self.journal = Journal("kbusd-worker", per_second=LINES_PER_SECOND)
         self.clock = Clock()
         self.status = StatusPage()
         self.doorbell = Doorbell()
@@ -234,8 +237,8 @@ class Engine:
         self.credentials = credentials
         self.unix_fds = unix_fds
         policy = self._take_policy()
-        self.router = Router(self.replica, policy)
-        self.driver = drivers.Driver(self.replica, self.context.bus, credentials, policy)
+        self.router = Router(self.replica, policy, self._say)
+        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         reason = ""
         try:
             self._register(self.doorbell.read_fd, PEERS, EPOLLIN)
@@ -1464,11 +1467,8 @@ class Engine:
         peer.gone()
 
     def _say(self, text):
-        """A line for the admin: standard error is the bus's journal."""
-        try:
-            os.write(2, f"kbusd-worker: :1.{self.id}: {text}\n".encode(errors="replace"))
-        except OSError:
-            pass
+        """A line for the admin."""
+        self.journal.say(f":1.{self.id}: {text}")
 
     # -- from the bus --------------------------------------------------------------------------
 
@@ -1564,7 +1564,6 @@ class Engine:
         self.everyone = policy.allows_everything_to_send
         if self.router is not None:
             self.router.policy = policy
-            self.driver.policy = policy
         limits = configuration.limits
         self.max_message = min(limits["max_message_size"], MAX_MESSAGE)
         self.max_outgoing = self.shares.limit = limits["max_outgoing_bytes"]
@@ -1815,8 +1814,12 @@ class Engine:
         look at the body, which is not checked yet; it is in `large_fd` if that is not -1."""
         if peer.connection is None:  # we knew it by its introduction alone
             peer.connection = self.replica.connections.get(peer.id)
+            if peer.connection is None:
+                raise HostilePeer("a message that is older than its connection")
         template = Template()
         envelope = self._fill(template, raw, peer.name, fds)
+        if not CALL <= envelope.type <= SIGNAL:
+            raise HostilePeer(f"a message of type {envelope.type}")
         template.epoch = self.epoch
         template.mine = self.replica.my_version
         template.refusal = self.router.admit(envelope, peer.connection, fds)

@@ -81,6 +81,15 @@ def test_fields_that_a_message_has_no_use_for_hurt_nobody(bus: Bus) -> None:
         ]
 
 
+def test_a_message_of_unknown_type_is_not_passed_on(bus: Bus) -> None:
+    sender, receiver = bus.connect(), bus.connect()
+    fields = {w.PATH: "/", w.MEMBER: "M", w.DESTINATION: receiver.name}
+    with pytest.raises(BusError) as caught:
+        sender.wait_reply(sender.send(5, fields))
+    assert caught.value.name == ERROR + "AccessDenied"
+    assert receiver.drain(sender) == []
+
+
 def test_call_without_interface(bus: Bus) -> None:
     caller, callee = bus.connect(), bus.connect()
     caller.send_call(callee.name, "/", None, "M")
