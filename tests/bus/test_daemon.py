@@ -150,6 +150,34 @@ def test_print_pid_is_the_pid_of_the_process_started(config: Path) -> None:
     end(process)
 
 
+def test_of_contradicting_options_the_last_wins(config: Path) -> None:
+    process = start(
+        f"--config-file={config}",
+        "--fork",
+        "--nofork",
+        "--syslog",
+        "--nosyslog",
+        "--print-address=",
+    )
+    assert process.stdout
+    works(read_line(process.stdout)).close()
+    assert process.poll() is None
+    end(process)
+
+
+@pytest.mark.kbusd_only
+def test_too_few_descriptors_are_named(config: Path) -> None:
+    done = subprocess.run(
+        ["prlimit", "--nofile=64", *daemon_command(), f"--config-file={config}", "--nofork"],
+        capture_output=True,
+        timeout=20,
+        check=False,
+        env=clean_environment(),
+    )
+    assert done.returncode == 1
+    assert b"not started: too few descriptors: limit nofile is under 128" in done.stderr
+
+
 def test_session(place: Path) -> None:
     process = start("--session", "--nofork", "--print-address=1", TMPDIR=str(place))
     assert process.stdout
