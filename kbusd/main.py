@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -197,6 +198,7 @@ def _listen(settings: Settings) -> list[Listener]:
 def main() -> int:
     """Entry point of the `kbusd` command; returns its exit status."""
     _tidy_descriptors()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a bus to end: no traceback
     options = parse_options(sys.argv[1:])
     if options.version:
         print(f"kbusd {version('kbusd')}")
