@@ -1605,9 +1605,15 @@ class Engine:
         if head.kind == BULK:
             fds = self._bulk_begins(peer, head.aux, fds)
             if head.aux & 0xFFFFFFFF == 0:
+                close_all(fds)
                 return
-            body = self._bulk_body(peer, head)
+            try:
+                body = self._bulk_body(peer, head)
+            except HostilePeer:
+                close_all(fds)
+                raise
         if head.kind == REFUSED:
+            close_all(fds)
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
         if (head.kind == COPY or head.kind == LARGE_COPY) and self.monitor:
@@ -1888,13 +1894,13 @@ class Engine:
     def _peer_refused(self, peer: Peer, serial, raw):
         if self.pending.get(serial) != peer.id:
             return
-        del self.pending[serial]
         try:
             error, text = decode_refusal(raw)
         except ValueError:
             raise HostilePeer("a refusal that does not decode") from None
-        if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED):
-            raise HostilePeer(f"a refusal with the error {error!r}")
+        if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED) or "\0" in text:
+            raise HostilePeer(f"a refusal with the error {error!r}, {text!r}")
+        del self.pending[serial]
         self._error(serial, error, text)
 
     # -- a client that does not read -----------------------------------------------------------
