@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -50,23 +51,28 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(1)
 
 
+def _descriptor(text: str) -> int:
+    """`--print-address=` is `--print-address`, that is standard output."""
+    return int(text) if text else 1
+
+
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """dbus-daemon(1)'s options, in the forms `--opt=V` and `--opt V`. Exits 1 on a wrong one."""
+    """dbus-daemon(1)'s options, in the forms `--opt=V` and `--opt V`. Exits 1 on a wrong one.
+
+    Of --fork and --nofork, and of the three about syslog, the last wins, as there."""
     parser = _Parser(prog="kbusd", usage=USAGE, allow_abbrev=False)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--session", action="store_true")
     which.add_argument("--system", action="store_true")
     which.add_argument("--config-file", metavar="FILE")
     parser.add_argument("--address", metavar="ADDRESS")
-    parser.add_argument("--print-address", nargs="?", type=int, const=1, metavar="FD")
-    parser.add_argument("--print-pid", nargs="?", type=int, const=1, metavar="FD")
-    fork = parser.add_mutually_exclusive_group()
-    fork.add_argument("--fork", dest="fork", action="store_true", default=None)
-    fork.add_argument("--nofork", dest="fork", action="store_false")
+    parser.add_argument("--print-address", nargs="?", type=_descriptor, const=1, metavar="FD")
+    parser.add_argument("--print-pid", nargs="?", type=_descriptor, const=1, metavar="FD")
+    parser.add_argument("--fork", dest="fork", action="store_true", default=None)
+    parser.add_argument("--nofork", dest="fork", action="store_false")
     parser.add_argument("--nopidfile", action="store_true")
-    log = parser.add_mutually_exclusive_group()
     for name in ("syslog", "syslog-only", "nosyslog"):
-        log.add_argument(f"--{name}", dest="log", action="store_const", const=name)
+        parser.add_argument(f"--{name}", dest="log", action="store_const", const=name)
     parser.add_argument("--systemd-activation", action="store_true")
     parser.add_argument("--introspect", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -192,6 +198,7 @@ def _listen(settings: Settings) -> list[Listener]:
 def main() -> int:
     """Entry point of the `kbusd` command; returns its exit status."""
     _tidy_descriptors()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is a bus to end: no traceback
     options = parse_options(sys.argv[1:])
     if options.version:
         print(f"kbusd {version('kbusd')}")
@@ -248,8 +255,8 @@ def _run(
             journal.warn(warning)
         try:
             supervisor.start()
-        except (StartError, SandboxError) as error:
-            journal.warn(str(error))
+        except (StartError, SandboxError, OSError) as error:
+            journal.warn(f"not started: {error}")
             return 1
         printed: set[int] = set()
         if options.print_address is not None:

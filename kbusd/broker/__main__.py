@@ -12,7 +12,6 @@ import argparse
 import gc
 import os
 import pwd
-import signal
 import sys
 
 from kbusd.broker.server import Server, read_configuration
@@ -31,8 +30,6 @@ def main() -> int:
     parser.add_argument("--guid", required=True)
     parser.add_argument("--address", required=True)
     options = parser.parse_args()
-    # A signal to the whole process group (Ctrl-C) is the supervisor's to act on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for fd in (SUPERVISOR, CONFIGURATION, PROFILE):
         os.set_inheritable(fd, False)
     profile = profiles.decode(os.pread(PROFILE, os.fstat(PROFILE).st_size, 0))

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from kbusd.broker.activation import Activation
-from kbusd.broker.connection import MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.outside import Outside
@@ -291,7 +291,7 @@ class Bus:
         assert connection.policy is not None
         verdict = connection.policy.can_own(name)
         if not verdict.allowed:
-            self._outside.say(f"{connection} may not own {name}: {explain(verdict)}")
+            self._complain(connection, f"{connection} may not own {name}: {explain(verdict)}")
             raise Refused(
                 ACCESS_DENIED,
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
@@ -373,8 +373,16 @@ class Bus:
                 f"rejected attempt to call {what} by connection {connection.unique_name}"
                 f" (uid={uid} pid={pid}) with uid {uid}"
             )
-            self._outside.say(text)
+            self._complain(connection, text)
             raise Refused(ACCESS_DENIED, text)
+
+    def _complain(self, connection: Connection, text: str) -> None:
+        """Tell the admin, but let no client fill the log by asking again and again."""
+        connection.complaints += 1
+        if connection.complaints < MAX_COMPLAINTS:
+            self._outside.say(text)
+        elif connection.complaints == MAX_COMPLAINTS:
+            self._outside.say(f"{text} (what else it is refused is not logged)")
 
     # -- time ----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kbusd.wire.match import MatchRule
 
 NOT_YET = 0  # id of a connection that has not said Hello
+MAX_COMPLAINTS = 16  # lines in the log about what one connection was refused
 MAX_WAITING = 1024  # requests of one connection that are answered later
 
 
@@ -22,6 +23,7 @@ class Connection:
     """`worker` is the supervisor's number for the process, `id` the N of the unique name :1.N."""
 
     __slots__ = (
+        "complaints",
         "credentials",
         "id",
         "introduced",
@@ -48,6 +50,7 @@ class Connection:
         self.introduced: set[Connection] = set()
         self.introductions = 0  # asked by this connection and not yet answered
         self.waiting = 0  # requests that are answered later: services, configurations
+        self.complaints = 0
         self.last_word: str | None = None  # why it left, if it said so
 
     @property

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 import msgspec
 
 from kbusd.broker.bus import Bus
-from kbusd.broker.journal import Journal
 from kbusd.broker.log import Log
 from kbusd.broker.refusal import Violation
 from kbusd.policy import configuration
@@ -48,6 +47,7 @@ from kbusd.rings.entries import (
     WorkerMessage,
     WorkerStarted,
 )
+from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
@@ -61,7 +61,7 @@ class Server:
     def __init__(
         self, supervisor: socket.socket, configuration_fd: int, address: str, owner: int
     ) -> None:
-        self._journal = Journal()
+        self._journal = Journal("kbusd broker")
         self._log = Log()
         self._supervisor = Line(supervisor, SupervisorMessage)
         self._launcher: Line | None = None

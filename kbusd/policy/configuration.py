@@ -33,7 +33,10 @@ MAX_FILE_SIZE = 1024 * 1024
 """Bytes; dbus-daemon's own limit for a configuration file."""
 
 MECHANISMS = ("EXTERNAL", "DBUS_COOKIE_SHA1", "ANONYMOUS")
-"""What <auth> may name. Which of them are offered is the front end's business."""
+"""What <auth> may name."""
+
+OFFERED = ("EXTERNAL", "ANONYMOUS")
+"""Those of them that kbusd has; ANONYMOUS succeeds only with <allow_anonymous/>."""
 
 DEFAULT_LIMITS = {
     "max_incoming_bytes": 127 << 20,
@@ -142,12 +145,14 @@ def load(
     *,
     environment: Mapping[str, str] | None = None,
     selinux_root: str | None = None,
+    to_start: bool = False,
 ) -> Configuration:
     """The configuration that `path` and all that it includes states.
 
     `environment` (default: this process's) gives the XDG directories. `selinux_root` is the
     directory of the loaded SELinux policy, None where SELinux is off: see `selinux_policy_root`.
-    `path` may be /proc/self/fd/N. Raises ConfigurationError.
+    `path` may be /proc/self/fd/N. `to_start`: also refuse what a bus cannot be started with on this
+    machine, and give `user` as a login name. Raises ConfigurationError.
     """
     builder = _Builder(os.environ if environment is None else environment, selinux_root)
     data, identity = builder.read(path, path, 1)
@@ -156,6 +161,8 @@ def load(
         raise ConfigurationError(
             path, data.count(b"\n") + 1, "no <listen> address in the configuration"
         )
+    if to_start:
+        builder.check()
     return builder.finish()
 
 
@@ -240,6 +247,7 @@ class _Builder:
         self.limits = dict(DEFAULT_LIMITS)
         self.selinux: dict[str, str] = {}
         self.apparmor = "enabled"
+        self.said_at: dict[str, tuple[str, int]] = {}  # element -> the last file and line
         self.files: list[File] = []
         self.warnings: list[str] = []
         self.default: list[Rule] = []
@@ -286,6 +294,24 @@ class _Builder:
     def parse(self, path: str, data: bytes, including: Mapping[_Identity, str]) -> None:
         """One document; `including` are the files that led here and itself, outermost first."""
         _Document(self, path, including).parse(data)
+
+    def check(self) -> None:
+        """Refuse what is not to be had here and must not be done without."""
+        if user := self.settings.get("user"):
+            name = _login_name(user)
+            if name is None:
+                raise ConfigurationError(*self.said_at["user"], f'there is no user "{user}"')
+            self.settings["user"] = name
+        if self.apparmor == "required":
+            raise ConfigurationError(
+                *self.said_at["apparmor"], "AppArmor is required, but kbusd does not ask it"
+            )
+        if self.auth and not set(self.auth) & set(OFFERED):
+            raise ConfigurationError(
+                *self.said_at["auth"],
+                f"nobody could authenticate: of {', '.join(self.auth)} kbusd has none"
+                f" (it has {', '.join(OFFERED)})",
+            )
 
     def finish(self) -> Configuration:
         system = self.settings.get("type") == "system"
@@ -415,6 +441,7 @@ class _Document:
 
     def start_setting(self, element: _Element) -> None:
         builder = self.builder
+        builder.said_at[element.name] = (self.path, element.line)
         match element.name:
             case "include":
                 self.only(element, "ignore_missing", "if_selinux_enabled", "selinux_root_relative")
@@ -597,6 +624,19 @@ class _Document:
             chain = " -> ".join((*self.including.values(), path))
             raise self.fail(f"{path} includes itself: {chain}", line)
         self.builder.parse(path, data, {**self.including, identity: path})
+
+
+def _login_name(user: str) -> str | None:
+    """The name of a user who is given by name or number and is in passwd(5), else None."""
+    try:
+        return pwd.getpwnam(user).pw_name
+    except KeyError:
+        pass
+    number = _number(user)
+    try:
+        return None if number is None else pwd.getpwuid(number).pw_name
+    except KeyError:
+        return None
 
 
 def _uid_of(name: str) -> int | None:

@@ -368,7 +368,7 @@ def login_info(uid: int, pid: int, command: str, label: str = "") -> str:
     return " ".join(parts)
 
 
-def rejection(
+def complaint(
     verdict: Verdict,
     message: Message,
     side: Literal["send", "receive"],
@@ -378,58 +378,12 @@ def rejection(
     receiver_info: str,
     requested_reply: bool,
 ) -> str:
-    """The text of the AccessDenied error for a refused message, as dbus-daemon words it, with the
-    rule at the end. `side`: whose policy refused it, the sender's or the receiver's. The infos are
-    `login_info`'s; of the bus itself "bus"."""
-    return _complaint(
-        f"Rejected {side} message",
-        verdict,
-        message,
-        sender,
-        sender_info,
-        receiver_info,
-        requested_reply,
-    )
+    """The text of the AccessDenied error for a refused message, or the log line for an allowed one
+    whose verdict has `log` set, as dbus-daemon words them, with the rule at the end. `side`: whose
+    policy it is, the sender's or the receiver's. The infos are `login_info`'s; of the bus itself
+    "bus"."""
+    what = "Would reject message" if verdict.allowed else f"Rejected {side} message"
 
-
-def notice(
-    verdict: Verdict,
-    message: Message,
-    *,
-    sender: str,
-    sender_info: str,
-    receiver_info: str,
-    requested_reply: bool,
-) -> str:
-    """The log line for an allowed message whose verdict has `log` set."""
-    return _complaint(
-        "Would reject message",
-        verdict,
-        message,
-        sender,
-        sender_info,
-        receiver_info,
-        requested_reply,
-    )
-
-
-def own_rejection(verdict: Verdict, connection: str, name: str) -> str:
-    """The text of the AccessDenied error for a RequestName that was refused."""
-    return (
-        f'Connection "{connection}" is not allowed to own the service "{name}" due to security '
-        f"policies in the configuration file ({explain(verdict)})"
-    )
-
-
-def _complaint(
-    what: str,
-    verdict: Verdict,
-    message: Message,
-    sender: str,
-    sender_info: str,
-    receiver_info: str,
-    requested_reply: bool,
-) -> str:
     def shown(value: str | None) -> str:
         return "(unset)" if value is None else value
 
@@ -440,4 +394,12 @@ def _complaint(
         f'requested_reply="{int(requested_reply)}" '
         f'destination="{message.destination or DRIVER_NAME}" ({receiver_info}) '
         f"({explain(verdict)})"
+    )
+
+
+def own_rejection(verdict: Verdict, connection: str, name: str) -> str:
+    """The text of the AccessDenied error for a RequestName that was refused."""
+    return (
+        f'Connection "{connection}" is not allowed to own the service "{name}" due to security '
+        f"policies in the configuration file ({explain(verdict)})"
     )

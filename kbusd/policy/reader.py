@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         root = selinux_policy_root() if selinux_enabled() else None
-        configuration = load(options.file, selinux_root=root)
+        configuration = load(options.file, selinux_root=root, to_start=True)
         listen = options.address or configuration.listen
         places = ["--address"] * len(listen) if options.address else configuration.listen_at
         addresses = [

@@ -188,7 +188,6 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to act on
     files, most = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     for fd in (BROKER, PROFILE):

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 import kbusd
 from kbusd.supervisor import start
 
-_CLEAR_OF = 64  # above every number that a child's descriptors are placed at
-
 
 def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr: int = 2) -> int:
     """Run `module`'s main with `arguments` and returns its pid. Raises OSError.
@@ -23,8 +21,10 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
     `fds`: the child's numbers -> our descriptors. Where 0 and 1 are not among them, they are
     /dev/null: whoever reads our address from our stdout waits for the end of file."""
     # First out of the way of each other, then each to its place.
-    high = {to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for to, fd in fds.items()}
-    high[2] = fcntl.fcntl(stderr, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF)
+    clear = max(2, *fds) + 1
+    high = {
+        to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, clear) for to, fd in {**fds, 2: stderr}.items()
+    }
     actions: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1)
     ]
@@ -35,6 +35,7 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
             _command(module, arguments),
             os.environ,
             file_actions=actions,
+            setpgroup=0,  # signals to our group, such as ^C, are ours to act on
             setsigmask=[],
             setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD],
         )

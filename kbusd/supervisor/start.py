@@ -3,12 +3,18 @@
 It takes its import path from the supervisor instead of working it out (`site` and what
 virtual environments hook into it would stay in the memory of every worker), and so runs exactly
 the code that the supervisor would. Imports nothing of ours before that; trusts its arguments.
+
+Signals that reach the whole control group, such as a service manager's SIGTERM, are the supervisor's
+to act on: it ends the others by closing their lines.
 """
 
+import signal
 import sys
 
 
 def main() -> None:
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     end = sys.argv.index("--")
     sys.path[:] = sys.argv[1:end]
     name = sys.argv[end + 1]

@@ -33,7 +33,7 @@ cdef class Route:
     cdef long long matches
 
 cdef class Engine:
-    cdef object context, line, replica, driver, router, credentials
+    cdef object context, journal, line, replica, driver, router, credentials
     cdef object hello, due, shares
     cdef object requests, activating, monitor_rules
     cdef Clock clock

@@ -55,6 +55,7 @@ from cython.cimports.libc.string import memcpy, memset
 from kbusd.policy.decide import ClientPolicy
 from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
+from kbusd.rings.journal import Journal
 from kbusd.rings.line import LineError, close_all
 from kbusd.rings.memfd import RingError
 from kbusd.wire import body as wire_body
@@ -121,6 +122,7 @@ POLL_PAUSE = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
 # Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
 UNCOUNTED = cython.declare(cython.size_t, 131072)
+LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # a sender's quota of what waits for one peer
 
 BUS_PATH = "/org/freedesktop/DBus"
@@ -190,6 +192,7 @@ class Engine:
         self.meeting = set()
         self.context = context
         self.line = line
+        self.journal = Journal("kbusd-worker", per_second=LINES_PER_SECOND)
         self.clock = Clock()
         self.status = StatusPage()
         self.doorbell = Doorbell()
@@ -234,8 +237,8 @@ class Engine:
         self.credentials = credentials
         self.unix_fds = unix_fds
         policy = self._take_policy()
-        self.router = Router(self.replica, policy)
-        self.driver = drivers.Driver(self.replica, self.context.bus, credentials, policy)
+        self.router = Router(self.replica, policy, self._say)
+        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         reason = ""
         try:
             self._register(self.doorbell.read_fd, PEERS, EPOLLIN)
@@ -1232,7 +1235,7 @@ class Engine:
         header = wire_header.build(
             ord("l"),
             facts.type,
-            0 if facts.type == SIGNAL else NO_REPLY,
+            NO_REPLY,
             facts.path,
             facts.interface,
             facts.member,
@@ -1464,11 +1467,8 @@ class Engine:
         peer.gone()
 
     def _say(self, text):
-        """A line for the admin: standard error is the bus's journal."""
-        try:
-            os.write(2, f"kbusd-worker: :1.{self.id}: {text}\n".encode(errors="replace"))
-        except OSError:
-            pass
+        """A line for the admin."""
+        self.journal.say(f":1.{self.id}: {text}")
 
     # -- from the bus --------------------------------------------------------------------------
 
@@ -1564,7 +1564,6 @@ class Engine:
         self.everyone = policy.allows_everything_to_send
         if self.router is not None:
             self.router.policy = policy
-            self.driver.policy = policy
         limits = configuration.limits
         self.max_message = min(limits["max_message_size"], MAX_MESSAGE)
         self.max_outgoing = self.shares.limit = limits["max_outgoing_bytes"]
@@ -1606,9 +1605,15 @@ class Engine:
         if head.kind == BULK:
             fds = self._bulk_begins(peer, head.aux, fds)
             if head.aux & 0xFFFFFFFF == 0:
+                close_all(fds)
                 return
-            body = self._bulk_body(peer, head)
+            try:
+                body = self._bulk_body(peer, head)
+            except HostilePeer:
+                close_all(fds)
+                raise
         if head.kind == REFUSED:
+            close_all(fds)
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
         if (head.kind == COPY or head.kind == LARGE_COPY) and self.monitor:
@@ -1743,6 +1748,9 @@ class Engine:
         mapping: cython.pointer(uint8_t) = cython.NULL
         place: cython.pointer(uint8_t)
         code: cython.int
+        if head.serial == 0:
+            close_all(fds)
+            raise HostilePeer("a message without a serial")
         if head.kind == LARGE or head.kind == LARGE_COPY:
             length = head.aux if head.kind == LARGE else os.fstat(fds[len(fds) - 1]).st_size
             if length <= MAX_MESSAGE:
@@ -1796,7 +1804,8 @@ class Engine:
         place[2] = head.flags
         _store(place + 4, length, template.big_endian)
         _store(place + 8, head.serial, template.big_endian)
-        if head.reply_serial:
+        # A call or a signal may carry the field, too; their header has no room for it.
+        if head.reply_serial and (template.type == RETURN or template.type == ERROR):
             _store(place + 20, head.reply_serial, template.big_endian)
         if mapping != cython.NULL:
             self.output.commit(n)
@@ -1811,8 +1820,12 @@ class Engine:
         look at the body, which is not checked yet; it is in `large_fd` if that is not -1."""
         if peer.connection is None:  # we knew it by its introduction alone
             peer.connection = self.replica.connections.get(peer.id)
+            if peer.connection is None:
+                raise HostilePeer("a message that is older than its connection")
         template = Template()
         envelope = self._fill(template, raw, peer.name, fds)
+        if not CALL <= envelope.type <= SIGNAL:
+            raise HostilePeer(f"a message of type {envelope.type}")
         template.epoch = self.epoch
         template.mine = self.replica.my_version
         template.refusal = self.router.admit(envelope, peer.connection, fds)
@@ -1881,13 +1894,13 @@ class Engine:
     def _peer_refused(self, peer: Peer, serial, raw):
         if self.pending.get(serial) != peer.id:
             return
-        del self.pending[serial]
         try:
             error, text = decode_refusal(raw)
         except ValueError:
             raise HostilePeer("a refusal that does not decode") from None
-        if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED):
-            raise HostilePeer(f"a refusal with the error {error!r}")
+        if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED) or "\0" in text:
+            raise HostilePeer(f"a refusal with the error {error!r}, {text!r}")
+        del self.pending[serial]
         self._error(serial, error, text)
 
     # -- a client that does not read -----------------------------------------------------------

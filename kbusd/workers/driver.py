@@ -11,7 +11,7 @@ in as values and comes out as a list of actions, to be carried out in their orde
 
 It trusts the replica (the broker's word) and nothing of the client; bodies must have been checked
 against their signature before. Policy on *sending* to the driver and on *receiving* from it is
-the caller's business, owning names is judged here.
+the caller's business, owning names is the broker's.
 
 Order. While `busy`, an earlier call of the client has not taken effect yet: the caller must hold
 back what the client sends to others. Calls to the driver may go on coming in until `full`: those
@@ -25,9 +25,9 @@ open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 from jeepney.low_level import (  # type: ignore[import-untyped]
@@ -147,12 +147,6 @@ class Ask(NamedTuple):
 Action = Return | Error | Signal | Ask
 
 
-class Owning(Protocol):
-    """The part of policy/decide.py's ClientPolicy that is asked here."""
-
-    def can_own(self, name: str) -> Any: ...
-
-
 class Bus(NamedTuple):
     """What the driver says of the bus itself. `system`: no environment for services from clients.
 
@@ -179,25 +173,15 @@ class Refusal(Exception):
 
 
 class Driver:
-    """One client's view of org.freedesktop.DBus. `policy` may be replaced at any time.
+    """One client's view of org.freedesktop.DBus.
 
-    `pending`: how many changes of the client the broker has not confirmed yet. `traffic` gives
-    further numbers of the client's own connection for GetConnectionStats."""
+    `pending`: how many changes of the client the broker has not confirmed yet."""
 
-    def __init__(
-        self,
-        replica: Replica,
-        bus: Bus,
-        credentials: Credentials,
-        policy: Owning | None = None,
-        traffic: Callable[[], Mapping[str, int]] | None = None,
-    ) -> None:
+    def __init__(self, replica: Replica, bus: Bus, credentials: Credentials) -> None:
         self.replica = replica
         self.bus = bus
         self.credentials = credentials
-        self.policy = policy
         self.pending = 0
-        self._traffic = traffic
         self._waiting: deque[Call] = deque()
         self._held_back: list[Action] | None = None
         self._hello_asked = False
@@ -456,12 +440,6 @@ class Driver:
                 f'Connection "{self.name}" is not allowed to own the service "{name}"because it'
                 " is reserved for D-Bus' use only",
             )
-        if self.policy is not None and not self.policy.can_own(name).allowed:
-            raise Refusal(
-                errors.ACCESS_DENIED,
-                f'Connection "{self.name}" is not allowed to own the service "{name}" due to'
-                " security policies in the configuration file",
-            )
 
     def _connection(self, name: str, what: str) -> Connection | None:
         """The owner of `name`, None for the bus itself. Raises Refusal if there is none."""
@@ -523,8 +501,7 @@ class Driver:
             )
         connection = self._connection(name, "statistics")
         assert connection is not None
-        traffic = self._traffic() if self._traffic and connection.id == self.me else {}
-        return statistics.of_connection(connection, traffic)
+        return statistics.of_connection(connection)
 
     # -- the broker's answers ----------------------------------------------------------------
 

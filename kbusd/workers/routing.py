@@ -3,7 +3,7 @@
 Plain Python, off the hot path: the engine keeps each answer under the bytes of the header until
 names, match rules or policy change. The sender's worker asks the policy of both sides in `decide`,
 so that its client and the monitors hear of a refusal at its place among what the client sends; the
-receiver's worker asks its own again in `admit`, as it does not trust the sender's. Every refusal
+receiver's worker asks both again in `admit`, as the sender's may have been taken over. Every refusal
 names the rule with its file and line.
 """
 
@@ -26,6 +26,8 @@ from kbusd.workers.replica import (
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_AUTO_START = 0x2
 
+UNKNOWN_TYPE_TEXT = "Message bus will not accept messages of unknown type\n"
+
 ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
 NAME_HAS_NO_OWNER = "org.freedesktop.DBus.Error.NameHasNoOwner"
 SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
@@ -33,7 +35,7 @@ SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
 
 class Decision(NamedTuple):
     """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
-    `activate`: the name to be started first. `depends`: on the message's arguments.
+    `activate`: the name to be started first. `depends`: on the message's arguments, or each is logged.
     `refusals`: why subscribers do not get a broadcast; only monitors are told."""
 
     targets: tuple[int, ...] = ()
@@ -45,20 +47,38 @@ class Decision(NamedTuple):
 
 
 class Router:
-    """Decides for one client (the replica's `me`)."""
+    """Decides for one client (the replica's `me`); `say` gets what the admin is to read: refusals,
+    and what a rule with log="true" allows."""
 
-    def __init__(self, replica: Replica, client_policy: policy.ClientPolicy) -> None:
+    def __init__(
+        self, replica: Replica, client_policy: policy.ClientPolicy, say: Callable[[str], None]
+    ) -> None:
         self.replica = replica
         self.policy = client_policy
+        self._say = say
+        self._noted = False
 
     def decide(
         self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
     ) -> Decision:
         """For a message of our own client."""
+        self._noted = False
+        decision = self._decide(envelope, flags, fds, args)
+        if decision.error is not None and decision.error[0] == ACCESS_DENIED:
+            self._say(decision.error[1])
+        for refusal in decision.refusals:
+            self._say(refusal)
+        return decision._replace(depends=True) if self._noted else decision
+
+    def _decide(
+        self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
+    ) -> Decision:
         if envelope.destination is None:
             if envelope.type == SIGNAL:
                 return self._broadcast(envelope, fds, args)
             return Decision(targets=(BUS_ID,))
+        if not CALL <= envelope.type <= SIGNAL:
+            return Decision(error=(ACCESS_DENIED, UNKNOWN_TYPE_TEXT))
         id = self.replica.owner(envelope.destination)
         if id is None:
             return self._unowned(envelope, flags, fds)
@@ -112,22 +132,39 @@ class Router:
         self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
     ) -> str | None:
         """None if our client may send this to the owner of `names`, else why not."""
-        if self.policy.allows_everything_to_send:
+        return self._sent(self.policy, envelope, self.replica.me, receiver, names, fds)
+
+    def _sent(
+        self,
+        senders: policy.ClientPolicy,
+        envelope: Envelope,
+        sender: int,
+        receiver: int,
+        names: Sequence[str],
+        fds: int,
+    ) -> str | None:
+        if senders.allows_everything_to_send:
             return None
         message = as_message(envelope, fds)
         requested = envelope.type in (RETURN, ERROR)
-        verdict = self.policy.can_send(message, names, requested_reply=requested)
-        if verdict.allowed:
+        verdict = senders.can_send(message, names, requested_reply=requested)
+        logged = verdict.log and sender == self.replica.me  # once, by the sender's worker
+        if verdict.allowed and not logged:
             return None
-        return policy.rejection(
+        text = policy.complaint(
             verdict,
             message,
             "send",
-            sender=unique_name(self.replica.me),
-            sender_info=self._info(self.replica.me),
+            sender=unique_name(sender),
+            sender_info=self._info(sender),
             receiver_info=self._info(receiver),
             requested_reply=requested,
         )
+        if not verdict.allowed:
+            return text
+        self._noted = True
+        self._say(text)
+        return None
 
     def _may_receive(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
         """None if the receiver may get this from our client, else why not."""
@@ -139,10 +176,21 @@ class Router:
         )
 
     def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
-        """None if our client may get a message of `sender`, else why not.
+        """None if `sender` may send us this and our client may get it, else why not.
 
         Replies come here only if our client asked for them."""
-        return self._received(self.policy, envelope, sender.id, self.replica.me, fds)
+        me = self.replica.me
+        refusal = self._sent(
+            self.policy.of(sender.credentials),
+            envelope,
+            sender.id,
+            me,
+            self.replica.policy_names(me),
+            fds,
+        ) or self._received(self.policy, envelope, sender.id, me, fds)
+        if refusal is not None:
+            self._say(refusal)
+        return refusal
 
     def admit_from_bus(self, envelope: Envelope) -> str | None:
         """The same for a message of the bus itself to our client."""
@@ -187,7 +235,7 @@ class Router:
         if verdict.allowed:
             return None
         from_bus = sender == BUS_ID
-        return policy.rejection(
+        return policy.complaint(
             verdict,
             message,
             "receive",

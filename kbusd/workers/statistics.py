@@ -30,17 +30,14 @@ def of_bus(replica: Replica, reported: Mapping[str, int]) -> Values:
     return {key: _number(value) for key, value in numbers.items()}
 
 
-def of_connection(connection: Connection, traffic: Mapping[str, int]) -> Values:
-    """GetConnectionStats; `traffic` is what the connection's own worker counted, if it is us."""
-    found: Values = {
+def of_connection(connection: Connection) -> Values:
+    """GetConnectionStats."""
+    return {
         "Serial": ("u", 0),
         "MatchRules": _number(len(connection.matches)),
         "BusNames": _number(1 + len(connection.names) + len(connection.waits_for)),
         "UniqueName": ("s", connection.name),
     }
-    for key, value in traffic.items():
-        found[key] = _number(value)
-    return found
 
 
 def match_rules(replica: Replica) -> dict[str, list[str]]:

@@ -91,12 +91,14 @@ def _authenticate(
     supervisor: socket.socket,
 ) -> tuple[bytes, list[int], bool] | str:
     """Do SASL. Returns what the client sent after BEGIN, or the reason why it must go."""
-    mechanisms = context.configuration.auth or ("EXTERNAL",)
+    anonymous = context.configuration.allow_anonymous
+    # Without <auth> the configuration offers what can succeed.
+    every = ("EXTERNAL", "ANONYMOUS") if anonymous else ("EXTERNAL",)
     auth = ServerAuth(
         context.guid,
         credentials.uid,
-        mechanisms=mechanisms,
-        allow_anonymous=context.configuration.allow_anonymous,
+        mechanisms=context.configuration.auth or every,
+        allow_anonymous=anonymous,
     )
     limit = context.configuration.limits["auth_timeout"] / 1000
     deadline = time.monotonic() + limit

@@ -140,7 +140,6 @@ class Zygote:
 
 def main() -> None:
     _, guid, supervisor = sys.argv
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's ^C is the supervisor's to handle
     own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     context = Context.make(guid, int(supervisor), read_all(4), workers, log_fd=7)

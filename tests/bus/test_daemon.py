@@ -150,6 +150,34 @@ def test_print_pid_is_the_pid_of_the_process_started(config: Path) -> None:
     end(process)
 
 
+def test_of_contradicting_options_the_last_wins(config: Path) -> None:
+    process = start(
+        f"--config-file={config}",
+        "--fork",
+        "--nofork",
+        "--syslog",
+        "--nosyslog",
+        "--print-address=",
+    )
+    assert process.stdout
+    works(read_line(process.stdout)).close()
+    assert process.poll() is None
+    end(process)
+
+
+@pytest.mark.kbusd_only
+def test_too_few_descriptors_are_named(config: Path) -> None:
+    done = subprocess.run(
+        ["prlimit", "--nofile=64", *daemon_command(), f"--config-file={config}", "--nofork"],
+        capture_output=True,
+        timeout=20,
+        check=False,
+        env=clean_environment(),
+    )
+    assert done.returncode == 1
+    assert b"not started: too few descriptors: limit nofile is under 128" in done.stderr
+
+
 def test_session(place: Path) -> None:
     process = start("--session", "--nofork", "--print-address=1", TMPDIR=str(place))
     assert process.stdout
@@ -573,8 +601,9 @@ def test_signals_end_it_cleanly(start_bus, number: int) -> None:  # type: ignore
 
 
 @pytest.mark.kbusd_only
-def test_sigint_to_the_whole_foreground_group(config: Path) -> None:
-    """Control-C at a terminal reaches every process of the bus at once."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group(config: Path, number: int) -> None:
+    """Control-C at a terminal, or a service manager, reaches every process of the bus at once."""
     process = subprocess.Popen(
         [*daemon_command(), f"--config-file={config}", "--nofork", "--print-address=1"],
         stdin=subprocess.DEVNULL,
@@ -587,10 +616,12 @@ def test_sigint_to_the_whole_foreground_group(config: Path) -> None:
     assert process.stdout
     client = works(read_line(process.stdout))
     tree = procs.descendants(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGHUP)  # a terminal that goes; it reloads
+    assert client.driver("ReloadConfig") == []
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=STOP_SECONDS)
-    assert process.returncode in (0, -signal.SIGINT)
-    assert b"Traceback" not in errors
+    assert process.returncode == 0
+    assert b"Traceback" not in errors and b"killed" not in errors
     client.expect_disconnect()
     client.close()
     procs.eventually(lambda: not any(procs.alive(p) for p in tree), "its processes end")

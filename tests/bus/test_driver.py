@@ -510,3 +510,11 @@ def test_audit_and_selinux_data_that_is_not_there(bus: Bus) -> None:
         with pytest.raises(BusError) as caught:
             client.driver("GetConnectionSELinuxSecurityContext", "s", (client.name,))
         assert caught.value.name == ERROR + "SELinuxSecurityContextUnknown"
+
+
+def test_signals_of_the_driver_expect_no_reply(bus: Bus) -> None:
+    client = bus.connect()
+    client.add_match(f"sender='{DRIVER}'")
+    client.request_name("test.driver.Flags")
+    for member in ("NameOwnerChanged", "NameAcquired"):
+        assert client.wait_signal(member).flags == w.NO_REPLY_EXPECTED

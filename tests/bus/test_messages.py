@@ -11,6 +11,7 @@ from .daemon import STRICT_POLICY, Bus
 from .rawclient import DRIVER, DRIVER_PATH, BusError, RawSocket
 
 ERROR = "org.freedesktop.DBus.Error."
+MONITORING = "org.freedesktop.DBus.Monitoring"
 
 
 @pytest.fixture(params=["strict", pytest.param("open", marks=pytest.mark.kbusd_only)])
@@ -62,6 +63,31 @@ def test_call_to_oneself(bus: Bus) -> None:
     assert (call.member, call.sender) == ("M", client.name)
     client.reply(call, "u", (7,))
     assert client.wait_reply(serial).args == [7]
+
+
+def test_fields_that_a_message_has_no_use_for_hurt_nobody(bus: Bus) -> None:
+    """A call or a signal with a reply serial is valid; receivers get a valid message, too."""
+    sender, receiver, monitor = (bus.connect() for _ in range(3))
+    receiver.add_match("interface='test.Odd'")
+    monitor.driver("BecomeMonitor", "asu", (["interface='test.Odd'"], 0), interface=MONITORING)
+    fields = {w.PATH: "/odd", w.INTERFACE: "test.Odd", w.MEMBER: "M", w.REPLY_SERIAL: 7}
+    sender.send(w.SIGNAL, fields)
+    sender.send(w.SIGNAL, {**fields, w.DESTINATION: receiver.name})
+    sender.send(w.CALL, {**fields, w.DESTINATION: receiver.name}, flags=w.NO_REPLY_EXPECTED)
+    for client in (receiver, monitor):
+        got = [client.wait(lambda m: m.interface == "test.Odd") for _ in range(3)]
+        assert [(m.type, m.path, m.sender) for m in got] == [
+            (type_, "/odd", sender.name) for type_ in (w.SIGNAL, w.SIGNAL, w.CALL)
+        ]
+
+
+def test_a_message_of_unknown_type_is_not_passed_on(bus: Bus) -> None:
+    sender, receiver = bus.connect(), bus.connect()
+    fields = {w.PATH: "/", w.MEMBER: "M", w.DESTINATION: receiver.name}
+    with pytest.raises(BusError) as caught:
+        sender.wait_reply(sender.send(5, fields))
+    assert caught.value.name == ERROR + "AccessDenied"
+    assert receiver.drain(sender) == []
 
 
 def test_call_without_interface(bus: Bus) -> None:

@@ -426,3 +426,30 @@ def test_a_refusal_names_the_rule_with_file_and_line(start_bus) -> None:  # type
     a, b = bus.connect(), bus.connect()
     text = denied(a, b.name, "/", "test.Denied", "M")
     assert f"{bus.config}:{number}" in text + bus.log()
+
+
+@pytest.mark.parametrize("effect", ["deny", "allow"])
+def test_the_log_has_refusals_and_what_a_rule_with_log_allows(start_bus, effect: str) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default(f'<{effect} send_interface="test.Logged" log="true"/>'))
+    a, b = bus.connect(), bus.connect()
+    for n in range(2):
+        a.send_call(b.name, "/", "test.Logged", f"M{n}", flags=w.NO_REPLY_EXPECTED)
+    a.send_call(b.name, "/", "test.Other", "M2", flags=w.NO_REPLY_EXPECTED)
+    b.wait_call("M2")
+    what = "Rejected send message" if effect == "deny" else "Would reject message"
+    lines = [line for line in bus.log().splitlines() if what in line]
+    for n in range(2):
+        assert any(f'member="M{n}"' in line and a.name in line for line in lines)
+    assert not any('member="M2"' in line for line in lines)
+
+
+@pytest.mark.kbusd_only
+def test_the_log_has_names_that_were_refused_but_not_without_end(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(policy=default('<deny own="test.Denied"/>'))
+    client = bus.connect()
+    for _ in range(50):
+        with pytest.raises(BusError):
+            client.request_name("test.Denied")
+    lines = [line for line in bus.log().splitlines() if "may not own test.Denied" in line]
+    assert f"denied by rule {bus.config}:" in lines[0]
+    assert len(lines) == 16

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from . import wireformat as w
-from .daemon import Bus
+from .daemon import OPEN_POLICY, Bus, configuration
 from .rawclient import DRIVER, DRIVER_PATH, RawClient, RawSocket
 
 UID = str(os.geteuid()).encode().hex().encode()
@@ -208,6 +208,17 @@ def test_unauthenticated_client_is_dropped_in_time(start_bus) -> None:  # type: 
     sock = RawSocket(bus.address)
     sock.write(b"\0AUTH EXTERNAL\r\n")
     assert sock.expect_disconnect() == b"DATA\r\n"
+    sock.close()
+
+
+def test_anonymous_where_it_is_allowed_and_no_mechanism_is_named(start_bus) -> None:  # type: ignore[no-untyped-def]
+    policy = OPEN_POLICY.replace("<allow own", '<allow user="*"/><allow own')
+    shape = configuration("unix:tmpdir=/tmp", policy=policy, extra="<allow_anonymous/>")
+    bus = start_bus(config=shape.replace("<auth>EXTERNAL</auth>", ""))
+    sock = RawSocket(bus.address)
+    sock.write(b"\0")
+    assert sock.line(b"AUTH ANONYMOUS") == ok(bus)
+    assert_hello_works(sock)
     sock.close()
 
 

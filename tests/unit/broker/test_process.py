@@ -6,7 +6,6 @@ import fcntl
 import mmap
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -368,8 +367,3 @@ def test_descriptors_return_to_where_they_were(broker: Broker) -> None:
 def test_ends_well_when_the_supervisor_goes(broker: Broker) -> None:
     broker.line.close()
     assert broker.process.wait(SECONDS) == 0
-
-
-def test_ctrl_c_is_left_to_the_supervisor(broker: Broker) -> None:
-    broker.process.send_signal(signal.SIGINT)
-    assert broker.client().id == 1

@@ -390,7 +390,7 @@ def expect(reference: Reference) -> list[Outcome]:
 def refusal(verdict: Verdict, message: Message, side: Any, requested: bool) -> str:
     """Our text without what dbus-daemon cannot know or we do not (who the peers are)."""
     return without_infos(
-        decide.rejection(
+        decide.complaint(
             verdict,
             message,
             side,

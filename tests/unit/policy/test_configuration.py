@@ -498,6 +498,26 @@ def test_what_dbus_takes_is_taken(path: Path) -> None:
         configuration.load(str(path))
 
 
+@pytest.mark.parametrize(
+    ("body", "line", "reason"),
+    [
+        ('<apparmor mode="required"/>', 2, "AppArmor is required, but kbusd does not ask it"),
+        ("\n<user>no-such-user</user>", 3, 'there is no user "no-such-user"'),
+        ("<user>4242424</user>", 2, 'there is no user "4242424"'),
+        ("<auth>DBUS_COOKIE_SHA1</auth>", 2, "nobody could authenticate"),
+    ],
+)
+def test_what_a_bus_cannot_be_started_with(
+    tmp_path: Path, body: str, line: int, reason: str
+) -> None:
+    load(tmp_path, body)
+    with pytest.raises(ConfigurationError, match=reason) as caught:
+        load(tmp_path, body, to_start=True)
+    assert caught.value.line == line
+    later = "<user>root</user><auth>EXTERNAL</auth><apparmor mode='disabled'/>"
+    load(tmp_path, f"{body}{later}", to_start=True)
+
+
 # -- the reader process -----------------------------------------------------------------------
 
 
@@ -507,12 +527,12 @@ def read(*arguments: str, **options: object) -> subprocess.CompletedProcess[byte
 
 
 def test_reader_writes_the_configuration(tmp_path: Path) -> None:
-    load(tmp_path, "<user>someone</user>")
+    load(tmp_path, "<user>1</user>")
     path = str(tmp_path / "bus.conf")
     done = read("--config-file", path, "--address", "unix:path=/a", "--address", "unix:path=/b")
     assert (done.returncode, done.stderr) == (0, b"")
     found = configuration.decode(done.stdout)
-    assert found.user == "someone"
+    assert found.user == "daemon"
     assert found.listen == ("unix:path=/a", "unix:path=/b")
 
 
@@ -535,11 +555,11 @@ def test_reader_fails_with_one_line(tmp_path: Path) -> None:
 
 
 def test_reader_reads_a_descriptor_wherever_its_offset_is(tmp_path: Path) -> None:
-    load(tmp_path, "<user>by-fd</user>")
+    load(tmp_path, "<user>daemon</user>")
     fd = os.memfd_create("configuration")
     try:
         os.write(fd, (tmp_path / "bus.conf").read_bytes())
         done = read(f"--config-file=/proc/self/fd/{fd}", pass_fds=(fd,))
     finally:
         os.close(fd)
-    assert configuration.decode(done.stdout).user == "by-fd"
+    assert configuration.decode(done.stdout).user == "daemon"

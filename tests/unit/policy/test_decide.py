@@ -390,7 +390,7 @@ def test_a_refusal_names_the_rule(policies: Policies) -> None:
     message = call()
     verdict = policy.can_send(message, ("a.b",), False)
     assert decide.explain(verdict) == f"denied by rule {policies.file}:4"
-    assert decide.rejection(verdict, message, "send", requested_reply=False, **INFOS) == (
+    assert decide.complaint(verdict, message, "send", requested_reply=False, **INFOS) == (
         'Rejected send message, 2 matched rules; type="method_call", sender=":1.7" '
         '(uid=1000 pid=42 comm="prog" label="some_t") interface="a.I" member="M" '
         'error name="(unset)" requested_reply="0" destination="a.b" '
@@ -401,7 +401,7 @@ def test_a_refusal_names_the_rule(policies: Policies) -> None:
 def test_a_refusal_for_want_of_a_rule_says_so(policies: Policies) -> None:
     message = failure(destination=None)
     verdict = policies.of("").can_receive(message, DRIVER, True)
-    text = decide.rejection(verdict, message, "receive", requested_reply=True, **INFOS)
+    text = decide.complaint(verdict, message, "receive", requested_reply=True, **INFOS)
     assert text.startswith('Rejected receive message, 0 matched rules; type="error"')
     assert 'interface="(unset)" member="(unset)" error name="a.E" requested_reply="1"' in text
     assert 'destination="org.freedesktop.DBus"' in text
@@ -412,7 +412,7 @@ def test_an_allowed_message_may_be_logged(policies: Policies) -> None:
     policy = policies.default('<allow send_type="*"/><allow send_path="/p" log="true"/>')
     verdict = policy.can_send(call(), ("a.b",), False)
     assert verdict.allowed and verdict.log
-    text = decide.notice(verdict, call(), requested_reply=False, **INFOS)
+    text = decide.complaint(verdict, call(), "send", requested_reply=False, **INFOS)
     assert text.startswith("Would reject message, 2 matched rules; ")
     assert text.endswith(f"(allowed by rule {policies.file}:3)")
     assert not policy.can_send(call(path="/q"), ("a.b",), False).log

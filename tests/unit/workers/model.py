@@ -17,7 +17,6 @@ from jeepney.low_level import (  # type: ignore[import-untyped]
 
 from kbusd.broker.bus import Bus
 from kbusd.policy.configuration import Configuration
-from kbusd.policy.decide import ClientPolicy
 from kbusd.rings.entries import BrokerMessage, Credentials, Launch, LogEntry
 from kbusd.workers import driver
 from kbusd.workers.replica import Replica
@@ -128,12 +127,7 @@ class ModelClient:
         self.seen: list[Seen] = []
         model.broker.worker_started(worker, 1)
         model.broker.assigned(worker, credentials)
-        self.driver = driver.Driver(
-            Replica(),
-            model.facts,
-            credentials,
-            ClientPolicy(model.configuration.policy, credentials, owner=model.facts.owner),
-        )
+        self.driver = driver.Driver(Replica(), model.facts, credentials)
 
     def catch_up(self) -> None:
         while self.position is not None and self.position < len(self.model.log):

@@ -4,6 +4,8 @@ import gc
 import os
 from pathlib import Path
 
+import pytest
+
 from kbusd.policy import configuration
 from kbusd.sandbox.compiled import Compiled
 from kbusd.workers import worker
@@ -16,9 +18,14 @@ EVERYTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><policy context="def
 </policy></busconfig>"""
 
 
-def context(directory: Path) -> Context:
+NOTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><auth>ANONYMOUS</auth>
+<limit name="auth_timeout">0</limit><limit name="max_message_size">0</limit>
+<policy context="default"><deny user="*"/></policy></busconfig>"""
+
+
+def context(directory: Path, text: str = EVERYTHING) -> Context:
     file = directory / "bus.conf"
-    file.write_text(EVERYTHING)
+    file.write_text(text)
     data = configuration.encode(configuration.load(str(file)))
     nothing = Compiled(name="none", title="none", files=(), required=frozenset())
     return Context.make(GUID, os.getpid(), data, nothing, log_fd=-1)
@@ -28,8 +35,9 @@ def descriptors() -> list[str]:
     return sorted(os.listdir("/proc/self/fd"))
 
 
-def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path) -> None:
-    got = Rehearsal(context(tmp_path)).play(worker.serve)
+@pytest.mark.parametrize("text", [EVERYTHING, NOTHING], ids=["all allowed", "nothing allowed"])
+def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path, text: str) -> None:
+    got = Rehearsal(context(tmp_path, text)).play(worker.serve)
     assert got.startswith(b"DATA\r\nOK " + GUID.encode() + b"\r\nAGREE_UNIX_FD\r\n")
     assert b"NameAcquired" in got
     assert got.count(b":1.1\0") == 4  # the reply and the signal: destination and body of each
@@ -37,6 +45,7 @@ def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path) -> None:
 
 def test_nothing_of_it_stays_open(tmp_path: Path) -> None:
     made = context(tmp_path)
+    gc.collect()  # what other tests have left
     before = descriptors()
     Rehearsal(made).play(worker.serve)
     gc.collect()

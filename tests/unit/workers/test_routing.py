@@ -40,7 +40,7 @@ def router(policy: Policy, *entries: LogEntry) -> routing.Router:
         replica.apply(MatchAdded(id, "interface='test.I'"))
     for entry in entries:
         replica.apply(entry)
-    return routing.Router(replica, ClientPolicy(policy, person(1), owner=0))
+    return routing.Router(replica, ClientPolicy(policy, person(1), owner=0), lambda _: None)
 
 
 def message(destination: str | None = None, type: int = routing.SIGNAL, **fields: Any) -> Envelope:

@@ -1,0 +1,268 @@
+"""A worker whose peer was taken over: whatever that sends, the worker's client gets valid messages
+or none, and nothing of the worker is used up.
+
+The worker runs in a process of its own; the test plays its supervisor, its broker, its client and
+the hostile peer, which was introduced as any other and then writes into its ring what it likes.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kbusd.rings import entries, envelope, memfd
+from kbusd.rings.broadcast import Broadcast
+from kbusd.rings.clock import Clock
+from kbusd.rings.doorbell import Doorbell
+from kbusd.rings.envelope import Envelope
+from kbusd.rings.line import Line, pair
+from kbusd.rings.ring import Ring
+from kbusd.rings.status import StatusPage, StatusView
+from kbusd.rings.values import Frame
+from kbusd.workers import worker
+from kbusd.workers.dbus_socket import Engine
+from tests.bus import wireformat as w
+from tests.bus.procs import eventually
+from tests.unit.workers.test_rehearsal import EVERYTHING, context
+
+OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
+CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
+MESSAGE, REFUSED, BULK = 1, 6, 7
+VICTIM, PEER = 1, 2
+SECONDS = 20
+HELLO = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "Hello"}
+
+
+class Stage:
+    """The worker under test, with everybody around it."""
+
+    def __init__(self, directory: Path, configuration: str) -> None:
+        self.clock = Clock()
+        self.log = Broadcast(65536)
+        supervisor, ours = pair()
+        broker, theirs = pair()
+        self.client, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.client.settimeout(SECONDS)
+        made = msgspec.structs.replace(context(directory, configuration), log_fd=self.log.fileno())
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for sock in (supervisor, broker, self.client):
+                    sock.close()
+                served.setblocking(False)
+                line = Line(theirs, entries.BrokerMessage)
+                worker.serve(made, Engine(made, line), Line(ours, entries.ToWorker), line)
+            finally:
+                os._exit(0)
+        ours.close()
+        theirs.close()
+        broker.settimeout(SECONDS)
+        self.supervisor = Line(supervisor, entries.ToWorker)
+        self.broker = Line(broker, entries.WorkerMessage)
+        broker.settimeout(SECONDS)
+        self.buffer = b""
+        self._say_hello(served)
+        self._introduce()
+
+    def _say_hello(self, served: socket.socket) -> None:
+        who = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
+        self.supervisor.send(entries.Client(who), [served.fileno()])
+        served.close()
+        self.client.sendall(b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n")
+        self.client.sendall(w.build(w.CALL, HELLO))
+        request = self.asked(entries.Hello)
+        people = ((VICTIM, who), (PEER, who))
+        state = entries.Snapshot(0, self.clock.tick(), people, (), (), (), (), 0)
+        snapshot = memfd.sealed("snapshot", msgspec.msgpack.encode(state))
+        self.broker.send(entries.Reply(request.request, VICTIM), [snapshot])
+        os.close(snapshot)
+        while self.buffer.count(b"\r\n") < 3:
+            self.buffer += self.client.recv(4096)
+        self.buffer = self.buffer.split(b"\r\n", 3)[3]
+        assert self.read().reply_serial == 1
+
+    def asked(self, kind: type) -> entries.Request:
+        """What the worker says to the broker, which must be of that kind."""
+        received = self.broker.receive()
+        assert received is not None and isinstance(received[0], kind), received
+        self.fds = received[1]
+        return received[0]
+
+    def _introduce(self) -> None:
+        """The peer's half, and what the worker answers."""
+        self.ring, self.status, self.doorbell = Ring(65536), StatusPage(), Doorbell()
+        self.broadcast = Broadcast(65536)
+        self.side, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        slots = self.status.take_slot(), self.status.take_slot()
+        half = [self.ring.fileno(), self.doorbell.write_fd, self.status.fd]
+        half += [self.broadcast.fileno(), theirs.fileno()]
+        self.broker.send(entries.Introduction(1, PEER, *slots), half)
+        theirs.close()
+        answer = self.asked(entries.Introduced)
+        assert isinstance(answer, entries.Introduced)
+        _, self.bell, status, _ = self.fds
+        self.ring.connect(StatusView(status), answer.slot)
+
+    # -- the peer --
+
+    def write(
+        self, facts: Envelope | bytes, kind: int = MESSAGE, body: bytes = b"", **head: int
+    ) -> None:
+        """One frame, as the peer likes it; `fds` descriptors go with it."""
+        stamp = self.clock.tick()
+        if count := head.get("fds", 0):
+            null = os.open("/dev/null", os.O_RDONLY)
+            passed = array.array("i", [null] * count)
+            mark = stamp.to_bytes(8, "little")
+            self.side.sendmsg([mark], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+            os.close(null)
+        raw = facts if isinstance(facts, bytes) else envelope.encode(facts)
+        assert self.ring.write(Frame(kind, stamp, raw, body, **head))
+        os.write(self.bell, b"x")
+
+    # -- the client --
+
+    def read(self) -> w.Message:
+        """The next message that the client gets; fails if it is not a valid one."""
+        while len(self.buffer) < 16 or len(self.buffer) < w.total_length(self.buffer[:16]):
+            data = self.client.recv(65536)
+            assert data, "the client was disconnected"
+            self.buffer += data
+        size = w.total_length(self.buffer[:16])
+        message, self.buffer = w.parse(self.buffer[:size]), self.buffer[size:]
+        assert message.serial != 0 and message.type <= 4 and "\0" not in (message.path or "")
+        return message
+
+    def member(self) -> str | None:
+        """The next message that is not the bus's own."""
+        while (message := self.read()).sender == "org.freedesktop.DBus":
+            pass
+        return message.member
+
+    def call(self, serial: int) -> None:
+        """The client calls the peer, so that a reply is waited for."""
+        fields = {w.PATH: "/", w.MEMBER: "M", w.DESTINATION: f":1.{PEER}"}
+        self.client.sendall(w.build(w.CALL, fields, serial=serial))
+
+    def ping(self) -> None:
+        """Everything that the client has sent was dealt with."""
+        fields = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "Ping"}
+        fields[w.INTERFACE] = "org.freedesktop.DBus.Peer"
+        self.client.sendall(w.build(w.CALL, fields, serial=9999))
+        while self.read().reply_serial != 9999:
+            pass
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def close(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.client.close()
+        self.side.close()
+        self.broker.close()
+        self.supervisor.close()
+
+
+Start = Callable[..., Stage]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    stages: list[Stage] = []
+
+    def one(configuration: str = OPEN) -> Stage:
+        stages.append(Stage(tmp_path, configuration))
+        return stages[-1]
+
+    yield one
+    for stage in stages:
+        stage.close()
+
+
+def facts(type: int = SIGNAL, member: str = "Odd", to: str | None = f":1.{VICTIM}") -> Envelope:
+    return Envelope(type, False, to, "/odd", "a.b", member, None, "")
+
+
+def test_an_honest_frame_arrives(start: Start) -> None:
+    stage = start()
+    stage.write(facts(member="Good"), serial=1)
+    assert stage.member() == "Good"
+
+
+@pytest.mark.parametrize("type", [CALL, SIGNAL])
+def test_a_reply_serial_does_not_spoil_a_header(start: Start, type: int) -> None:
+    stage = start()
+    stage.write(facts(type), serial=1, reply_serial=7)
+    assert stage.member() == "Odd"
+
+
+@pytest.mark.parametrize(
+    ("what", "head"),
+    [
+        (facts(), {"serial": 0}),
+        (facts(type=5), {"serial": 1}),
+        (facts(type=0), {"serial": 1}),
+        (b"not an envelope", {"serial": 1}),
+        (Envelope(SIGNAL, False, ":1.1", "/a\0b", "a.b", "M", None, ""), {"serial": 1}),
+        (Envelope(SIGNAL, False, ":1.1", "/", "a.b", "M", None, "s"), {"serial": 1}),
+    ],
+    ids=["no serial", "type 5", "type 0", "no envelope", "bad path", "no body"],
+)
+def test_what_is_no_message_ends_the_peer_and_not_the_client(
+    start: Start, what: Envelope | bytes, head: dict[str, int]
+) -> None:
+    stage = start()
+    stage.ping()
+    before = stage.descriptors()
+    stage.write(what, **head)
+    stage.write(facts(member="After"), serial=2)
+    eventually(lambda: stage.descriptors() == before - 2, "bell and side socket are closed")
+    stage.ping()
+    assert stage.buffer == b""
+
+
+@pytest.mark.parametrize("text", ["a\0b", "fine"])
+def test_a_refusal_is_one_or_none(start: Start, text: str) -> None:
+    stage = start()
+    stage.call(5)
+    stage.ping()
+    refusal = msgspec.msgpack.encode(("org.freedesktop.DBus.Error.AccessDenied", text))
+    stage.write(refusal, kind=REFUSED, reply_serial=5)
+    answer = stage.read()
+    while answer.reply_serial != 5:
+        answer = stage.read()
+    if text == "fine":
+        assert answer.args == ["fine"]
+    else:
+        assert answer.error_name == "org.freedesktop.DBus.Error.NoReply"
+
+
+def test_descriptors_with_what_has_no_use_for_them_are_closed(start: Start) -> None:
+    stage = start()
+    stage.write(facts(member="Before"), serial=1)
+    assert stage.member() == "Before"
+    before = stage.descriptors()
+    refusal = msgspec.msgpack.encode(("org.freedesktop.DBus.Error.AccessDenied", ""))
+    for _ in range(20):
+        stage.write(refusal, kind=REFUSED, reply_serial=5, fds=3)
+        stage.write(b"", kind=BULK, fds=3)
+    stage.write(facts(member="After"), serial=2)
+    assert stage.member() == "After"
+    assert stage.descriptors() == before
+
+
+def test_what_its_client_may_not_send_is_not_taken(start: Start) -> None:
+    stage = start(
+        OPEN.replace("</policy>", '<deny send_interface="a.b" send_member="Odd"/></policy>')
+    )
+    stage.write(facts(), serial=1)
+    stage.write(facts(member="Even"), serial=2)
+    assert stage.member() == "Even"
