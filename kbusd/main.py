@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -28,6 +29,7 @@ from kbusd.supervisor.listen import Address, Listener, ListenError, open_listene
 from kbusd.supervisor.spawn import spawn
 from kbusd.supervisor.supervisor import READER, StartError, Supervisor
 
+MIN_FILES = 128  # descriptors that the supervisor may have: its own and those of a few workers
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
@@ -231,6 +233,8 @@ def _run(
     configuration: bytes,
     read: Callable[[int], tuple[int, int]],
 ) -> int:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < MIN_FILES:
+        _fail(f"too few descriptors: limit nofile is under {MIN_FILES}")
     pidfile = None if options.nopidfile else settings.pidfile
     if pidfile and Path(pidfile).exists():
         _fail(f"the pid file {pidfile!r} exists: if no bus is running, remove it")

@@ -5,11 +5,11 @@ Each gets just the descriptors that it is given, at the numbers that it is given
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from fcntl import F_DUPFD_CLOEXEC, fcntl
 
 import kbusd
 from kbusd.supervisor import start
@@ -22,9 +22,7 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
     /dev/null: whoever reads our address from our stdout waits for the end of file."""
     # First out of the way of each other, then each to its place.
     clear = max(2, *fds) + 1
-    high = {
-        to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, clear) for to, fd in {**fds, 2: stderr}.items()
-    }
+    high = {to: fcntl(fd, F_DUPFD_CLOEXEC, clear) for to, fd in {**fds, 2: stderr}.items()}
     actions: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1)
     ]

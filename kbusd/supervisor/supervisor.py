@@ -131,8 +131,6 @@ class Supervisor:
         for name, profile in profiles.items():
             self.profiles[name] = memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
-        if files < OTHER_FDS:
-            raise StartError(f"too few descriptors: limit nofile is under {2 * OTHER_FDS}")
         self.max_workers = max(files // FDS_PER_WORKER, SPARE_WORKERS)
         self._start_broker()
         deadline = time.monotonic() + START_SECONDS

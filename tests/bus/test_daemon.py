@@ -175,7 +175,7 @@ def test_too_few_descriptors_are_named(config: Path) -> None:
         env=clean_environment(),
     )
     assert done.returncode == 1
-    assert b"not started: too few descriptors: limit nofile is under 128" in done.stderr
+    assert b"too few descriptors: limit nofile is under 128" in done.stderr
 
 
 def test_session(place: Path) -> None:
