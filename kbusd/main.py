@@ -227,6 +227,22 @@ def main() -> int:
     return _run(options, settings, configuration, read)
 
 
+class Directories(msgspec.Struct, frozen=True):
+    """The part of the configuration that says where service files are."""
+
+    service_dirs: tuple[str, ...]
+
+
+def _make_runtime_directory(configuration: bytes) -> None:
+    """Where services of this session alone go (dbus-daemon(1), <standard_session_servicedirs>):
+    whoever wants to put one there expects the directory. Without it the bus works as well."""
+    path = f"{os.environ.get('XDG_RUNTIME_DIR')}/dbus-1/services"
+    if path in msgspec.msgpack.decode(configuration, type=Directories).service_dirs:
+        for directory in (os.path.dirname(path), path):
+            with contextlib.suppress(OSError):
+                os.mkdir(directory, 0o700)
+
+
 def _run(
     options: argparse.Namespace,
     settings: Settings,
@@ -253,6 +269,7 @@ def _run(
         relays=to_syslog or forks,
     )
 
+    _make_runtime_directory(configuration)
     supervisor = Supervisor(configuration, listeners, secrets.token_hex(16), journal, read)
     try:
         for warning in settings.warnings:

@@ -187,6 +187,26 @@ def test_session(place: Path) -> None:
     end(process)
 
 
+def test_services_of_this_session_alone(place: Path) -> None:
+    process = start(
+        "--session",
+        "--nofork",
+        "--print-address=1",
+        TMPDIR=str(place),
+        XDG_RUNTIME_DIR=str(place),
+    )
+    assert process.stdout
+    client = works(read_line(process.stdout))
+    directory = place / "dbus-1/services"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    text = "[D-BUS Service]\nName=test.Late\nExec=/bin/false\n"
+    (directory / "test.Late.service").write_text(text)
+    client.driver("ReloadConfig")
+    assert "test.Late" in client.driver("ListActivatableNames")[0]
+    client.close()
+    end(process)
+
+
 def test_address_overrides_the_configuration(config: Path, place: Path) -> None:
     process = start(
         f"--config-file={config}",
