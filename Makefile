@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml
 setup: $(VENV)/.installed
 
 build: setup
-	@flock .build.lock $(BIN)/python -W ignore setup.py -q build_ext --inplace
+	@flock .build.lock $(BIN)/python -W ignore setup.py -q build_ext --inplace --parallel "$$(nproc)"
 
 demo: build
 	$(call install,$(DEMO_PACKAGES))
@@ -55,19 +55,13 @@ lint: build
 	$(BIN)/ruff check kbusd tests setup.py
 	$(BIN)/mypy
 
-# The slow ones, some minutes each, are left out.
+# The slow ones, minutes of stress and other projects' suites once more, are left to check-all.
 check: lint
 	$(call install,$(TEST_PACKAGES))
 	$(PYTEST) -m "not slow"
 
-check-all: lint
-	$(call install,$(TEST_PACKAGES))
-	$(PYTEST) -m "slow or not slow"
-
-# A shell in the virtual machine of the tests marked `guest`: docs/guest.md.
-guest-shell: build
-	$(call install,$(GUEST_PACKAGES))
-	@$(BIN)/python -m tests.guest.shell
+check-all: check
+	$(PYTEST) -m slow
 
 # For instance: make bench BENCH="--quick --only round-trip,fanout"
 bench: build
