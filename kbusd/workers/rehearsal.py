@@ -36,6 +36,7 @@ _LIMITS = {"auth_timeout": 60_000, "max_message_size": 65536}
 _POLICY = Policy(
     default=(Rule(True, USER, "", 0), Rule(True, SEND, "", 0), Rule(True, RECEIVE, "", 0))
 )
+_OTHER = 2  # has come and gone since the snapshot
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 Serve = Callable[[Context, Engine, Line, Line], None]
@@ -71,9 +72,16 @@ class Rehearsal:
 
     def play(self, serve: Serve) -> bytes:
         """Play it once, and close everything; returns what the client got."""
+        clock = Clock()
         who = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
-        added = entries.ConnectionAdded(_ME, who)
-        self._log.append(_LOG, Clock().tick(), b"", msgspec.msgpack.encode(added))
+        for entry in (
+            entries.ConnectionAdded(_OTHER, who),
+            entries.NameOwnerChanged("a.b", 0, _OTHER),
+            entries.NameOwnerChanged("a.b", _OTHER, 0),
+            entries.ConnectionRemoved(_OTHER),
+            entries.ConnectionAdded(_ME, who),
+        ):
+            self._log.append(_LOG, clock.tick(), b"", msgspec.msgpack.encode(entry))
         state = entries.Snapshot(0, 0, (), (), (), (), (), 0)
         snapshot = memfd.sealed("kbusd-snapshot", msgspec.msgpack.encode(state))
         # All that is said to the worker is there when it looks, so that nobody ever waits.
