@@ -108,13 +108,15 @@ class Bus:
     def worker_started(self, worker: int, pid: int) -> None:
         self.connections[worker] = Connection(worker, pid)
 
-    def assigned(self, worker: int, credentials: Credentials) -> None:
-        """The worker serves a client of these credentials from now on."""
+    def assigned(self, worker: int, credentials: Credentials, hasty: bool = True) -> None:
+        """The worker serves a client of these credentials from now on, who is to say Hello in time
+        if it is `hasty`."""
         connection = self.connections.get(worker)
         if connection is not None:
             connection.credentials = credentials
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
-            self._incomplete[worker] = self._outside.now() + patience
+            if hasty:
+                self._incomplete[worker] = self._outside.now() + patience
 
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""

@@ -308,10 +308,12 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
-    """supervisor -> broker. `worker` now serves a client of these credentials."""
+    """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
+    Hello soon (limit auth_timeout)."""
 
     worker: int
     credentials: Credentials
+    hasty: bool = True
 
 
 class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):

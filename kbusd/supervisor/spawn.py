@@ -23,8 +23,8 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
     `fds`: the child's numbers -> our descriptors. Where 0 and 1 are not among them, they are
     /dev/null: whoever reads our address from our stdout waits for the end of file."""
     # First out of the way of each other, then each to its place.
-    high = {to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for to, fd in fds.items()}
-    high[2] = fcntl.fcntl(stderr, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF)
+    places = {**fds, 2: stderr}.items()
+    high = {to: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _CLEAR_OF) for to, fd in places}
     actions: list[tuple[object, ...]] = [
         (os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1)
     ]
@@ -49,12 +49,3 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
     ours = os.path.dirname(next(iter(kbusd.__path__)))
     path = [ours, *(each for each in sys.path if each and each != ours)]
     return [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments]
-
-
-def describe(code: int) -> str:
-    """The exit code of a process in words; a death by SIGSYS is what seccomp does."""
-    if code >= 0:
-        return f"exited with status {code}"
-    name = signal.Signals(-code).name
-    hint = ": a system call that its profile forbids" if name == "SIGSYS" else ""
-    return f"was killed by {name}{hint}"
