@@ -124,7 +124,9 @@ class Device:
 
     def stop(self) -> None:
         """Unmount. With the end of this process, whoever has a file open gets ENOTCONN."""
-        unmount(self.path)
+        if self.path:
+            unmount(self.path)
+            self.path = ""
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ class Device:
             size = os.readv(self.fuse, [buffer])
             self._request(bytes(memoryview(buffer)[:size]))
         except OSError as error:
-            if error.errno == errno.ENODEV:
+            if error.errno == errno.ENODEV and self.path:
                 return self.host.journal.warn(f"{self.path} was unmounted; restart to have it back")
             # ENOENT, EAGAIN: it was taken back.
         except ValueError as error:
@@ -288,7 +290,7 @@ class Device:
                 case entries.Nudge(), []:
                     if holder.kernel_handle:
                         self._write(replies.wake(holder.kernel_handle))
-                case entries.Pool(), [fd]:
+                case entries.Pool(), [fd] if holder.pool < 0:
                     holder.take_pool(fd)
                     fds.clear()
                 case entries.Push(offset, size), [] if holder.pool >= 0:

@@ -10,7 +10,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from fcntl import F_GET_SEALS, F_SEAL_SHRINK, fcntl
+from fcntl import F_GET_SEALS, fcntl
 from typing import Any, Protocol
 
 import msgspec
@@ -81,12 +81,12 @@ class Holder:
         return b"" if self.pool < 0 else os.pread(self.pool, size, offset).ljust(size, b"\0")
 
     def take_pool(self, fd: int) -> None:
-        """Raises LineError. Only a memfd is read without waiting for anybody; nothing else has seals."""
-        with suppress(OSError):
-            if self.pool < 0 and fcntl(fd, F_GET_SEALS) & F_SEAL_SHRINK:
-                self.pool = fd
-                return
-        raise LineError("offered as a pool what is none, or can shrink")
+        """Raises LineError."""
+        try:
+            fcntl(fd, F_GET_SEALS)  # only a memfd has any, and is read without waiting for anybody
+        except OSError:
+            raise LineError("offered as a pool what is no memfd") from None
+        self.pool = fd
 
     def end(self, *, gone: bool = False, released: bool = False) -> None:
         """The worker is gone, or its file is closed; when both are, so is the pool."""

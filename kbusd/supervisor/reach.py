@@ -73,9 +73,11 @@ def serve(holder: Holder, wish: Wish, tid: int, ours: int) -> None:
 
 def push(fuse: int, holder: Holder, offset: int, size: int) -> None:
     """Bytes of the pool into the page cache of its file."""
-    end = min(offset + size, os.fstat(holder.pool).st_size)
-    while 0 <= offset < end and not holder.released:
+    end = offset + size if offset >= 0 else 0
+    while offset < end and not holder.released:
         data = os.pread(holder.pool, min(end - offset, MAX_PUSH), offset)
+        if not data:
+            return  # behind the end of the pool
         with suppress(OSError):  # it is closed meanwhile
             os.write(fuse, replies.store(holder.node, offset, data))
         offset += len(data)
