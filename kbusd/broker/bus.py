@@ -265,11 +265,12 @@ class Bus:
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
         snapshot = self._outside.snapshot()
         connection.policy = policy
+        connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
-        self._outside.append(ConnectionAdded(connection.id, credentials))
+        self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
         name = connection.unique_name
         self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
         self._wake(self.monitors)
@@ -426,6 +427,9 @@ class Bus:
                 (name, tuple(claim.connection.id for claim in queue[1:]))
                 for name, queue in self._queues()
                 if len(queue) > 1
+            ),
+            kdbus=tuple(
+                (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
         )
 

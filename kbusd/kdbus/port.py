@@ -91,8 +91,8 @@ class Bus(Protocol):
     async def release(self, name: str) -> int:
         """ReleaseName; the result as D-Bus has it."""
 
-    async def subscribe(self, on: bool) -> None:
-        """Whether signals to all are to be handed to `receive`."""
+    async def subscribe(self, signals: bool, on: bool) -> None:
+        """Whether signals to all are to be handed to `receive`, or else what the bus announces."""
 
     def owner(self, name: str) -> int | None:
         """The id of a name's owner."""

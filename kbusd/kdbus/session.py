@@ -66,6 +66,8 @@ class Session:
         self.bus = bus
         self.state = State.ENDPOINT
         self.id = 0
+        self.arrived = 0
+        """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
         self._owner = owner
         self._custom = custom
         self._entering = False
@@ -74,7 +76,8 @@ class Session:
         self._attach_send = self._attach_recv = 0
         self._queue: Queue[Entry] = Queue()
         self._matches = match.Matches()
-        self._signal_cookies: list[int] = []  # of matches that signals may satisfy
+        # Of matches about signals (True), and about what the bus announces (False).
+        self._cookies: dict[bool, list[int]] = {True: [], False: []}
         self._names: dict[str, int] = {}  # NAME flags of names owned or waited for
         self._calls = Calls()
         self._waiting: dict[Call, Wait[Slice]] = {}  # those in a synchronous SEND
@@ -250,13 +253,11 @@ class Session:
             for_signals = not any(
                 isinstance(rule, match.NameChange | match.IdChange) for rule in added.rules
             )
-            if for_signals and not self._signal_cookies:
-                await self.bus.subscribe(True)
+            cookies = self._cookies[for_signals]
+            if not cookies:
+                await self.bus.subscribe(for_signals, True)
             self._matches.add(added.cookie, added.rules, added.replace)
-            if added.replace:
-                self._signal_cookies = [c for c in self._signal_cookies if c != added.cookie]
-            if for_signals:
-                self._signal_cookies.append(added.cookie)
+            cookies.append(added.cookie)
         return decoded.pokes
 
     async def _remove_match(self, whole: bytes) -> tuple[Poke, ...]:
@@ -266,10 +267,11 @@ class Session:
             return decoded.pokes
         with _writing(decoded.pokes):
             self._matches.remove(cookie)
-            subscribed = bool(self._signal_cookies)
-            self._signal_cookies = [each for each in self._signal_cookies if each != cookie]
-            if subscribed and not self._signal_cookies:
-                await self.bus.subscribe(False)
+            for kind, cookies in self._cookies.items():
+                left = [each for each in cookies if each != cookie]
+                self._cookies[kind] = left
+                if cookies and not left:
+                    await self.bus.subscribe(kind, False)
         return decoded.pokes
 
     def _list(self, flags: int) -> bytes:
@@ -489,7 +491,7 @@ class Session:
             entry = self._enqueue(source, parcel, parts, seqnum)
         except Errno:
             if broadcast:
-                self._queue.lose()
+                self._lose()
                 return
             raise
         if parcel.flags & abi.MSG_EXPECT_REPLY:
@@ -522,6 +524,7 @@ class Session:
         if parcel.fds:
             entry.return_flags = abi.RECV_RETURN_INCOMPLETE_FDS
         self._queue.push(entry, parcel.priority)
+        self.arrived += 1
         return entry
 
     def _place(
@@ -577,6 +580,10 @@ class Session:
             whole[at : at + len(vector)] = vector
         self._memory.write(slice.offset, bytes(whole))
         return slice
+
+    def _lose(self) -> None:
+        self._queue.lose()
+        self.arrived += 1
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
         """What may be told of a connection."""
@@ -649,9 +656,10 @@ class Session:
         try:
             slice = self._store(placed, (), True, KERNEL_USER)
         except Errno:
-            self._queue.lose()
+            self._lose()
             return
         self._queue.push(Entry(slice, KERNEL_USER, slice.size), 0)
+        self.arrived += 1
 
     # -- time, and the end ---------------------------------------------------------------------
 

@@ -30,10 +30,13 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ConnectionAdded(Entry, frozen=True, tag="C"):
-    """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id")."""
+    """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id").
+
+    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket."""
 
     id: int
     credentials: Credentials
+    kdbus: int | None = None
 
 
 class ConnectionRemoved(Entry, frozen=True, tag="c"):
@@ -121,6 +124,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     activatable: tuple[str, ...]
     policy_generation: int
     queues: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -133,7 +137,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(Request, frozen=True, tag="hello"):
-    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot."""
+    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot.
+
+    `kdbus` as in ConnectionAdded. It says how the worker wants to be spoken to, and grants nothing."""
+
+    kdbus: int | None = None
 
 
 class RequestName(Request, frozen=True, tag="request_name"):

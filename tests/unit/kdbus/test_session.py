@@ -465,7 +465,7 @@ def test_a_signal_goes_to_those_whose_mask_it_satisfies(world: World) -> None:
     ]  # fmt: skip
     assert one.recv().dst_id == abi.DST_ID_BROADCAST
     one.do(abi.CMD_MATCH_REMOVE, layout.U64.pack(1))
-    assert not one.port.subscribed
+    assert not one.port.subscribed[True]
     with refused("EBADSLT"):
         one.do(abi.CMD_MATCH_REMOVE, layout.U64.pack(1))
 
@@ -499,7 +499,7 @@ def test_what_the_bus_announces(world: World) -> None:
         watcher.add_match(any_id(kind), cookie=cookie)
     for cookie, kind in enumerate(names):
         watcher.add_match(any_name(kind, "com.example.N"), cookie=10 + cookie)
-    assert not watcher.port.subscribed
+    assert watcher.port.subscribed == {True: False, False: True}
     a, b = world.client(), world.client()
     a.acquire("com.example.N")
     a.acquire("com.example.Other")

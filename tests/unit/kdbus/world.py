@@ -100,7 +100,7 @@ class Port:
         self.uid = uid
         self.id = 0
         self.session: Session
-        self.subscribed = False
+        self.subscribed = {True: False, False: False}
         self.open: set[int] = set()
 
     def clock(self) -> tuple[int, int]:
@@ -148,10 +148,10 @@ class Port:
         self.world.drop(name, self.id)
         return 1
 
-    async def subscribe(self, on: bool) -> None:
+    async def subscribe(self, signals: bool, on: bool) -> None:
         await self.world.turn()
-        assert self.subscribed != on
-        self.subscribed = on
+        assert self.subscribed[signals] != on
+        self.subscribed[signals] = on
 
     def owner(self, name: str) -> int | None:
         return self.world.queues.get(name, [None])[0]
@@ -180,7 +180,7 @@ class Port:
     async def publish(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         await self.world.turn()
         for port in self.world.ports.values():
-            if port.subscribed and port is not self:
+            if port.subscribed[True] and port is not self:
                 self._hand(port, parcel, data, fds)
 
     def _hand(self, port: Port, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
