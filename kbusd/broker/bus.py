@@ -69,6 +69,7 @@ from kbusd.wire import names
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
+MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
@@ -244,6 +245,8 @@ class Bus:
             raise Violation("said Hello without a client")
         if connection.id != NOT_YET:
             raise Refused(FAILED, "Already handled an Hello message")
+        if message.kdbus is not None and not 0 <= message.kdbus <= MAX_HELLO_FLAGS:
+            raise Violation(f"said Hello with the kdbus flags {message.kdbus}")
         policy = self._policy_for(credentials)
         verdict = policy.can_connect()
         if not verdict.allowed:

@@ -6,13 +6,12 @@ Whoever runs a session implements these: a worker with its lines and rings, a te
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from kbusd.kdbus import bloom, metadata
 from kbusd.kdbus.parcel import Parcel
-from kbusd.kdbus.pool import Slice
 from kbusd.kdbus.waits import Wait
 
 
@@ -20,7 +19,7 @@ class Caller(Protocol):
     """The process that waits in ioctl(2)."""
 
     tid: int
-    waits_for: Wait[Slice] | None
+    waits_for: Wait[Any] | None
     """What a signal to the caller is to fail with Interrupted; None: nothing that could be given up."""
 
     async def peek(self, address: int, least: int, most: int) -> bytes:
@@ -97,8 +96,10 @@ class Bus(Protocol):
     def owner(self, name: str) -> int | None:
         """The id of a name's owner."""
 
-    async def start_service(self, name: str) -> int | None:
-        """Have somebody started who takes an unowned name; the owner, None if nobody could be."""
+    async def start_service(self, caller: Caller, name: str) -> int | None:
+        """Have somebody started who takes an unowned name; the owner, None if nobody could be.
+
+        May take as long as a service likes: raises Interrupted if the caller gets a signal."""
 
     def find(self, id: int) -> Known | None: ...
     def everybody(self) -> Iterable[Known]: ...

@@ -83,6 +83,11 @@ class Session:
         self._waiting: dict[Call, Wait[Slice]] = {}  # those in a synchronous SEND
         self._owed: dict[tuple[int, int], int] = {}  # (caller, cookie) -> deadline
 
+    @property
+    def accepts_fds(self) -> bool:
+        """Whether messages with descriptors may be handed to `receive`."""
+        return self._accept_fd
+
     # -- poll(2) -------------------------------------------------------------------------------
 
     def poll(self) -> int:
@@ -395,7 +400,7 @@ class Session:
         fds = await caller.take([*memfds, *found.fds]) if memfds or found.fds else []
         try:
             data = b"".join(await caller.copy(vectors)) if vectors else b""
-            to = None if broadcast else await self._destination(found)
+            to = None if broadcast else await self._destination(caller, found)
             dst_id = header.dst_id if to is None else to.id
             parcel = parcels.pack(found, self._attach_send, self.bus.clock(), self._about, dst_id)
             if to is None:
@@ -410,13 +415,13 @@ class Session:
             self.bus.close(fds)
         return None
 
-    async def _destination(self, found: message.Message) -> Known:
+    async def _destination(self, caller: Caller, found: message.Message) -> Known:
         """Who is to get it (kdbus_pin_dst). Raises Errno: ESRCH, EADDRNOTAVAIL, EREMCHG, ENXIO."""
         id, name = found.header.dst_id, found.dst_name
         if name is not None:
             owner = self.bus.owner(name)
             if owner is None and not found.header.flags & abi.MSG_NO_AUTO_START:
-                owner = await self.bus.start_service(name)
+                owner = await self.bus.start_service(caller, name)
             if owner is None:
                 raise Errno(errno.ESRCH, f"nobody owns {name}")
             if id not in (abi.DST_ID_NAME, owner):

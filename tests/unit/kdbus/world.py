@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kbusd.kdbus import abi, bloom, items, layout, match, metadata, waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
 from kbusd.kdbus.parcel import About, Parcel, decode, encode, split
-from kbusd.kdbus.pool import Slice
 from kbusd.kdbus.port import Known
 from kbusd.kdbus.session import Done, Session
 from kbusd.kdbus.waits import Interrupted, Wait
@@ -156,7 +156,7 @@ class Port:
     def owner(self, name: str) -> int | None:
         return self.world.queues.get(name, [None])[0]
 
-    async def start_service(self, name: str) -> int | None:
+    async def start_service(self, caller: object, name: str) -> int | None:
         await self.world.turn()
         if name in self.world.services:
             self.world.services[name].acquire(name)
@@ -203,7 +203,7 @@ class Run:
 
     def __init__(self, port: Port) -> None:
         self.tid = 9
-        self.waits_for: Wait[Slice] | None = None
+        self.waits_for: Wait[Any] | None = None
         self.port = port
         self.memory: dict[int, bytes] = {}
         self.result: Done | Errno | Interrupted | None = None
