@@ -112,8 +112,10 @@ def decode(raw: bytes, length: int, fds: int, bloom_size: int) -> Parcel:
         raise ParcelError("a parcel with a priority or payload that no sender may give")
     if (parcel.filter is not None) != bool(parcel.flags & abi.MSG_SIGNAL):
         raise ParcelError("a signal without a filter, or one without a signal")
-    if parcel.filter is not None and len(parcel.filter[1]) != bloom_size:
-        raise ParcelError("a bloom filter of a size that the bus has not")
+    if parcel.filter is not None:
+        generation, bits = parcel.filter
+        if len(bits) != bloom_size or not 0 <= generation < _U64:
+            raise ParcelError("a bloom filter that the bus can't have")
     if parcel.dst_name is not None and not names.is_well_known(parcel.dst_name):
         raise ParcelError(f"a parcel to {parcel.dst_name!r}")
     memfds = sum(kind == MEMFD for kind, _, _ in parcel.parts)
@@ -123,6 +125,10 @@ def decode(raw: bytes, length: int, fds: int, bloom_size: int) -> Parcel:
         raise ParcelError("a parcel with too many descriptors")
     if memfds + parcel.fds != fds:
         raise ParcelError(f"{fds} descriptors came with a parcel for {memfds + parcel.fds}")
+    if sum(size for kind, size, _ in parcel.parts if kind != MEMFD) > abi.MAX_PAYLOAD_SIZE:
+        raise ParcelError("a parcel with too many bytes in vectors")
+    if any(start < 0 or start + size >= _U64 for _, size, start in parcel.parts):
+        raise ParcelError("a parcel with a segment that wraps around")
     if sum(size for kind, size, _ in parcel.parts if kind == BYTES) != length:
         raise ParcelError(f"{length} bytes came with a parcel that says another number")
     return parcel
@@ -134,6 +140,8 @@ def decode_about(raw: bytes) -> About:
         about = _decode_about(raw) if raw else About()
     except msgspec.MsgspecError as error:
         raise ParcelError(f"metadata that does not decode: {error}") from None
+    if not 0 <= about.tid < 1 << 31:
+        raise ParcelError(f"the thread {about.tid}")
     texts = (about.tid_comm, about.pid_comm, about.exe, about.description)
     if any(text is not None and (b"\0" in text or len(text) > 4096) for text in texts):
         raise ParcelError("metadata that is no string")

@@ -36,6 +36,7 @@ from kbusd.kdbus.queue import Queue
 from kbusd.kdbus.waits import Interrupted, Wait
 
 PAGE = 4096
+MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
 PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
@@ -81,7 +82,7 @@ class Session:
         self._names: dict[str, int] = {}  # NAME flags of names owned or waited for
         self._calls = Calls()
         self._waiting: dict[Call, Wait[Slice]] = {}  # those in a synchronous SEND
-        self._owed: dict[tuple[int, int], int] = {}  # (caller, cookie) -> deadline
+        self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
 
     @property
     def accepts_fds(self) -> bool:
@@ -209,8 +210,10 @@ class Session:
         if recv.flags & abi.RECV_DROP:
             self._unqueue(ticket)
             self._pool.release(entry.slice)
-            if entry.expects is not None and self._owed.pop(entry.expects, None) is not None:
-                self.bus.forsake(*entry.expects)
+            if entry.expects is not None:
+                caller, cookie = entry.expects
+                if self._owed.get(caller, {}).pop(cookie, None) is not None:
+                    self.bus.forsake(caller, cookie)
             return decoded.pokes + commands.recv_result(*self._pool.empty, 0, lost)
         offset, size = self._pool.publish(entry.slice)
         self._memory.push(offset, size)
@@ -462,14 +465,14 @@ class Session:
 
     async def _reply(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """Answer a call, which can be done once and in its time."""
-        key = to.id, parcel.reply_or_timeout
-        deadline = self._owed.pop(key, 0)
+        owed, cookie = self._owed.get(to.id, {}), parcel.reply_or_timeout
+        deadline = owed.pop(cookie, 0)
         if deadline <= self.bus.clock()[0]:
-            raise Errno(errno.EBADSLT, f"a reply to {key[1]} of {to.id}, which nobody waits for")
+            raise Errno(errno.EBADSLT, f"a reply to {cookie} of {to.id}, which nobody waits for")
         try:
             await self.bus.send(to, parcel, data, fds)
         except Errno:
-            self._owed[key] = deadline
+            owed[cookie] = deadline
             raise
 
     # -- receiving -----------------------------------------------------------------------------
@@ -492,6 +495,9 @@ class Session:
         if parcel.is_reply:
             self._receive_reply(source, parcel, parts, seqnum)
             return
+        most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
+        if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
+            raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
         try:
             entry = self._enqueue(source, parcel, parts, seqnum)
         except Errno:
@@ -501,7 +507,7 @@ class Session:
             raise
         if parcel.flags & abi.MSG_EXPECT_REPLY:
             entry.expects = source.id, parcel.cookie
-            self._owed[entry.expects] = parcel.reply_or_timeout
+            self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
 
     def _receive_reply(
         self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
@@ -630,7 +636,7 @@ class Session:
                 wait.fail(Errno(errno.EPIPE, f"connection {id} went without a reply"))
             elif not call.interrupted:
                 self._no_reply(abi.ITEM_REPLY_DEAD, call.cookie)
-        self._owed = {key: each for key, each in self._owed.items() if key[0] != id}
+        self._owed.pop(id, None)
         self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
     def _id_changed(self, change: match.IdChange, flags: int) -> None:

@@ -47,6 +47,7 @@ PEERS = cython.declare(cython.uint, 1)
 BROKER = cython.declare(cython.uint, 2)
 
 LARGE_BODY = cython.declare(cython.size_t, 65536)  # vectors above this travel as a memfd
+MAX_ACKS = cython.declare(cython.size_t, 1 << 20)  # bytes that wait for a peer that does not run
 MAX_MESSAGE = 128 << 20
 
 
@@ -236,6 +237,10 @@ class DeviceEngine(Engine):
         that of a call which will not be answered."""
         head: FrameHead
         peer: Peer = self._peer(id)
+        if peer.backlog_bytes > MAX_ACKS:
+            # It sends and does not read: that is not to be our client's fault.
+            self._drop(peer, f"it leaves {peer.backlog_bytes} bytes of answers unread")
+            return
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = ACK
         head.reply_serial = token
