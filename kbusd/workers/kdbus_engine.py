@@ -231,6 +231,7 @@ class DeviceEngine(Engine):
         finally:
             if own >= 0:
                 os.close(own)
+        self._bells()  # its answer is waited for
 
     def send_ack(self, id: int, token: int, code: int, note: bytes) -> None:
         """A parcel is in our pool, or is refused with an errno; without a token: `note` (the cookie) is
