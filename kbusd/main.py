@@ -23,9 +23,12 @@ from typing import NoReturn
 import msgspec
 import prctl
 
+from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
+from kbusd.supervisor.device import Device
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
+from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
 from kbusd.supervisor.supervisor import READER, StartError, Supervisor
 
@@ -33,12 +36,13 @@ MIN_FILES = 128  # descriptors that the supervisor may have: its own and those o
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
-             [--introspect] [--version]"""
+             [--kdbusfs=MOUNTPOINT] [--introspect] [--version]"""
 
 
 class Settings(msgspec.Struct, frozen=True):
     """The part of the compiled configuration that is acted on once, at start."""
 
+    type: str
     fork: bool
     keep_umask: bool
     syslog: bool
@@ -73,6 +77,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fork", dest="fork", action="store_true", default=None)
     parser.add_argument("--nofork", dest="fork", action="store_false")
     parser.add_argument("--nopidfile", action="store_true")
+    parser.add_argument("--kdbusfs", metavar="MOUNTPOINT")
     for name in ("syslog", "syslog-only", "nosyslog"):
         parser.add_argument(f"--{name}", dest="log", action="store_const", const=name)
     parser.add_argument("--systemd-activation", action="store_true")
@@ -106,6 +111,14 @@ def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
         return spawn(READER, which, {1: outcome, **keep}, stderr), outcome
 
     return read
+
+
+def node_of(settings: Settings) -> Node:
+    """The file of kdbusfs that is this bus: the name says whose it is, as kdbus had it. A session
+    is its owner's alone; who may connect to another bus is for its policy."""
+    name = settings.type if settings.type in ("system", "session") else "bus"
+    uid, gid = os.geteuid(), os.getegid()
+    return Node(f"{uid}-{name}", "bus", 0o600 if name == "session" else 0o666, uid, gid)
 
 
 def _fail(text: str) -> NoReturn:
@@ -255,6 +268,7 @@ def _run(
     if pidfile and Path(pidfile).exists():
         _fail(f"the pid file {pidfile!r} exists: if no bus is running, remove it")
     forks = settings.fork if options.fork is None else options.fork
+    kdbusfs = (os.path.abspath(options.kdbusfs), node_of(settings)) if options.kdbusfs else None
     listeners = _listen(settings)
     ready = _daemonize(settings.keep_umask) if forks else None
     prctl.set_name("kbusd")
@@ -276,7 +290,9 @@ def _run(
             journal.warn(warning)
         try:
             supervisor.start()
-        except (StartError, SandboxError, OSError) as error:
+            if kdbusfs:
+                supervisor.device = Device(*kdbusfs, supervisor)
+        except (StartError, SandboxError, MountError, OSError) as error:
             journal.warn(f"not started: {error}")
             return 1
         printed: set[int] = set()
@@ -294,6 +310,8 @@ def _run(
             _become_quiet()
         return supervisor.run()
     finally:
+        if supervisor.device:
+            supervisor.device.stop()
         supervisor.stop()
         if pidfile:
             with contextlib.suppress(OSError):

@@ -69,6 +69,7 @@ from kbusd.wire import names
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
+MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
@@ -108,13 +109,15 @@ class Bus:
     def worker_started(self, worker: int, pid: int) -> None:
         self.connections[worker] = Connection(worker, pid)
 
-    def assigned(self, worker: int, credentials: Credentials) -> None:
-        """The worker serves a client of these credentials from now on."""
+    def assigned(self, worker: int, credentials: Credentials, hasty: bool = True) -> None:
+        """The worker serves a client of these credentials from now on, who is to say Hello in time
+        if it is `hasty`."""
         connection = self.connections.get(worker)
         if connection is not None:
             connection.credentials = credentials
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
-            self._incomplete[worker] = self._outside.now() + patience
+            if hasty:
+                self._incomplete[worker] = self._outside.now() + patience
 
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
@@ -242,6 +245,8 @@ class Bus:
             raise Violation("said Hello without a client")
         if connection.id != NOT_YET:
             raise Refused(FAILED, "Already handled an Hello message")
+        if message.kdbus is not None and not 0 <= message.kdbus <= MAX_HELLO_FLAGS:
+            raise Violation(f"said Hello with the kdbus flags {message.kdbus}")
         policy = self._policy_for(credentials)
         verdict = policy.can_connect()
         if not verdict.allowed:
@@ -263,11 +268,12 @@ class Bus:
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
         snapshot = self._outside.snapshot()
         connection.policy = policy
+        connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
-        self._outside.append(ConnectionAdded(connection.id, credentials))
+        self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
         name = connection.unique_name
         self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
         self._wake(self.monitors)
@@ -432,6 +438,9 @@ class Bus:
                 (name, tuple(claim.connection.id for claim in queue[1:]))
                 for name, queue in self._queues()
                 if len(queue) > 1
+            ),
+            kdbus=tuple(
+                (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
         )
 

@@ -28,6 +28,7 @@ class Connection:
         "id",
         "introduced",
         "introductions",
+        "kdbus",
         "last_word",
         "matches",
         "monitor",
@@ -44,6 +45,7 @@ class Connection:
         self.credentials: Credentials | None = None
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
+        self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
         self.monitor: tuple[str, ...] | None = None
         self.names: list[str] = []  # owned or waited for, in the order in which they were asked
         self.matches: dict[MatchRule, list[str]] = {}  # with the texts by which it was added

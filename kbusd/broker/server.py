@@ -195,8 +195,8 @@ class Server:
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
                     self._bus.worker_started(worker, pid)
-                case Assigned(worker, credentials):
-                    self._bus.assigned(worker, credentials)
+                case Assigned(worker, credentials, hasty):
+                    self._bus.assigned(worker, credentials, hasty)
                 case WorkerGone(worker, reason):
                     self._forget(worker, reason)
                 case LauncherLine() if len(fds) == 1:

@@ -30,10 +30,13 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ConnectionAdded(Entry, frozen=True, tag="C"):
-    """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id")."""
+    """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id").
+
+    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket."""
 
     id: int
     credentials: Credentials
+    kdbus: int | None = None
 
 
 class ConnectionRemoved(Entry, frozen=True, tag="c"):
@@ -121,6 +124,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     activatable: tuple[str, ...]
     policy_generation: int
     queues: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -133,7 +137,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(Request, frozen=True, tag="hello"):
-    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot."""
+    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot.
+
+    `kdbus` as in ConnectionAdded. It says how the worker wants to be spoken to, and grants nothing."""
+
+    kdbus: int | None = None
 
 
 class RequestName(Request, frozen=True, tag="request_name"):
@@ -308,10 +316,12 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
-    """supervisor -> broker. `worker` now serves a client of these credentials."""
+    """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
+    Hello soon (limit auth_timeout)."""
 
     worker: int
     credentials: Credentials
+    hasty: bool = True
 
 
 class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):
@@ -442,4 +452,160 @@ class Client(msgspec.Struct, frozen=True, array_like=True, tag="client"):
     credentials: Credentials
 
 
-ToWorker = Client
+class Device(msgspec.Struct, frozen=True, array_like=True, tag="device"):
+    """supervisor -> worker. Serve the file that a client has opened: the node of this endpoint
+    ("bus" is a bus's own) of this bus ("0-system"). Its requests come as Asked; end of file on the
+    line: the file is closed.
+
+    `flags`: open(2)'s. `transport`: "fuse" (restricted ioctls, a pool in the page cache) or "cuse"."""
+
+    credentials: Credentials
+    bus: str
+    endpoint: str
+    flags: int
+    transport: str = "fuse"
+
+
+class Node(msgspec.Struct, frozen=True, array_like=True):
+    """A file in the tree of devices: the node of an endpoint, with its owner and access bits."""
+
+    bus: str
+    endpoint: str
+    mode: int
+    uid: int
+    gid: int
+
+
+class Tree(msgspec.Struct, frozen=True, array_like=True, tag="tree"):
+    """supervisor -> worker. Be the tree: answer what the kernel asks of names, and decide who may
+    open what. `first`: the first free number for files; a tree before may have used those below."""
+
+    nodes: tuple[Node, ...]
+    first: int
+
+
+ToWorker = Client | Device | Tree
+
+
+# -- supervisor <-> device worker, tree ------------------------------------------------------
+#
+# A request of the kernel is known by its number (`unique`) and is held by the process that it was
+# passed to, until that answers. Nobody can do anything to a request that it does not hold: whoever
+# tries is ended. What is asked for one that was answered a moment ago is not told apart from that,
+# so a worker asks first and answers then.
+
+
+class Asked(msgspec.Struct, frozen=True, array_like=True, tag="asked"):
+    """A request as the kernel wrote it (kbusd/cuse/requests.py). To a device worker: IOCTL and
+    POLL, to be answered, and INTERRUPT of one of these. To the tree: all those without a file's handle.
+
+    READ, WRITE, FLUSH and RELEASE of a file are the supervisor's: it reads from the Pool, refuses
+    writing (EINVAL), and closes the line."""
+
+    request: bytes
+
+
+class Copied(msgspec.Struct, frozen=True, array_like=True, tag="copied"):
+    """Answers Copy: how many bytes of each range there were, and these one after another, as `data`
+    or, if it is empty, in the sealed memfd that comes with it.
+
+    A range that is short ends at memory that the caller does not have, and those behind it are
+    empty. `errno`, if not 0: the kernel refused altogether."""
+
+    unique: int
+    errno: int
+    sizes: tuple[int, ...]
+    data: bytes
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
+    """Answers Store: it is in the caller's memory; or `errno`, and part of it may be."""
+
+    unique: int
+    errno: int
+
+
+class Given(msgspec.Struct, frozen=True, array_like=True, tag="given"):
+    """Answers Take. fds: one for each number, in order; none if `errno` is not 0: EBADF if the caller
+    has no such descriptor, ELOOP if it is a file of our own tree."""
+
+    unique: int
+    errno: int
+
+
+class Facts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
+    """Answers AskFacts: files of /proc/TID of the caller by their names ("status", "cmdline", ...),
+    as the kernel has them; what can't be read is left out. Links ("exe", "root") as their target."""
+
+    unique: int
+    files: dict[str, bytes]
+
+
+ToDeviceWorker = Asked | Copied | Stored | Given | Facts
+
+
+class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):
+    """-> supervisor. The answer to a request that is held, as the kernel wants it
+    (kbusd/cuse/replies.py). Everything sent before it is done before it, Push and Nudge included."""
+
+    reply: bytes
+
+
+class Copy(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
+    """-> supervisor. Give me (address, bytes) of the caller's memory; as many as 1024 ranges and
+    32 MiB. A range may be longer than needed: it comes back short."""
+
+    unique: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Store(msgspec.Struct, frozen=True, array_like=True, tag="store"):
+    """-> supervisor. Put (address, bytes) into the caller's memory."""
+
+    unique: int
+    parts: tuple[tuple[int, bytes], ...]
+
+
+class Take(msgspec.Struct, frozen=True, array_like=True, tag="take"):
+    """-> supervisor. Give me copies of these descriptors of the caller; 16 at a time."""
+
+    unique: int
+    numbers: tuple[int, ...]
+
+
+class AskFacts(msgspec.Struct, frozen=True, array_like=True, tag="ask_facts"):
+    """-> supervisor. Who is the caller?"""
+
+    unique: int
+
+
+class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
+    """-> supervisor. Whoever polls the file is to ask again."""
+
+
+class Pool(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
+    """-> supervisor, once. fd: a memfd; what it holds is what the client reads of its file, zeros
+    behind its end. The client may have old pages in its cache, till Push."""
+
+
+class Push(msgspec.Struct, frozen=True, array_like=True, tag="push"):
+    """-> supervisor. Renew these bytes of the client's page cache from the Pool."""
+
+    offset: int
+    size: int
+
+
+FromDeviceWorker = Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push
+
+
+class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
+    """tree -> supervisor. The OPEN that it holds is granted: this endpoint, by way of this file."""
+
+    unique: int
+    bus: str
+    endpoint: str
+    node: int
+    flags: int
+
+
+FromTree = Answered | Opened

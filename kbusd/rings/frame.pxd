@@ -9,6 +9,8 @@ cdef enum:
     LARGE = 4    # a D-Bus message whose body is in a sealed memfd on the side socket
     COPY = 5     # of a D-Bus message, for a monitor; `aux`: its true sender
     BULK = 7     # a D-Bus message whose body is in the bulk area; `aux`: where, see bulk.py
+    PARCEL = 9   # a kdbus message (kdbus/parcel.py) for another kdbus client; `serial`: wants an ACK
+    ACK = 10     # `reply_serial`: that parcel is in the pool, or (`aux`) its errno; 0: a call is dropped
 
 cdef struct FrameHead:
     uint32_t length           # of the frame with head and padding

@@ -1,6 +1,8 @@
-"""What can go wrong on the way into a sandbox, told to the admin who has to mend it."""
+"""What can go wrong on the way into a sandbox and in it, told to the admin who has to mend it."""
 
 from __future__ import annotations
+
+import signal
 
 
 class SandboxError(Exception):
@@ -25,3 +27,12 @@ class Unavailable(SandboxError):
             f"make it possible, or set `required = false` under [{feature}] in a copy of the "
             f"profile in /etc/kbusd/profiles"
         )
+
+
+def describe(code: int) -> str:
+    """The exit code of a process in words; a death by SIGSYS is what seccomp does."""
+    if code >= 0:
+        return f"exited with status {code}"
+    name = signal.Signals(-code).name
+    hint = ": a system call that its profile forbids" if name == "SIGSYS" else ""
+    return f"was killed by {name}{hint}"

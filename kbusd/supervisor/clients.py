@@ -14,9 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from select import POLLHUP, poll
 
-from kbusd.rings.entries import Credentials
+from kbusd.rings.entries import Credentials, Opened, Tree
 from kbusd.sandbox import kernel
 
+Client = socket.socket | Opened | Tree  # who connects; who opens a file of kdbusfs; its tree
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
 _MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
@@ -41,16 +42,16 @@ class Clients:
 
     def __init__(self) -> None:
         self.of: Counter[int] = Counter()
-        self._queues: dict[int, deque[tuple[Credentials, socket.socket]]] = {}  # by uid, in turn
+        self._queues: dict[int, deque[tuple[Credentials, Client]]] = {}  # by uid, in turn
 
     def waiting(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    def add(self, credentials: Credentials, client: socket.socket) -> None:
+    def add(self, credentials: Credentials, client: Client) -> None:
         self.of[credentials.uid] += 1
         self._queues.setdefault(credentials.uid, deque()).append((credentials, client))
 
-    def next(self, may: Callable[[int], bool]) -> tuple[Credentials, socket.socket] | None:
+    def next(self, may: Callable[[int], bool]) -> tuple[Credentials, Client] | None:
         """The next client of a uid that may have a worker now."""
         while (uid := next(filter(may, self._queues), None)) is not None:
             queue = self._queues.pop(uid)
@@ -58,6 +59,8 @@ class Clients:
             if queue:
                 self._queues[uid] = queue  # behind the others
             there = poll()
+            if not isinstance(client, socket.socket):
+                return credentials, client
             there.register(client, POLLHUP)
             if not there.poll(0):
                 return credentials, client

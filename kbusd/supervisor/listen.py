@@ -92,7 +92,4 @@ def _passed() -> list[Listener]:
 
 def _escape(value: str | bytes) -> str:
     """Escape a value for an address (D-Bus Specification, "Server Addresses")."""
-    characters = (
-        chr(byte) if byte in _UNESCAPED else f"%{byte:02x}" for byte in os.fsencode(value)
-    )
-    return "".join(characters)
+    return "".join(chr(b) if b in _UNESCAPED else f"%{b:02x}" for b in os.fsencode(value))

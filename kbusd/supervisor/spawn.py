@@ -48,12 +48,3 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
     ours = os.path.dirname(next(iter(kbusd.__path__)))
     path = [ours, *(each for each in sys.path if each and each != ours)]
     return [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments]
-
-
-def describe(code: int) -> str:
-    """The exit code of a process in words; a death by SIGSYS is what seccomp does."""
-    if code >= 0:
-        return f"exited with status {code}"
-    name = signal.Signals(-code).name
-    hint = ": a system call that its profile forbids" if name == "SIGSYS" else ""
-    return f"was killed by {name}{hint}"

@@ -32,10 +32,12 @@ from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line, LineError, adopt, close_all, pair
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
+from kbusd.sandbox.errors import describe
 from kbusd.supervisor.clients import Clients, credentials_of
+from kbusd.supervisor.device import Device
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
-from kbusd.supervisor.spawn import describe, spawn
+from kbusd.supervisor.spawn import spawn
 
 BROKER = "kbusd.broker"
 LAUNCHER = "kbusd.supervisor.launcher"
@@ -43,11 +45,9 @@ READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
 SPARE_WORKERS = 4  # a connect costs a hand-over while these last; forking one takes about 2 ms
-MAX_LOST = (
-    12  # spare workers and zygotes that end by themselves in that time: it will not get better
-)
-LOST_SECONDS = 10.0
-FDS_PER_WORKER = 3  # line, pidfd, and a client that waits
+MAX_LOST = 12  # spare workers and zygotes, by themselves, in
+LOST_SECONDS = 10.0  # that time: it will not get better
+FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once more and a pool
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
@@ -112,6 +112,7 @@ class Supervisor:
         self.clients = Clients()
         self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
         self.pause_until = 0.0
+        self.device: Device | None = None  # for clients that open a file and not a socket
 
     # -- start and end -------------------------------------------------------------------------
 
@@ -212,6 +213,8 @@ class Supervisor:
         for module, line in self.lines.items():
             events = POLLIN | POLLOUT if line.queue else POLLIN
             yield line.fileno(), events, partial(self._receive, module)
+        if self.device:
+            yield self.device.bell, POLLIN, self.device.attend
         if self.journal.pipe >= 0:
             yield self.journal.pipe, POLLIN, self.journal.relay
         if self.clients.waiting() < self.max_workers and self.pause_until <= time.monotonic():
@@ -226,14 +229,14 @@ class Supervisor:
         line = self.lines[module]
         try:
             while (received := line.receive()) is not None:
-                self._said(*received)
+                self.said(*received)
         except (EOFError, LineError) as error:
             if isinstance(error, LineError):
                 self.journal.warn(f"{module}: {error}")
             # It ends by that, if it has not already, and waitpid will say so.
             self.lines.pop(module).close()
 
-    def _said(self, message: msgspec.Struct, fds: list[int]) -> None:
+    def said(self, message: msgspec.Struct, fds: list[int]) -> None:
         """What broker and zygote say; which of these each may say is settled by its line's type."""
         match message, fds:
             case entries.BrokerReady(), [log_fd] if self.log_fd < 0:
@@ -290,10 +293,14 @@ class Supervisor:
             credentials, client = turn
             worker = self.spare.popleft()
             worker.client = credentials
-            self.incomplete[worker.number] = credentials.uid
-            self._tell(BROKER, entries.Assigned(worker.number, credentials))
-            with client, suppress(OSError):
-                worker.line.send(entries.Client(credentials), [client.fileno()])
+            hasty = isinstance(client, socket)
+            self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty))
+            if isinstance(client, socket):
+                self.incomplete[worker.number] = credentials.uid
+                with client, suppress(OSError):
+                    worker.line.send(entries.Client(credentials), [client.fileno()])
+            elif self.device:
+                self.device.employ(worker, client, credentials)
 
     def _may_have_a_worker(self, uid: int) -> bool:
         """No uid takes more than half of what is left of the places for those without a Hello."""
@@ -312,8 +319,7 @@ class Supervisor:
         self.incomplete.pop(number, None)
         if worker is None:
             return
-        code = os.waitstatus_to_exitcode(status)
-        reason = "" if code == 0 else describe(code)
+        reason = describe(os.waitstatus_to_exitcode(status)) if status else ""
         if reason:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:

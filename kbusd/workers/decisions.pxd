@@ -20,6 +20,7 @@ cdef class Route:
     cdef long long matches
 
 cdef class Template:
+    cdef bytes raw  # the envelope, encoded
     cdef bytes header
     cdef bytes signature
     cdef size_t header_length

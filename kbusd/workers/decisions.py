@@ -170,6 +170,7 @@ def _fill(template: Template, raw, sender, fds):
         )
     except (ValueError, msgspec.MsgspecError) as error:
         raise HostilePeer(f"an envelope that breaks a rule: {error}") from None
+    template.raw = raw
     template.header = header
     template.header_length = len(header)
     template.signature = envelope.signature.encode()

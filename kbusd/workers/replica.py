@@ -72,14 +72,15 @@ class Watch:
 
 class Connection:
     """A client that has said Hello. `names` are those that it owns, `waits_for` those in whose queue
-    it is."""
+    it is. `kdbus`: HELLO flags of one that came by a kdbus node."""
 
-    __slots__ = ("credentials", "id", "matches", "name", "names", "waits_for")
+    __slots__ = ("credentials", "id", "kdbus", "matches", "name", "names", "waits_for")
 
-    def __init__(self, id: int, credentials: Credentials) -> None:
+    def __init__(self, id: int, credentials: Credentials, kdbus: int | None = None) -> None:
         self.id = id
         self.name = unique_name(id)
         self.credentials = credentials
+        self.kdbus = kdbus
         self.names: frozenset[str] = _NO_NAMES
         self.waits_for: frozenset[str] = _NO_NAMES
         self.matches: tuple[Watch, ...] = ()
@@ -280,8 +281,9 @@ class Replica:
         self._index = None
         self._mine = MatchIndex()
         self._group_lists = {}
+        kdbus = dict(snapshot.kdbus)
         for id, credentials in snapshot.connections:
-            self._add_connection(id, credentials)
+            self._add_connection(id, credentials, kdbus.get(id))
         for name, owner in snapshot.names:
             self._change_owner(name, NOBODY, owner)
         for name, waiting in snapshot.queues:
@@ -297,8 +299,8 @@ class Replica:
     def apply(self, entry: LogEntry) -> None:
         """Take over one log entry. Raises ReplicaError if it contradicts the state."""
         match entry:
-            case ConnectionAdded(id, credentials):
-                self._add_connection(id, credentials)
+            case ConnectionAdded(id, credentials, kdbus):
+                self._add_connection(id, credentials, kdbus)
             case ConnectionRemoved(id):
                 self._remove_connection(id)
             case NameOwnerChanged(name, old, new, waiting):
@@ -317,13 +319,13 @@ class Replica:
             case PolicyChanged(generation):
                 self.policy_generation = generation
 
-    def _add_connection(self, id: int, credentials: Credentials) -> None:
+    def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
             raise ReplicaError(f"connection {id} was added twice")
         groups = self._group_lists.setdefault(credentials.groups, credentials.groups)
         if groups is not credentials.groups:
             credentials = msgspec.structs.replace(credentials, groups=groups)
-        self.connections[id] = Connection(id, credentials)
+        self.connections[id] = Connection(id, credentials, kdbus)
 
     def _remove_connection(self, id: int) -> None:
         if id in self.monitors:

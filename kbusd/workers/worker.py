@@ -17,6 +17,7 @@ from kbusd.rings import entries
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth
+from kbusd.workers import kdbus_device, tree
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal
@@ -50,11 +51,26 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
 
 
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
-    """Wait for a client on `hand_over` and serve it to its end."""
-    assigned = _wait_for_client(hand_over)
-    if assigned is None:
-        return
-    credentials, client = assigned
+    """Wait for what is to be done, from `hand_over`, and do it to its end."""
+    match _wait_for_work(hand_over):
+        case entries.Client(credentials), [fd]:
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+            _serve_socket(context, engine, hand_over, line, credentials, client)
+        case entries.Device() as device, []:
+            kdbus_device.serve(context, engine, device, hand_over.sock, line)
+        case entries.Tree() as start, []:
+            line.close()  # it has nothing to say to the broker
+            tree.serve(hand_over.sock, start)
+
+
+def _serve_socket(
+    context: Context,
+    engine: DBusSocket,
+    hand_over: Line,
+    line: Line,
+    credentials: entries.Credentials,
+    client: socket.socket,
+) -> None:
     started = _authenticate(context, credentials, client, hand_over.sock)
     if isinstance(started, str):
         line.send(entries.Leaving(0, started))
@@ -68,8 +84,10 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
     engine.serve(client.fileno(), hand_over.fileno(), credentials, rest, fds, unix_fds)
 
 
-def _wait_for_client(line: Line) -> tuple[entries.Credentials, socket.socket] | None:
-    """The client that the supervisor hands over, None if it closes the line instead."""
+def _wait_for_work(
+    line: Line,
+) -> tuple[entries.Client | entries.Device | entries.Tree, list[int]] | None:
+    """What the supervisor wants of us, None if it closes the line instead."""
     poller = select.epoll(flags=select.EPOLL_CLOEXEC)
     with poller:
         poller.register(line.fileno(), select.EPOLLIN)
@@ -80,8 +98,7 @@ def _wait_for_client(line: Line) -> tuple[entries.Credentials, socket.socket] | 
                 received = line.receive()
             except EOFError:
                 return None
-    message, (fd,) = received
-    return message.credentials, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+    return received
 
 
 def _authenticate(

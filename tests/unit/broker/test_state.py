@@ -187,6 +187,7 @@ def hostile_requests() -> st.SearchStrategy[e.Request]:
     kinds = {
         str: text,
         int: numbers | st.integers(-2, 4),
+        int | None: st.none() | numbers | st.integers(0, 15),
         bool: st.booleans(),
         dict[str, str]: st.dictionaries(text, text, max_size=5),
         tuple[str, ...]: st.lists(text, max_size=5).map(tuple),

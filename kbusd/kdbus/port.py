@@ -1,0 +1,117 @@
+"""What a connection (`session.py`) asks of the process that called it and of the bus.
+
+Whoever runs a session implements these: a worker with its lines and rings, a test in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from kbusd.kdbus import bloom, metadata
+from kbusd.kdbus.parcel import Parcel
+from kbusd.kdbus.waits import Wait
+
+
+class Caller(Protocol):
+    """The process that waits in ioctl(2)."""
+
+    tid: int
+    waits_for: Wait[Any] | None
+    """What a signal to the caller is to fail with Interrupted; None: nothing that could be given up."""
+
+    async def peek(self, address: int, least: int, most: int) -> bytes:
+        """Its memory from `address`, as much as there is. Raises Errno EFAULT if below `least`."""
+
+    async def copy(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Its memory at each (address, bytes). Raises Errno EFAULT."""
+
+    async def take(self, numbers: Sequence[int]) -> list[int]:
+        """Copies of its descriptors, ours to close. Raises Errno: EBADF; EOPNOTSUPP for our own files."""
+
+
+class Known(msgspec.Struct, frozen=True):
+    """A connection as the bus knows it. `flags` are its HELLO flags; `kdbus`: it has a pool."""
+
+    id: int
+    uid: int
+    names: frozenset[str]
+    creds: metadata.Creds
+    pids: metadata.Pids
+    groups: tuple[int, ...]
+    label: bytes | None
+    flags: int = 0
+    kdbus: bool = True
+
+
+class Memory(Protocol):
+    """What the client maps."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Into the pool; the client may not see it yet."""
+
+    def push(self, offset: int, size: int) -> None:
+        """The client is to see these bytes as soon as the command has ended."""
+
+
+class Bus(Protocol):
+    """The bus, as one connection sees it. What is async may wait; all may raise Errno."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def uuid(self) -> bytes: ...
+    @property
+    def bloom(self) -> bloom.Parameter: ...
+    @property
+    def flags(self) -> int:
+        """Those of BUS_MAKE."""
+
+    def clock(self) -> tuple[int, int]:
+        """CLOCK_MONOTONIC and CLOCK_REALTIME in nanoseconds."""
+
+    def make_pool(self, size: int) -> Memory:
+        """Zeroes. Raises Errno ENOMEM."""
+
+    def creator(self) -> metadata.Metadata:
+        """Who made the bus."""
+
+    async def connect(self, caller: Caller, description: bytes | None) -> tuple[int, bytes]:
+        """Be a connection of the bus; its id, and what its process says of itself (About)."""
+
+    def leave(self) -> None:
+        """The connection ends."""
+
+    async def acquire(self, name: str, flags: int) -> int:
+        """RequestName; the result as D-Bus has it."""
+
+    async def release(self, name: str) -> int:
+        """ReleaseName; the result as D-Bus has it."""
+
+    async def subscribe(self, signals: bool, on: bool) -> None:
+        """Whether signals to all are to be handed to `receive`, or else what the bus announces."""
+
+    def owner(self, name: str) -> int | None:
+        """The id of a name's owner."""
+
+    async def start_service(self, caller: Caller, name: str) -> int | None:
+        """Have somebody started who takes an unowned name; the owner, None if nobody could be.
+
+        May take as long as a service likes: raises Interrupted if the caller gets a signal."""
+
+    def find(self, id: int) -> Known | None: ...
+    def everybody(self) -> Iterable[Known]: ...
+
+    async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """Into another connection's pool. Raises Errno if it is not there."""
+
+    async def publish(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """To all who subscribed and may receive it."""
+
+    def forsake(self, caller: int, cookie: int) -> None:
+        """A call that this connection got will not be answered."""
+
+    def close(self, fds: Iterable[int]) -> None:
+        """Let go of descriptors."""

@@ -1,0 +1,718 @@
+"""One open file of a bus's node: from the commands of its client to the bus, and from the bus to its pool.
+
+Without any I/O: a command is a coroutine (`waits.py`), and what it needs of its caller and of the bus
+is asked through the protocols of `port.py`. What the client wrote is decoded by `commands.py`, which
+trusts nothing; what another connection sent is for the bus to check, which hands it to `receive`.
+
+    ioctl       a command of the client            poll      what poll(2) says now
+    receive     a message of another connection    deadline, tick      calls without a reply
+    name_changed, id_added, id_removed             what the bus announces, and who is gone
+
+Source: kdbus.connection(7), kdbus.message(7), ipc/kdbus/connection.c. What differs:
+- No descriptor can be put into the client: a message's are told as incomplete (-1), and a memfd's bytes
+  are handed over as a vector.
+- The flags of other connections' names are not known; they are shown as PRIMARY.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from kbusd.kdbus import abi, commands, handle, layout, match, message, metadata, ownership
+from kbusd.kdbus import parcel as parcels
+from kbusd.kdbus.calls import Call, Calls
+from kbusd.kdbus.commands import SPECS, Spec
+from kbusd.kdbus.errors import Errno, Poke
+from kbusd.kdbus.handle import State
+from kbusd.kdbus.parcel import Parcel
+from kbusd.kdbus.pool import KERNEL_USER, Pool, Quota, Slice
+from kbusd.kdbus.port import Bus, Caller, Known
+from kbusd.kdbus.queue import Queue
+from kbusd.kdbus.waits import Interrupted, Wait
+
+PAGE = 4096
+MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
+PEEK = 1024  # bytes that are fetched at once where the size is not known yet
+READABLE = select.POLLIN | select.POLLRDNORM
+WRITABLE = select.POLLOUT | select.POLLWRNORM
+HUNG_UP = select.POLLERR | select.POLLHUP
+
+
+class Done(msgspec.Struct, frozen=True):
+    """A command is carried out. `stores` (address, bytes) go into the caller's memory."""
+
+    stores: tuple[tuple[int, bytes], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A message in the queue. `expects` is what its sender waits for: (id, cookie)."""
+
+    slice: Slice
+    user: int
+    memory: int
+    return_flags: int = 0
+    expects: tuple[int, int] | None = None
+
+
+class Session:
+    """`owner`: the opener owns the bus or is privileged; `custom`: the node is a custom endpoint's."""
+
+    def __init__(self, bus: Bus, owner: bool = False, custom: bool = False) -> None:
+        self.bus = bus
+        self.state = State.ENDPOINT
+        self.id = 0
+        self.arrived = 0
+        """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
+        self._owner = owner
+        self._custom = custom
+        self._entering = False
+        self._about = b""
+        self._accept_fd = False
+        self._attach_send = self._attach_recv = 0
+        self._queue: Queue[Entry] = Queue()
+        self._matches = match.Matches()
+        # Of matches about signals (True), and about what the bus announces (False).
+        self._cookies: dict[bool, list[int]] = {True: [], False: []}
+        self._names: dict[str, int] = {}  # NAME flags of names owned or waited for
+        self._calls = Calls()
+        self._waiting: dict[Call, Wait[Slice]] = {}  # those in a synchronous SEND
+        self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
+
+    @property
+    def accepts_fds(self) -> bool:
+        """Whether messages with descriptors may be handed to `receive`."""
+        return self._accept_fd
+
+    # -- poll(2) -------------------------------------------------------------------------------
+
+    def poll(self) -> int:
+        """The events that hold now."""
+        if self.state != State.CONNECTION:
+            return HUNG_UP
+        return WRITABLE | (READABLE if self._queue.readable else 0)
+
+    # -- commands ------------------------------------------------------------------------------
+
+    async def ioctl(self, caller: Caller, command: int, address: int, data: bytes) -> Done:
+        """Carry out a command whose struct is at `address` and begins with `data`.
+
+        Raises Errno, whose pokes are relative to `address`, or Interrupted."""
+        handle.check(command, self.state, owner=self._owner)
+        spec = SPECS[command]
+        whole = await self._fetch(caller, spec, address, data)
+        pokes: tuple[Poke, ...]
+        if command == abi.CMD_SEND:
+            return await self._send(caller, address, whole)
+        match command:
+            case abi.CMD_HELLO:
+                pokes = await self._hello(caller, whole)
+            case abi.CMD_ENDPOINT_MAKE:
+                pokes = commands.decode_endpoint_make(whole).pokes
+                raise Errno(errno.EOPNOTSUPP, "custom endpoints can't be made yet", pokes)
+            case abi.CMD_BYEBYE:
+                pokes = self._byebye(whole)
+            case abi.CMD_RECV:
+                pokes = self._recv(whole)
+            case abi.CMD_FREE:
+                free = commands.decode_free(whole)
+                pokes = free.pokes
+                if free.value is not None:
+                    with _writing(pokes):
+                        self._pool.free(free.value)
+            case abi.CMD_NAME_ACQUIRE:
+                pokes = await self._acquire(whole)
+            case abi.CMD_NAME_RELEASE:
+                pokes = await self._release(whole)
+            case abi.CMD_MATCH_ADD:
+                pokes = await self._add_match(whole)
+            case abi.CMD_MATCH_REMOVE:
+                pokes = await self._remove_match(whole)
+            case abi.CMD_LIST:
+                listed = commands.decode_list(whole)
+                pokes = listed.pokes
+                if listed.value is not None:
+                    with _writing(pokes):
+                        pokes += commands.list_result(*self._show(self._list(listed.value)))
+            case abi.CMD_CONN_INFO:
+                pokes = self._info(whole)
+            case abi.CMD_BUS_CREATOR_INFO:
+                pokes = self._creator(whole)
+            case _:
+                pokes = self._update(whole)
+        return Done(_at(address, pokes))
+
+    async def _fetch(self, caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
+        """All bytes of a struct that begins with `data`."""
+        if len(data) < 8 and address % 8 == 0:
+            data = await caller.peek(address, 8, PEEK)
+        size = commands.total_size(spec, address, data[:8] if data else bytes(8))
+        if size > len(data):
+            (rest,) = await caller.copy([(address + len(data), size - len(data))])
+            data += rest
+        return data[:size]
+
+    async def _hello(self, caller: Caller, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_hello(whole)
+        hello = decoded.value
+        if hello is None:
+            return decoded.pokes
+        with _writing(decoded.pokes):
+            owner = self._owner and not self._custom
+            admitted = commands.check_hello(hello, owner, self._custom, PAGE)
+            if hello.kind or hello.creds or hello.pids or hello.label is not None:
+                raise Errno(errno.EOPNOTSUPP, "special connections and faked metadata are missing")
+            if self._entering:
+                raise Errno(errno.EBADFD, "HELLO while another one is carried out")
+            memory = self.bus.make_pool(hello.pool_size)
+            self._entering = True
+            try:
+                id, about = await self.bus.connect(caller, hello.description)
+            finally:
+                self._entering = False
+            self.id, self._about, self._memory = id, about, memory
+            self.state = State.CONNECTION
+            self._pool = Pool(hello.pool_size)
+            self._quota = Quota(self._pool)
+            self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
+            self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
+            offset, size = self._show(commands.bloom_item(self.bus.bloom))
+            result = commands.hello_result(self.bus.flags, id, offset, size, self.bus.uuid)
+        return decoded.pokes + result
+
+    def _byebye(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_byebye(whole)
+        if decoded.value is not None:
+            with _writing(decoded.pokes):
+                if len(self._queue):
+                    raise Errno(errno.EBUSY, "BYEBYE with messages in the queue")
+                if self._waiting:
+                    raise Errno(errno.EBUSY, "BYEBYE while a reply is waited for")
+            self.end()
+        return decoded.pokes
+
+    def _recv(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_recv(whole)
+        recv = decoded.value
+        if recv is None:
+            return decoded.pokes
+        lost = self._queue.take_lost()
+        try:
+            ticket, entry = self._queue.peek(recv.priority)
+        except Errno as error:
+            pokes = decoded.pokes + commands.recv_result(*self._pool.empty, 0, lost)
+            raise Errno(error.errno, error.text, pokes) from None
+        if recv.flags & abi.RECV_DROP:
+            self._unqueue(ticket)
+            self._pool.release(entry.slice)
+            if entry.expects is not None:
+                caller, cookie = entry.expects
+                if self._owed.get(caller, {}).pop(cookie, None) is not None:
+                    self.bus.forsake(caller, cookie)
+            return decoded.pokes + commands.recv_result(*self._pool.empty, 0, lost)
+        offset, size = self._pool.publish(entry.slice)
+        self._memory.push(offset, size)
+        flags = 0
+        if not recv.flags & abi.RECV_PEEK:
+            flags = entry.return_flags
+            self._unqueue(ticket)
+            self._pool.release(entry.slice)
+        return decoded.pokes + commands.recv_result(offset, size, flags, lost)
+
+    def _unqueue(self, ticket: int) -> None:
+        entry = self._queue.remove(ticket)
+        self._quota.remove(entry.user, entry.memory, 0)
+
+    async def _acquire(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_name_acquire(whole)
+        wanted = decoded.value
+        if wanted is None:
+            return decoded.pokes
+        with _writing(decoded.pokes):
+            waited = bool(self._names.get(wanted.name, 0) & abi.NAME_IN_QUEUE)
+            result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
+            try:
+                flags = ownership.acquired(result, wanted.flags, waited)
+            except Errno:
+                self._names.pop(wanted.name, None)
+                raise
+            self._names[wanted.name] = flags & ~abi.NAME_ACQUIRED
+        return (*decoded.pokes, commands.return_flags(flags))
+
+    async def _release(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_name_release(whole)
+        if decoded.value is not None:
+            with _writing(decoded.pokes):
+                ownership.check_released(await self.bus.release(decoded.value))
+                self._names.pop(decoded.value, None)
+        return decoded.pokes
+
+    async def _add_match(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_match_add(whole, self.bus.bloom.size)
+        added = decoded.value
+        if added is None:
+            return decoded.pokes
+        with _writing(decoded.pokes):
+            for_signals = not any(
+                isinstance(rule, match.NameChange | match.IdChange) for rule in added.rules
+            )
+            cookies = self._cookies[for_signals]
+            if not cookies:
+                await self.bus.subscribe(for_signals, True)
+            self._matches.add(added.cookie, added.rules, added.replace)
+            cookies.append(added.cookie)
+        return decoded.pokes
+
+    async def _remove_match(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_match_remove(whole)
+        cookie = decoded.value
+        if cookie is None:
+            return decoded.pokes
+        with _writing(decoded.pokes):
+            self._matches.remove(cookie)
+            for kind, cookies in self._cookies.items():
+                left = [each for each in cookies if each != cookie]
+                self._cookies[kind] = left
+                if cookies and not left:
+                    await self.bus.subscribe(kind, False)
+        return decoded.pokes
+
+    def _list(self, flags: int) -> bytes:
+        everybody = (
+            message.Listed(
+                known.id,
+                known.flags,
+                tuple(self._owned(known.id, name) for name in sorted(known.names)),
+            )
+            for known in self.bus.everybody()
+        )
+        return message.name_list(everybody, flags)
+
+    def _owned(self, id: int, name: str) -> metadata.OwnedName:
+        flags = self._names.get(name, 0) if id == self.id else 0
+        return metadata.OwnedName(name, flags | abi.NAME_PRIMARY)
+
+    def _info(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_conn_info(whole)
+        asked = decoded.value
+        if asked is None:
+            return decoded.pokes
+        with _writing(decoded.pokes):
+            id: int | None = asked.id
+            if asked.name is not None:
+                id = self.bus.owner(asked.name)
+                if id is None:
+                    raise Errno(errno.ESRCH, f"nobody owns {asked.name}")
+            known = self.bus.find(id or 0)
+            if known is None:
+                raise Errno(errno.ENXIO, f"there is no connection {id}")
+            own = known.id == self.id
+            about = parcels.decode_about(self._about if own else b"")
+            offered = self._attach_send if own else 0
+            mask = metadata.granted(offered, asked.attach_flags, False) & ~abi.ATTACH_TIMESTAMP
+            items = metadata.build_items(self._metadata(known, about), mask)
+            data = message.info(known.id, known.flags, items)
+            return decoded.pokes + commands.info_result(*self._show(data))
+
+    def _creator(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_bus_creator_info(whole)
+        if decoded.value is None:
+            return decoded.pokes
+        with _writing(decoded.pokes):
+            items = metadata.build_items(self.bus.creator(), decoded.value)
+            data = message.bus_info(0, self.bus.flags, self.bus.name, items)
+            return decoded.pokes + commands.info_result(*self._show(data))
+
+    def _update(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_update(whole, 0)
+        update = decoded.value
+        if update is not None:
+            if update.attach_send is not None:
+                self._attach_send = update.attach_send
+            if update.attach_recv is not None:
+                self._attach_recv = update.attach_recv
+        return decoded.pokes
+
+    def _show(self, data: bytes) -> tuple[int, int]:
+        """Put an answer into the pool; the client is to free it. Raises Errno."""
+        if not data:
+            return self._pool.empty
+        slice = self._pool.alloc(len(data), accounted=False)
+        self._memory.write(slice.offset, data)
+        self._memory.push(slice.offset, len(data))
+        shown = self._pool.publish(slice)
+        self._pool.release(slice)
+        return shown
+
+    # -- sending -------------------------------------------------------------------------------
+
+    async def _send(self, caller: Caller, address: int, whole: bytes) -> Done:
+        decoded = commands.decode_send(whole)
+        if decoded.value is None:
+            return await self._negotiate(caller, address, whole, decoded.pokes)
+        send = decoded.value
+        with _writing(decoded.pokes):
+            data = await self._fetch(caller, commands.MESSAGE, send.address, b"")
+            parsed = commands.parse_message(data)
+            sync = bool(send.flags & abi.SEND_SYNC_REPLY)
+            if send.cancel_fd is not None:
+                raise Errno(errno.EOPNOTSUPP, "descriptors that cancel a SEND are missing")
+            found = message.examine(parsed, sync, self.id, self.bus.bloom.size)
+            call = self._calls.resume(found.header.cookie) if sync else None
+            if call is not None:
+                answered: Slice | None = await self._wait(caller, call, Wait())
+            else:
+                answered = await self._post(caller, found, sync)
+        result = self._pool.empty
+        if answered is not None:
+            result = self._pool.publish(answered)
+            self._memory.push(*result)
+            self._pool.release(answered)
+        pokes = decoded.pokes
+        if sync:
+            pokes += commands.send_result(*result, 0)
+        return Done(_at(address, pokes))
+
+    async def _negotiate(
+        self, caller: Caller, address: int, whole: bytes, pokes: tuple[Poke, ...]
+    ) -> Done:
+        """A SEND that only asks what SEND and messages may look like."""
+        at = commands.negotiated_message(whole)
+        stores = _at(address, pokes)
+        if at:
+            with _writing(pokes):
+                data = await self._fetch(caller, commands.MESSAGE, at, b"")
+                stores += _at(at, commands.parse(commands.MESSAGE, data).pokes)
+        return Done(stores)
+
+    async def _post(self, caller: Caller, found: message.Message, sync: bool) -> Slice | None:
+        """Send a message that has been examined; the reply, if it is `sync`."""
+        header = found.header
+        broadcast = header.dst_id == abi.DST_ID_BROADCAST
+        memfds = [part.fd for part in found.parts if isinstance(part, message.Memfd)]
+        vectors = [
+            (part.address, part.size)
+            for part in found.parts
+            if isinstance(part, message.Vector) and part.address
+        ]
+        fds = await caller.take([*memfds, *found.fds]) if memfds or found.fds else []
+        try:
+            data = b"".join(await caller.copy(vectors)) if vectors else b""
+            to = None if broadcast else await self._destination(caller, found)
+            dst_id = header.dst_id if to is None else to.id
+            parcel = parcels.pack(found, self._attach_send, self.bus.clock(), self._about, dst_id)
+            if to is None:
+                await self.bus.publish(parcel, data, fds)
+            elif header.flags & abi.MSG_EXPECT_REPLY:
+                return await self._call(caller, to, parcel, data, fds, sync)
+            elif parcel.is_reply:
+                await self._reply(to, parcel, data, fds)
+            else:
+                await self.bus.send(to, parcel, data, fds)
+        finally:
+            self.bus.close(fds)
+        return None
+
+    async def _destination(self, caller: Caller, found: message.Message) -> Known:
+        """Who is to get it (kdbus_pin_dst). Raises Errno: ESRCH, EADDRNOTAVAIL, EREMCHG, ENXIO."""
+        id, name = found.header.dst_id, found.dst_name
+        if name is not None:
+            owner = self.bus.owner(name)
+            if owner is None and not found.header.flags & abi.MSG_NO_AUTO_START:
+                owner = await self.bus.start_service(caller, name)
+            if owner is None:
+                raise Errno(errno.ESRCH, f"nobody owns {name}")
+            if id not in (abi.DST_ID_NAME, owner):
+                raise Errno(errno.EREMCHG, f"{name} is owned by {owner}, not by {id}")
+            id = owner
+        known = self.bus.find(id)
+        if known is None:
+            raise Errno(errno.ENXIO, f"there is no connection {id}")
+        return known
+
+    async def _call(
+        self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
+    ) -> Slice | None:
+        call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
+        self._calls.add(call)
+        wait: Wait[Slice] = Wait()
+        if sync:
+            self._waiting[call] = wait
+        try:
+            await self.bus.send(to, parcel, data, fds)
+        except Errno:
+            self._calls.remove(call)
+            self._waiting.pop(call, None)
+            raise
+        return await self._wait(caller, call, wait) if sync else None
+
+    async def _wait(self, caller: Caller, call: Call, wait: Wait[Slice]) -> Slice:
+        """The reply to a synchronous call. Raises Errno: ETIMEDOUT, EPIPE; Interrupted."""
+        self._waiting[call] = caller.waits_for = wait
+        try:
+            return await wait
+        except Interrupted:
+            call.interrupted = True
+            raise
+        finally:
+            caller.waits_for = None
+            self._waiting.pop(call, None)
+
+    async def _reply(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """Answer a call, which can be done once and in its time."""
+        owed, cookie = self._owed.get(to.id, {}), parcel.reply_or_timeout
+        deadline = owed.pop(cookie, 0)
+        if deadline <= self.bus.clock()[0]:
+            raise Errno(errno.EBADSLT, f"a reply to {cookie} of {to.id}, which nobody waits for")
+        try:
+            await self.bus.send(to, parcel, data, fds)
+        except Errno:
+            owed[cookie] = deadline
+            raise
+
+    # -- receiving -----------------------------------------------------------------------------
+
+    def receive(
+        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+    ) -> None:
+        """A message of `source`; `parts` are its payload: bytes, or a number of zeroes.
+
+        Raises Errno, which is for the sender; and ParcelError, if that is not an honest one. What
+        was sent to all is lost in silence if it has no room."""
+        broadcast = parcel.dst_id == abi.DST_ID_BROADCAST
+        if parcel.flags & abi.MSG_SIGNAL:
+            filter = parcels.filter_of(parcel)
+            signal = match.Signal(source.id, parcel.dst_id, source.names, filter)
+            if not self._matches.admits(signal):
+                return
+        if parcel.fds and not self._accept_fd:
+            raise Errno(errno.ECOMM, f"connection {self.id} does not accept descriptors")
+        if parcel.is_reply:
+            self._receive_reply(source, parcel, parts, seqnum)
+            return
+        most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
+        if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
+            raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
+        try:
+            entry = self._enqueue(source, parcel, parts, seqnum)
+        except Errno:
+            if broadcast:
+                self._lose()
+                return
+            raise
+        if parcel.flags & abi.MSG_EXPECT_REPLY:
+            entry.expects = source.id, parcel.cookie
+            self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
+
+    def _receive_reply(
+        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+    ) -> None:
+        call = self._calls.take(source.id, parcel.reply_or_timeout)
+        wait = self._waiting.get(call)
+        if wait is None:
+            self._enqueue(source, parcel, parts, seqnum)
+            return
+        try:
+            slice = self._place(source, parcel, parts, seqnum, accounted=False)
+        except Errno as error:
+            wait.fail(error)
+            raise
+        wait.done(slice)
+
+    def _enqueue(
+        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+    ) -> Entry:
+        user = source.uid + 1
+        if parcel.fds:  # none is kept, so that none is accounted; more than that is the sender's
+            self._quota.check(user, 0, parcel.fds)
+        slice = self._place(source, parcel, parts, seqnum, accounted=True, user=user)
+        entry = Entry(slice, user, slice.size)
+        if parcel.fds:
+            entry.return_flags = abi.RECV_RETURN_INCOMPLETE_FDS
+        self._queue.push(entry, parcel.priority)
+        self.arrived += 1
+        return entry
+
+    def _place(
+        self,
+        source: Known,
+        parcel: Parcel,
+        parts: Sequence[bytes | int],
+        seqnum: int,
+        accounted: bool,
+        user: int = KERNEL_USER,
+    ) -> Slice:
+        """Lay a message out in the pool."""
+        about = parcels.decode_about(parcel.about)
+        known = msgspec.structs.replace(
+            self._metadata(source, about), timestamp=metadata.Timestamp(seqnum, *parcel.sent)
+        )
+        mask = metadata.granted(parcel.offered, self._attach_recv, False)
+        header = message.Header(
+            parcel.flags,
+            parcel.priority,
+            parcel.dst_id,
+            source.id,
+            parcel.payload_type,
+            parcel.cookie,
+            parcel.reply_or_timeout,
+        )
+        placed = message.place(
+            header,
+            [
+                message.Vector(part, 0) if isinstance(part, int) else message.Vector(len(part), 1)
+                for part in parts
+            ],
+            parcel.fds,
+            parcel.dst_name,
+            attached=metadata.build_items(known, mask),
+        )
+        return self._store(placed, [p for p in parts if isinstance(p, bytes)], accounted, user)
+
+    def _store(
+        self, placed: message.Placed, vectors: Sequence[bytes], accounted: bool, user: int
+    ) -> Slice:
+        if accounted:
+            self._quota.add(user, layout.align8(placed.size), 0)
+        try:
+            slice = self._pool.alloc(placed.size, accounted)
+        except Errno:
+            if accounted:
+                self._quota.remove(user, layout.align8(placed.size), 0)
+            raise
+        whole = bytearray(placed.size)
+        whole[: len(placed.head)] = placed.head
+        for at, vector in zip(placed.vectors, vectors, strict=True):
+            whole[at : at + len(vector)] = vector
+        self._memory.write(slice.offset, bytes(whole))
+        return slice
+
+    def _lose(self) -> None:
+        self._queue.lose()
+        self.arrived += 1
+
+    def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
+        """What may be told of a connection."""
+        return metadata.Metadata(
+            creds=known.creds,
+            pids=msgspec.structs.replace(known.pids, tid=about.tid or known.pids.tid),
+            groups=known.groups,
+            tid_comm=about.tid_comm,
+            pid_comm=about.pid_comm,
+            exe=about.exe,
+            cmdline=about.cmdline,
+            label=known.label,
+            names=tuple(self._owned(known.id, name) for name in sorted(known.names)),
+            description=about.description,
+        )
+
+    # -- what the bus announces ----------------------------------------------------------------
+
+    def name_changed(self, name: str, old: int, new: int) -> None:
+        """A name went from one connection to another; 0 is nobody."""
+        kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
+        change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
+        if new == self.id and name in self._names:
+            waited = self._names[name] & ~abi.NAME_IN_QUEUE
+            self._names[name] = waited | abi.NAME_PRIMARY
+        if self.state == State.CONNECTION and self._matches.announces(change):
+            flags = abi.NAME_PRIMARY
+            self._notice(message.announce_name(change, flags * bool(old), flags * bool(new)))
+
+    def id_added(self, id: int, flags: int) -> None:
+        """A connection is new; `flags` are its HELLO flags."""
+        self._id_changed(match.IdChange(abi.ITEM_ID_ADD, id), flags)
+
+    def id_removed(self, id: int, flags: int) -> None:
+        """A connection is gone: it answers nobody, and waits for nothing."""
+        for call in self._calls.drop(id):
+            wait = self._waiting.get(call)
+            if wait is not None:
+                wait.fail(Errno(errno.EPIPE, f"connection {id} went without a reply"))
+            elif not call.interrupted:
+                self._no_reply(abi.ITEM_REPLY_DEAD, call.cookie)
+        self._owed.pop(id, None)
+        self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
+
+    def _id_changed(self, change: match.IdChange, flags: int) -> None:
+        if self.state == State.CONNECTION and self._matches.announces(change):
+            self._notice(message.announce_id(change, flags))
+
+    def forsaken(self, callee: int, cookie: int) -> None:
+        """The connection `callee` says that it will not answer a call."""
+        try:
+            call = self._calls.take(callee, cookie)
+        except Errno:
+            return
+        wait = self._waiting.get(call)
+        if wait is not None:
+            wait.fail(Errno(errno.EPIPE, f"connection {callee} dropped the call {cookie}"))
+        elif not call.interrupted:
+            self._no_reply(abi.ITEM_REPLY_DEAD, cookie)
+
+    def _no_reply(self, type: int, cookie: int) -> None:
+        self._notice(message.announce_no_reply(type, self.id, cookie))
+
+    def _notice(self, what: tuple[message.Header, bytes]) -> None:
+        header, item = what
+        mask = metadata.granted(0, self._attach_recv, False) & abi.ATTACH_TIMESTAMP
+        stamp = metadata.Timestamp(0, *self.bus.clock())
+        attached = metadata.build_items(metadata.Metadata(timestamp=stamp), mask)
+        placed = message.place(header, notice=item, attached=attached)
+        try:
+            slice = self._store(placed, (), True, KERNEL_USER)
+        except Errno:
+            self._lose()
+            return
+        self._queue.push(Entry(slice, KERNEL_USER, slice.size), 0)
+        self.arrived += 1
+
+    # -- time, and the end ---------------------------------------------------------------------
+
+    def deadline(self) -> int | None:
+        """When `tick` is to be called next (CLOCK_MONOTONIC, ns)."""
+        times = [call.deadline for call in self._waiting]
+        watched = self._calls.next_deadline()
+        return min(times if watched is None else [*times, watched], default=None)
+
+    def tick(self) -> None:
+        """End calls that have waited too long."""
+        now = self.bus.clock()[0]
+        for call in self._calls.expire(now):
+            self._no_reply(abi.ITEM_REPLY_TIMEOUT, call.cookie)
+        for call, wait in list(self._waiting.items()):
+            if call.deadline <= now:
+                self._calls.remove(call)
+                wait.fail(Errno(errno.ETIMEDOUT, f"no reply to the call {call.cookie} in time"))
+
+    def end(self) -> None:
+        """The connection ends: BYEBYE, or its file is closed. What it still owed is forsaken."""
+        if self.state != State.CONNECTION:
+            return
+        self.state = State.GONE
+        for wait in list(self._waiting.values()):
+            wait.fail(Errno(errno.ECONNRESET, "the connection has ended"))
+        self.bus.leave()
+
+
+class _writing:
+    """What fails inside has these pokes written back nevertheless."""
+
+    def __init__(self, pokes: tuple[Poke, ...]) -> None:
+        self._pokes = pokes
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Errno) and not error.pokes:
+            raise Errno(error.errno, error.text, self._pokes) from None
+
+
+def _at(address: int, pokes: Iterable[Poke]) -> tuple[tuple[int, bytes], ...]:
+    return tuple((address + poke.offset, poke.data) for poke in pokes)

@@ -1,0 +1,102 @@
+"""Whoever holds requests of the kernel for kdbusfs: the worker of an open file, or the tree.
+
+One end of its line, what is known of its file, and what is needed of the supervisor. Privileged only in what it is part of: device.py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from fcntl import F_GET_SEALS, fcntl
+from typing import Any, Protocol
+
+import msgspec
+
+from kbusd.rings import entries
+from kbusd.rings.line import Line, LineError
+from kbusd.supervisor.clients import Clients
+from kbusd.supervisor.journal import Journal
+
+
+class Worker(Protocol):
+    """What is needed of the supervisor's."""
+
+    number: int
+    line: Line
+
+
+class Host(Protocol):
+    """What the supervisor does for us, in its own thread."""
+
+    settings: Any
+    clients: Clients
+    journal: Journal
+
+    def said(self, message: entries.Kill, fds: list[int]) -> None: ...
+
+
+class Holder:
+    """Whoever holds requests: the worker of an open file, or the tree."""
+
+    def __init__(
+        self, worker: Worker, messages: object, uid: int, node: int, slow: set[Holder]
+    ) -> None:
+        """`slow`: those that are to be flushed."""
+        self.number = worker.number
+        self.uid = uid
+        self.node = node
+        # Of our own: the supervisor closes its one when the process has ended, in its thread.
+        self.line = Line(socket.socket(fileno=os.dup(worker.line.fileno())), messages)
+        self.slow = slow
+        self.lock = threading.Lock()  # for sending, and for closing
+        self.kernel_handle = 0
+        self.pool = -1
+        self.gone = False
+        self.released = False
+
+    def send(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+        """Raises OSError if it is gone."""
+        with self.lock:
+            self.line.send(message, fds)
+            if self.line.queue:
+                self.slow.add(self)
+
+    def flush(self) -> int:
+        """How many messages it does not take now."""
+        with self.lock:
+            try:
+                done = self.gone or self.line.flush()
+            except OSError:
+                done = True
+            if done:
+                self.slow.discard(self)
+            return 0 if done else len(self.line.queue)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """From the pool, with zeros behind its end: a short answer would make the file short. Nothing
+        if there is no pool."""
+        return b"" if self.pool < 0 else os.pread(self.pool, size, offset).ljust(size, b"\0")
+
+    def take_pool(self, fd: int) -> None:
+        """Raises LineError."""
+        try:
+            fcntl(fd, F_GET_SEALS)  # only a memfd has any, and is read without waiting for anybody
+        except OSError:
+            raise LineError("offered as a pool what is no memfd") from None
+        self.pool = fd
+
+    def end(self, *, gone: bool = False, released: bool = False) -> None:
+        """The worker is gone, or its file is closed; when both are, so is the pool."""
+        with self.lock:
+            with suppress(OSError):
+                self.line.sock.shutdown(socket.SHUT_RDWR)
+            self.gone |= gone
+            self.released |= released
+            if gone:
+                self.line.close()
+            if self.gone and self.released and self.pool >= 0:
+                os.close(self.pool)
+                self.pool = -1

@@ -1,0 +1,46 @@
+# What a device server calls in libc that Python does not offer: process_vm_readv(2), mount(2), statx(2).
+from libc.stdint cimport uint32_t
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+
+cdef extern from *:
+    """
+    #define _GNU_SOURCE 1
+    #include <fcntl.h>
+    #include <stdint.h>
+    #include <string.h>
+    #include <sys/mount.h>
+    #include <sys/stat.h>
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #ifndef SYS_pidfd_getfd
+    #define SYS_pidfd_getfd 438
+    #endif
+    """
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    struct statx_t "statx":
+        uint32_t stx_dev_major
+        uint32_t stx_dev_minor
+        uint32_t stx_rdev_major
+        uint32_t stx_rdev_minor
+    long SYS_pidfd_getfd
+    int AT_EMPTY_PATH, AT_STATX_DONT_SYNC
+    ssize_t process_vm_readv(
+        int pid, const iovec *ours, unsigned long n, const iovec *theirs, unsigned long m,
+        unsigned long flags
+    ) nogil
+    ssize_t process_vm_writev(
+        int pid, const iovec *ours, unsigned long n, const iovec *theirs, unsigned long m,
+        unsigned long flags
+    ) nogil
+    int mount(
+        const char *source, const char *target, const char *kind, unsigned long flags,
+        const void *data
+    ) nogil
+    int umount2(const char *target, int flags) nogil
+    int statx(int fd, const char *path, int flags, unsigned int mask, statx_t *buffer) nogil
+    long syscall(long number, ...) nogil

@@ -1,0 +1,81 @@
+"""The mount point of kdbusfs: mounted at the start, unmounted at the end, cleared of a dead mount.
+
+Privileged: mount(2) needs CAP_SYS_ADMIN, over the host or in a user namespace of one's own. Reads the
+kernel's table of mounts. Never looks into what it has mounted: only we ourselves could answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+
+from kbusd.supervisor import calls
+
+KIND = "fuse.kbusd"
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MNT_DETACH = 2
+
+
+class MountError(Exception):
+    """There can be no mount here; the text says where and why."""
+
+
+def mount(path: str) -> tuple[int, int]:
+    """Mount on a directory; returns the descriptor to serve it by, non-blocking, and its device
+    number. A mount that a killed kbusd left there is taken away first. Raises MountError."""
+    path = os.path.realpath(path)
+    try:
+        if mounts(path):
+            _clear(path)
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise MountError(f"{error.filename or path}: {error.strerror}") from None
+    # Access bits are the kernel's to check, who knows the caller's groups best.
+    options = f"fd={fuse},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
+    options += ",default_permissions,allow_other"
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    try:
+        calls.mount(b"kbusd", os.fsencode(path), KIND.encode(), flags, options.encode())
+    except OSError as error:
+        os.close(fuse)
+        hint = "; it takes root, or a user namespace" if error.errno == errno.EPERM else ""
+        raise MountError(f"cannot mount on {path}: {error.strerror}{hint}") from None
+    return fuse, mounts(path)[-1]
+
+
+def unmount(path: str) -> None:
+    """Take the mount away from the tree, whoever uses it; for those it ends with the descriptor."""
+    with suppress(OSError):
+        calls.umount(os.fsencode(os.path.realpath(path)), _MNT_DETACH)
+
+
+def mounts(path: str) -> list[int]:
+    """The device numbers of kdbusfs mounts on this very path, the topmost last (proc(5), mountinfo)."""
+    found = []
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            fields, _, behind = line.partition(b" - ")
+            _, _, device, _, where, *_ = fields.split()
+            if behind.startswith(KIND.encode() + b" ") and _unescape(where) == os.fsencode(path):
+                major, minor = device.split(b":")
+                found.append(os.makedev(int(major), int(minor)))
+    return found
+
+
+def _unescape(path: bytes) -> bytes:
+    first, *rest = path.split(b"\\")
+    return first + b"".join(bytes([int(each[:3], 8)]) + each[3:] for each in rest)
+
+
+def _clear(path: str) -> None:
+    """Unmount what nobody serves any more."""
+    while mounts(path):
+        try:
+            os.stat(path)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+            calls.umount(os.fsencode(path), _MNT_DETACH)
+        else:
+            raise MountError(f"{path} is the mount point of another kbusd that runs")

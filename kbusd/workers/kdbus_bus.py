@@ -1,0 +1,601 @@
+"""The bus as one kdbus session sees it, carried out by the engine of its worker.
+
+What a session asks of names, matches and activation are calls to the bus driver, as a D-Bus client
+would make them. A message for a D-Bus client becomes D-Bus wire format and goes the way of all of those;
+one for another kdbus client goes as it is, in a parcel. What comes by a ring is another worker's, which
+its client may have taken over: parcels are decoded and checked here, policy is asked again.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kbusd.kdbus import abi, bloom, layout, metadata, parcel
+from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.gvariant import GVariantError
+from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
+from kbusd.kdbus.payload import Message, PayloadError
+from kbusd.kdbus.port import Caller, Known, Memory
+from kbusd.kdbus.session import Session
+from kbusd.kdbus.waits import Wait
+from kbusd.policy.decide import ClientPolicy
+from kbusd.rings import entries, memfd
+from kbusd.rings.envelope import Envelope
+from kbusd.rings.line import close_all
+from kbusd.rings.memfd import RingError
+from kbusd.wire import body as wire_body
+from kbusd.wire.validate import WireError
+from kbusd.workers import errors, kdbus_payload
+from kbusd.workers.context import Context
+from kbusd.workers.replica import BUS_ID, Connection, Replica
+from kbusd.workers.routing import SIGNAL, Decision, Router
+
+if TYPE_CHECKING:
+    from kbusd.workers.kdbus_device import Device
+
+BLOOM = bloom.Parameter(64, 8)
+"""Of the configured bus: what sd-bus and systemd used."""
+MAX_PAYLOAD = 128 << 20  # bytes of a message's memfds
+STALLED_NS = 2_000_000_000
+"""How long a SEND waits to be told of what became of its message by a worker that does not run."""
+SIGNALS = "type='signal'"
+OWNERS = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged'"
+
+_ERRNOS = {
+    errors.ACCESS_DENIED: errno.EPERM,
+    errors.LIMITS_EXCEEDED: errno.EMFILE,
+    errors.SERVICE_UNKNOWN: errno.ESRCH,
+    errors.NAME_HAS_NO_OWNER: errno.ESRCH,
+    errors.NO_REPLY: errno.ECONNRESET,
+    errors.TIMED_OUT: errno.ETIMEDOUT,
+}
+_NAMES = {errors.LIMITS_EXCEEDED: errno.E2BIG}
+_decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
+_encode = parcel.encode
+
+
+class DeviceRouter(Router):
+    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel."""
+
+    def _broadcast(
+        self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
+    ) -> Decision:
+        decision = super()._broadcast(envelope, fds, args)
+        others = tuple(id for id in decision.targets if not self.is_kdbus(id))
+        return decision._replace(targets=others)
+
+    def is_kdbus(self, id: int) -> bool:
+        connection = self.replica.connections.get(id)
+        return connection is not None and connection.kdbus is not None
+
+    def kdbus_subscribers(self, envelope: Envelope, fds: int) -> list[int]:
+        """The kdbus connections that a signal is to be offered to; their sessions ask their matches."""
+        ids, _ = self.replica.subscribers(SIGNAL, self.replica.me, None, None, None, None, tuple)
+        return [
+            id
+            for id in ids
+            if id != self.replica.me and self.is_kdbus(id) and not self.refusal(envelope, id, fds)
+        ]
+
+    def refusal(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
+        """Why our client may not send this to another kdbus connection; None: it may."""
+        return self._may_send(envelope, receiver, self.replica.sender_names(receiver), fds)
+
+
+class Port:
+    """The bus, for one session."""
+
+    flags = 0
+
+    def __init__(self, context: Context, name: str, engine: Any) -> None:
+        self.engine = engine
+        self.name = name
+        self.uuid = bytes.fromhex(context.guid)
+        self.bloom = BLOOM
+        self.hello_flags = 0
+        if context.bus.system:
+            self.flags = abi.MAKE_ACCESS_WORLD
+        self._context = context
+        self._serial = 0
+        self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
+        self._parcels: dict[int, tuple[Wait[None], int]] = {}  # by token; and until when
+        self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
+        self._sent: dict[int, tuple[int, int, int]] = {}  # D-Bus calls: callee, cookie, deadline
+        self._entry: entries.LogEntry | None = None
+        self._went: Connection | None = None
+        self.device: Device
+        self.session: Session
+
+    # -- the session's side (kbusd/kdbus/port.py) ----------------------------------------------
+
+    def clock(self) -> tuple[int, int]:
+        return time.monotonic_ns(), time.time_ns()
+
+    def make_pool(self, size: int) -> Memory:
+        return self.device.make_pool(size)
+
+    def creator(self) -> metadata.Metadata:
+        bus = self._context.bus
+        return metadata.Metadata(
+            creds=metadata.Creds(*[bus.owner] * 4, *[metadata.NO_ID] * 4),
+            pids=metadata.Pids(bus.pid, bus.pid, 0),
+        )
+
+    async def connect(self, caller: Caller, description: bytes | None) -> tuple[int, bytes]:
+        about = await self.device.about(caller, description)
+        await self._call_bus("Hello", "", b"")
+        return self._replica.me, parcel.encode(about)
+
+    def leave(self) -> None:
+        self.engine.end()
+
+    async def acquire(self, name: str, flags: int) -> int:
+        text = wire_body.string(name)
+        body = text + bytes(-len(text) % 4) + flags.to_bytes(4, "little")
+        return int.from_bytes(await self._call_bus("RequestName", "su", body, _NAMES), "little")
+
+    async def release(self, name: str) -> int:
+        body = wire_body.string(name)
+        return int.from_bytes(await self._call_bus("ReleaseName", "s", body, _NAMES), "little")
+
+    async def subscribe(self, signals: bool, on: bool) -> None:
+        rule = wire_body.string(SIGNALS if signals else OWNERS)
+        await self._call_bus("AddMatch" if on else "RemoveMatch", "s", rule)
+
+    def owner(self, name: str) -> int | None:
+        id = self._replica.owner(name)
+        return None if id == BUS_ID else id
+
+    async def start_service(self, caller: Caller, name: str) -> int | None:
+        if name not in self._replica.activatable:
+            return None
+        text = wire_body.string(name)
+        body = text + bytes(-len(text) % 4) + bytes(4)
+        try:
+            await self._call_bus("StartServiceByName", "su", body, caller=caller)
+        except Errno as error:
+            raise Errno(errno.ESRCH, error.text) from None
+        return self.owner(name)
+
+    def find(self, id: int) -> Known | None:
+        connection = self._replica.connections.get(id)
+        return None if connection is None else _known(connection)
+
+    def everybody(self) -> Iterable[Known]:
+        return map(_known, self._replica.connections.values())
+
+    async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        memfds, rest = _parts(parcel, fds)
+        if not to.kdbus:
+            await self._send_dbus(to, parcel, _join(parcel, data, memfds), rest)
+            return
+        what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
+        router: DeviceRouter = self.engine_router
+        if not router.policy.allows_everything_to_send:
+            refusal = router.refusal(what.facts(_destination(to, parcel)), to.id, parcel.fds)
+            if refusal is not None:
+                raise Errno(errno.EPERM, refusal)
+        self._copy_to_monitors(what, _destination(to, parcel))
+        if to.id == self._replica.me:
+            own = self._replica.connections[to.id]
+            self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
+            return
+        token = self._next()
+        wait: Wait[None] = Wait()
+        self._parcels[token] = wait, time.monotonic_ns() + STALLED_NS
+        self.engine.send_parcel(to.id, token, _encode(parcel), data, tuple(fds))
+        try:
+            await wait
+        finally:
+            del self._parcels[token]
+
+    async def publish(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        memfds, _ = _parts(parcel, fds)
+        what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
+        facts = what.facts(None)
+        raw = _encode(parcel)
+        for id in self.engine_router.kdbus_subscribers(facts, 0):
+            self.engine.send_parcel(id, 0, raw, data, tuple(fds))
+        if what.message is not None:
+            await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
+
+    async def _send_dbus(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """To a D-Bus client, or to nobody if the payload is not a D-Bus message."""
+        try:
+            message = kdbus_payload.read(parcel, data)
+            serial = self._next()
+            wire = kdbus_payload.wire(message, serial, _destination(to, parcel))
+        except PayloadError as error:
+            raise Errno(errno.EBADMSG, f"no message for a D-Bus client: {error}") from None
+        if parcel.flags & abi.MSG_EXPECT_REPLY:
+            self._sent[serial] = to.id, parcel.cookie, parcel.reply_or_timeout
+        try:
+            await self._feed(wire, fds, serial)
+        except Errno:
+            self._sent.pop(serial, None)
+            raise
+
+    async def _feed(self, wire: bytes, fds: Sequence[int], serial: int = 0) -> None:
+        """Hand a D-Bus message to the engine, and wait until it is on its way."""
+        wait: Wait[None] = Wait()
+        serial = serial or self._serial
+        self._sending[serial] = wait
+        try:
+            self.engine.feed(wire, [os.dup(fd) for fd in fds])
+            await wait
+        finally:
+            del self._sending[serial]
+
+    def forsake(self, caller: int, cookie: int) -> None:
+        connection = self._replica.connections.get(caller)
+        if connection is None:
+            return
+        if connection.kdbus is not None:
+            self.engine.send_ack(caller, 0, 0, layout.U64.pack(cookie))
+        else:
+            text = "The destination dropped the call without an answer"
+            self.engine.refuse_call(caller, cookie, errors.LIMITS_EXCEEDED, text)
+
+    def close(self, fds: Iterable[int]) -> None:
+        close_all(list(fds))
+
+    # -- the engine's side ---------------------------------------------------------------------
+
+    @property
+    def _replica(self) -> Replica:
+        return self.engine_router.replica
+
+    def make_router(
+        self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
+    ) -> DeviceRouter:
+        self.engine_router = DeviceRouter(replica, policy, say)
+        return self.engine_router
+
+    def requests(self) -> bool:
+        return self.device.requests(self.engine.catch_up)
+
+    def turn(self, drained: bool) -> None:
+        """Once in a round of the engine; `drained`: nothing of ours waits in its input."""
+        if drained and self._sending:
+            for wait in list(self._sending.values()):
+                wait.done(None)
+        self.engine.take_descriptors(self.session.accepts_fds)
+        now = time.monotonic_ns()
+        deadline = self.session.deadline()
+        if deadline is not None and deadline <= now:
+            self.session.tick()
+            for serial, (_, _, until) in list(self._sent.items()):
+                if until <= now:
+                    del self._sent[serial]
+                    self.engine.forget(serial)
+        for token, (wait, until) in list(self._parcels.items()):
+            if until <= now:  # it is in the receiver's ring, and will be looked at
+                self.engine.forget(token)
+                wait.done(None)
+        self.device.nudge()
+        self.device.line.flush()
+
+    def timeout(self) -> int:
+        """Milliseconds until `turn` has something to do by itself; -1: nothing."""
+        if self.device.line.queue:
+            return 1
+        times = [until for _, until in self._parcels.values()]
+        deadline = self.session.deadline()
+        if deadline is not None:
+            times.append(deadline)
+        if not times:
+            return -1
+        left = (min(times) - time.monotonic_ns()) // 1_000_000 + 1
+        return max(0, min(left, 60_000))
+
+    def bus_answered(self, serial: int, error: str | None, body: bytes) -> None:
+        """The bus answers a call to itself, or says why a message was not delivered."""
+        called = self._bus_calls.pop(serial, None)
+        if called is not None:
+            if error is None:
+                called.done(body)
+            else:
+                called.fail(_failure(error, body))
+            return
+        if serial in self._parcels:
+            self._parcels[serial][0].fail(_failure(error or "", body))
+            return
+        sending = self._sending.get(serial)
+        if sending is not None:
+            sending.fail(_failure(error or "", body))
+            return
+        sent = self._sent.pop(serial, None)
+        if sent is None:
+            return
+        callee, cookie, _ = sent
+        known = self.find(callee)
+        if error is None or error == errors.NO_REPLY or known is None:
+            self.session.forsaken(callee, cookie)
+            return
+        facts = Envelope(3, False, None, None, None, None, error, "s")
+        self._arrived(known, facts, 1, self._next(), cookie, body, 0, time.monotonic_ns())
+
+    def parcel_answered(self, token: int, code: int) -> None:
+        waiting = self._parcels.get(token)
+        if waiting is None:
+            return
+        if code:
+            waiting[0].fail(Errno(code, "the receiver's worker refused it"))
+        else:
+            waiting[0].done(None)
+
+    def call_dropped(self, peer: int, note: bytes) -> None:
+        if len(note) == layout.U64.size:
+            self.session.forsaken(peer, layout.U64.unpack(note)[0])
+
+    def parcel(self, peer: Any, raw: bytes, data: bytes, fds: tuple[int, ...], stamp: int) -> int:
+        """A message of another kdbus client: 0 it is taken, else the errno for its sender.
+
+        Raises ParcelError or RingError if its worker broke a rule."""
+        found = parcel.decode(raw, len(data), len(fds), self.bloom.size)
+        connection: Connection | None = peer.connection
+        if connection is None:
+            return errno.ENXIO
+        me = self._replica.me
+        if found.dst_id not in (me, abi.DST_ID_BROADCAST):
+            raise ParcelError(f"a parcel for {found.dst_id} came to {me}")
+        policy = self.engine_router.policy
+        if not found.is_reply and not policy.allows_everything_to_receive:
+            memfds, _ = _parts(found, fds)
+            what = _Lazy(found, lambda: _join(found, data, memfds))
+            name = None if found.dst_id == abi.DST_ID_BROADCAST else found.dst_name or f":1.{me}"
+            if self.engine_router.admit(what.facts(name), connection, found.fds) is not None:
+                return errno.EPERM
+        try:
+            self._receive(_known(connection), connection, found, data, fds, stamp)
+        except Errno as error:
+            return error.errno
+        return 0
+
+    def _receive(
+        self,
+        source: Known,
+        connection: Connection,
+        found: Parcel,
+        data: bytes,
+        fds: tuple[int, ...],
+        stamp: int,
+    ) -> None:
+        memfds, _ = _parts(found, fds)
+        parts = parcel.split(found, data)
+        filled = iter(memfds)
+        whole = [
+            next(filled) if kind == MEMFD else part
+            for (kind, _, _), part in zip(found.parts, parts, strict=True)
+        ]
+        self.session.receive(source, found, whole, stamp)
+
+    def dbus_message(
+        self,
+        peer: Any,
+        envelope: Envelope,
+        flags: int,
+        serial: int,
+        reply_serial: int,
+        body: bytes,
+        fds: int,
+        stamp: int,
+    ) -> None:
+        """A message of a D-Bus client, which was checked and is ours by policy and matches."""
+        connection: Connection | None = peer.connection
+        if connection is None:
+            return
+        cookie = 0
+        if reply_serial:
+            sent = self._sent.pop(reply_serial, None)
+            if sent is None:
+                return
+            cookie = sent[1]
+        known = _known(connection)
+        error = self._arrived(known, envelope, flags, serial, cookie, body, fds, stamp)
+        if error is not None and envelope.type == 1 and not flags & 1:
+            self.engine.refuse_call(known.id, serial, errors.LIMITS_EXCEEDED, error)
+
+    def _arrived(
+        self,
+        known: Known,
+        envelope: Envelope,
+        flags: int,
+        serial: int,
+        cookie: int,
+        body: bytes,
+        fds: int,
+        stamp: int,
+    ) -> str | None:
+        """Into the pool as kdbus has it. Returns why not, if not."""
+        try:
+            found, data = kdbus_payload.arrived(
+                envelope,
+                flags,
+                serial,
+                cookie,
+                body,
+                fds,
+                f":1.{known.id}",
+                self._replica.me,
+                self.clock(),
+                self.bloom,
+            )
+            self.session.receive(known, found, [data], stamp)
+        except Errno as error:
+            return f"The destination's queue does not take it: {error.text}"
+        except GVariantError as error:
+            return f"The message can't be given to a kdbus client: {error}"
+        return None
+
+    def before_entry(self, raw: bytes) -> None:
+        """The engine is about to take in an entry of the log."""
+        self._entry = _decode_entry(raw)
+        self._went = None
+        if isinstance(self._entry, entries.ConnectionRemoved):
+            self._went = self._replica.connections.get(self._entry.id)
+
+    def after_entry(self) -> None:
+        """It has: tell the session what that means."""
+        match self._entry:
+            case entries.NameOwnerChanged(name, old, new):
+                self.session.name_changed(name, old, new)
+            case entries.ConnectionAdded(id, _, kdbus):
+                if id != self._replica.me:
+                    self.session.id_added(id, kdbus or 0)
+            case entries.ConnectionRemoved(id) if self._went is not None:
+                self.session.id_removed(id, self._went.kdbus or 0)
+            case entries.MonitorAttached(id):
+                self.session.id_removed(id, 0)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _next(self) -> int:
+        """A serial or token that is not in use."""
+        self._serial = self._serial % 0xFFFFFFFF + 1
+        return self._serial
+
+    async def _call_bus(
+        self,
+        member: str,
+        signature: str,
+        body: bytes,
+        errnos: dict[str, int] | None = None,
+        caller: Caller | None = None,
+    ) -> bytes:
+        """Call a method of the bus driver, which a signal to the `caller` may interrupt.
+
+        Raises Errno where it answers with an error."""
+        serial = self._next()
+        wait = self._bus_calls[serial] = Wait()
+        self.engine.call_bus(serial, member, signature, body)
+        if caller is not None:
+            caller.waits_for = wait
+        try:
+            return await wait
+        except _Refused as refused:
+            number = (errnos or {}).get(refused.error) or _ERRNOS.get(refused.error, errno.EINVAL)
+            raise Errno(number, refused.text) from None
+        finally:
+            if caller is not None:
+                caller.waits_for = None
+
+    def _copy_to_monitors(self, what: _Lazy, destination: str) -> None:
+        if not self._replica.monitors:
+            return
+        facts = what.facts(destination)
+        message = what.message
+        if message is not None:
+            serial, reply = message.cookie & 0xFFFFFFFF, message.reply_cookie & 0xFFFFFFFF
+            self.engine.copy_to_monitors(facts, message.flags, serial, reply, message.body)
+
+
+class _Refused(Errno):
+    """The bus driver answers with an error."""
+
+    def __init__(self, error: str, text: str) -> None:
+        super().__init__(_ERRNOS.get(error, errno.EINVAL), text)
+        self.error = error
+
+
+class _Lazy:
+    """A parcel's payload as a D-Bus message, which is only looked for if somebody wants to know."""
+
+    def __init__(self, found: Parcel, data: Callable[[], bytes]) -> None:
+        self._parcel = found
+        self._data = data
+        self._read = False
+        self._message: Message | None = None
+
+    @property
+    def message(self) -> Message | None:
+        """None if it is not one."""
+        if not self._read:
+            self._read = True
+            try:
+                self._message = kdbus_payload.read(self._parcel, self._data())
+            except PayloadError:
+                self._message = None
+        return self._message
+
+    def facts(self, destination: str | None) -> Envelope:
+        """What policy looks at."""
+        message = self.message
+        if message is None:
+            return kdbus_payload.opaque(self._parcel, destination)
+        return kdbus_payload.facts(message, destination)
+
+
+def _known(connection: Connection) -> Known:
+    credentials = connection.credentials
+    uid, gid = credentials.uid, credentials.gid
+    label = credentials.label.rstrip(b"\0")
+    return Known(
+        connection.id,
+        uid,
+        connection.names,
+        metadata.Creds(uid, uid, uid, uid, gid, gid, gid, gid),
+        metadata.Pids(credentials.pid, credentials.pid, 0),
+        credentials.groups,
+        label or None,
+        connection.kdbus or 0,
+        connection.kdbus is not None,
+    )
+
+
+def _destination(to: Known, parcel: Parcel) -> str:
+    return parcel.dst_name or f":1.{to.id}"
+
+
+def _parts(found: Parcel, fds: Sequence[int]) -> tuple[list[bytes], Sequence[int]]:
+    """The bytes of a parcel's memfds, and the descriptors that are the message's own.
+
+    Raises Errno, for the sender: a memfd must be sealed, and hold what is said of it."""
+    memfds = [(size, start) for kind, size, start in found.parts if kind == MEMFD]
+    if not memfds:
+        return [], fds
+    contents, total = [], 0
+    for (size, start), fd in zip(memfds, fds, strict=False):
+        total += size
+        if total > MAX_PAYLOAD:
+            raise Errno(errno.EMSGSIZE, f"memfds of {total} bytes, over {MAX_PAYLOAD}")
+        contents.append(_segment(fd, start, size))
+    return contents, fds[len(memfds) :]
+
+
+def _segment(fd: int, start: int, size: int) -> bytes:
+    """Part of a sealed memfd (ipc/kdbus/message.c). Raises Errno: EMEDIUMTYPE, ETXTBSY, EBADF."""
+    try:
+        memfd.check_sealed(fd, 0)
+    except RingError as error:
+        number = errno.EMEDIUMTYPE if "no memfd" in str(error) else errno.ETXTBSY
+        raise Errno(number, str(error)) from None
+    if start + size > os.fstat(fd).st_size:
+        raise Errno(errno.EBADF, "a segment that ends behind its memfd")
+    page = start % mmap.ALLOCATIONGRANULARITY
+    with mmap.mmap(fd, size + page, prot=mmap.PROT_READ, offset=start - page) as mapped:
+        return mapped[page : page + size]
+
+
+def _join(found: Parcel, data: bytes, memfds: Sequence[bytes]) -> bytes:
+    """The whole payload."""
+    filled = iter(memfds)
+    joined = b""
+    for (kind, _, _), part in zip(found.parts, parcel.split(found, data), strict=True):
+        joined += next(filled) if kind == MEMFD else bytes(part)
+    return joined
+
+
+def _failure(error: str, body: bytes) -> _Refused:
+    try:
+        text = str(wire_body.match_arguments(body, "s", False)[0])
+    except (WireError, IndexError):
+        text = error
+    return _Refused(error, text)

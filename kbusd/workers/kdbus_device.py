@@ -1,0 +1,298 @@
+"""The worker of one open kdbus node: its file, in the words of FUSE, and the session that the file is.
+
+The supervisor passes on the kernel's requests as they are, and does for us what only it can do to the
+process that waits in one: copy its memory, store into it, take a descriptor. What the client wrote is
+hostile: it is copied, decoded by kbusd/kdbus, and checked, before it is used. The pool is a memfd of ours
+that the supervisor reads from; we never read it. The other side, the bus, is `kdbus_bus.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from fcntl import F_ADD_SEALS, F_SEAL_SHRINK, fcntl
+from typing import Any
+
+import msgspec
+
+from kbusd.cuse import abi as fuse
+from kbusd.cuse import replies, requests
+from kbusd.kdbus import waits
+from kbusd.kdbus.commands import SPECS
+from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.parcel import About
+from kbusd.kdbus.port import Caller
+from kbusd.kdbus.session import Done, Session
+from kbusd.kdbus.waits import Interrupted, Wait
+from kbusd.rings import entries, memfd
+from kbusd.rings.line import Line, close_all
+from kbusd.rings.memfd import RingError
+from kbusd.workers import kdbus_bus
+from kbusd.workers.context import Context
+from kbusd.workers.dbus_socket import DBusSocket
+from kbusd.workers.kdbus_engine import DeviceEngine
+
+MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
+TAKEN_AT_ONCE = 16
+NEAR = 1024  # bytes that are fetched before what is asked for
+
+
+class Request:
+    """An ioctl(2) whose caller waits."""
+
+    def __init__(self, device: Device, header: requests.Header, ioctl: requests.Ioctl) -> None:
+        self.unique = header.unique
+        self.tid = header.tid
+        self.ioctl = ioctl
+        self.waits_for: Wait[Any] | None = None
+        self._device = device
+        self._near: tuple[int, bytes] = (0, b"")
+        self._seen: tuple[int, bytes] = (0, b"")  # the beginning of the struct, as it is
+
+    async def peek(self, address: int, least: int, most: int) -> bytes:
+        # What a program sends often lies close to the message that says so: fetched in one go, it need
+        # not be asked for again. Before the address, only of the same page, which is there if it is.
+        start = max(address - NEAR, address & -mmap.PAGESIZE)
+        (near,) = await self._copied([(start, address - start + most)])
+        found = near[address - start :]
+        if len(found) < least:
+            raise Errno(errno.EFAULT, f"no {least} bytes of memory at {address:#x}")
+        self._near = start, near
+        if address == self.ioctl.argument:
+            self._seen = address, found
+        return found
+
+    async def copy(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        start, near = self._near
+        if all(start <= at and at + size <= start + len(near) for at, size in ranges):
+            return [near[at - start : at - start + size] for at, size in ranges]
+        found = await self._copied(ranges)
+        if any(len(data) < size for data, (_, size) in zip(found, ranges, strict=True)):
+            raise Errno(errno.EFAULT, "some of the message is not the caller's memory")
+        return found
+
+    async def _copied(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        asked = entries.Copy(self.unique, tuple(ranges))
+        sizes, data = await self._device.ask(self.unique, asked)
+        if len(sizes) != len(ranges) or sum(sizes) != len(data):
+            raise Errno(errno.EFAULT, "the supervisor copied something else")
+        found, at = [], 0
+        for size in sizes:
+            found.append(data[at : at + size])
+            at += size
+        return found
+
+    async def take(self, numbers: Sequence[int]) -> list[int]:
+        taken: list[int] = []
+        try:
+            for at in range(0, len(numbers), TAKEN_AT_ONCE):
+                wanted = entries.Take(self.unique, tuple(numbers[at : at + TAKEN_AT_ONCE]))
+                taken += await self._device.ask(self.unique, wanted)
+        except Errno as error:
+            close_all(taken)
+            number = errno.EOPNOTSUPP if error.errno == errno.ELOOP else error.errno
+            raise Errno(number, error.text) from None
+        return taken
+
+    async def about(self, description: bytes | None) -> About:
+        """What /proc says of the caller, as far as it could have chosen that itself."""
+        files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
+        comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
+        return About(
+            self.tid,
+            tid_comm=comm,
+            pid_comm=comm if _status(files.get("status", b""), b"Tgid") == self.tid else None,
+            exe=files.get("exe", b"")[:4096] or None,
+            cmdline=files.get("cmdline", b"")[:4096] or None,
+            description=description,
+        )
+
+    async def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
+        """End the ioctl: `stores` go into the caller's memory, if they are not there already."""
+        image = bytearray(self.ioctl.out_size)
+        start = self.ioctl.argument
+        known = self._seen[1] if self._seen[0] == start else self.ioctl.data
+        image[: len(known)] = known[: len(image)]
+        left = []
+        for address, data in stores:
+            at = address - start
+            if at >= 0 and at + len(data) <= len(image):
+                image[at : at + len(data)] = data
+            elif not 0 <= at <= len(known) - len(data) or known[at : at + len(data)] != data:
+                left.append((address, data))
+        if left:
+            try:
+                await self._device.ask(self.unique, entries.Store(self.unique, tuple(left)))
+            except Errno as error:
+                result = -error.errno
+        out = bytes(image) if len(known) >= len(image) else b""
+        self._device.answered(self.unique, replies.ioctl(self.unique, result, out))
+
+
+class Device:
+    """The file: what the supervisor passes on, and what goes back."""
+
+    def __init__(self, line: Line, session: Session) -> None:
+        self.line = line
+        self.session = session
+        self.held: dict[int, Request] = {}
+        self._asked: dict[int, Wait[Any]] = {}
+        self._polled = False
+        self._told = (0, 0)  # what the last poll was told: events, and how many had arrived
+
+    def requests(self, catch_up: Callable[[], None]) -> bool:
+        """Take up everything that has come; False if the file is closed. Raises LineError."""
+        try:
+            while (received := self.line.receive()) is not None:
+                message, fds = received
+                if isinstance(message, entries.Asked):
+                    catch_up()  # what others have done before is to be seen by this
+                    self._request(message.request)
+                else:
+                    self._given(message, fds)
+        except EOFError:
+            return False
+        return True
+
+    def _request(self, raw: bytes) -> None:
+        try:
+            request = requests.decode(raw)
+        except requests.Malformed:
+            return  # of no kernel: there is nobody to answer
+        unique = request.header.unique
+        match request.body:
+            case requests.Ioctl() as ioctl:
+                held = self.held[unique] = Request(self, request.header, ioctl)
+                command = self.session.ioctl(held, ioctl.command, ioctl.argument, _first(ioctl))
+                waits.start(command, lambda result: self._ended(held, result))
+            case requests.Poll() as poll:
+                events = self.session.poll()
+                self._told = events, self.session.arrived
+                self._polled = self._polled or poll.notify
+                self.line.send(entries.Answered(replies.poll(unique, events)))
+            case requests.Interrupt(interrupted):
+                waiting = self.held.get(interrupted)
+                if waiting is not None and waiting.waits_for is not None:
+                    waiting.waits_for.fail(Interrupted())
+            case _:
+                self.line.send(entries.Answered(replies.failure(unique, errno.ENOSYS)))
+
+    def _ended(self, held: Request, result: Done | Errno | Interrupted) -> None:
+        start = held.ioctl.argument
+        if isinstance(result, Interrupted):
+            answer = held.answer(-fuse.ERESTARTSYS, ())
+        elif isinstance(result, Errno):
+            stores = [(start + poke.offset, poke.data) for poke in result.pokes]
+            answer = held.answer(-result.errno, stores)
+        else:
+            answer = held.answer(0, result.stores)
+        waits.start(answer, lambda _: None)
+
+    def answered(self, unique: int, reply: bytes) -> None:
+        del self.held[unique]
+        self.line.send(entries.Answered(reply))
+
+    def ask(self, unique: int, message: msgspec.Struct) -> Wait[Any]:
+        """Ask the supervisor about a request that is held; one thing at a time."""
+        wait = self._asked[unique] = Wait()
+        self.line.send(message)
+        return wait
+
+    def _given(self, message: Any, fds: list[int]) -> None:
+        """The supervisor has done what we asked for."""
+        wait = self._asked.pop(message.unique, None)
+        keep = isinstance(message, entries.Given) and not message.errno and wait is not None
+        try:
+            if wait is None:
+                return
+            if isinstance(message, entries.Facts):
+                wait.done(message.files)
+            elif message.errno:
+                wait.fail(Errno(message.errno, "the kernel or the supervisor refused"))
+            elif isinstance(message, entries.Copied):
+                data = memfd.read(fds[0], MAX_COPY) if fds else message.data
+                wait.done((message.sizes, data))
+            else:
+                wait.done(fds if keep else None)
+        except RingError as error:
+            assert wait is not None
+            wait.fail(Errno(errno.EFAULT, str(error)))
+        finally:
+            if not keep:
+                close_all(fds)
+
+    def make_pool(self, size: int) -> Pool:
+        """The file's only one. Raises Errno ENOMEM."""
+        return Pool(self, size)
+
+    async def about(self, caller: Caller, description: bytes | None) -> About:
+        """Of the process that waits in a request that is held."""
+        assert isinstance(caller, Request)
+        return await caller.about(description)
+
+    def nudge(self) -> None:
+        """Wake who polls, if there is more to tell than they were told."""
+        events, arrived = self.session.poll(), self.session.arrived
+        if self._polled and (events & ~self._told[0] or arrived != self._told[1]):
+            self._told = events, arrived
+            self._polled = False
+            self.line.send(entries.Nudge())
+
+    def push(self, offset: int, size: int) -> None:
+        self.line.send(entries.Push(offset, size))
+
+
+class Pool:
+    """The client's pool, in a memfd that the supervisor reads."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        self._device = device
+        try:
+            fd = memfd.make("kbusd-pool", size)
+            try:
+                self._memory = mmap.mmap(fd, size)
+                fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)  # so that the supervisor can rely on it
+                device.line.send(entries.Pool(), [fd])
+            finally:
+                os.close(fd)
+        except (OSError, OverflowError, ValueError) as error:
+            raise Errno(errno.ENOMEM, f"a pool of {size} bytes: {error}") from None
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._memory[offset : offset + len(data)] = data
+
+    def push(self, offset: int, size: int) -> None:
+        self._device.push(offset, size)
+
+
+def serve(
+    context: Context, engine: DBusSocket, device: entries.Device, sock: socket.socket, broker: Line
+) -> None:
+    """Serve an open file until it is closed or its connection ends; then the supervisor answers what
+    is left with ECONNRESET. Raises LineError if the supervisor breaks a rule of the line."""
+    line = Line(sock, entries.ToDeviceWorker)
+    serving = DeviceEngine(engine)
+    port = kdbus_bus.Port(context, device.bus, serving)
+    privileged = device.credentials.uid in (0, context.bus.owner)
+    port.session = Session(port, owner=privileged, custom=device.endpoint != "bus")
+    port.device = Device(line, port.session)
+    serving.serve_device(port, line.fileno(), device.credentials, port.make_router)
+    line.flush()  # the answer to BYEBYE
+
+
+def _first(ioctl: requests.Ioctl) -> bytes:
+    """The beginning of a command's struct, if the kernel has brought it."""
+    spec = SPECS.get(ioctl.command)
+    return ioctl.data if spec is not None and len(ioctl.data) == spec.fixed.size else b""
+
+
+def _status(text: bytes, key: bytes) -> int:
+    """A number in /proc/PID/status; 0 if it is not there."""
+    for line in text.split(b"\n"):
+        name, _, value = line.partition(b":")
+        if name == key and value.strip().isdigit():
+            return int(value)
+    return 0

@@ -1,0 +1,180 @@
+"""The tree of kdbusfs: a spare worker that answers what the kernel asks of names and of who may open.
+
+    /                 the mount point
+    /0-system         a directory for each bus: the uid of its owner, its name
+    /0-system/bus     a file for each endpoint; opening it is what opening /dev/kdbus/... was
+
+Every look-up of a file is a new node, so that each open file has a page cache, and so a pool, of its
+own. A node can be opened once: who opens it again, by way of /proc/self/fd, is told to look it up anew
+(ESTALE). Hostile: names, and from whom they come. Who may open is checked by the kernel
+(default_permissions) against the owner and the access bits that stand here.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import stat
+from dataclasses import dataclass
+
+import msgspec
+
+from kbusd.cuse import abi, replies, requests
+from kbusd.rings import entries
+from kbusd.rings.line import Line
+
+MAX_WRITE = 128 << 10
+FILE_SIZE = 1 << 40  # as large as any pool: what is behind the end can't be mapped
+_DIRECTORY = stat.S_IFDIR | 0o755
+_IGNORED = 0b1111_1111_0000  # FATTR_ATIME to FATTR_KILL_SUIDGID: times, and what goes with a change
+
+
+@dataclass
+class File:
+    """What one look-up found."""
+
+    bus: str
+    endpoint: str
+    lookups: int = 1
+    opened: bool = False
+
+
+class Tree:
+    """Answers one request after another; does no I/O."""
+
+    def __init__(self, start: entries.Tree) -> None:
+        self.owner = start.nodes[0].uid, start.nodes[0].gid  # of the directories
+        self.next = start.first
+        self.buses: dict[str, dict[str, entries.Node]] = {}
+        self.directories = {abi.ROOT_NODE: ""}  # their names
+        self.files: dict[int, File] = {}
+        for node in start.nodes:
+            if node.bus not in self.buses:
+                self.buses[node.bus] = {}
+                self.directories[self._number()] = node.bus
+            self.buses[node.bus][node.endpoint] = node
+
+    def _number(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+    def answer(self, request: bytes) -> bytes | entries.Opened | None:
+        """A reply for the kernel, or a file to be opened, or nothing. Raises requests.Malformed."""
+        asked = requests.decode(request)
+        head, body = asked.header, asked.body
+        match body:
+            case requests.Forget():
+                for node, count in body.nodes:
+                    self._forget(node, count)
+                return None
+            case requests.Interrupt():
+                return None  # nothing here takes long
+            case requests.Init():
+                return replies.init(head.unique, body.flags, body.max_readahead, MAX_WRITE)
+            case requests.StatFs():
+                return replies.statfs(head.unique, len(self.buses))
+            case requests.Unknown():
+                return replies.failure(head.unique, errno.ENOSYS)
+            case requests.Destroy() | requests.ReleaseDir():
+                return replies.reply(head.unique)
+        return self._of_node(head, body)
+
+    def _of_node(self, head: requests.Header, body: requests.Body) -> bytes | entries.Opened:
+        attributes = self._attributes(head.node)
+        if attributes is None:
+            return replies.failure(head.unique, errno.ESTALE)
+        directory = self.directories.get(head.node)
+        match body:
+            case requests.Lookup() if directory is not None:
+                return self._lookup(head.unique, directory, body.name)
+            case requests.GetAttr():
+                return replies.attributes(head.unique, attributes)
+            case requests.SetAttr() if directory is None and not body.other & ~_IGNORED:
+                return self._change(head, body)
+            case requests.OpenDir() if directory is not None:
+                return replies.opened(head.unique, 0, 0)
+            case requests.ReadDir() if directory is not None:
+                return self._list(head, directory, body)
+            case requests.Open() if directory is None:
+                file = self.files[head.node]
+                if file.opened:
+                    return replies.failure(head.unique, errno.ESTALE)
+                file.opened = True
+                return entries.Opened(head.unique, file.bus, file.endpoint, head.node, body.flags)
+        return replies.failure(head.unique, errno.EPERM)
+
+    def _attributes(self, node: int) -> replies.Attributes | None:
+        if node in self.directories:
+            links = 2 + (len(self.buses) if node == abi.ROOT_NODE else 0)
+            return replies.Attributes(node, _DIRECTORY, *self.owner, links=links)
+        if (file := self.files.get(node)) is None:
+            return None
+        of = self.buses[file.bus][file.endpoint]
+        return replies.Attributes(node, stat.S_IFREG | of.mode, of.uid, of.gid, FILE_SIZE)
+
+    def _lookup(self, unique: int, directory: str, name: bytes) -> bytes:
+        text = name.decode("utf-8", "replace")
+        if directory == "":
+            node = next((n for n, bus in self.directories.items() if bus == text and bus), 0)
+        elif text in self.buses[directory]:
+            node = self._number()
+            self.files[node] = File(directory, text)
+        else:
+            node = 0
+        attributes = self._attributes(node)
+        if attributes is None:
+            return replies.failure(unique, errno.ENOENT)
+        return replies.entry(unique, attributes, 0)
+
+    def _forget(self, node: int, count: int) -> None:
+        if (file := self.files.get(node)) is not None:
+            file.lookups -= count
+            if file.lookups <= 0:
+                del self.files[node]
+
+    def _change(self, head: requests.Header, body: requests.SetAttr) -> bytes:
+        """chmod and chown of an endpoint; the kernel has checked who does so."""
+        file = self.files[head.node]
+        of = self.buses[file.bus][file.endpoint]
+        mode = of.mode if body.mode is None else body.mode & 0o777
+        uid = of.uid if body.uid is None else body.uid
+        gid = of.gid if body.gid is None else body.gid
+        self.buses[file.bus][file.endpoint] = msgspec.structs.replace(
+            of, mode=mode, uid=uid, gid=gid
+        )
+        attributes = self._attributes(head.node)
+        assert attributes is not None
+        return replies.attributes(head.unique, attributes)
+
+    def _list(self, head: requests.Header, directory: str, asked: requests.ReadDir) -> bytes:
+        if directory == "":
+            found = [(bus, stat.S_IFDIR) for bus in self.buses]
+        else:
+            found = [(endpoint, stat.S_IFREG) for endpoint in self.buses[directory]]
+        found = [(".", stat.S_IFDIR), ("..", stat.S_IFDIR), *found]
+        listed = [
+            replies.Entry(head.node, name.encode(), mode, at)
+            for at, (name, mode) in enumerate(found, 1)
+        ]
+        return replies.directory(head.unique, listed[asked.offset :], asked.size)
+
+
+def serve(sock: socket.socket, start: entries.Tree) -> None:
+    """Answer until the supervisor closes the line."""
+    tree = Tree(start)
+    line = Line(sock, entries.Asked)
+    poller = select.epoll(flags=select.EPOLL_CLOEXEC)
+    poller.register(sock.fileno(), select.EPOLLIN)
+    while True:
+        poller.poll(0.01 if line.queue else None)
+        try:
+            while (received := line.receive()) is not None:
+                answer = tree.answer(received[0].request)
+                if isinstance(answer, bytes):
+                    line.send(entries.Answered(answer))
+                elif answer is not None:
+                    line.send(answer)
+            line.flush()
+        except (EOFError, ConnectionError):
+            return

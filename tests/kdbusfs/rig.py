@@ -1,0 +1,183 @@
+"""A mount of kdbusfs without a bus: the real Device and tree, a client in a process of its own, and
+workers that the test plays.
+
+A process must never use a mount that it serves itself, so the client is forked before there is one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import select
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from kbusd.cuse import abi, replies, requests
+from kbusd.rings import entries
+from kbusd.rings.line import Line, pair
+from kbusd.supervisor.clients import Clients
+from kbusd.supervisor.device import Device
+from kbusd.workers import tree
+from tests.guest.child import Child, Say
+
+SECONDS = 10.0
+BUS = "0-test/bus"
+NODE = entries.Node("0-test", "bus", 0o666, 0, 0)
+
+Message = TypeVar("Message")
+
+
+def errno_of(do: Callable[[], Any]) -> str:
+    """The name of the error that it ends with, or "" if it does not."""
+    try:
+        do()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return ""
+
+
+class Player:
+    """A worker's side of its line."""
+
+    def __init__(self, number: int) -> None:
+        ours, theirs = pair()
+        self.number = number
+        self.supervisors = SimpleNamespace(number=number, line=Line(ours, entries.Answered))
+        self.line = Line(theirs, entries.Device | entries.ToDeviceWorker)
+        self.device: entries.Device | None = None
+
+    def hear(self, kind: type[Message]) -> Message:
+        """The next message, which has to be of this kind."""
+        message, self.fds = self.receive()
+        assert isinstance(message, kind), message
+        return message
+
+    def receive(self) -> tuple[Any, list[int]]:
+        """Raises EOFError."""
+        deadline = time.monotonic() + SECONDS
+        while (received := self.line.receive()) is None:
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([self.line], [], [], left)[0], f"nothing is said for {SECONDS} s"
+        return received
+
+    def asked(self, kind: type[Message]) -> tuple[int, Message]:
+        """The number and the body of the next request, which has to be of this kind."""
+        request = requests.decode(self.hear(entries.Asked).request)
+        assert isinstance(request.body, kind), request
+        return request.header.unique, request.body
+
+    def say(self, message: Any, *fds: int) -> None:
+        self.line.send(message, fds)
+        while not self.line.flush():
+            assert select.select([], [self.line], [], SECONDS)[1], "nobody listens"
+
+    def answer(self, unique: int, result: int = 0, data: bytes = b"") -> None:
+        self.say(entries.Answered(replies.ioctl(unique, result, data)))
+
+    def serve_ioctl(self, result: int = 0) -> requests.Ioctl:
+        """Answer the next request, an ioctl without data."""
+        unique, body = self.asked(requests.Ioctl)
+        self.answer(unique, result)
+        return body
+
+    def ends(self) -> bool:
+        """Whether its line is closed, and nothing else said before."""
+        try:
+            self.receive()
+        except EOFError:
+            return True
+        return False
+
+    def die(self) -> None:
+        self.line.close()
+
+
+@dataclass
+class Rig:
+    """`client(path)` runs in a process of its own once the mount is there; `heard()` is what it returns."""
+
+    client: Callable[[str], Any]
+    limit: int = 100
+    warnings: list[str] = field(default_factory=list)
+    killed: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="kdbusfs-", dir="/tmp")
+        self.child = Child(self._use)
+        # What is needed of the supervisor.
+        self.settings = SimpleNamespace(limits={"max_connections_per_user": self.limit})
+        self.clients = Clients()
+        self.journal: Any = SimpleNamespace(warn=self.warnings.append)
+        self.players: dict[int, Player] = {}
+        self.device = Device(self.path, NODE, self)
+        atexit.register(self.tidy)
+        self.hire()
+
+    def _use(self, say: Say) -> None:
+        os.dup2(3, 3)
+        while not os.path.exists(f"{self.path}/{BUS}"):
+            time.sleep(0.01)  # for the mount there is nothing to wait on
+        say(self.client(f"{self.path}/{BUS}"))
+
+    def said(self, message: entries.Kill, _: list[int]) -> None:
+        self.killed.append(message.worker)
+        self.players[message.worker].die()
+
+    def attend(self) -> None:
+        """What the supervisor's loop does when the bell rings."""
+        assert select.select([self.device.bell], [], [], SECONDS)[0], "the bell does not ring"
+        self.device.attend()
+
+    def hire(self) -> Player:
+        """Wait until a worker is wanted, and let it begin. A tree works by itself."""
+        while (turn := self.clients.next(lambda _: True)) is None:
+            self.attend()
+        credentials, work = turn
+        assert not isinstance(work, socket.socket)
+        player = Player(len(self.players) + 1)
+        self.players[player.number] = player
+        self.device.employ(player.supervisors, work, credentials)
+        if isinstance(work, entries.Opened):
+            player.device = player.hear(entries.Device)
+        else:
+            message, _ = _receive(player.line.sock)
+            threading.Thread(
+                target=tree.serve, args=(player.line.sock, message), daemon=True
+            ).start()
+        return player
+
+    def end(self) -> Any:
+        """What the client says, which then has ended; nothing is left."""
+        try:
+            return self.child.hear()
+        finally:
+            self.tidy()
+
+    def tidy(self) -> None:
+        self.device.stop()
+        self.child.kill()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _receive(sock: socket.socket) -> tuple[Any, list[int]]:
+    line = Line(sock, entries.Tree)
+    select.select([line], [], [], SECONDS)
+    received = line.receive()
+    assert received is not None
+    return received
+
+
+def command(number: int, size: int = 0) -> int:
+    """An ioctl's number: without data that the kernel copies, or with so much both ways."""
+    return (3 << 30 if size else 0) | size << 16 | 0x95 << 8 | number
+
+
+__all__ = ["BUS", "Player", "Rig", "abi", "command", "errno_of"]

@@ -1,0 +1,562 @@
+"""The supervisor's side of kdbusfs: what reaches a worker, what is done for it, and what is not."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import select
+import signal
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kbusd.cuse import abi, replies, requests
+from kbusd.rings import entries, memfd
+
+from .places import NATIVE, everywhere
+from .rig import BUS, Rig, command, errno_of
+
+PAGE = mmap.PAGESIZE
+PLAIN = command(1)
+EINVAL, ENOENT = "EINVAL", "ENOENT"
+
+
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def address(of: array[int]) -> int:
+    return of.buffer_info()[0]
+
+
+def maps(fragment: str) -> list[tuple[int, int]]:
+    """Where in our memory something is mapped: beginning and end."""
+    found = []
+    with open("/proc/self/maps") as file:
+        for line in file:
+            if fragment in line:
+                start, _, end = line.split()[0].partition("-")
+                found.append((int(start, 16), int(end, 16)))
+    return found
+
+
+@everywhere(NATIVE)
+def test_a_tree_with_one_file() -> None:
+    def client(path: str) -> Any:
+        root = os.path.dirname(os.path.dirname(path))
+        told: dict[str, Any] = {
+            "names": [os.listdir(root), os.listdir(f"{root}/0-test")],
+            "stat": [os.stat(path).st_mode, os.stat(root).st_mode],
+            "wrong": [errno_of(lambda: os.stat(f"{root}/{name}")) for name in WRONG],
+            "made": errno_of(lambda: os.mkdir(f"{root}/new")),
+            "removed": errno_of(lambda: os.unlink(path)),
+        }
+        with opened(path) as fd, opened(path) as other:
+            told["read"] = errno_of(lambda: os.read(fd, 10))
+            told["write"] = errno_of(lambda: os.write(fd, b"x"))
+            told["again"] = errno_of(lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
+            told["same"] = os.fstat(fd).st_ino == os.fstat(other).st_ino
+        os.chmod(path, 0o640)
+        told["changed"] = os.stat(path).st_mode
+        return told
+
+    rig = Rig(client)
+    one, two = rig.hire(), rig.hire()
+    assert one.device and (one.device.bus, one.device.endpoint) == ("0-test", "bus")
+    assert one.device.credentials.pid == rig.child.pid
+    assert one.device.credentials.uid == os.geteuid()
+    assert one.ends() and two.ends()
+    told = rig.end()
+    assert told == {
+        "names": [["0-test"], ["bus"]],
+        "stat": [0o100666, 0o40755],
+        "wrong": [ENOENT, ENOENT, "ENAMETOOLONG", "ENOTDIR"],
+        "made": told["made"],
+        "removed": told["removed"],
+        "read": EINVAL,
+        "write": EINVAL,
+        "again": "ESTALE",
+        "same": False,
+        "changed": 0o100640,
+    }
+    assert told["made"] and told["removed"]
+    assert not rig.killed and not rig.warnings and not os.path.exists(rig.path)
+
+
+WRONG = ["1-test", "0-test/\udcff\x01", "x" * 4095, f"{BUS}/x"]
+
+
+@everywhere(NATIVE)
+def test_an_ioctl_goes_to_the_worker_of_its_file() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd, opened(path) as other:
+            buffer = array("B", b"question")
+            number = fcntl.ioctl(fd, command(2, 8), buffer)
+            return number, buffer.tobytes().decode(), errno_of(lambda: fcntl.ioctl(other, PLAIN))
+
+    rig = Rig(client)
+    one, two = rig.hire(), rig.hire()
+    unique, body = one.asked(requests.Ioctl)
+    assert (body.command, body.data, body.out_size) == (command(2, 8), b"question", 8)
+    assert not body.unrestricted
+    one.answer(unique, 5, b"response")
+    assert two.serve_ioctl(-errno.ENOTTY).command == PLAIN
+    assert rig.end() == [5, "response", "ENOTTY"]
+
+
+@everywhere(NATIVE)
+def test_a_worker_gets_memory_of_the_caller_and_changes_it() -> None:
+    def client(path: str) -> Any:
+        large = array("B", bytes(range(256)) * 8192)
+        small = array("B", b"small thing")
+        # The end of a mapping with nothing behind it.
+        ends = [end for _, end in maps("")]
+        hole = next(end for end in ends if all(start != end for start, _ in maps("")))
+        where = array("Q", [address(large), address(small), hole])
+        with opened(path) as fd:
+            fcntl.ioctl(fd, command(3, 24), where)
+        return small.tobytes().decode(), large[:4].tolist()
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, body = player.asked(requests.Ioctl)
+    large, small, hole = array("Q", body.data)
+    size = 256 * 8192
+
+    player.say(entries.Copy(unique, ((small, 5), (large + 1, 3), (small + 6, 5))))
+    assert player.hear(entries.Copied) == entries.Copied(unique, 0, (5, 3, 5), b"small\1\2\3thing")
+    player.say(entries.Copy(unique, ((large, size),)))
+    copied = player.hear(entries.Copied)
+    assert (copied.errno, copied.sizes, copied.data) == (0, (size,), b"")
+    assert memfd.read(player.fds[0], size) == bytes(range(256)) * 8192
+    os.close(player.fds[0])
+
+    # What is not there: behind the end, at 0, of the kernel.
+    player.say(entries.Copy(unique, ((hole - 8, 16), (small, 5))))
+    copied = player.hear(entries.Copied)
+    assert copied.errno == 0 and copied.sizes in ((8, 0), (0, 0))
+    for nowhere in (0, 1 << 63, (1 << 64) - 8):
+        player.say(entries.Copy(unique, ((nowhere, 8),)))
+        assert player.hear(entries.Copied) == entries.Copied(unique, 0, (0,), b"")
+    player.say(entries.Copy(unique, ()))
+    assert player.hear(entries.Copied) == entries.Copied(unique, 0, (), b"")
+
+    player.say(entries.Store(unique, ((small, b"great"), (large + 2, b"\7"))))
+    assert player.hear(entries.Stored) == entries.Stored(unique, 0)
+    player.say(entries.Store(unique, ((small, b"great"), (0, b"\7"))))
+    assert player.hear(entries.Stored) == entries.Stored(unique, errno.EFAULT)
+    player.answer(unique, 0, body.data)
+    assert rig.end() == ["great thing", [0, 1, 7, 3]]
+
+
+@everywhere(NATIVE)
+def test_a_worker_gets_descriptors_of_the_caller_but_none_of_our_own_files() -> None:
+    def client(path: str) -> Any:
+        reader, writer = os.pipe()
+        with opened(path) as fd:
+            directory = os.open(os.path.dirname(path), os.O_RDONLY)
+            fcntl.ioctl(fd, command(4, 16), array("i", [writer, fd, directory, 9999]))
+            os.close(writer)
+            return os.read(reader, 100).decode()
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, body = player.asked(requests.Ioctl)
+    writer, own, directory, nothing = array("i", body.data)
+    player.say(entries.Take(unique, (writer, writer)))
+    assert player.hear(entries.Given) == entries.Given(unique, 0)
+    one, other = player.fds
+    os.write(one, b"by both ")
+    os.write(other, b"of them")
+    os.close(one)
+    os.close(other)
+    for numbers, number in [
+        ((own,), errno.ELOOP),
+        ((writer, directory), errno.ELOOP),
+        ((writer, nothing), errno.EBADF),
+        ((-1,), errno.EBADF),
+        ((writer,) * 17, errno.EBADF),
+    ]:
+        player.say(entries.Take(unique, numbers))
+        assert player.hear(entries.Given) == entries.Given(unique, number), numbers
+        assert not player.fds
+    player.say(entries.AskFacts(unique))
+    facts = player.hear(entries.Facts).files
+    assert f"Tgid:\t{rig.child.pid}\n".encode() in facts["status"]
+    assert b"tests.kdbusfs.places" in facts["cmdline"] and b"python" in facts["exe"]
+    player.answer(unique, 0, body.data)
+    assert rig.end() == "by both of them"
+
+
+@everywhere(NATIVE)
+def test_the_pool_is_what_the_client_maps_and_reads() -> None:
+    def client(path: str) -> Any:
+        told = []
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            with mmap.mmap(fd, 4 * PAGE, mmap.MAP_SHARED, mmap.PROT_READ) as pool:
+                told.append(pool[PAGE - 3 : PAGE + 3].decode())
+                fcntl.ioctl(fd, PLAIN)  # not pushed, so not seen
+                told.append(pool[PAGE - 3 : PAGE + 3].decode())
+                fcntl.ioctl(fd, PLAIN)
+                told.append(pool[PAGE - 3 : PAGE + 3].decode())
+                told.append(any(pool[2 * PAGE :]))
+            fcntl.ioctl(fd, PLAIN)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            told.append(os.pread(fd, 6, PAGE - 3).decode())
+        return told
+
+    rig = Rig(client)
+    player = rig.hire()
+    pool = memfd.make("pool", 2 * PAGE)
+    os.pwrite(pool, b"abcdef", PAGE - 3)
+    player.say(entries.Pool(), pool)
+    player.serve_ioctl()
+    for text, pushed in [(b"ABCDEF", False), (b"ghijkl", True), (b"GHIJKL", False)]:
+        unique, _ = player.asked(requests.Ioctl)
+        os.pwrite(pool, text, PAGE - 3)
+        if pushed:
+            player.say(entries.Push(PAGE - 3, 6))
+            player.say(entries.Push(0, 1 << 60))  # to the end and no further
+        player.answer(unique)
+    assert player.ends()
+    assert rig.end() == ["abcdef", "abcdef", "ghijkl", False, "GHIJKL"]
+
+
+@everywhere(NATIVE)
+def test_pushing_what_is_being_read_never_gets_stuck() -> None:
+    """A store waits for the page, and the page for a read that only this process answers."""
+
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            stop = threading.Event()
+
+            def read() -> None:
+                while not stop.is_set():
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.pread(fd, 8 * PAGE, 0)
+
+            readers = [threading.Thread(target=read) for _ in range(3)]
+            for each in readers:
+                each.start()
+            fcntl.ioctl(fd, PLAIN)
+            stop.set()
+            for each in readers:
+                each.join()
+            return True
+
+    rig = Rig(client)
+    player = rig.hire()
+    player.say(entries.Pool(), memfd.make("pool", 8 * PAGE))
+    player.serve_ioctl()
+    unique, _ = player.asked(requests.Ioctl)
+    for turn in range(1500):
+        player.say(entries.Push(turn % 8 * PAGE, PAGE))
+    player.answer(unique)
+    assert rig.end() is True
+
+
+@everywhere(NATIVE)
+def test_a_message_out_of_the_clients_own_pool() -> None:
+    """Copying it reads a page of a file of ours, while we copy; and of many at once."""
+
+    def client(path: str) -> Any:
+        def send(fd: int) -> None:
+            at = next(start for start, _ in maps(BUS))
+            for _ in range(20):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                fcntl.ioctl(fd, command(5, 8), array("Q", [at]))
+
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            with mmap.mmap(fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ):
+                threads = [threading.Thread(target=send, args=(fd,)) for _ in range(4)]
+                for each in threads:
+                    each.start()
+                for each in threads:
+                    each.join()
+            return True
+
+    rig = Rig(client)
+    player = rig.hire()
+    pool = memfd.make("pool", PAGE)
+    os.pwrite(pool, b"pool", 0)
+    player.say(entries.Pool(), pool)
+    player.serve_ioctl()
+    asked = {}
+    copied = 0
+    while copied < 80:
+        match player.receive()[0]:
+            case entries.Asked(raw):
+                request = requests.decode(raw)
+                assert isinstance(request.body, requests.Ioctl)
+                unique, data = request.header.unique, request.body.data
+                asked[unique] = data
+                player.say(entries.Copy(unique, ((array("Q", data)[0], 4),)))
+            case entries.Copied(unique, _, _, data):
+                assert data == b"pool"
+                player.answer(unique, 0, asked.pop(unique))
+                copied += 1
+    assert rig.end() is True
+
+
+@everywhere(NATIVE)
+def test_who_polls_is_woken() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            first = [events for _, events in poll.poll(0)]
+            return first, [events for _, events in poll.poll(10_000)]
+
+    rig = Rig(client)
+    player = rig.hire()
+    player.say(entries.Nudge())  # nobody polls: nothing happens
+    for events, waits in [(0, False), (0, True), (select.POLLIN, True)]:
+        unique, body = player.asked(requests.Poll)
+        if waits and events:
+            assert player.device
+        player.say(entries.Answered(replies.poll(unique, events)))
+        if waits and not events:
+            player.say(entries.Nudge())
+    assert rig.end() == [[], [select.POLLIN]]
+
+
+@everywhere(NATIVE)
+def test_an_interrupted_ioctl_ends_when_its_worker_says_so() -> None:
+    def client(path: str) -> Any:
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        with opened(path) as fd:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return errno_of(lambda: fcntl.ioctl(fd, PLAIN))
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    _, interrupt = player.asked(requests.Interrupt)
+    assert interrupt.unique == unique
+    player.answer(unique, -abi.ERESTARTSYS)
+    assert rig.end() == "EINTR"
+
+
+@everywhere(NATIVE)
+def test_a_client_that_is_killed_in_an_ioctl_ends_when_its_worker_says_so() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    rig.child.signal(signal.SIGKILL)
+    _, interrupt = player.asked(requests.Interrupt)
+    player.answer(interrupt.unique, -abi.ERESTARTSYS)
+    assert rig.child.wait() == -signal.SIGKILL
+    assert player.ends()
+    rig.tidy()
+
+
+@everywhere(NATIVE)
+def test_an_open_that_waits_for_a_worker_can_be_interrupted() -> None:
+    def client(path: str) -> Any:
+        def interrupted(*_: Any) -> None:
+            raise InterruptedError(errno.EINTR, "by a signal")
+
+        signal.signal(signal.SIGALRM, interrupted)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        first = errno_of(lambda: os.open(path, os.O_RDWR))
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+        return first
+
+    rig = Rig(client)
+    rig.attend()
+    rig.attend()  # the second open comes when the first has ended
+    one, two = rig.hire(), rig.hire()
+    assert one.ends()
+    two.serve_ioctl()
+    assert rig.end() == "EINTR"
+
+
+@everywhere(NATIVE)
+def test_a_uid_with_too_many_files_gets_no_more() -> None:
+    def client(path: str) -> Any:
+        with opened(path), opened(path):
+            return errno_of(lambda: os.open(path, os.O_RDWR))
+
+    rig = Rig(client, limit=3)  # one is the tree's
+    rig.hire()
+    rig.hire()
+    rig.attend()
+    assert rig.end() == "EMFILE"
+    assert "max_connections_per_user" in rig.warnings[0]
+
+
+@everywhere(NATIVE)
+def test_the_death_of_a_worker_is_its_clients_alone() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd, opened(path) as other:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return [
+                errno_of(lambda: fcntl.ioctl(fd, PLAIN)),
+                errno_of(lambda: fcntl.ioctl(fd, PLAIN)),
+                [events for _, events in poll.poll(0)],
+                os.pread(fd, 4, 0).decode(),
+                fcntl.ioctl(other, PLAIN),
+            ]
+
+    rig = Rig(client)
+    one, two = rig.hire(), rig.hire()
+    pool = memfd.make("pool", PAGE)
+    os.pwrite(pool, b"left", 0)
+    one.say(entries.Pool(), pool)
+    one.asked(requests.Ioctl)
+    one.die()
+    two.serve_ioctl(7)
+    assert rig.end() == ["ECONNRESET", "ECONNRESET", [select.POLLERR], "left", 7]
+
+
+@everywhere(NATIVE)
+def test_who_polls_a_dead_workers_file_is_woken() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return [events for _, events in poll.poll(10_000)]
+
+    rig = Rig(client)
+    player = rig.hire()
+    for _ in range(2):
+        unique, body = player.asked(requests.Poll)
+        player.say(entries.Answered(replies.poll(unique, 0)))
+        if body.notify:
+            break
+    player.die()
+    assert rig.end() == [select.POLLERR]
+
+
+@everywhere(NATIVE)
+def test_a_worker_that_breaks_a_rule_is_ended_and_nobody_else_notices() -> None:
+    def client(path: str) -> Any:
+        told = []
+        with opened(path) as other:
+            thread = threading.Thread(target=lambda: told.append(fcntl.ioctl(other, PLAIN)))
+            thread.start()
+            for _ in range(len(MISCHIEF)):
+                with opened(path) as fd:
+                    told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+            thread.join()
+        return told
+
+    rig = Rig(client)
+    good = rig.hire()
+    others, _ = good.asked(requests.Ioctl)
+    for does in MISCHIEF:
+        bad = rig.hire()
+        mine, _ = bad.asked(requests.Ioctl)
+        does(bad, mine, others)
+        while bad.number not in rig.killed:
+            rig.attend()
+    good.answer(others, 3)
+    assert rig.end() == ["ECONNRESET"] * len(MISCHIEF) + [3]
+    assert len(rig.killed) == len(MISCHIEF)
+
+
+def _say(make: Any) -> Any:
+    return lambda bad, mine, others: bad.say(make(mine, others))
+
+
+def _with_descriptor(make: Any) -> Any:
+    def do(bad: Any, mine: int, others: int) -> None:
+        fd = os.open("/dev/null", os.O_RDONLY)
+        bad.say(make(mine, others), fd)
+        os.close(fd)
+
+    return do
+
+
+MISCHIEF = [
+    _say(lambda mine, others: entries.Answered(replies.ioctl(others, 0))),
+    _say(lambda mine, others: entries.Answered(replies.wake(1))),
+    _say(lambda mine, others: entries.Answered(replies.store(2, 0, b"x"))),
+    _say(lambda mine, others: entries.Answered(b"short")),
+    _say(lambda mine, others: entries.Answered(replies.ioctl(mine, 0)[:-1])),
+    _say(lambda mine, others: entries.Answered(abi.OUT_HEADER.pack(16, -9999, mine))),
+    _say(lambda mine, others: entries.Answered(abi.OUT_HEADER.pack(16, 1, mine))),
+    _say(lambda mine, others: entries.Copy(others, ((4096, 1),))),
+    _say(lambda mine, others: entries.Copy(mine, ((-1, 1),))),
+    _say(lambda mine, others: entries.Copy(mine, ((0, -1),))),
+    _say(lambda mine, others: entries.Copy(mine, ((0, 1 << 40),))),
+    _say(lambda mine, others: entries.Copy(mine, ((0, 1),) * 1025)),
+    _say(lambda mine, others: entries.Store(others, ((4096, b"x"),))),
+    _say(lambda mine, others: entries.Take(others, (0,))),
+    _say(lambda mine, others: entries.AskFacts(others)),
+    _say(lambda mine, others: entries.Opened(mine, "0-test", "bus", 2, 0)),
+    _say(lambda mine, others: entries.Push(0, 1)),
+    _with_descriptor(lambda mine, others: entries.Pool()),
+    _with_descriptor(lambda mine, others: entries.Nudge()),
+    lambda bad, mine, others: bad.line.sock.send(b"\xc1"),
+]
+
+
+@everywhere(NATIVE)
+def test_a_tree_that_dies_is_followed_by_another() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            with opened(path) as other:
+                return fcntl.ioctl(other, PLAIN) + fcntl.ioctl(fd, PLAIN)
+
+    rig = Rig(client)
+    one = rig.hire()
+    unique, _ = one.asked(requests.Ioctl)
+    rig.players[1].line.sock.shutdown(2)
+    rig.hire()  # the tree again
+    one.answer(unique)
+    two = rig.hire()
+    two.serve_ioctl(5)
+    one.serve_ioctl(6)
+    assert rig.end() == 11
+
+
+@everywhere(NATIVE)
+def test_requests_for_a_worker_that_does_not_listen_wait() -> None:
+    """More than its line holds; it gets all of them."""
+
+    def client(path: str) -> Any:
+        size = 1024
+        with opened(path) as fd:
+
+            def ask() -> None:
+                fcntl.ioctl(fd, command(6, size), array("B", bytes(size)))
+
+            threads = [threading.Thread(target=ask) for _ in range(150)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+        return True
+
+    rig = Rig(client)
+    player = rig.hire()
+    holder = rig.device.files[player.number]
+    deadline = time.monotonic() + 10
+    while not holder.line.queue:
+        assert time.monotonic() < deadline, "the line holds everything"
+        time.sleep(0.01)
+    for _ in range(150):
+        unique, body = player.asked(requests.Ioctl)
+        player.answer(unique, 0, body.data)
+    assert rig.end() is True

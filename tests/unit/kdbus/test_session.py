@@ -1,0 +1,540 @@
+"""Connections on a bus in memory: what each command does, and what the others see of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+import pytest
+
+from kbusd.kdbus import abi, items, layout
+from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.waits import Interrupted
+from tests.unit.kdbus.refused import refused
+from tests.unit.kdbus.world import POOL, SECOND, Client, Message, World, any_id, any_name, bits
+
+READABLE = 0x41
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def pair(world: World) -> tuple[Client, Client]:
+    return world.client(recv=abi.ATTACH_ALL), world.client(uid=1001, recv=abi.ATTACH_ALL)
+
+
+def readable(client: Client) -> bool:
+    return client.session.poll() & READABLE == READABLE
+
+
+# -- the life of a connection ------------------------------------------------------------------
+
+
+def test_hello_tells_who_one_is_and_how_signals_are_filtered(world: World) -> None:
+    client = world.client(hello=False)
+    assert client.session.poll() & 0x18  # POLLERR, POLLHUP
+    got = client.hello()
+    flags, id, size, offset, length = struct.unpack_from("=5Q", got, 40)
+    assert (flags, id, size) == (0, 1, POOL)
+    assert got[80:96] == client.port.uuid
+    (item,) = items.split(client.pool[offset : offset + length], 0)
+    assert (item.type, item.data) == (abi.ITEM_BLOOM_PARAMETER, layout.BLOOM_PARAMETER.pack(8, 1))
+    client.free(offset)
+    assert client.session.poll() == 0x104  # writable
+    with refused("EBADFD"):
+        client.hello()
+
+
+def test_a_second_hello_while_the_first_waits_is_refused(world: World) -> None:
+    client = world.client(hello=False)
+    world.hold = True
+    whole = client.struct(abi.CMD_HELLO, struct.pack("=7Q", 0, 0, 0, 0, POOL, 0, 0) + bytes(16))
+    first = client.begin(abi.CMD_HELLO, whole)
+    assert first.result is None
+    with refused("EBADFD"):
+        client.end(client.begin(abi.CMD_HELLO, whole))
+    world.go()
+    client.end(first)
+    assert client.id == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "flags", "name"),
+    [(0, 0, "EINVAL"), (100, 0, "EINVAL"), (POOL, abi.HELLO_ACTIVATOR, "EINVAL"),
+     (POOL, abi.HELLO_MONITOR, "EPERM"), (POOL, 1 << 20, "EINVAL")],
+)  # fmt: skip
+def test_hello_that_is_refused_leaves_the_handle_fresh(
+    world: World, pool: int, flags: int, name: str
+) -> None:
+    client = world.client(hello=False)
+    with refused(name):
+        client.hello(pool=pool, flags=flags)
+    assert client.left[16:24] == bytes(8)  # return_flags are written all the same
+    client.hello()
+
+
+def test_before_hello_there_is_nothing_else(world: World) -> None:
+    client = world.client(hello=False)
+    with refused("EBADFD"):
+        client.recv()
+    with refused("ENOTTY"):
+        client.end(client.begin(0x1234, bytes(8)))
+
+
+def test_negotiation_changes_nothing(world: World) -> None:
+    client = world.client(hello=False)
+    got = client.hello(flags=abi.FLAG_NEGOTIATE)
+    assert struct.unpack_from("=Q", got, 8)[0] == 15
+    assert client.id == 0
+    client.hello()
+
+
+def test_byebye_ends_the_connection_for_all(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    b.acquire("com.example.B")
+    b.add_match(any_id(abi.ITEM_ID_REMOVE))
+    a.send(b.id)
+    with refused("EBUSY"):
+        b.do(abi.CMD_BYEBYE, b"")
+    b.recv()
+    b.do(abi.CMD_BYEBYE, b"")
+    with refused("ECONNRESET"):
+        b.recv()
+    assert b.session.poll() & 0x10  # POLLHUP
+    with refused("ENXIO"):
+        a.send(b.id)
+    with refused("ESRCH"):
+        a.send(0, items.string(abi.ITEM_DST_NAME, "com.example.B"))
+
+
+# -- messages ----------------------------------------------------------------------------------
+
+
+def test_a_message_comes_whole_with_who_sent_it(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    a.acquire("com.example.A")
+    a.send(b.id, cookie=5, priority=-3, payload=b"seven b")
+    assert readable(b) and not readable(a)
+    got = b.recv()
+    assert (got.src_id, got.dst_id, got.cookie, got.priority) == (a.id, b.id, 5, -3)
+    assert (got.payload_type, got.payload) == (abi.PAYLOAD_DBUS, b"seven b")
+    assert layout.CREDS.unpack(got.all(abi.ITEM_CREDS)[0].data) == (1000,) * 8
+    assert layout.PIDS.unpack(got.all(abi.ITEM_PIDS)[0].data)[0] == 100 + a.id
+    assert got.all(abi.ITEM_OWNED_NAME)[0].data[8:-1] == b"com.example.A"
+    assert got.all(abi.ITEM_TIMESTAMP)[0].data == layout.TIMESTAMP.pack(77, SECOND, SECOND + 7)
+    assert not got.all(abi.ITEM_EXE) and not got.all(abi.ITEM_SECLABEL)  # not offered by the sender
+    assert not readable(b)
+    with refused("EAGAIN"):
+        b.recv()
+
+
+def test_metadata_is_what_the_sender_offers_and_the_receiver_asks_for(world: World) -> None:
+    open_one = world.client(send=abi.ATTACH_ALL)
+    curious, modest = world.client(recv=abi.ATTACH_ALL), world.client()
+    for receiver in (curious, modest):
+        open_one.send(receiver.id)
+    got = curious.recv()
+    assert got.all(abi.ITEM_TID_COMM)[0].data == b"thread\0"
+    assert got.all(abi.ITEM_SECLABEL)[0].data == b"label\0"
+    kinds = {item.type for item in modest.recv().items}
+    assert kinds == {abi.ITEM_PAYLOAD_OFF}
+    modest.do(
+        abi.CMD_UPDATE, b"", items.build(abi.ITEM_ATTACH_FLAGS_RECV, layout.U64.pack(2))
+    )  # CREDS
+    open_one.send(modest.id)
+    assert modest.recv().all(abi.ITEM_CREDS)
+
+
+def test_a_payload_of_vectors_zeroes_and_memfds(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    vector = items.build(abi.ITEM_PAYLOAD_VEC, layout.VECTOR.pack(3, a.PAYLOAD))
+    zeroes = items.build(abi.ITEM_PAYLOAD_VEC, layout.VECTOR.pack(10, 0))
+    memfd = items.build(abi.ITEM_PAYLOAD_MEMFD, layout.MEMFD.pack(0, 5, 4, 0))
+    message = a.message(b.id, vector, zeroes, memfd, vector, payload=b"")
+    a.payload = b"abc"
+    a.end(a.begin_send(message))
+    assert b.recv().payload == b"abc" + bytes(10) + b"memfd" + b"abc"
+    assert not a.port.open, "descriptors are left open"
+
+
+def test_descriptors_are_told_as_incomplete(world: World) -> None:
+    a, deaf, b = world.client(), world.client(), world.client(flags=abi.HELLO_ACCEPT_FD)
+    fds = items.build(abi.ITEM_FDS, struct.pack("=2i", 5, 6))
+    with refused("ECOMM"):
+        a.send(deaf.id, fds)
+    a.send(b.id, fds)
+    got = b.recv(flags=abi.RECV_PEEK)
+    assert b.return_flags == 0
+    got = b.recv()
+    assert b.return_flags == abi.RECV_RETURN_INCOMPLETE_FDS
+    assert got.all(abi.ITEM_FDS)[0].data == struct.pack("=2i", -1, -1)
+    assert not a.port.open
+
+
+def test_peeking_leaves_a_message_and_dropping_takes_it(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    a.send(b.id, cookie=1)
+    a.send(b.id, cookie=2)
+    assert b.recv(flags=abi.RECV_PEEK).cookie == 1
+    first = b.offset
+    assert b.recv(flags=abi.RECV_PEEK).cookie == 1
+    assert b.offset == first
+    assert b.recv(flags=abi.RECV_DROP) is None
+    assert b.recv().cookie == 2
+    b.free(first)
+    with refused("ENXIO"):
+        b.free(first)
+    with refused("ENXIO"):
+        b.free(8)
+
+
+def test_the_most_urgent_comes_first_if_asked_for(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    for priority in (5, -7, 0):
+        a.send(b.id, priority=priority)
+    assert b.recv(flags=abi.RECV_USE_PRIORITY, priority=10).priority == -7
+    with refused("EAGAIN"):
+        b.recv(flags=abi.RECV_USE_PRIORITY, priority=-1)
+    assert b.recv().priority == 5
+
+
+def test_what_is_freed_can_be_used_again(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    for _ in range(100):
+        a.send(b.id, payload=bytes(POOL // 8))
+        assert b.recv().payload == bytes(POOL // 8)
+        b.free(b.offset)
+
+
+def test_a_sender_that_floods_is_refused_and_others_are_not(world: World) -> None:
+    flooder, other, b = world.client(uid=1), world.client(uid=2), world.client(uid=3)
+    with refused("ENOBUFS"):
+        for _ in range(1000):
+            flooder.send(b.id, payload=bytes(1000))
+    other.send(b.id, payload=bytes(1000), cookie=9)
+    cookies = set()
+    while readable(b):
+        cookies.add(b.recv().cookie)
+        b.free(b.offset)
+    assert cookies == {1, 9}
+    flooder.send(b.id)
+
+
+@pytest.mark.parametrize(
+    ("dst", "chain", "name"),
+    [
+        (99, (), "ENXIO"),
+        (0, (items.string(abi.ITEM_DST_NAME, "no.body"),), "ESRCH"),
+        (0, (), "EDESTADDRREQ"),
+        (abi.DST_ID_BROADCAST, (), "EBADMSG"),
+    ],
+)
+def test_where_no_message_can_go(
+    pair: tuple[Client, Client], dst: int, chain: tuple[bytes, ...], name: str
+) -> None:
+    with refused(name):
+        pair[0].send(dst, *chain)
+
+
+def test_a_name_and_an_id_must_agree(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    b.acquire("com.example.B")
+    name = items.string(abi.ITEM_DST_NAME, "com.example.B")
+    with refused("EREMCHG"):
+        a.send(a.id, name)
+    a.send(b.id, name)
+    assert b.recv().all(abi.ITEM_DST_NAME)[0].text == "com.example.B"
+
+
+def test_memory_that_the_caller_has_not_is_efault(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    for missing in (a.MESSAGE, a.PAYLOAD):
+        whole = a.struct(abi.CMD_SEND, layout.U64.pack(a.MESSAGE))
+        parts = {a.MESSAGE: a.message(b.id), a.PAYLOAD: b"hello"}
+        del parts[missing]
+        with refused("EFAULT"):
+            a.end(a.begin(abi.CMD_SEND, whole, *parts.items()))
+    assert not readable(b)
+
+
+def test_an_unowned_name_is_started_unless_that_is_not_wanted(world: World) -> None:
+    a, service = world.client(), world.client()
+    world.services["com.example.S"] = service
+    name = items.string(abi.ITEM_DST_NAME, "com.example.S")
+    with refused("ESRCH"):
+        a.send(0, name, flags=abi.MSG_NO_AUTO_START)
+    a.send(0, name)
+    assert service.recv().payload == b"hello"
+
+
+# -- calls -------------------------------------------------------------------------------------
+
+
+def test_a_call_is_answered_once(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    a.end(a.call(b.id, cookie=8))
+    assert b.recv().flags == abi.MSG_EXPECT_REPLY
+    b.send(a.id, reply=8, payload=b"answer")
+    got = a.recv()
+    assert (got.reply, got.payload) == (8, b"answer")
+    with refused("EBADSLT"):
+        b.send(a.id, reply=8)
+    with refused("EBADSLT"):
+        a.send(b.id, reply=8)
+    assert a.session.deadline() is None
+
+
+def test_a_synchronous_call_waits_for_its_reply(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=True)
+    assert run.result is None
+    b.recv()
+    b.send(a.id, reply=8, payload=b"answer")
+    offset, size, flags = struct.unpack_from("=3Q", a.end(run), 32)
+    assert not readable(a) and size and not flags
+    assert Message(a.pool, offset).payload == b"answer"
+    a.free(offset)
+    with refused("ENXIO"):
+        a.free(offset)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_call_that_is_not_answered_in_time(pair: tuple[Client, Client], sync: bool) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=sync)
+    b.recv()
+    world = a.world
+    assert a.session.deadline() == world.now + SECOND
+    world.now += SECOND
+    a.session.tick()
+    if sync:
+        with refused("ETIMEDOUT"):
+            a.end(run)
+    else:
+        got = a.recv()
+        assert (got.src_id, got.reply) == (abi.SRC_ID_KERNEL, 8)
+        assert got.all(abi.ITEM_REPLY_TIMEOUT)
+    with refused("EBADSLT"):
+        b.send(a.id, reply=8)
+    assert not readable(a)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("how", ["goes", "drops"])
+def test_a_callee_that_will_not_answer(pair: tuple[Client, Client], sync: bool, how: str) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=sync)
+    if how == "goes":
+        b.session.end()
+    else:
+        b.recv(flags=abi.RECV_DROP)
+    if sync:
+        with refused("EPIPE"):
+            a.end(run)
+    else:
+        got = a.recv()
+        assert got.all(abi.ITEM_REPLY_DEAD) and got.reply == 8
+
+
+def test_an_interrupted_call_goes_on_waiting_when_it_is_made_again(
+    pair: tuple[Client, Client],
+) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=True)
+    assert run.waits_for is not None
+    run.waits_for.fail(Interrupted())
+    with pytest.raises(Interrupted):
+        a.end(run)
+    again = a.call(b.id, cookie=8, sync=True)
+    assert again.result is None
+    b.recv()
+    with refused("EAGAIN"):
+        b.recv()  # nothing was sent twice
+    b.send(a.id, reply=8)
+    a.end(again)
+
+
+def test_what_was_answered_while_the_call_was_interrupted_is_in_the_queue(
+    pair: tuple[Client, Client],
+) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=True)
+    assert run.waits_for is not None
+    run.waits_for.fail(Interrupted())
+    b.recv()
+    b.send(a.id, reply=8, payload=b"late")
+    assert a.recv().payload == b"late"
+
+
+def test_calls_without_number_are_refused(pair: tuple[Client, Client]) -> None:
+    a, _ = pair
+    b = a.world.client(uid=1002, pool=16 * POOL)
+    with refused("EMLINK"):
+        for cookie in range(1, 1000):
+            a.end(a.call(b.id, cookie=cookie))
+    assert cookie == abi.MAX_PENDING_REPLIES + 1
+
+
+def test_a_call_that_could_not_be_sent_is_not_waited_for(world: World) -> None:
+    a, b = world.client(), world.client()
+    with refused("ENOBUFS"):
+        for _ in range(1000):
+            a.send(b.id)
+    with refused("ENOBUFS"):
+        a.end(a.call(b.id))
+    assert a.session.deadline() is None
+
+
+# -- names -------------------------------------------------------------------------------------
+
+
+def test_names_are_owned_queued_for_and_released(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    assert a.acquire("com.example.N") & (abi.NAME_ACQUIRED | abi.NAME_PRIMARY) == (
+        abi.NAME_ACQUIRED | abi.NAME_PRIMARY
+    )
+    with refused("EEXIST"):
+        b.acquire("com.example.N")
+    assert b.acquire("com.example.N", abi.NAME_QUEUE) & abi.NAME_IN_QUEUE
+    with refused("EADDRINUSE"):
+        world_client = a.world.client()
+        world_client.release("com.example.N")
+    with refused("ESRCH"):
+        a.release("no.such.name")
+    a.release("com.example.N")
+    a.send(0, items.string(abi.ITEM_DST_NAME, "com.example.N"))
+    assert b.recv()
+    with refused("EINVAL"):
+        a.acquire("nodots")
+
+
+def test_the_list_of_names_and_connections(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    a.acquire("com.example.A")
+    assert a.list(abi.LIST_NAMES) == [(a.id, "com.example.A")]
+    assert a.list(abi.LIST_UNIQUE | abi.LIST_NAMES) == [(a.id, "com.example.A"), (b.id, "")]
+    assert a.list(abi.LIST_UNIQUE) == [(a.id, ""), (b.id, "")]
+    assert a.list(abi.LIST_QUEUED) == []
+
+
+def test_what_can_be_learnt_of_a_connection(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    b.acquire("com.example.B")
+    name = items.string(abi.ITEM_NAME, "com.example.B")
+    by_name = a.do(abi.CMD_CONN_INFO, layout.U64.pack(0) + layout.U64.pack(abi.ATTACH_ANY), name)
+    offset, size = struct.unpack_from("=2Q", by_name, 40)
+    length, id, _ = layout.INFO.unpack_from(a.pool, offset)
+    assert (length, id) == (size, b.id)
+    found = {item.type for item in items.split(a.pool[offset : offset + size], layout.INFO.size)}
+    assert {abi.ITEM_CREDS, abi.ITEM_PIDS, abi.ITEM_AUXGROUPS, abi.ITEM_OWNED_NAME} <= found
+    assert abi.ITEM_SECLABEL not in found
+    for fields, chain, errno_name in (
+        ((0, 0), (), "EINVAL"),
+        ((99, 0), (), "ENXIO"),
+        ((0, 0), (items.string(abi.ITEM_NAME, "no.body"),), "ESRCH"),
+    ):
+        with refused(errno_name):
+            a.do(abi.CMD_CONN_INFO, struct.pack("=2Q", *fields), *chain)
+
+
+def test_who_made_the_bus(pair: tuple[Client, Client]) -> None:
+    a, _ = pair
+    got = a.do(abi.CMD_BUS_CREATOR_INFO, struct.pack("=2Q", 0, abi.ATTACH_CREDS))
+    offset, size = struct.unpack_from("=2Q", got, 40)
+    name, creds = items.split(a.pool[offset : offset + size], layout.INFO.size)
+    assert (name.type, name.text) == (abi.ITEM_MAKE_NAME, "1000-test")
+    assert creds.type == abi.ITEM_CREDS
+
+
+# -- signals and notifications -----------------------------------------------------------------
+
+
+def test_a_signal_goes_to_those_whose_mask_it_satisfies(world: World) -> None:
+    a, one, two, none = (world.client() for _ in range(4))
+    one.add_match(bits(abi.ITEM_BLOOM_MASK, 0b01))
+    two.add_match(bits(abi.ITEM_BLOOM_MASK, 0b11))
+    everything = world.client()
+    everything.add_match()
+    a.send(abi.DST_ID_BROADCAST, bits(abi.ITEM_BLOOM_FILTER, 0b101), flags=abi.MSG_SIGNAL)
+    assert [readable(c) for c in (a, one, two, none, everything)] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
+    assert one.recv().dst_id == abi.DST_ID_BROADCAST
+    one.do(abi.CMD_MATCH_REMOVE, layout.U64.pack(1))
+    assert not one.port.subscribed[True]
+    with refused("EBADSLT"):
+        one.do(abi.CMD_MATCH_REMOVE, layout.U64.pack(1))
+
+
+def test_a_signal_to_one_comes_only_if_it_matches(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    signal = bits(abi.ITEM_BLOOM_FILTER, 1)
+    a.send(b.id, signal, flags=abi.MSG_SIGNAL)
+    assert not readable(b)
+    b.add_match(items.build(abi.ITEM_ID, layout.U64.pack(a.id)))
+    a.send(b.id, signal, flags=abi.MSG_SIGNAL)
+    assert b.recv().dst_id == b.id
+
+
+def test_a_signal_without_room_is_lost_and_counted(world: World) -> None:
+    a, b = world.client(), world.client(pool=16 * POOL)
+    b.add_match()
+    for _ in range(abi.MAX_MESSAGES_PER_USER + 3):
+        a.send(abi.DST_ID_BROADCAST, bits(abi.ITEM_BLOOM_FILTER, 1), flags=abi.MSG_SIGNAL)
+    b.recv()
+    assert b.dropped == 3
+    b.recv()
+    assert b.dropped == 0
+
+
+def test_what_the_bus_announces(world: World) -> None:
+    watcher = world.client(recv=abi.ATTACH_ALL)
+    kinds = (abi.ITEM_ID_ADD, abi.ITEM_ID_REMOVE)
+    names = (abi.ITEM_NAME_ADD, abi.ITEM_NAME_REMOVE, abi.ITEM_NAME_CHANGE)
+    for cookie, kind in enumerate(kinds):
+        watcher.add_match(any_id(kind), cookie=cookie)
+    for cookie, kind in enumerate(names):
+        watcher.add_match(any_name(kind, "com.example.N"), cookie=10 + cookie)
+    assert watcher.port.subscribed == {True: False, False: True}
+    a, b = world.client(), world.client()
+    a.acquire("com.example.N")
+    a.acquire("com.example.Other")
+    b.acquire("com.example.N", abi.NAME_QUEUE)
+    a.session.end()
+    b.release("com.example.N")
+    seen = []
+    while readable(watcher):
+        got = watcher.recv()
+        assert (got.src_id, got.payload_type) == (abi.SRC_ID_KERNEL, abi.PAYLOAD_KERNEL)
+        assert got.all(abi.ITEM_TIMESTAMP)
+        item = got.items[0]
+        if item.type in kinds:
+            seen.append((item.type, layout.ID_CHANGE.unpack(item.data)[0]))
+        else:
+            old, _, new, _ = layout.NAME_CHANGE.unpack_from(item.data)
+            assert item.data[layout.NAME_CHANGE.size :] == b"com.example.N\0"
+            seen.append((item.type, old, new))
+    assert seen == [
+        (abi.ITEM_ID_ADD, a.id),
+        (abi.ITEM_ID_ADD, b.id),
+        (abi.ITEM_NAME_ADD, 0, a.id),
+        (abi.ITEM_NAME_CHANGE, a.id, b.id),
+        (abi.ITEM_ID_REMOVE, a.id),
+        (abi.ITEM_NAME_REMOVE, b.id, 0),
+    ]
+
+
+def test_matches_without_number_are_refused(pair: tuple[Client, Client]) -> None:
+    a, _ = pair
+    with refused("EMFILE"):
+        for cookie in range(1000):
+            a.add_match(cookie=cookie)
+    a.add_match(cookie=3, flags=abi.MATCH_REPLACE)
+
+
+def test_errors_name_the_system_error() -> None:
+    assert str(Errno(errno.ENXIO, "x")) == f"x ({os.strerror(errno.ENXIO)})"
