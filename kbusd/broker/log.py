@@ -19,7 +19,7 @@ from kbusd.rings.entries import LogEntry, Snapshot
 
 CAPACITY = 4 * 1024 * 1024  # touched page by page as the log grows; then it goes round
 LOG = 2  # kind of frame: a control-log entry
-REPLAY_ENTRIES = 64  # a worker applies an entry in about 1 µs
+REPLAY_ENTRIES = 8  # a worker applies an entry in about 5 µs while its client waits for Hello
 REPLAY_BYTES = 64 * 1024  # far below CAPACITY: a snapshot's position stays in reach
 
 _encode = msgspec.msgpack.Encoder().encode

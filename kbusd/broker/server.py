@@ -51,6 +51,7 @@ from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
+JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -70,6 +71,7 @@ class Server:
         self._lines: dict[int, Line] = {}  # by worker
         self._workers: dict[int, int] = {}  # descriptor of a line -> worker
         self._wake_up: set[int] = set()
+        self._joined: list[int] = []  # what the supervisor may know a moment later
         self._over = False
         self._failure: LineError | None = None
         self._broken: dict[int, str] = {}
@@ -83,7 +85,12 @@ class Server:
         while not self._over:
             deadline = self._bus.deadline()
             timeout = -1.0 if deadline is None else max(0.0, deadline - self.now())
-            for fd, events in self._epoll.poll(timeout):
+            if self._joined:
+                timeout = min(timeout, JOINED_SECONDS) if timeout >= 0 else JOINED_SECONDS
+            ready = self._epoll.poll(timeout)
+            while self._joined:
+                self._tell_supervisor(Joined(self._joined.pop()))
+            for fd, events in ready:
                 self._ready(fd, events)
             if deadline is not None and self.now() >= deadline:
                 self._bus.tick()
@@ -102,7 +109,7 @@ class Server:
             if events & _WRITE:
                 self._flush_other(self._supervisor)
             if events & ~_WRITE:
-                self._from_supervisor()
+                self._next_from_supervisor()  # most often there is one
         elif self._launcher is not None and fd == self._launcher.fileno():
             if events & _WRITE:
                 self._flush_other(self._launcher)
@@ -174,17 +181,22 @@ class Server:
     # -- supervisor and launcher ---------------------------------------------------------------
 
     def _from_supervisor(self) -> None:
-        while not self._over:
-            try:
-                received = self._supervisor.receive()
-                if received is None:
-                    return
+        """All that it has said by now."""
+        while self._next_from_supervisor():
+            pass
+
+    def _next_from_supervisor(self) -> bool:
+        try:
+            received = self._supervisor.receive()
+            if received is not None:
                 self._supervisor_says(*received)
-            except EOFError:
-                self._over = True
-            except LineError as error:
-                self._over = True
-                self._failure = error
+            return received is not None
+        except EOFError:
+            self._over = True
+        except LineError as error:
+            self._over = True
+            self._failure = error
+        return False
 
     def _supervisor_says(self, message: SupervisorMessage, fds: list[int]) -> None:
         try:
@@ -303,7 +315,7 @@ class Server:
         self._wake_up.add(worker)
 
     def joined(self, worker: int) -> None:
-        self._tell_supervisor(Joined(worker))
+        self._joined.append(worker)
 
     def kill(self, worker: int, reason: str) -> None:
         self._broken[worker] = reason

@@ -184,16 +184,8 @@ class ClientPolicy:
         return other
 
     def can_connect(self) -> Verdict:
-        """Whether the client may use the bus at all: user= and group= rules of the default and
-        mandatory contexts; without one only the user that the bus runs as may, not even root."""
-        verdict = Verdict(self._uid == self._owner)
-        for rule in (*self._policy.default, *self._policy.mandatory):
-            match rule.kind:
-                case kind if kind == USER and (rule.id is None or rule.id == self._uid):
-                    verdict = Verdict(rule.allow, rule)
-                case kind if kind == GROUP and (rule.id is None or rule.id in self._gids):
-                    verdict = Verdict(rule.allow, rule)
-        return verdict
+        """See `can_connect`."""
+        return _can_connect(self._policy, self._uid, self._gids, self._owner)
 
     def can_own(self, name: str) -> Verdict:
         """Whether the client may request the well-known name `name`."""
@@ -299,6 +291,24 @@ def _prefix_matches(rule: Rule, names: Collection[str]) -> bool:
     assert rule.name is not None
     below = rule.name + "."
     return any(name == rule.name or name.startswith(below) for name in names)
+
+
+def can_connect(policy: Policy, credentials: CredentialsLike, owner: int) -> Verdict:
+    """Whether the client may use the bus at all: user= and group= rules of the default and
+    mandatory contexts; without one only the user that the bus runs as may, not even root."""
+    gids = {credentials.gid, *credentials.groups}
+    return _can_connect(policy, credentials.uid, gids, owner)
+
+
+def _can_connect(policy: Policy, uid: int, gids: Collection[int], owner: int) -> Verdict:
+    verdict = Verdict(uid == owner)
+    for rule in (*policy.default, *policy.mandatory):
+        match rule.kind:
+            case kind if kind == USER and (rule.id is None or rule.id == uid):
+                verdict = Verdict(rule.allow, rule)
+            case kind if kind == GROUP and (rule.id is None or rule.id in gids):
+                verdict = Verdict(rule.allow, rule)
+    return verdict
 
 
 def _effective(rules: list[Rule], kind: int) -> list[Rule]:

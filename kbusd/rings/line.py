@@ -19,11 +19,19 @@ import msgspec
 MAX_RECORD = 256 * 1024
 MAX_FDS = 16
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
+# As plain numbers: for each "or" of two flags Python makes a new one, by five calls.
+_SOL_SOCKET, _SCM_RIGHTS = int(socket.SOL_SOCKET), int(socket.SCM_RIGHTS)
+_SEND = int(socket.MSG_NOSIGNAL)
+_RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
+_DONT_WAIT = int(socket.MSG_DONTWAIT)
+_CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_LINE = int(socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+_buffer = bytearray(MAX_RECORD)  # what comes in is here until it is decoded
 _encode = msgspec.msgpack.Encoder().encode
 
 
 # By the identity of the union; each keeps its union alive.
-_decoders: dict[int, tuple[Any, Callable[[bytes], Any]]] = {}
+_decoders: dict[int, tuple[Any, Callable[[memoryview], Any]]] = {}
 
 
 class LineError(Exception):
@@ -69,9 +77,9 @@ class Line:
         return True
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self.sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL | self._wait_flag())
+            self.sock.sendmsg([data], ancillary, _SEND | self._wait_flag())
         except BlockingIOError:
             return False
         return True
@@ -81,8 +89,8 @@ class Line:
 
         Raises EOFError when the other end has closed, LineError when it broke the rules."""
         try:
-            data, ancillary, flags, _ = self.sock.recvmsg(
-                MAX_RECORD, _ANCILLARY, socket.MSG_CMSG_CLOEXEC | self._wait_flag()
+            size, ancillary, flags, _ = self.sock.recvmsg_into(
+                [_buffer], _ANCILLARY, _RECEIVE | self._wait_flag()
             )
         except BlockingIOError:
             return None
@@ -90,14 +98,14 @@ class Line:
             raise EOFError from None
         fds = array.array("i")
         for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % 4])
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & _CUT_SHORT:
                 raise LineError("a record was cut short or lost descriptors")
-            if not data:
+            if not size:
                 raise EOFError
-            return self._decode(data), fds.tolist()
+            return self._decode(memoryview(_buffer)[:size]), fds.tolist()
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             close_all(fds)
             raise LineError(f"a record does not decode: {error}") from None
@@ -107,7 +115,7 @@ class Line:
 
     def _wait_flag(self) -> int:
         # By call, not by the descriptor's own flag: the other end of it may have been passed on.
-        return 0 if self.sock.gettimeout() is None else socket.MSG_DONTWAIT
+        return 0 if self.sock.gettimeout() is None else _DONT_WAIT
 
     def close(self) -> None:
         for _, fds in self.queue:
@@ -121,7 +129,7 @@ def close_all(fds: Sequence[int] | array.array[int]) -> None:
         os.close(fd)
 
 
-def prepare(messages: Any) -> Callable[[bytes], Any]:
+def prepare(messages: Any) -> Callable[[memoryview], Any]:
     """The decoder of a union of messages, made once: it takes most of a millisecond."""
     known = _decoders.get(id(messages))
     if known is None:
@@ -133,7 +141,7 @@ def adopt(fd: int) -> socket.socket:
     """The end of a line that was passed to us, non-blocking, without a system call.
 
     socket.socket(fileno=...) and setblocking make some that a sandbox may refuse (FIONBIO)."""
-    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK, fileno=fd)
+    return socket.socket(socket.AF_UNIX, _LINE, fileno=fd)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

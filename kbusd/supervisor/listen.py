@@ -28,7 +28,7 @@ class ListenError(Exception):
 class Listener:
     sock: socket
     address: str  # what clients connect to, without the guid
-    path: str | None = None  # to be removed at the end, if we made it
+    path: str = ""  # to be removed at the end, if we made it
 
 
 def open_listeners(addresses: Iterable[Address]) -> list[Listener]:
@@ -53,7 +53,7 @@ def _bind(kind: str, value: str) -> Listener:
     else:
         sock.bind(b"\0" + os.fsencode(value))
     sock.listen(SOMAXCONN)
-    return Listener(sock, f"unix:{kind}={_escape(value)}", value if kind == "path" else None)
+    return Listener(sock, f"unix:{kind}={_escape(value)}", value if kind == "path" else "")
 
 
 def _remove_stale(path: str) -> None:

@@ -170,9 +170,8 @@ class Supervisor:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
         for listener in self.listeners:
             listener.sock.close()
-            if listener.path is not None:
-                with suppress(OSError):
-                    os.unlink(listener.path)
+            with suppress(OSError):
+                os.unlink(listener.path)
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
         for worker in self.workers.values():
@@ -202,7 +201,9 @@ class Supervisor:
                 actions[fd]()
         if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
             self._serve()
-        self._refill()
+        # Forking would disturb those who are about to say Hello.
+        if not self.incomplete or len(self.spare) < SPARE_WORKERS // 2:
+            self._refill()
         for line in self.lines.values():
             with suppress(OSError):
                 line.flush()

@@ -12,7 +12,7 @@ import select
 import socket
 import time
 
-from kbusd.policy.decide import ClientPolicy, explain
+from kbusd.policy.decide import can_connect, explain
 from kbusd.rings import entries
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
@@ -23,6 +23,7 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal
 
 _SASL_READ = 16384
+QUIET_MILLISECONDS = 10  # without a client there is time for a rehearsal
 for each in (entries.BrokerMessage, entries.ToWorker):
     prepare(each)  # in the zygote, for every worker
 
@@ -41,7 +42,7 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     os.close(locked)
     arrived = select.poll()
     arrived.register(hand_over, select.POLLIN)
-    if arrived.poll(0):
+    if arrived.poll(QUIET_MILLISECONDS):
         rehearsal.close()  # the client is there already
     else:
         rehearsal.play(serve)
@@ -71,33 +72,32 @@ def _serve_socket(
     credentials: entries.Credentials,
     client: socket.socket,
 ) -> None:
-    started = _authenticate(context, credentials, client, hand_over.sock)
-    if isinstance(started, str):
-        line.send(entries.Leaving(0, started))
-        return
-    policy = ClientPolicy(context.configuration.policy, credentials, owner=context.bus.owner)
-    verdict = policy.can_connect()
-    if not verdict.allowed:
-        line.send(entries.Leaving(0, f"may not connect: {explain(verdict)}"))
-        return
-    rest, fds, unix_fds = started
-    engine.serve(client.fileno(), hand_over.fileno(), credentials, rest, fds, unix_fds)
+    with client:
+        started = _authenticate(context, credentials, client, hand_over.sock)
+        if isinstance(started, str):
+            line.send(entries.Leaving(0, started))
+            return
+        verdict = can_connect(context.configuration.policy, credentials, context.bus.owner)
+        if not verdict.allowed:
+            line.send(entries.Leaving(0, f"may not connect: {explain(verdict)}"))
+            return
+        rest, fds, unix_fds = started
+        engine.serve(client.fileno(), hand_over.fileno(), credentials, rest, fds, unix_fds)
 
 
 def _wait_for_work(
     line: Line,
 ) -> tuple[entries.Client | entries.Device | entries.Tree, list[int]] | None:
     """What the supervisor wants of us, None if it closes the line instead."""
-    poller = select.epoll(flags=select.EPOLL_CLOEXEC)
-    with poller:
-        poller.register(line.fileno(), select.EPOLLIN)
-        received = None
-        while received is None:
-            poller.poll()
-            try:
-                received = line.receive()
-            except EOFError:
-                return None
+    arrived = select.poll()
+    arrived.register(line, select.POLLIN)
+    received = None
+    while received is None:
+        arrived.poll()
+        try:
+            received = line.receive()
+        except EOFError:
+            return None
     return received
 
 
@@ -119,39 +119,38 @@ def _authenticate(
     )
     limit = context.configuration.limits["auth_timeout"] / 1000
     deadline = time.monotonic() + limit
-    poller = select.epoll(flags=select.EPOLL_CLOEXEC)
-    poller.register(client.fileno(), select.EPOLLIN)
-    poller.register(supervisor.fileno(), select.EPOLLIN)
+    poller = select.poll()
+    poller.register(client, select.POLLIN)
+    poller.register(supervisor, select.POLLIN)
     out = b""
-    with poller:
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return f"did not authenticate within {limit:.0f} s (limit auth_timeout)"
-            events = dict(poller.poll(left))
-            if supervisor.fileno() in events:
-                return "the bus ends"
-            if client.fileno() not in events:
-                continue
-            try:
-                data = client.recv(_SASL_READ)
-            except (BlockingIOError, InterruptedError):
-                data = None
-            except OSError:
-                data = b""
-            if data == b"":
-                return "disconnected before it was authenticated"
-            if data is not None:
-                step = auth.receive(data)
-                out += step.reply
-                if step.failed is not None:
-                    _send(client, out)
-                    return f"authentication failed: {step.failed}"
-                if step.done:
-                    _send(client, out)
-                    return step.rest, [], step.unix_fds
-            out = _send(client, out)
-            poller.modify(client.fileno(), select.EPOLLIN | (select.EPOLLOUT if out else 0))
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return f"did not authenticate within {limit:.0f} s (limit auth_timeout)"
+        events = dict(poller.poll(left * 1000))
+        if supervisor.fileno() in events:
+            return "the bus ends"
+        if client.fileno() not in events:
+            continue
+        try:
+            data = client.recv(_SASL_READ)
+        except (BlockingIOError, InterruptedError):
+            data = None
+        except OSError:
+            data = b""
+        if data == b"":
+            return "disconnected before it was authenticated"
+        if data is not None:
+            step = auth.receive(data)
+            out += step.reply
+            if step.failed is not None:
+                _send(client, out)
+                return f"authentication failed: {step.failed}"
+            if step.done:
+                _send(client, out)
+                return step.rest, [], step.unix_fds
+        out = _send(client, out)
+        poller.modify(client, select.POLLIN | (select.POLLOUT if out else 0))
 
 
 def _send(client: socket.socket, data: bytes) -> bytes:
