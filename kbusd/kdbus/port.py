@@ -5,7 +5,7 @@ Whoever runs a session implements these: a worker with its lines and rings, a te
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -112,6 +112,12 @@ class Bus(Protocol):
 
     def forsake(self, caller: int, cookie: int) -> None:
         """A call that this connection got will not be answered."""
+
+    def watch(self, fd: int, function: Callable[[], None]) -> None:
+        """Call `function` whenever a descriptor is readable. Raises Errno EINVAL if it can't be polled."""
+
+    def unwatch(self, fd: int) -> None:
+        """No longer, if it was."""
 
     def close(self, fds: Iterable[int]) -> None:
         """Let go of descriptors."""

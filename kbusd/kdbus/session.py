@@ -360,14 +360,20 @@ class Session:
             data = await self._fetch(caller, commands.MESSAGE, send.address, b"")
             parsed = commands.parse_message(data)
             sync = bool(send.flags & abi.SEND_SYNC_REPLY)
-            if send.cancel_fd is not None:
-                raise Errno(errno.EOPNOTSUPP, "descriptors that cancel a SEND are missing")
             found = message.examine(parsed, sync, self.id, self.bus.bloom.size)
-            call = self._calls.resume(found.header.cookie) if sync else None
-            if call is not None:
-                answered: Slice | None = await self._wait(caller, call, Wait())
-            else:
-                answered = await self._post(caller, found, sync)
+            cancels = [] if send.cancel_fd is None else await caller.take([send.cancel_fd])
+            try:
+                for fd in cancels:
+                    self.bus.watch(fd, lambda: _cancel(caller))
+                call = self._calls.resume(found.header.cookie) if sync else None
+                if call is not None:
+                    answered: Slice | None = await self._wait(caller, call, Wait())
+                else:
+                    answered = await self._post(caller, found, sync)
+            finally:
+                for fd in cancels:
+                    self.bus.unwatch(fd)
+                self.bus.close(cancels)
         result = self._pool.empty
         if answered is not None:
             result = self._pool.publish(answered)
@@ -452,12 +458,15 @@ class Session:
         return await self._wait(caller, call, wait) if sync else None
 
     async def _wait(self, caller: Caller, call: Call, wait: Wait[Slice]) -> Slice:
-        """The reply to a synchronous call. Raises Errno: ETIMEDOUT, EPIPE; Interrupted."""
+        """The reply to a synchronous call. Raises Errno: ETIMEDOUT, EPIPE, ECANCELED; Interrupted."""
         self._waiting[call] = caller.waits_for = wait
         try:
             return await wait
         except Interrupted:
             call.interrupted = True
+            raise
+        except Errno:
+            self._calls.remove(call)
             raise
         finally:
             caller.waits_for = None
@@ -712,6 +721,12 @@ class _writing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Errno) and not error.pokes:
             raise Errno(error.errno, error.text, self._pokes) from None
+
+
+def _cancel(caller: Caller) -> None:
+    """The descriptor that cancels a synchronous SEND is readable."""
+    if caller.waits_for is not None:
+        caller.waits_for.fail(Errno(errno.ECANCELED, "the call was cancelled"))
 
 
 def _at(address: int, pokes: Iterable[Poke]) -> tuple[tuple[int, bytes], ...]:

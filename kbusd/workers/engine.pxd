@@ -49,6 +49,7 @@ cdef class Engine:
 
     # What a front end says; see engine.py.
     cdef void from_client(self, uint32_t events) except *
+    cdef void other(self, unsigned int source) except *
     cdef void go_on(self) except *
     cdef void watch_client(self) except *
     cdef void flush(self) except *

@@ -195,8 +195,10 @@ class Engine:
                     self.peers.doorbell.drain()
                 elif source == BROKER:
                     self._from_broker()
-                else:
+                elif source == SUPERVISOR:
                     raise Gone("the bus ends")
+                else:
+                    self.other(source)
 
     def client_left(self):
         """The client has closed. What it sent before is still delivered: some of it may wait for
@@ -810,6 +812,10 @@ class Engine:
 
     def from_client(self, events) -> cython.void:
         """The client's descriptor is ready: epoll_wait(2)'s `events`."""
+        raise NotImplementedError
+
+    def other(self, source) -> cython.void:
+        """What the front end itself waits for is ready."""
         raise NotImplementedError
 
     def go_on(self) -> cython.void:

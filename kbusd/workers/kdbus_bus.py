@@ -108,6 +108,7 @@ class Port:
         self._parcels: dict[int, tuple[Wait[None], int]] = {}  # by token; and until when
         self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
         self._sent: dict[int, tuple[int, int, int]] = {}  # D-Bus calls: callee, cookie, deadline
+        self._watched: dict[int, Callable[[], None]] = {}
         self._entry: entries.LogEntry | None = None
         self._went: Connection | None = None
         self.device: Device
@@ -242,6 +243,23 @@ class Port:
         else:
             text = "The destination dropped the call without an answer"
             self.engine.refuse_call(caller, cookie, errors.LIMITS_EXCEEDED, text)
+
+    def watch(self, fd: int, function: Callable[[], None]) -> None:
+        try:
+            self.engine.watch(fd)
+        except OSError as error:
+            raise Errno(errno.EINVAL, f"a descriptor that can't be polled: {error}") from None
+        self._watched[fd] = function
+
+    def unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None:
+            self.engine.unwatch(fd)
+
+    def readable(self, fd: int) -> None:
+        """The engine says so of a descriptor that is watched."""
+        function = self._watched.get(fd)
+        if function is not None:
+            function()
 
     def close(self, fds: Iterable[int]) -> None:
         close_all(list(fds))

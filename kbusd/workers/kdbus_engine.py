@@ -37,6 +37,7 @@ READY = cython.declare(cython.int, 2)
 CLIENT = cython.declare(cython.uint, 0)
 PEERS = cython.declare(cython.uint, 1)
 BROKER = cython.declare(cython.uint, 2)
+WATCHED = cython.declare(cython.uint, 16)  # and above: a descriptor of our client's, by its number
 
 LARGE_BODY = cython.declare(cython.size_t, 65536)  # vectors above this travel as a memfd
 MAX_ACKS = cython.declare(cython.size_t, 1 << 20)  # bytes that wait for a peer that does not run
@@ -88,6 +89,10 @@ class DeviceEngine(DBusSocket):
         """The supervisor passes on requests, or says that the file is closed."""
         if events & (EPOLLIN | EPOLLHUP | EPOLLERR) and not self.front.requests():
             self.client_left()
+
+    def other(self, source) -> cython.void:
+        """One of our client's descriptors is readable."""
+        self.front.readable(source - WATCHED)
 
     def watch_client(self) -> cython.void:
         """The supervisor is always listened to."""
@@ -203,6 +208,14 @@ class DeviceEngine(DBusSocket):
         head.reply_serial = reply
         head.body_length = len(body)
         self.monitors.copy(facts, cython.address(head), body, (), self.id)
+
+    def watch(self, fd: int) -> None:
+        """Tell the front when a descriptor is readable. Raises OSError."""
+        self.waiting.watch(fd, WATCHED + fd, EPOLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        """Before it is closed."""
+        self.waiting.forget(fd)
 
     def forget(self, serial: int) -> None:
         """Nobody waits for the answer to this call any more."""

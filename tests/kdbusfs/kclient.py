@@ -120,7 +120,7 @@ class KdbusClient:
 
     def send(
         self, dst: int, payload: bytes = b"", *chain: bytes, flags: int = 0, cookie: int = 1,
-        reply: int = 0, sync: bool = False, priority: int = 0,
+        reply: int = 0, sync: bool = False, priority: int = 0, cancel: bytes = b"",
     ) -> tuple[int, int]:  # fmt: skip
         """Send a message; the offset and size of the reply, if it is `sync`."""
         data = Buffer(payload)
@@ -130,7 +130,7 @@ class KdbusClient:
         fixed = layout.MESSAGE.pack(0, flags, priority, dst, 0, abi.PAYLOAD_DBUS, cookie, reply)
         message = Buffer(items.command(fixed, chain))
         sent = struct.pack("=6Q", abi.SEND_SYNC_REPLY * sync, 0, message.address, 0, 0, 0)
-        offset, size = struct.unpack_from("=2Q", self.do(abi.CMD_SEND, sent), 32)
+        offset, size = struct.unpack_from("=2Q", self.do(abi.CMD_SEND, sent, cancel), 32)
         return offset, size
 
     def call(

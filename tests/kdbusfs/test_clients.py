@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,21 @@ def test_a_call_that_nobody_answers(bus: KdbusBus) -> None:
     b.close()
     got = a.recv()
     assert got.item(abi.ITEM_REPLY_DEAD) == b"" and got.reply == 6
+
+
+def test_a_call_is_cancelled_by_a_descriptor(bus: KdbusBus) -> None:
+    a, b = bus.kdbus(), bus.kdbus()
+    reader, writer = os.pipe()
+    cancel = items.build(abi.ITEM_CANCEL_FD, struct.pack("=i", reader))
+    timer = threading.Timer(0.1, lambda: os.write(writer, b"!"))
+    timer.start()
+    began = time.monotonic()
+    assert fails(lambda: a.call(b.id, b"x", cancel=cancel, seconds=60)) == "ECANCELED"
+    assert time.monotonic() - began < 30
+    timer.join()
+    os.close(reader)
+    os.close(writer)
+    assert b.recv().payload == b"x"
 
 
 def test_a_signal_interrupts_a_call_which_then_goes_on(bus: KdbusBus) -> None:

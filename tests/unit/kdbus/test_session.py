@@ -340,6 +340,21 @@ def test_a_callee_that_will_not_answer(pair: tuple[Client, Client], sync: bool, 
         assert got.all(abi.ITEM_REPLY_DEAD) and got.reply == 8
 
 
+def test_a_call_is_cancelled_by_a_descriptor(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    cancel = items.build(abi.ITEM_CANCEL_FD, layout.I32.pack(7))
+    run = a.call(b.id, cancel, cookie=8, sync=True)
+    (cancelled,) = a.port.watched.values()
+    cancelled()
+    with refused("ECANCELED"):
+        a.end(run)
+    assert not a.port.watched and not a.port.open
+    assert a.session.deadline() is None
+    b.recv()
+    with refused("EBADSLT"):
+        b.send(a.id, reply=8)
+
+
 def test_an_interrupted_call_goes_on_waiting_when_it_is_made_again(
     pair: tuple[Client, Client],
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kbusd.kdbus import abi, bloom, items, layout, match, metadata, waits
@@ -102,6 +102,7 @@ class Port:
         self.session: Session
         self.subscribed = {True: False, False: False}
         self.open: set[int] = set()
+        self.watched: dict[int, Callable[[], None]] = {}
 
     def clock(self) -> tuple[int, int]:
         return self.world.now, self.world.now + 7
@@ -193,6 +194,12 @@ class Port:
 
     def forsake(self, caller: int, cookie: int) -> None:
         self.world.ports[caller].session.forsaken(self.id, cookie)
+
+    def watch(self, fd: int, function: Callable[[], None]) -> None:
+        self.watched[fd] = function
+
+    def unwatch(self, fd: int) -> None:
+        self.watched.pop(fd, None)
 
     def close(self, fds: Iterable[int]) -> None:
         self.open -= set(fds)
@@ -342,9 +349,9 @@ class Client:
         self.payload = payload
         return items.command(fixed, chain)
 
-    def begin_send(self, message: bytes, sync: bool = False) -> Run:
+    def begin_send(self, message: bytes, sync: bool = False, *chain: bytes) -> Run:
         whole = self.struct(
-            abi.CMD_SEND, layout.U64.pack(self.MESSAGE), flags=abi.SEND_SYNC_REPLY * sync
+            abi.CMD_SEND, layout.U64.pack(self.MESSAGE), *chain, flags=abi.SEND_SYNC_REPLY * sync
         )
         more = [(self.MESSAGE, message), (self.PAYLOAD, self.payload)]
         return self.begin(abi.CMD_SEND, whole, *more)
@@ -352,10 +359,12 @@ class Client:
     def send(self, dst: int, *chain: bytes, **how: int | bytes) -> None:
         self.end(self.begin_send(self.message(dst, *chain, **how)))  # type: ignore[arg-type]
 
-    def call(self, dst: int, cookie: int = 1, timeout: int = SECOND, sync: bool = False) -> Run:
+    def call(
+        self, dst: int, *chain: bytes, cookie: int = 1, timeout: int = SECOND, sync: bool = False
+    ) -> Run:
         until = self.world.now + timeout
         message = self.message(dst, flags=abi.MSG_EXPECT_REPLY, cookie=cookie, reply=until)
-        return self.begin_send(message, sync)
+        return self.begin_send(message, sync, *chain)
 
     def recv(self, flags: int = 0, priority: int = 0) -> Message:
         got = self.do(abi.CMD_RECV, struct.pack("=q", priority), flags=flags)
