@@ -28,7 +28,8 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     """Confine the calling process by `compiled`; returns warnings (what could not be had).
 
     `keep_fds`: close all descriptors but these (None: close none). Root changes user and groups;
-    anybody else stays who he is and only gives up what he has. May be called again in a forked
+    anybody else, root of a user namespace without others too, stays who he is and only gives up
+    what he has. May be called again in a forked
     child with a tighter profile. Raises Unavailable (a SandboxError) if a required feature can't be had: the
     process is then half confined and must exit."""
     warnings: list[str] = []
@@ -47,7 +48,7 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if compiled.selinux:
         step("selinux", lambda: _setcon(compiled.selinux))
     capable = kernel.effective()
-    root = os.geteuid() == 0
+    root = os.geteuid() == 0 and not _ALONE
     if compiled.unshare and (capable & _SYS_ADMIN or "namespaces" in compiled.required):
         step("namespaces", lambda: kernel.unshare(compiled.unshare))
     if compiled.bounding is not None and (capable & _SETPCAP or root):
@@ -72,6 +73,19 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if compiled.bpf:
         step("seccomp", lambda: kernel.load_filter(compiled.bpf))
     return warnings
+
+
+def _alone() -> bool:
+    """Whether we are in a user namespace that an ordinary user made for himself: it has nobody whom
+    to become, and groups can't be changed (user_namespaces(7))."""
+    try:
+        with open("/proc/self/setgroups") as file:
+            return file.read() == "deny\n"
+    except OSError:
+        return False
+
+
+_ALONE = _alone()  # now, as nothing can be opened later
 
 
 def close_all_but(keep: Iterable[int]) -> None:

@@ -24,7 +24,7 @@ import os
 import select
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from struct import Struct
 from typing import Any
@@ -40,6 +40,9 @@ THREADS = 3
 FAIR = 64  # messages of one worker before it is somebody else's turn
 MAX_REQUEST = (128 << 10) + 4096
 MAX_WAITING = 1024  # messages for a worker that does not listen
+MAX_TREES = (
+    8  # are asked the same; more than die at once, as nobody looks whether a spare one lives
+)
 RETRY_SECONDS = 0.01
 _FOPEN_NOFLUSH = 1 << 5
 _NUMBER = Struct("=Q")
@@ -58,14 +61,14 @@ class Device:
 
     def __init__(self, path: str, node: entries.Node, host: Host) -> None:
         """Mounts. Raises MountError."""
-        self.path = path
         self.nodes = (node,)
         self.host = host
-        self.fuse, self.number = mount(path)
+        self.path, self.fuse, self.number = mount(path)
         self.epoll = select.epoll()
         self.epoll.register(self.fuse, _ARMED)
         self.tree: Holder | None = None
         self.early: deque[bytes] = deque()  # requests for a tree that is not there yet
+        self.again: Counter[int] = Counter()  # how many trees have left them unanswered
         self.files: dict[int, Holder] = {}  # by handle, which is the worker's number
         self.by_fd: dict[int, Holder] = {}
         self.held: dict[int, tuple[Holder | None, bytes]] = {}  # None: by us, for want of a worker
@@ -100,10 +103,8 @@ class Device:
         if self.host.clients.of[credentials.uid] < limit:
             self.host.clients.add(credentials, opened)
             return
-        self.host.journal.warn(
-            f"refused pid {credentials.pid} a file: uid {credentials.uid} has {limit} connections"
-            " already (limit max_connections_per_user)"
-        )
+        why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"
+        self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
         self._fail(opened.unique, errno.EMFILE)
 
     def employ(self, worker: Worker, work: Work, credentials: entries.Credentials) -> None:
@@ -112,9 +113,7 @@ class Device:
             tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.slow)
             self._join(tree, work)
             self.tree = tree
-            while self.early:
-                self._request(self.early.popleft())
-            return
+            return self._ask_tree()
         file = Holder(worker, entries.FromDeviceWorker, credentials.uid, work.node, self.slow)
         self.files[file.number] = file
         self._join(file, entries.Device(credentials, work.bus, work.endpoint, work.flags))
@@ -143,7 +142,8 @@ class Device:
                     self._hear(self.by_fd[fd])
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:
-                    self._end(holder, f"leaves {MAX_WAITING} requests unread")
+                    reason = f"leaves {MAX_WAITING} requests unread"
+                    self._call_for(entries.Kill(holder.number, reason))
 
     def _take_request(self, buffer: bytearray) -> None:
         try:
@@ -162,10 +162,8 @@ class Device:
         if opcode == routing.INTERRUPT:
             self._interrupt(number, request)
         elif number == 0:
-            if self.tree is None:
-                self.early.append(request)
-            else:
-                self._ask(self.tree, unique, request, held=opcode not in _UNANSWERED)
+            self.early.append(request)
+            self._ask_tree()
         elif (holder := self.files.get(number)) is None:
             self._write(replies.failure(unique, errno.ENOTCONN))
         elif opcode == abi.IOCTL:
@@ -190,8 +188,20 @@ class Device:
         with suppress(OSError):
             if not holder.gone:
                 return holder.send(entries.Asked(request))
-        if held:
+        if held and holder.node:
             self._fail(unique, errno.ECONNRESET)
+        elif self.held.pop(unique, None) is not None:  # the next tree can answer it as well
+            self.early.append(request)
+            if self.tree is not holder:
+                self._ask_tree()
+
+    def _ask_tree(self) -> None:
+        for _ in range(len(self.early)):
+            with suppress(IndexError):
+                if (tree := self.tree) is not None:
+                    request = self.early.popleft()
+                    opcode, unique, _, _ = routing.route(request)
+                    self._ask(tree, unique, request, held=opcode not in _UNANSWERED)
 
     def _interrupt(self, unique: int, request: bytes) -> None:
         holder, _ = self.held.get(unique, (None, b""))
@@ -238,11 +248,8 @@ class Device:
         except EOFError:
             self._lose(holder)
         except Exception as error:  # noqa: BLE001 (whatever it is, this worker brought it about)
-            self._end(holder, str(error))
+            self._call_for(entries.Kill(holder.number, str(error)))
             self._lose(holder)
-
-    def _end(self, holder: Holder, reason: str) -> None:
-        self._call_for(entries.Kill(holder.number, reason))
 
     def _call_for(self, job: Work | entries.Kill) -> None:
         self.jobs.append(job)
@@ -254,14 +261,18 @@ class Device:
         self.epoll.unregister(holder.line.fileno())
         del self.by_fd[holder.line.fileno()]
         holder.end(gone=True)
-        for unique, (who, _) in list(self.held.items()):
-            if who is holder:
-                self._fail(unique, errno.ECONNRESET)
+        left = [unique for unique, (who, _) in list(self.held.items()) if who is holder]
         if holder is self.tree:
+            # The next is asked again, but for ever is not for what each of them dies of.
+            self.again = Counter({each: self.again[each] + 1 for each in left})
+            left = [each for each in left if self.again[each] >= MAX_TREES]
+            self.early += [self.held.pop(each)[1] for each in self.again if each not in left]
             self.tree = None
             # It has numbered fewer than there were nanoseconds.
             self._call_for(entries.Tree(self.nodes, first=time.monotonic_ns()))
-        elif holder.kernel_handle:
+        for unique in left:
+            self._fail(unique, errno.ECONNRESET)
+        if holder.kernel_handle:
             self._write(replies.wake(holder.kernel_handle))
 
     def _answered(self, holder: Holder, reply: bytes) -> None:

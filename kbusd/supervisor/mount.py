@@ -21,9 +21,9 @@ class MountError(Exception):
     """There can be no mount here; the text says where and why."""
 
 
-def mount(path: str) -> tuple[int, int]:
-    """Mount on a directory; returns the descriptor to serve it by, non-blocking, and its device
-    number. A mount that a killed kbusd left there is taken away first. Raises MountError."""
+def mount(path: str) -> tuple[str, int, int]:
+    """Mount on a directory; returns what to unmount, the descriptor to serve it by, non-blocking, and
+    its device number. A mount that a killed kbusd left there is taken away first. Raises MountError."""
     path = os.path.realpath(path)
     try:
         if mounts(path):
@@ -41,13 +41,13 @@ def mount(path: str) -> tuple[int, int]:
         os.close(fuse)
         hint = "; it takes root, or a user namespace" if error.errno == errno.EPERM else ""
         raise MountError(f"cannot mount on {path}: {error.strerror}{hint}") from None
-    return fuse, mounts(path)[-1]
+    return path, fuse, mounts(path)[-1]
 
 
 def unmount(path: str) -> None:
-    """Take the mount away from the tree, whoever uses it; for those it ends with the descriptor."""
+    """Take the mount away, whoever uses it; for those it ends with the descriptor."""
     with suppress(OSError):
-        calls.umount(os.fsencode(os.path.realpath(path)), _MNT_DETACH)
+        calls.umount(os.fsencode(path), _MNT_DETACH)
 
 
 def mounts(path: str) -> list[int]:

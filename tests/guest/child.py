@@ -56,6 +56,11 @@ class Child:
         line, _, self._text = self._text.partition(b"\n")
         return json.loads(line)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was waited for."""
+        return self._status is not None
+
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 

@@ -33,8 +33,14 @@ GUEST = [pytest.param("guest-root", marks=_guest), pytest.param("guest-user", ma
 def run(place: str, module: str, name: str) -> None:
     """Call a test's function there; what it prints is shown if it fails."""
     command = [*COMMANDS[place], sys.executable, "-m", "tests.kdbusfs.places", module, name]
-    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=SECONDS + 5)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=TREE, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=SECONDS + 5)
+    except subprocess.TimeoutExpired:
+        # Not to be waited for: what is stuck in its own mount can't even be killed.
+        pytest.fail(f"{name} is stuck, pid {process.pid}; to free it, write 1 to its .../abort")
+    assert process.returncode == 0, output
 
 
 def everywhere(places: list[Any]) -> Callable[[Callable[[], None]], Callable[[str], None]]:

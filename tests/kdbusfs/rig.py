@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -59,6 +60,11 @@ class Player:
         message, self.fds = self.receive()
         assert isinstance(message, kind), message
         return message
+
+    def is_asked(self) -> None:
+        """Wait for a request that wants an answer."""
+        while isinstance(requests.decode(self.hear(entries.Asked).request).body, requests.Forget):
+            pass
 
     def receive(self) -> tuple[Any, list[int]]:
         """Raises EOFError."""
@@ -136,8 +142,11 @@ class Rig:
         assert select.select([self.device.bell], [], [], SECONDS)[0], "the bell does not ring"
         self.device.attend()
 
-    def hire(self) -> Player:
-        """Wait until a worker is wanted, and let it begin. A tree works by itself."""
+    def kill_tree(self) -> None:
+        self.players[1].line.sock.shutdown(socket.SHUT_RDWR)
+
+    def hire(self, *, silent: bool = False) -> Player:
+        """Wait until a worker is wanted, and let it begin. A tree works by itself, if not `silent`."""
         while (turn := self.clients.next(lambda _: True)) is None:
             self.attend()
         credentials, work = turn
@@ -149,6 +158,8 @@ class Rig:
             player.device = player.hear(entries.Device)
         else:
             message, _ = _receive(player.line.sock)
+            if silent:
+                return player
             threading.Thread(
                 target=tree.serve, args=(player.line.sock, message), daemon=True
             ).start()
@@ -156,14 +167,17 @@ class Rig:
 
     def end(self) -> Any:
         """What the client says, which then has ended; nothing is left."""
-        try:
-            return self.child.hear()
-        finally:
-            self.tidy()
+        said = self.child.hear()
+        self.child.wait()
+        self.tidy()
+        return said
 
     def tidy(self) -> None:
+        """If the client is stuck in a request, it is freed when this process ends, which must not
+        wait for it."""
         self.device.stop()
-        self.child.kill()
+        if not self.child.ended:
+            self.child.signal(signal.SIGKILL)
         shutil.rmtree(self.path, ignore_errors=True)
 
 

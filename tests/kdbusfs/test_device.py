@@ -13,10 +13,12 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
+from kbusd.supervisor.device import MAX_TREES
 
 from .places import NATIVE, everywhere
 from .rig import BUS, Rig, command, errno_of
@@ -57,7 +59,7 @@ def test_a_tree_with_one_file() -> None:
         told: dict[str, Any] = {
             "names": [os.listdir(root), os.listdir(f"{root}/0-test")],
             "stat": [os.stat(path).st_mode, os.stat(root).st_mode],
-            "wrong": [errno_of(lambda: os.stat(f"{root}/{name}")) for name in WRONG],
+            "wrong": [errno_of(partial(os.stat, f"{root}/{name}")) for name in WRONG],
             "made": errno_of(lambda: os.mkdir(f"{root}/new")),
             "removed": errno_of(lambda: os.unlink(path)),
         }
@@ -323,13 +325,12 @@ def test_who_polls_is_woken() -> None:
     rig = Rig(client)
     player = rig.hire()
     player.say(entries.Nudge())  # nobody polls: nothing happens
-    for events, waits in [(0, False), (0, True), (select.POLLIN, True)]:
-        unique, body = player.asked(requests.Poll)
-        if waits and events:
-            assert player.device
-        player.say(entries.Answered(replies.poll(unique, events)))
-        if waits and not events:
-            player.say(entries.Nudge())
+    for _ in range(2):  # the first poll, which does not wait, and the second
+        unique, _ = player.asked(requests.Poll)
+        player.say(entries.Answered(replies.poll(unique, 0)))
+    player.say(entries.Nudge())
+    unique, _ = player.asked(requests.Poll)
+    player.say(entries.Answered(replies.poll(unique, select.POLLIN)))
     assert rig.end() == [[], [select.POLLIN]]
 
 
@@ -358,7 +359,7 @@ def test_a_client_that_is_killed_in_an_ioctl_ends_when_its_worker_says_so() -> N
 
     rig = Rig(client)
     player = rig.hire()
-    unique, _ = player.asked(requests.Ioctl)
+    player.asked(requests.Ioctl)
     rig.child.signal(signal.SIGKILL)
     _, interrupt = player.asked(requests.Interrupt)
     player.answer(interrupt.unique, -abi.ERESTARTSYS)
@@ -400,7 +401,7 @@ def test_a_uid_with_too_many_files_gets_no_more() -> None:
     rig.hire()
     rig.attend()
     assert rig.end() == "EMFILE"
-    assert "max_connections_per_user" in rig.warnings[0]
+    assert "has 3 connections" in rig.warnings[0]
 
 
 @everywhere(NATIVE)
@@ -522,13 +523,38 @@ def test_a_tree_that_dies_is_followed_by_another() -> None:
     rig = Rig(client)
     one = rig.hire()
     unique, _ = one.asked(requests.Ioctl)
-    rig.players[1].line.sock.shutdown(2)
-    rig.hire()  # the tree again
+    rig.kill_tree()
+    tree = rig.hire(silent=True)
     one.answer(unique)
+    tree.is_asked()
+    tree.die()
+    rig.hire()  # the tree again, which is asked again
     two = rig.hire()
     two.serve_ioctl(5)
     one.serve_ioctl(6)
     assert rig.end() == 11
+
+
+@everywhere(NATIVE)
+def test_what_trees_die_of_is_not_asked_for_ever() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+        first = errno_of(lambda: os.stat(path))
+        return first, os.stat(path).st_mode
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    rig.kill_tree()
+    for turn in range(MAX_TREES):
+        tree = rig.hire(silent=True)
+        if turn == 0:
+            player.answer(unique)
+        tree.is_asked()
+        tree.die()
+    rig.hire()
+    assert rig.end() == ["ECONNRESET", 0o100666]
 
 
 @everywhere(NATIVE)
