@@ -54,6 +54,7 @@ cdef class Engine:
     cdef int request
     cdef int slow, fetching, held
     cdef set meeting
+    cdef bint stopped  # whole messages of our client wait for us
     cdef bint begun, busy, leaving, everyone, unix_fds, reading, writing, wake, loaded, monitor
     cdef uint64_t tidy_at, stall_ns, stall_until, leave_until, poll_ns, poll_from, reply_ns
     cdef size_t max_message, max_outgoing, max_pending, max_outgoing_fds, uncounted, fd_cost

@@ -279,7 +279,7 @@ class Engine:
             self._inbound()
             if self.tidy_at and monotonic() >= self.tidy_at:
                 self._tidy()
-            if self.input.large_need or self.input.end - self.input.start >= 16:
+            if self.stopped:
                 self._messages()
             self._bells()
             self._flush()
@@ -290,6 +290,8 @@ class Engine:
             timeout = self._timeout()
             if self.tidy_at:
                 timeout = self._until_tidy(timeout)
+            if self.stopped and not self._waits():
+                timeout = 0
             self.held = self.held + 1 if self.merge.holding else 0
             count = self._poll(events) if self.poll_ns and not self.held else 0
             if count == 0:
@@ -421,7 +423,7 @@ class Engine:
             now = self.clock.next()
             if now < self.stall_until:
                 return 1 + (self.stall_until - now) // 1_000_000
-            return 0 if self.input.end - self.input.start >= 16 and not self.reading else 50
+            return 50
         return -1
 
     def _until_tidy(self, timeout: cython.int) -> cython.int:
@@ -532,23 +534,21 @@ class Engine:
         data: cython.pointer(uint8_t)
         have: cython.size_t
         total: cython.longlong
+        self.stopped = False
         while True:
             if self.input.large_need:
                 if self.input.large_have < self.input.large_need:
                     return
-                if self._waits():
-                    return
                 data = self.input.data + self.input.start
                 have = self.input.end - self.input.start
-                if not self._message(data, have, True):
+                if self._waits() or not self._message(data, have, True):
+                    self.stopped = True
                     return
                 self.input.start = self.input.end
                 self.input.large_next = True
                 continue
             have = self.input.end - self.input.start
             if have < 16:
-                return
-            if self._waits():
                 return
             data = self.input.data + self.input.start
             total = message_length(data)
@@ -563,7 +563,8 @@ class Engine:
                 if not self._begin_large(data, total, have):
                     self.input.make_room(total)
                 return
-            if not self._message(data, total, False):
+            if self._waits() or not self._message(data, total, False):
+                self.stopped = True
                 return
             self.input.start += total
             self.input.large_next = cython.cast(cython.size_t, total) > BULK_LEAST

@@ -6,10 +6,13 @@ So a test decides when a peer reads its ring, which no client can, and sees what
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
 import socket
+import struct
+import termios
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,18 +103,29 @@ class Alone:
         path: str = "/",
     ) -> int:
         """A message of the engine's client with `size` bytes in it; returns its serial."""
+        data = self.message(type_, to, member, size, len(fds), path)
+        sent = socket.send_fds(self.client, [data], fds) if fds else 0
+        self.client.sendall(data[sent:])
+        return self.serial
+
+    def message(
+        self, type_: int, to: str | None, member: str, size: int, fds: int = 0, path: str = "/"
+    ) -> bytes:
+        """The same, not sent; its serial is `serial`."""
         self.serial += 1
         interface = "org.freedesktop.DBus" if to == "org.freedesktop.DBus" else "test.I"
         fields: dict[int, object] = {w.PATH: path, w.INTERFACE: interface, w.MEMBER: member}
         if to is not None:
             fields[w.DESTINATION] = to
         if fds:
-            fields[w.UNIX_FDS] = len(fds)
+            fields[w.UNIX_FDS] = fds
         given = ("ay", (b"x" * size,)) if size else ("", ())
-        data = w.build(type_, fields, *given, serial=self.serial)
-        sent = socket.send_fds(self.client, [data], fds) if fds else 0
-        self.client.sendall(data[sent:])
-        return self.serial
+        return w.build(type_, fields, *given, serial=self.serial)
+
+    def has_read(self) -> bool:
+        """Whether the engine has read all that its client wrote (unix(7), SIOCOUTQ)."""
+        left = fcntl.ioctl(self.client, termios.TIOCOUTQ, b"\0" * 4)
+        return struct.unpack("i", left) == (0,)
 
     def until(self, condition: object, what: str) -> None:
         """Do a broker's work, and flush what waits for the engine, until `condition()` holds."""

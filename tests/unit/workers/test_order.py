@@ -105,6 +105,17 @@ def test_a_signal_is_not_waited_for_when_its_stall_is_over(context: Context) -> 
             engine.gather(QUICK, [ANSWER])
 
 
+def test_what_came_behind_a_message_without_room_was_forgotten_until_the_client_wrote_again(
+    engine: Alone,
+) -> None:
+    fill(engine)
+    together = b"".join(engine.message(w.SIGNAL, f":1.{FULL}", "S", 20_000) for _ in range(3))
+    engine.client.sendall(together)
+    engine.until(engine.has_read, "the engine has read all of them")
+    serials = [engine.serial - 2, engine.serial - 1, engine.serial]
+    assert engine.gather(FULL, serials)[-3:] == serials
+
+
 # -- one peer ----------------------------------------------------------------------------
 
 
