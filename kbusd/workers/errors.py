@@ -1,4 +1,4 @@
-"""D-Bus error names, and the texts that programs are known to compare literally.
+"""D-Bus error names, the texts that programs are known to compare literally, and how a client ends.
 
 Names and meanings: D-Bus specification, "Standard error names"; the texts are those that
 dbus-daemon 1.14 gives, since clients in the field look for them.
@@ -41,3 +41,7 @@ def no_service(name: str) -> str:
 def no_such_name(name: str) -> str:
     """NameHasNoOwner: nobody owns `name`, and the sender asked not to start anything."""
     return f'Name "{name}" does not exist'
+
+
+class Gone(Exception):
+    """A client's connection ends here; the text is for the log."""

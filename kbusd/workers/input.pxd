@@ -20,5 +20,6 @@ cdef class Input:
     cdef void _store(self, uint8_t *data, size_t length) except *
     cdef const uint8_t *whole(self) except NULL
     cdef void end_large(self) except *
+    cdef tuple first_fds(self, size_t count)
     cdef tuple take_fds(self, size_t count)
     cdef int _take(self, uint8_t *control, size_t length) except -2

@@ -241,6 +241,10 @@ class Input:
         self.large_fd = -1
         return fd
 
+    def first_fds(self, count: cython.size_t) -> tuple:
+        """The first `count` pending descriptors, which stay pending."""
+        return tuple(self.fds[:count])
+
     def take_fds(self, count: cython.size_t) -> tuple:
         """The first `count` pending descriptors."""
         taken = tuple(self.fds[:count])

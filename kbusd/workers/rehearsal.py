@@ -27,7 +27,7 @@ from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
 from kbusd.rings.line import Line, pair
 from kbusd.workers.context import Context
-from kbusd.workers.dbus_socket import Engine
+from kbusd.workers.dbus_socket import DBusSocket
 
 _LOG = 2  # kind of frame
 _LOG_SIZE = 65536
@@ -39,7 +39,7 @@ _POLICY = Policy(
 _OTHER = 2  # has come and gone since the snapshot
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
-Serve = Callable[[Context, Engine, Line, Line], None]
+Serve = Callable[[Context, DBusSocket, Line, Line], None]
 
 
 class Rehearsal:
@@ -62,7 +62,7 @@ class Rehearsal:
         self._brokers = Line(brokers, entries.ToWorker)
         self._theirs = Line(theirs, entries.BrokerMessage)
         self._client, self._served = socket.socketpair(socket.AF_UNIX, _STREAM)
-        self._engine = Engine(self._context, self._theirs)
+        self._engine = DBusSocket(self._context, self._theirs)
 
     def descriptors(self) -> list[int]:
         """What must stay open through lock-down."""

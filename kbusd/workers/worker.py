@@ -18,7 +18,7 @@ from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth
 from kbusd.workers.context import Context
-from kbusd.workers.dbus_socket import Engine
+from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal
 
 _SASL_READ = 16384
@@ -30,7 +30,7 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     """Run one worker to its end; returns the process's exit status."""
     line = Line(broker, entries.BrokerMessage)
     hand_over = Line(supervisor, entries.ToWorker)
-    engine = Engine(context, line)
+    engine = DBusSocket(context, line)
     rehearsal = Rehearsal(context)
     keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked]
     keep += engine.descriptors() + rehearsal.descriptors()
@@ -49,7 +49,7 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
     return 0
 
 
-def serve(context: Context, engine: Engine, hand_over: Line, line: Line) -> None:
+def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
     """Wait for a client on `hand_over` and serve it to its end."""
     assigned = _wait_for_client(hand_over)
     if assigned is None:

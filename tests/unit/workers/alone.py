@@ -29,7 +29,7 @@ from kbusd.rings.ring import Ring, RingReader
 from kbusd.rings.status import StatusView
 from kbusd.rings.values import Frame
 from kbusd.workers.context import Context
-from kbusd.workers.dbus_socket import Engine
+from kbusd.workers.dbus_socket import DBusSocket
 from tests.bus import wireformat as w
 from tests.unit.rings.worker import Outgoing, Worker
 
@@ -73,7 +73,7 @@ class Alone:
                 self.supervisor.close()
                 broker.close()
                 served.setblocking(False)
-                engine = Engine(context, Line(line, entries.BrokerMessage), **options)
+                engine = DBusSocket(context, Line(line, entries.BrokerMessage), **options)
                 engine.serve(served.fileno(), theirs.fileno(), me, b"", [], True)
                 os._exit(0)
             os._exit(1)

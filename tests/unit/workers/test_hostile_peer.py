@@ -27,7 +27,7 @@ from kbusd.rings.ring import Ring
 from kbusd.rings.status import StatusPage, StatusView
 from kbusd.rings.values import Frame
 from kbusd.workers import worker
-from kbusd.workers.dbus_socket import Engine
+from kbusd.workers.dbus_socket import DBusSocket
 from tests.bus import wireformat as w
 from tests.bus.procs import eventually
 from tests.unit.workers.test_rehearsal import EVERYTHING, context
@@ -58,7 +58,7 @@ class Stage:
                     sock.close()
                 served.setblocking(False)
                 line = Line(theirs, entries.BrokerMessage)
-                worker.serve(made, Engine(made, line), Line(ours, entries.ToWorker), line)
+                worker.serve(made, DBusSocket(made, line), Line(ours, entries.ToWorker), line)
             finally:
                 os._exit(0)
         ours.close()

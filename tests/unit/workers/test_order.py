@@ -17,7 +17,7 @@ from kbusd.rings.ring import Ring, RingReader
 from kbusd.rings.status import StatusPage, StatusView
 from kbusd.rings.values import Frame
 from kbusd.workers.context import Context
-from kbusd.workers.peer import Peer
+from kbusd.workers.peers import Peer
 from tests.bus import wireformat as w
 from tests.unit.rings.worker import introduce
 from tests.unit.workers.alone import Alone, alone

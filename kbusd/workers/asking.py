@@ -1,0 +1,41 @@
+"""What a worker has asked of the broker, and who wants to know the answers.
+
+An answer comes behind whatever it caused in the control log; the engine reads that first. The
+broker is trusted for who is who, and its words are decoded by type before they come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from kbusd.rings import entries
+from kbusd.rings.line import Line
+
+Answer = entries.Reply | entries.Failure
+Then = Callable[[Answer, list[int]], None]
+_replace = msgspec.structs.replace
+
+
+class Asking:
+    """Requests on the line to the broker that have no answer yet."""
+
+    __slots__ = ("_number", "_open", "line")
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self._number = 0
+        self._open: dict[int, Then] = {}
+
+    def ask(self, request: entries.Request, then: Then, fds: Sequence[int] = ()) -> None:
+        """Send `request`; `then(answer, fds)` is called with its Reply or Failure."""
+        self._number += 1
+        self._open[self._number] = then
+        self.line.send(_replace(request, request=self._number), fds)
+
+    def answered(self, answer: Answer, fds: list[int]) -> None:
+        """The broker has answered; an answer that nobody asked for is dropped."""
+        then = self._open.pop(answer.request, None)
+        if then is not None:
+            then(answer, fds)

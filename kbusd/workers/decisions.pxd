@@ -1,0 +1,35 @@
+from libc.stdint cimport uint8_t
+
+from kbusd.wire.header cimport Header
+from kbusd.workers.peers cimport Peer
+
+cdef class Route:
+    cdef bytes envelope
+    cdef object facts
+    cdef Peer peer
+    cdef tuple subscribers
+    cdef bint to_bus
+    cdef bint to_self
+    cdef bint broadcast
+    cdef bint depends
+    cdef bint met
+    cdef object error
+    cdef object activate
+    cdef tuple refusals
+    cdef long long epoch
+    cdef long long matches
+
+cdef class Template:
+    cdef bytes header
+    cdef bytes signature
+    cdef size_t header_length
+    cdef int type
+    cdef bint big_endian
+    cdef bint broadcast
+    cdef bint subscribed
+    cdef bint depends
+    cdef object refusal
+    cdef long long epoch
+    cdef long long mine
+
+cdef bytes key_of(uint8_t *data, const Header *header)

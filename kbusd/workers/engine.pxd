@@ -1,0 +1,58 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kbusd.rings.broadcast cimport BroadcastReader
+from kbusd.rings.bulk cimport Bulk
+from kbusd.rings.clock cimport Clock
+from kbusd.rings.frame cimport FrameHead
+from kbusd.rings.merge cimport Merge
+from kbusd.wire.header cimport Header
+from kbusd.workers.calls cimport Calls
+from kbusd.workers.decisions cimport Route, Template
+from kbusd.workers.monitors cimport Monitors
+from kbusd.workers.peers cimport Peer, Peers
+from kbusd.workers.waiting cimport Waiting
+
+cdef class Engine:
+    cdef object context, replica, asking, driver, router, credentials, activating, hello
+    cdef Clock clock
+    cdef Merge merge
+    cdef Peers peers
+    cdef Waiting waiting
+    cdef Monitors monitors
+    cdef BroadcastReader log
+    cdef Calls calls
+    cdef dict routes
+    cdef int client, supervisor, fetching
+    cdef long long id, epoch
+    cdef bint busy, leaving, everyone, loaded
+    cdef bint monitor   # our client is one
+    cdef bint unix_fds  # our client takes descriptors
+    cdef bint stopped   # whole messages of our client wait for us
+    cdef uint64_t tidy_at, leave_until
+
+    cdef void _loop(self) except *
+    cdef int _timeout(self) except -2
+    cdef bint waits(self) except -1
+    cdef void tidy_later(self) noexcept
+    cdef bint _up_to_date(self) except -1
+    cdef bint pass_on(self, uint8_t *data, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except -1
+    cdef Bulk bulk_for(self, uint8_t *data, Header *header)
+    cdef bint _are_met(self, Route route) except -1
+    cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
+    cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except *
+    cdef void _to_myself(self, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
+    cdef object _send_held(self, object held, FrameHead *head)
+    cdef void _inbound(self) except *
+    cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
+    cdef void _deliver_copy(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
+
+    # What a front end says; see engine.py.
+    cdef void from_client(self, uint32_t events) except *
+    cdef void go_on(self) except *
+    cdef void watch_client(self) except *
+    cdef void flush(self) except *
+    cdef void relieve(self) except *
+    cdef void hand_over(self, Peer peer, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void show(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef bint tidy_client(self) except -1

@@ -1,0 +1,850 @@
+# cython: boundscheck=False
+"""The engine of a worker: the bus on one side, and on the other a front end that knows its client.
+
+It takes checked D-Bus messages from the front end and gives it checked D-Bus messages; what the client
+speaks is no concern of its. A message goes down this file in the order in which it travels:
+`pass_on` finds out whom it goes to, `_forward` has it written to a ring (peers.py); in the receiver's
+worker `_inbound` merges rings and log, `_deliver` checks a frame again and hands it over.
+
+A front end is a subclass: it calls `prepare`, `run`, `waits` and `pass_on`, and is called for what
+stands at the end of this file.
+
+Everything that comes out of a ring is hostile, and copied out of shared memory before it is checked.
+"""
+
+import os
+
+import cython
+import msgspec
+from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
+from cython.cimports.kbusd.rings.broadcast import BroadcastReader
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk
+from cython.cimports.kbusd.rings.clock import Clock, monotonic
+from cython.cimports.kbusd.rings.frame import FrameHead
+from cython.cimports.kbusd.rings.merge import Merge
+from cython.cimports.kbusd.wire.header import Header
+from cython.cimports.kbusd.workers.calls import Calls
+from cython.cimports.kbusd.workers.decisions import Route, Template, key_of
+from cython.cimports.kbusd.workers.libc import EPOLLIN, epoll_event
+from cython.cimports.kbusd.workers.monitors import Monitors
+from cython.cimports.kbusd.workers.peers import Peer, Peers
+from cython.cimports.kbusd.workers.waiting import Waiting
+from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.string import memcpy, memset
+
+from kbusd.policy.decide import ClientPolicy
+from kbusd.rings import entries, memfd
+from kbusd.rings import envelope as envelopes
+from kbusd.rings.line import LineError, close_all
+from kbusd.workers import decisions
+from kbusd.workers import driver as drivers
+from kbusd.workers.activation import Activating, Held
+from kbusd.workers.asking import Asking
+from kbusd.workers.errors import (
+    ACCESS_DENIED,
+    LIMITS_EXCEEDED,
+    NO_REPLY,
+    NO_REPLY_DISCONNECTED,
+    NO_REPLY_TIMEOUT,
+    NOT_SUPPORTED,
+    Gone,
+)
+from kbusd.workers.peers import STALL_NS, HostilePeer
+from kbusd.workers.replica import BUS_NAME, Replica, ReplicaError
+from kbusd.workers.routing import Router
+
+CALL = cython.declare(cython.int, 1)
+RETURN = cython.declare(cython.int, 2)
+ERROR = cython.declare(cython.int, 3)
+SIGNAL = cython.declare(cython.int, 4)
+WANTS_NO_REPLY = cython.declare(cython.int, 1)
+NO_AUTO_START = cython.declare(cython.int, 2)
+
+MESSAGE = cython.declare(cython.int, 1)
+LARGE = cython.declare(cython.int, 4)
+COPY = cython.declare(cython.int, 5)
+REFUSED = cython.declare(cython.int, 6)
+BULK = cython.declare(cython.int, 7)
+LARGE_COPY = cython.declare(cython.int, 8)
+
+READY = cython.declare(cython.int, 2)
+
+# What is ready: the data of an event.
+CLIENT = cython.declare(cython.uint, 0)
+PEERS = cython.declare(cython.uint, 1)
+BROKER = cython.declare(cython.uint, 2)
+SUPERVISOR = cython.declare(cython.uint, 3)
+
+# What large messages leave behind is looked at so often.
+TIDY_NS = cython.declare(uint64_t, 1_000_000_000)
+LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
+MAX_ROUTES = cython.declare(cython.int, 1024)
+
+NO_FDS_TEXT = (
+    "Tried to send message with Unix file descriptors to a client that doesn't support that."
+)
+
+_CHANGES = frozenset(
+    (
+        entries.ConnectionRemoved,
+        entries.NameOwnerChanged,
+        entries.QueueChanged,
+        entries.MonitorAttached,
+        entries.PolicyChanged,
+    )
+)
+decode_snapshot = msgspec.msgpack.Decoder(entries.Snapshot).decode
+decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
+encode_refusal = msgspec.msgpack.Encoder().encode
+decode_refusal = msgspec.msgpack.Decoder(tuple[str, str]).decode
+
+
+@cython.cfunc
+def _bytes(data: cython.pointer(cython.const[uint8_t]), length: cython.size_t) -> bytes:
+    return PyBytes_FromStringAndSize(cython.cast(cython.p_char, data), length)
+
+
+@cython.cfunc
+def _raw(head: cython.pointer(FrameHead)) -> bytes:
+    return _bytes(cython.cast(cython.pointer(uint8_t), head), cython.sizeof(FrameHead))
+
+
+@cython.cclass
+class Engine:
+    """Serves one client. Made before lock-down, without a client; `run` then goes on to its end.
+
+    `stall_ns`: how long at most our client's next message waits for one peer."""
+
+    def __init__(self, context, line, stall_ns: uint64_t = STALL_NS):
+        self.context = context
+        self.clock = Clock()
+        self.merge = Merge(self.clock)
+        self.replica = Replica()
+        self.asking = Asking(line)
+        self.peers = Peers(self.clock, self.merge, self.replica, self.asking, stall_ns)
+        self.waiting = Waiting(self.merge, self.peers.status)
+        self.log = BroadcastReader(context.log_fd, 0)
+        self.monitors = Monitors(self.peers, self.replica)
+        self.activating = Activating()
+        self.routes = {}
+        self.calls = Calls()
+
+    def descriptors(self) -> list:
+        """What must stay open through lock-down."""
+        return [self.waiting.epoll, *self.peers.descriptors()]
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def prepare(self, client, supervisor, credentials) -> None:
+        """Whom to serve: `client` is the descriptor to watch for it, `supervisor` our line to there."""
+        self.client = client
+        self.supervisor = supervisor
+        self.credentials = credentials
+        policy = self._take_policy()
+        self.router = Router(self.replica, policy, self.peers.say)
+        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
+        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
+        self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
+        self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
+        self.waiting.watch(client, CLIENT, EPOLLIN)
+
+    def run(self) -> None:
+        """Serve the client until it goes."""
+        reason = ""
+        try:
+            self._loop()
+        except Gone as error:
+            reason = str(error)
+        except EOFError:
+            return  # the broker is gone: the bus ends
+        self.peers.broadcast.end()
+        try:
+            self.flush()
+            self.asking.line.send(entries.Leaving(0, reason))
+            self.asking.line.flush()
+        except (Gone, OSError):
+            pass
+
+    def _loop(self) -> cython.void:
+        events: epoll_event[8]
+        source: cython.uint
+        i: cython.int
+        while True:
+            self._inbound()
+            if self.tidy_at and monotonic() >= self.tidy_at:
+                self._tidy()
+            if self.stopped:
+                self.go_on()
+            if self.calls.due:
+                for serial in self.calls.late():
+                    self.error(serial, NO_REPLY, NO_REPLY_TIMEOUT)
+            self.peers.bells()
+            while self.peers.lost:
+                self._answer_for_the_lost()
+                self.peers.bells()
+            self.flush()
+            if self.leaving:
+                self._leave()
+            else:
+                self.watch_client()
+            for i in range(self.waiting.wait(events, self._timeout())):
+                source = events[i].data.u32
+                if source == CLIENT:
+                    self.from_client(events[i].events)
+                elif source == PEERS:
+                    self.peers.doorbell.drain()
+                elif source == BROKER:
+                    self._from_broker()
+                else:
+                    raise Gone("the bus ends")
+
+    def client_left(self):
+        """The client has closed. What it sent before is still delivered: some of it may wait for
+        an introduction, or for room; for so long its connection stays."""
+        self.leaving = True
+        self.peers.stall_until = 0
+        self.leave_until = monotonic() + LEAVE_NS
+        self.waiting.forget(self.client)
+
+    def _leave(self):
+        """End, if nothing that the client sent waits any more, or has waited too long."""
+        if not (self.peers.meeting or self.peers.backlogged or self.busy):
+            raise Gone("")
+        if monotonic() > self.leave_until:
+            raise Gone("left while what it had sent could not be delivered")
+
+    def waits(self) -> cython.bint:
+        """Whether our client's next message must wait."""
+        return self.busy or self.fetching > 0 or self.peers.waits()
+
+    def _timeout(self) -> cython.int:
+        """How long to wait, in ms; -1 as long as it takes."""
+        timeout: cython.int = -1
+        now: uint64_t
+        if self.stopped and not self.waits():
+            return 0
+        if self.calls.due:
+            timeout = self.calls.left()
+        if self.merge.holding:
+            return 1  # a peer has promised something and does not ring when it has come
+        if self.leaving:
+            timeout = 50
+        elif self.peers.stall_until:
+            now = self.clock.next()
+            timeout = 50
+            if now < self.peers.stall_until:
+                timeout = 1 + (self.peers.stall_until - now) // 1_000_000
+        if self.tidy_at:
+            now = monotonic()
+            left: cython.int = (self.tidy_at - now) // 1_000_000 + 1 if now < self.tidy_at else 0
+            if timeout < 0 or left < timeout:
+                timeout = left
+        return timeout
+
+    def tidy_later(self) -> cython.void:
+        """Something large was used, whose memory is to be given back when it idles."""
+        if self.tidy_at == 0:
+            self.tidy_at = monotonic() + TIDY_NS
+
+    def _tidy(self):
+        """Give back what large messages have left behind and nobody has used for a while."""
+        left: cython.bint = self.tidy_client()
+        left |= self.peers.tidy()
+        self.tidy_at = monotonic() + TIDY_NS if left else 0
+
+    # -- from our client -----------------------------------------------------------------------
+
+    def pass_on(self, data, header, body, fds, large_fd, bulk) -> cython.bint:
+        """Send on a message of our client that was checked; False if it must wait.
+
+        The header in front of `data` was scanned into `header`. The body is at `body`, and also in
+        `large_fd`, sealed, or reserved in `bulk`, if there is one. All stays the caller's."""
+        route: Route
+        if not self._up_to_date():
+            return False
+        route = self._route(data, header, body)
+        if (not route.met or self.replica.monitors) and not self._are_met(route):
+            if self.peers.waits():
+                return False
+        if route.peer is None or self.replica.monitors:
+            large_fd = -1
+            bulk = None
+        elif bulk is not None and bulk is not route.peer.bulk:
+            bulk = None
+        self._forward(route, header, body, fds, large_fd, bulk)
+        return True
+
+    def _up_to_date(self) -> cython.bint:
+        """Read on in the log, before we decide by it; False if policy has to be fetched first."""
+        if self.loaded and self.log.head() != self.log.position:
+            self._inbound()
+        return self.fetching == 0
+
+    def bulk_for(self, data, header) -> Bulk:
+        """The bulk area to which the body of a message can be received, whose header is here: it
+        stands where its receiver's worker will read it. None if there is none. Whether the message
+        goes there is only decided by `pass_on`: names may have moved by then."""
+        route: Route
+        if not self.loaded or header.type == SIGNAL or self.monitor or self.replica.monitors:
+            return None
+        if not self._up_to_date():
+            return None
+        route = self._route(data, header, cython.NULL)
+        if route.peer is None or route.peer.state != READY:
+            return None
+        bulk: Bulk = self.peers.bulk(route.peer)
+        if bulk is not None:
+            self.tidy_later()
+        return bulk
+
+    def _are_met(self, route) -> cython.bint:
+        """Whether all whom a message concerns are introduced."""
+        peers: list = [route.peer] if route.peer is not None else list(route.subscribers or ())
+        peers += [self.peers.peer(id) for id in self.replica.monitors]
+        route.met = self.peers.are_met(peers)
+        return route.met
+
+    def _route(
+        self,
+        data: cython.pointer(uint8_t),
+        header: cython.pointer(Header),
+        body: cython.pointer(cython.const[uint8_t]),
+    ) -> Route:
+        """The route of a message: kept under the bytes of its header without what varies."""
+        route: Route
+        key: bytes = key_of(data, header)
+        route = self.routes.get(key)
+        if (
+            route is not None
+            and route.epoch == self.epoch
+            and not route.depends
+            and (not route.broadcast or route.matches == self.replica.matches_version)
+        ):
+            return route
+        route = decisions.decide(
+            self.router,
+            self.peers,
+            self.epoch,
+            key,
+            header.reply_serial_at,
+            header.flags,
+            header.unix_fds,
+            _bytes(body, header.body_length) if header.type == SIGNAL else b"",
+            header.endian == 66,
+        )
+        if len(self.routes) >= MAX_ROUTES:
+            self.routes.clear()
+        # A refusal for want of an owner depends on the flags; it is decided anew each time.
+        if route.error is None and route.activate is None:
+            self.routes[key] = route
+        return route
+
+    def _forward(
+        self,
+        route: Route,
+        header: cython.pointer(Header),
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+        large_fd: cython.int,
+        bulk: Bulk,
+    ) -> cython.void:
+        """Send a message on. Its body is at `body`, and also in `large_fd` or reserved in `bulk`,
+        if there is one."""
+        head: FrameHead
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = MESSAGE
+        head.flags = header.flags
+        head.fds = header.unix_fds
+        head.serial = header.serial
+        head.reply_serial = header.reply_serial
+        head.body_length = header.body_length
+        if self.replica.monitors:
+            head.stamp = self.clock.next()
+            content: bytes = _bytes(body, header.body_length)
+            self.monitors.copy(route.facts, cython.address(head), content, fds, self.id)
+            if self.peers.slow:
+                self.peers.begin(head.stamp)  # a monitor is not to see the answer first
+        elif not self.loaded:
+            self.hello = (route.facts, _raw(cython.address(head)))
+        if route.peer is not None:
+            if header.type == CALL and not header.flags & WANTS_NO_REPLY:
+                if self.calls.are_many():
+                    self.error(
+                        header.serial,
+                        LIMITS_EXCEEDED,
+                        "The maximum number of pending replies per connection has been reached",
+                    )
+                    return
+                self.calls.open(header.serial, route.peer.id)
+            if large_fd >= 0:
+                head.kind = LARGE
+                head.aux = header.body_length
+                head.body_length = 0
+                fds = (*fds, large_fd)
+            elif bulk is not None:
+                head.kind = BULK
+                head.body_length = 0
+            self._send(route.peer, cython.address(head), route.envelope, body, fds)
+        elif route.broadcast:
+            for text in route.refusals:
+                self.monitors.show_refusal(self.driver.name, header.serial, text)
+            self.peers.publish(
+                route.subscribers,
+                route.envelope,
+                cython.address(head),
+                body,
+                fds,
+                self.everyone and not route.refusals,
+            )
+            if self.peers.me in route.subscribers:
+                self._to_myself(route.envelope, cython.address(head), body, fds)
+        elif route.to_bus:
+            self._call_bus(
+                route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
+            )
+        elif route.to_self:
+            if header.type == CALL and not header.flags & WANTS_NO_REPLY:
+                self.calls.open(header.serial, self.id)
+            self._to_myself(route.envelope, cython.address(head), body, fds)
+        elif route.activate is not None:
+            wants_reply = header.type == CALL and not header.flags & WANTS_NO_REPLY
+            content = _bytes(body, header.body_length)
+            self._activate(
+                route.activate,
+                Held(route.facts, wants_reply, _raw(cython.address(head)), content, fds),
+            )
+        elif route.error is not None:  # whatever it is, and whether it wants a reply or not
+            self.error(header.serial, route.error[0], route.error[1])
+
+    def _to_myself(self, envelope, head, body, fds) -> cython.void:
+        payload: bytes = envelope + _bytes(body, head.body_length)
+        data: cython.p_char = payload
+        head.envelope_length = len(envelope)
+        self._deliver(
+            self.peers.me,
+            head,
+            cython.cast(cython.pointer(cython.const[uint8_t]), data),
+            tuple([os.dup(fd) for fd in fds]),
+        )
+
+    def _send(self, peer, head, envelope, body, fds) -> cython.void:
+        """One of our client's messages to one peer. Raises Gone."""
+        if self.peers.send(peer, head, envelope, body, fds):
+            return
+        if head.reply_serial == 0 and self.calls.close(head.serial):
+            self.error(head.serial, LIMITS_EXCEEDED, f"too much waits for {peer.name}")
+        else:
+            self.peers.must_send(peer, head, envelope, body, fds)  # which says why it can't
+
+    # -- the bus itself ------------------------------------------------------------------------
+
+    def _call_bus(self, route: Route, type, serial, flags, body):
+        facts = route.facts
+        if type != CALL:
+            return  # the bus expects no signals and no replies
+        self._act_and_note(
+            self.driver.call(
+                drivers.Call(
+                    serial,
+                    flags,
+                    facts.path,
+                    facts.interface,
+                    facts.member,
+                    facts.signature,
+                    body,
+                    facts.big_endian,
+                    facts.destination,
+                )
+            )
+        )
+
+    def _act_and_note(self, actions):
+        self.act(actions)
+        # What the client says next must not overtake what it has just changed.
+        self.busy = self.driver.busy
+
+    def ask_for_driver(self, action):
+        """Ask the broker what the driver wants to know (drivers.Ask)."""
+        self.asking.ask(
+            action.request,
+            lambda answer, fds: self._answer_driver(action.token, answer, fds),
+        )
+
+    def _answer_driver(self, token, answer, fds):
+        head: FrameHead
+        snapshot = memfd.read(fds[0]) if fds else b""
+        try:
+            actions = self.driver.answer(token, answer, snapshot)
+        except (msgspec.MsgspecError, ReplicaError, TypeError) as error:
+            raise Gone(f"the broker talks nonsense: {error}") from None
+        if snapshot and not self.loaded:
+            self._loaded(snapshot)
+            self._inbound()  # the snapshot may be older than a monitor
+            if self.replica.monitors and self.hello is not None:
+                facts, raw = self.hello
+                source: cython.p_char = raw
+                memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+                self.monitors.copy(facts, cython.address(head), b"", (), self.id)
+        self._act_and_note(actions)
+
+    def _loaded(self, snapshot):
+        """Hello was answered: we are somebody, and follow the log from the snapshot on."""
+        self.loaded = True
+        self.id = self.replica.me
+        connection = self.replica.connections.get(self.id)
+        self.peers.me = Peer(self.id, f":1.{self.id}", connection)
+        self._follow(decode_snapshot(snapshot).position)
+
+    # -- activation ----------------------------------------------------------------------------
+
+    def _activate(self, name, message):
+        """Hold a message until its destination is started; its order among its kind is kept."""
+        if self.activating.hold(name, message):
+            self.asking.ask(
+                entries.StartService(0, name, True), lambda answer, _: self._activated(name, answer)
+            )
+
+    def _activated(self, name, answer):
+        head: FrameHead
+        for held in self.activating.take(name):
+            source: cython.p_char = held.head
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            if isinstance(answer, entries.Failure):
+                self.error(head.serial, answer.error, answer.message)
+            else:
+                self._send_held(held, cython.address(head))
+            close_all(held.fds)
+
+    def _send_held(self, held, head):
+        """Send a message that was held; its destination may have an owner now."""
+        decision = self.router.decide(held.envelope, NO_AUTO_START, len(held.fds), tuple)
+        if decision.error is not None:
+            self.error(head.serial, decision.error[0], decision.error[1])
+            return
+        envelope: bytes = envelopes.encode(held.envelope)
+        data: cython.p_char = held.body
+        place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
+        peer: Peer = self.peers.peer(decision.targets[0])
+        if held.wants_reply:
+            self.calls.open(head.serial, peer.id)
+        if peer is self.peers.me:
+            self._to_myself(envelope, head, place, held.fds)
+        else:
+            self._send(peer, head, envelope, place, held.fds)
+
+    # -- the broker ----------------------------------------------------------------------------
+
+    def _from_broker(self):
+        try:
+            self.asking.line.flush()
+            while (received := self.asking.line.receive()) is not None:
+                message, fds = received
+                if self.loaded:
+                    self._inbound()  # what a reply caused stands in the log before it
+                try:
+                    self._broker_says(message, fds)
+                finally:
+                    close_all(fds)
+        except LineError as error:
+            raise Gone(f"the broker broke a rule: {error}") from None
+
+    def _broker_says(self, message, fds):
+        kind = type(message)
+        if kind is entries.Reply or kind is entries.Failure:
+            self.asking.answered(message, fds)
+        elif kind is entries.Introduction:
+            self.peers.introduced_by(message, fds)
+        elif kind is entries.Withdrawn:
+            self.peers.withdrawn(message.peer)
+
+    # -- from the bus --------------------------------------------------------------------------
+
+    def _inbound(self) -> cython.void:
+        """Deliver what stands in the rings and in the log, in the order of their stamps."""
+        head: FrameHead
+        payload: cython.pointer(cython.const[uint8_t])
+        peer: Peer
+        if not self.loaded:
+            return
+        while self.merge.gather() > 0:
+            while True:
+                source = self.merge.next(cython.address(head), cython.address(payload))
+                if source is None:
+                    break
+                if source is self.log:
+                    self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
+                    continue
+                peer = self.peers.by_source[source]
+                try:
+                    self._deliver(peer, cython.address(head), payload, None)
+                    if head.kind == BULK and peer.bulk_view is not None and head.aux & 0xFFFFFFFF:
+                        peer.bulk_view.done()
+                except HostilePeer as error:
+                    self.peers.drop(peer, str(error))
+            self.merge.publish()
+            self.relieve()
+        for source, text in self.merge.take_broken():
+            if source is self.log:
+                self._behind()
+            else:
+                self.peers.drop(self.peers.by_source[source], text)
+
+    def _behind(self):
+        """The log has gone round before we read it: start again from a snapshot."""
+        self.asking.ask(entries.FetchSnapshot(0), self._resync)
+
+    def _resync(self, answer, fds):
+        snapshot = memfd.read(fds[0])
+        actions = self.driver.resync(snapshot)
+        self.epoch += 1
+        self._follow(decode_snapshot(snapshot).position)
+        for id in [id for id in self.peers.known if id not in self.replica.connections]:
+            self._peer_left(id)
+        self._act_and_note(actions)
+
+    def _follow(self, position):
+        """Read the log from `position` on."""
+        self.merge.remove(self.log)
+        self.log.seek(position)
+        self.merge.add(self.log)
+
+    def _log_entry(self, raw):
+        entry = decode_entry(raw)
+        kind = type(entry)
+        if kind in _CHANGES:
+            self.epoch += 1
+        try:
+            actions = self.driver.entry(entry)
+        except ReplicaError as error:
+            raise Gone(f"the log contradicts itself: {error}") from None
+        if self.peers.me.connection is None:
+            self.peers.me.connection = self.replica.connections.get(self.id)
+        if kind is entries.PolicyChanged:
+            self.fetching += 1
+            self.asking.ask(entries.FetchPolicy(0), self._new_policy)
+        elif kind is entries.ConnectionRemoved:
+            self._peer_left(entry.id)
+        elif kind is entries.MonitorAttached:
+            if entry.id == self.id:
+                self.monitor = True
+            elif entry.id in self.peers.known:
+                self._fail_pending(entry.id, NO_REPLY, NO_REPLY_DISCONNECTED)
+        self._act_and_note(actions)
+
+    def _new_policy(self, answer, fds):
+        """The configuration was read again: its policy holds from the client's next message on."""
+        self.fetching -= 1
+        if isinstance(answer, entries.Failure):
+            raise Gone(f"no policy: {answer.message}")
+        self.context = self.context.with_configuration(memfd.read(fds[0]))
+        self._take_policy()
+        self.epoch += 1
+
+    def _take_policy(self):
+        configuration = self.context.configuration
+        policy = ClientPolicy(configuration.policy, self.credentials)
+        self.everyone = policy.allows_everything_to_send
+        if self.router is not None:
+            self.router.policy = policy
+        limits = configuration.limits
+        self.calls.limit(limits["max_replies_per_connection"], limits["reply_timeout"])
+        self.take_limits(limits)
+        return policy
+
+    def _peer_left(self, id):
+        """A connection ended; what it had sent is delivered, what we asked of it will not be."""
+        if self.peers.left(id):
+            self._fail_pending(id, NO_REPLY, NO_REPLY_DISCONNECTED)
+
+    def _answer_for_the_lost(self):
+        lost = self.peers.lost[:]
+        self.peers.lost.clear()
+        for id, error, text in lost:
+            self._fail_pending(id, error, text)
+
+    def _fail_pending(self, id, error, text):
+        """What we asked of connection `id` is answered with an error."""
+        for serial in self.calls.close_all_of(id):
+            self.error(serial, error, text)
+
+    def _deliver(
+        self,
+        peer: Peer,
+        head: cython.pointer(FrameHead),
+        payload: cython.pointer(cython.const[uint8_t]),
+        own_fds: tuple,
+    ) -> cython.void:
+        """One frame of a peer. Raises HostilePeer if it breaks a rule."""
+        template: Template
+        fds: tuple = () if own_fds is None else own_fds
+        count: cython.size_t = head.fds + (
+            1
+            if head.kind == LARGE
+            or head.kind == LARGE_COPY
+            or (head.kind == BULK and head.aux & BULK_FRESH)
+            else 0
+        )
+        body: cython.pointer(cython.const[uint8_t]) = payload + head.envelope_length
+        if count and own_fds is None:
+            fds = peer.receive_fds(count)
+        if head.kind == BULK:
+            fds = peer.bulk_begins(self.peers.status, head.aux, fds)
+            if head.aux & 0xFFFFFFFF == 0:
+                close_all(fds)
+                return
+            try:
+                body = peer.bulk_body(head)
+            except HostilePeer:
+                close_all(fds)
+                raise
+        if head.kind == REFUSED:
+            close_all(fds)
+            self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
+            return
+        if (head.kind == COPY or head.kind == LARGE_COPY) and self.monitor:
+            self._deliver_copy(peer, head, payload, fds)
+            return
+        if self.monitor:
+            close_all(fds)
+            return  # a monitor is nobody's destination
+        if head.kind != MESSAGE and head.kind != LARGE and head.kind != BULK:
+            close_all(fds)
+            raise HostilePeer(f"a frame of kind {head.kind}")
+        envelope = _bytes(payload, head.envelope_length)
+        key = envelope if not head.fds else (envelope, head.fds)
+        template = peer.templates.get(key)
+        if (
+            template is None
+            or template.epoch != self.epoch
+            or template.depends
+            or (template.broadcast and template.mine != self.replica.my_version)
+        ):
+            try:
+                template = decisions.judge(
+                    self.router,
+                    peer,
+                    self.epoch,
+                    key,
+                    envelope,
+                    head.fds,
+                    _bytes(payload + head.envelope_length, head.body_length),
+                    fds[len(fds) - 1] if head.kind == LARGE else -1,
+                )
+            except HostilePeer:
+                close_all(fds)
+                raise
+        if template.type == RETURN or template.type == ERROR:
+            if not self.calls.wait_for(head.reply_serial, peer.id):
+                close_all(fds)
+                return  # nobody asked, or somebody else was asked
+            self.calls.close(head.reply_serial)
+        if template.refusal is not None:
+            close_all(fds)
+            if template.type == CALL and not head.flags & WANTS_NO_REPLY:
+                self.refuse(peer, head.serial, ACCESS_DENIED, template.refusal)
+            return
+        if template.broadcast and not template.subscribed:
+            close_all(fds)
+            return
+        if head.fds and not self.unix_fds:
+            close_all(fds)
+            if template.type == CALL and not head.flags & WANTS_NO_REPLY:
+                self.refuse(peer, head.serial, NOT_SUPPORTED, NO_FDS_TEXT)
+            return
+        self.hand_over(peer, template, head, body, fds)
+
+    def _deliver_copy(
+        self,
+        peer: Peer,
+        head: cython.pointer(FrameHead),
+        payload: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.void:
+        """A message for our client as a monitor: one of the peer's, or of the bus to the peer."""
+        template: Template
+        sender: cython.longlong = head.aux
+        if sender != peer.id and sender != -1:
+            close_all(fds)
+            raise HostilePeer(f"a copy of a message of :1.{sender}")
+        raw = _bytes(payload, head.envelope_length)
+        key = (raw, head.fds, sender)
+        template = peer.templates.get(key)
+        if template is None:
+            name = BUS_NAME if sender == -1 else peer.name
+            template = decisions.copy(peer, key, raw, name, head.fds)
+        if not self.unix_fds and fds:
+            close_all(fds)
+            return
+        self.show(template, head, payload + head.envelope_length, fds)
+
+    def refuse(self, peer: Peer, serial, error, text):
+        """Tell the sender's worker that its call was not delivered; it answers its client."""
+        head: FrameHead
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = REFUSED
+        head.reply_serial = serial
+        if peer is self.peers.me:
+            self.calls.close(serial)
+            self.error(serial, error, text)
+            return
+        refusal: bytes = encode_refusal((error, text))
+        self.peers.must_send(peer, cython.address(head), refusal, cython.NULL, ())
+
+    def _peer_refused(self, peer: Peer, serial, raw):
+        if not self.calls.wait_for(serial, peer.id):
+            return
+        try:
+            error, text = decode_refusal(raw)
+        except ValueError:
+            raise HostilePeer("a refusal that does not decode") from None
+        if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED) or "\0" in text:
+            raise HostilePeer(f"a refusal with the error {error!r}, {text!r}")
+        self.calls.close(serial)
+        self.error(serial, error, text)
+
+    # -- what a front end says -----------------------------------------------------------------
+
+    def take_limits(self, limits: dict) -> None:
+        """Limits of the configuration, at the beginning and when it has changed."""
+        raise NotImplementedError
+
+    def from_client(self, events) -> cython.void:
+        """The client's descriptor is ready: epoll_wait(2)'s `events`."""
+        raise NotImplementedError
+
+    def go_on(self) -> cython.void:
+        """Go on with what of the client has `stopped`, as it had to wait."""
+        raise NotImplementedError
+
+    def watch_client(self) -> cython.void:
+        """Say what to wait for: what `from_client` is to be called for."""
+        raise NotImplementedError
+
+    def flush(self) -> cython.void:
+        """Give the client what waits for it, as far as it takes it."""
+        raise NotImplementedError
+
+    def relieve(self) -> cython.void:
+        """`flush` if much waits: more may be coming in for long."""
+        raise NotImplementedError
+
+    def hand_over(self, peer, template, head, body, fds) -> cython.void:
+        """A frame of a peer that our client may have; `fds` are the front end's now. The body is
+        still to be copied and then checked. Raises HostilePeer."""
+        raise NotImplementedError
+
+    def show(self, template, head, body, fds) -> cython.void:
+        """The same of a copy for our client as a monitor."""
+        raise NotImplementedError
+
+    def act(self, actions: list) -> None:
+        """What the bus driver wants done; drivers.Ask is `ask_for_driver`'s."""
+        raise NotImplementedError
+
+    def error(self, reply_serial: int, name: str, text: str) -> None:
+        """Our client's message `reply_serial` has failed."""
+        raise NotImplementedError
+
+    def tidy_client(self) -> cython.bint:
+        """Give back memory that was not used since the last time; True: some is left."""
+        raise NotImplementedError

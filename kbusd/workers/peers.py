@@ -1,0 +1,746 @@
+# cython: boundscheck=False
+"""Other workers, as this one sees them, and how frames get to them.
+
+`Peer` is one: the two rings between us, its doorbell, the side socket. Frames that find no room, or
+no introduction yet, wait in its backlog in order. `Peers` are all that we know: introductions, and
+the sending of frames to one or to all subscribers of a signal, by Ring or Broadcast, in the order
+that fanout.py explains. Peers are hostile: what they claim of positions is checked by the rings, what
+they send by whoever reads it; a peer that breaks the rules is dropped, which its own client notices
+and nobody else. What was asked of a peer that is lost is for the engine to answer (`lost`).
+"""
+
+import array
+import os
+import socket
+import struct
+from collections import deque
+
+import cython
+from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
+from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk, BulkView
+from cython.cimports.kbusd.rings.clock import Clock
+from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
+from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
+from cython.cimports.kbusd.rings.frame import STOP, FrameHead
+from cython.cimports.kbusd.rings.merge import Merge
+from cython.cimports.kbusd.rings.ring import Ring, RingReader
+from cython.cimports.kbusd.rings.status import StatusPage, StatusView
+from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.string import memcpy, memset
+
+from kbusd.rings import entries, memfd
+from kbusd.rings.journal import Journal
+from kbusd.rings.line import close_all
+from kbusd.rings.memfd import RingError
+from kbusd.rings.values import Frame
+from kbusd.workers.errors import NO_REPLY, NO_REPLY_DISCONNECTED, Gone
+
+NEW = 0  # known by the log alone
+ASKED = 1  # Introduce is on its way
+READY = 2  # rings are mapped
+GONE = 3  # its connection ended
+
+MESSAGE = cython.declare(cython.int, 1)
+MARK = cython.declare(cython.int, 3)
+LARGE = cython.declare(cython.int, 4)
+COPY = cython.declare(cython.int, 5)
+BULK = cython.declare(cython.int, 7)
+LARGE_COPY = cython.declare(cython.int, 8)
+
+HEAD = cython.declare(cython.size_t, 40)
+MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
+IDLE_TIDIES = cython.declare(cython.int, 3)  # an area goes when `tidy` found it unused so often
+LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
+# While a peer is being introduced, or has no room, our client's next messages wait this long: so
+# that order holds across receivers, and a peer that hangs holds up nobody for longer.
+STALL_NS = 250_000_000
+BACKLOG = cython.declare(cython.size_t, 4 << 20)  # our quota of what waits for one peer
+_STAMP = struct.Struct("<Q")
+
+
+class HostilePeer(Exception):
+    """A peer's worker broke the rules of the rings; the text says which."""
+
+
+@cython.cclass
+class Peer:
+    """State is NEW, ASKED, READY or GONE."""
+
+    def __init__(self, id, name, connection):
+        self.id = id
+        self.name = name
+        self.connection = connection
+        self.state = NEW
+        self.doorbell = -1
+        self.backlog = deque()
+        self.backlog_bytes = 0
+        self.templates = {}
+        self.touched = False
+
+    def asked(self, ring: Ring, slot: int, broadcast_slot: int) -> None:
+        """Our half of the introduction is made and on its way."""
+        self.ring = ring
+        self.slot = slot
+        self.broadcast_slot = broadcast_slot
+        self.state = ASKED
+
+    def ready(
+        self,
+        reader: RingReader,
+        view: StatusView,
+        their_slot: int,
+        subscriber: Subscriber,
+        doorbell: int,
+        side: socket.socket,
+    ) -> None:
+        """The peer's half has come: frames may flow."""
+        self.reader = reader
+        self.view = view
+        self.subscriber = subscriber
+        self.doorbell = doorbell
+        self.side = side
+        self.their_slot = their_slot
+        self.ring.attach(view, their_slot)
+        self.state = READY
+
+    def forget(self) -> None:
+        """Drop what was introduced; descriptors that wait are closed."""
+        if self.doorbell >= 0:
+            os.close(self.doorbell)
+            self.side.close()
+        self.doorbell = -1
+        self.side = None
+        self.ring = None
+        self.reader = None
+        self.view = None
+        self.bulk = None
+        self.bulk_view = None
+        self.subscriber = None
+        for held in self.backlog:
+            for fd in held[3]:
+                os.close(fd)
+        self.backlog.clear()
+        self.backlog_bytes = 0
+        self.templates = {}
+
+    def gone(self) -> None:
+        self.forget()
+        self.state = GONE
+
+    def again(self) -> None:
+        """The introduction failed; a later message may ask again."""
+        self.forget()
+        self.state = NEW
+
+    def statistics(self) -> dict:
+        return {
+            "id": self.id,
+            "state": self.state,
+            "backlog_frames": len(self.backlog),
+            "backlog_bytes": self.backlog_bytes,
+        }
+
+    def put(
+        self,
+        head: cython.pointer(FrameHead),
+        envelope: bytes,
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+        clock: Clock,
+    ) -> cython.int:
+        """Send a frame: 1 it stands in the ring, 0 it waits. `fds` stay the caller's.
+
+        A copy of a frame of the Broadcast (`aux`) has its stamp; every other gets one here."""
+        if head.kind != MESSAGE or head.aux == 0:
+            head.stamp = clock.next()
+        if self.state == READY and not self.backlog:
+            if self._write(head, envelope, body, fds):
+                return 1
+            # Look again: the reader may have made room before it could see that we want it.
+            self.ring.want_space(True)
+            if self._write(head, envelope, body, fds):
+                self.ring.want_space(False)
+                return 1
+        kept = tuple([os.dup(fd) for fd in fds])
+        self.backlog.append(
+            (
+                cython.cast(cython.p_char, head)[: cython.sizeof(FrameHead)],
+                envelope,
+                cython.cast(cython.p_char, body)[: head.body_length],
+                kept,
+            )
+        )
+        self.backlog_bytes += HEAD + len(envelope) + head.body_length
+        return 0
+
+    def write(self, frame: Frame, clock: Clock) -> bool:
+        """`put` for Python, of a frame without descriptors; the clock gives its stamp."""
+        head: FrameHead
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = frame.kind
+        head.body_length = len(frame.body)
+        body: cython.p_char = frame.body
+        data = cython.cast(cython.pointer(cython.const[uint8_t]), body)
+        return self.put(cython.address(head), frame.envelope, data, (), clock) == 1
+
+    def _write(
+        self,
+        head: cython.pointer(FrameHead),
+        envelope: bytes,
+        body: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.bint:
+        envelope_length: cython.size_t = len(envelope)
+        text: cython.p_char = envelope
+        total: cython.size_t = (HEAD + envelope_length + head.body_length + 7) & ~7
+        place: cython.pointer(uint8_t) = self.ring.reserve(total)
+        if place == cython.NULL:
+            return False
+        head.length = total
+        head.envelope_length = envelope_length
+        if fds and not self._send_fds(head.stamp, fds):
+            return False
+        memcpy(place, head, HEAD)
+        memcpy(place + HEAD, text, envelope_length)
+        memcpy(place + HEAD + envelope_length, body, head.body_length)
+        self.ring.commit()
+        return True
+
+    def _send_fds(self, stamp: object, fds: tuple) -> object:
+        """Descriptors go ahead of their frame on the side socket, marked with its stamp."""
+        try:
+            self.side.sendmsg(
+                [_STAMP.pack(stamp)],
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))],
+                socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT,
+            )
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise HostilePeer(f"the side socket failed: {error.strerror}") from None
+        return True
+
+    def receive_fds(self, count: cython.size_t) -> tuple:
+        """The descriptors of the frame that is being read. Raises HostilePeer."""
+        try:
+            _, ancillary, flags, _ = self.side.recvmsg(
+                8, socket.CMSG_SPACE(4 * 256), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
+        except OSError as error:
+            raise HostilePeer(f"descriptors are missing: {error.strerror}") from None
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % 4])
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or len(fds) != count:
+            for fd in fds:
+                os.close(fd)
+            raise HostilePeer(f"{len(fds)} descriptors came with a frame that counts {count}")
+        return tuple(fds)
+
+    def flush(self) -> cython.int:
+        """Write what waits, as far as there is room: 1 nothing waits any more, 0 something does."""
+        head: FrameHead
+        asked: cython.bint = False
+        while self.backlog:
+            raw, envelope, body, fds = self.backlog[0]
+            source: cython.p_char = raw
+            text: cython.p_char = body
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            if not self._write(
+                cython.address(head),
+                envelope,
+                cython.cast(cython.pointer(cython.const[uint8_t]), text),
+                fds,
+            ):
+                if asked:
+                    return 0
+                self.ring.want_space(True)
+                asked = True
+                continue  # look again, as in `put`
+            self.backlog.popleft()
+            self.backlog_bytes -= HEAD + len(envelope) + len(body)
+            for fd in fds:
+                os.close(fd)
+        self.ring.want_space(False)
+        return 1
+
+    def ring_bell(self) -> None:
+        """Wake the peer's worker if it sleeps."""
+        if self.view.sleeping():
+            ring_doorbell(self.doorbell)
+
+    def bulk_begins(self, mine: StatusPage, aux: uint64_t, fds: tuple) -> tuple:
+        """Map the peer's new bulk area or let go of the old one, if its frame says so; the
+        descriptors that are left. Raises HostilePeer."""
+        if aux & BULK_FRESH:
+            if self.bulk_view is None:
+                self.bulk_view = BulkView(mine, self.slot)
+            try:
+                self.bulk_view.open(fds[len(fds) - 1])
+            except RingError as error:
+                close_all(fds)
+                raise HostilePeer(str(error)) from None
+            os.close(fds[len(fds) - 1])
+            fds = fds[: len(fds) - 1]
+        if aux & 0xFFFFFFFF == 0 and self.bulk_view is not None:
+            self.bulk_view.release()
+        return fds
+
+    def bulk_body(self, head):
+        """Where a body stands in the peer's bulk area, which the peer can write to at any time.
+        Raises HostilePeer."""
+        body: cython.pointer(cython.const[uint8_t]) = cython.NULL
+        if self.bulk_view is not None:
+            body = self.bulk_view.place(head.aux)
+        if body == cython.NULL:
+            raise HostilePeer("a body out of the bounds of its bulk area")
+        return body
+
+
+@cython.cclass
+class Peers:
+    """All that our client has to do with. `me` is our own connection, None before Hello.
+
+    `lost`: (id, error name, text): what was asked of the connection is to be answered with that.
+    `stall_ns`: how long at most our client's next message waits for one peer."""
+
+    def __init__(self, clock: Clock, merge: Merge, replica, asking, stall_ns: uint64_t):
+        self.clock = clock
+        self.merge = merge
+        self.replica = replica
+        self.asking = asking
+        self.journal = Journal("kbusd-worker", per_second=LINES_PER_SECOND)
+        self.stall_ns = stall_ns
+        self.status = StatusPage()
+        self.doorbell = Doorbell()
+        self.broadcast = Broadcast()
+        self.fanout = Fanout(self.broadcast)
+        self.known = {}
+        self.by_source = {}
+        self.meeting = set()
+        self.touched = []
+        self.backlogged = []
+        self.bulks = []
+        self.lost = []
+
+    def descriptors(self) -> list:
+        """What must stay open through lock-down."""
+        return [
+            self.doorbell.read_fd,
+            self.doorbell.write_fd,
+            self.status.fd,
+            self.broadcast.fd,
+        ]
+
+    def peer(self, id) -> Peer:
+        """The connection `id`, which there is or was."""
+        if id == self.replica.me:
+            return self.me
+        peer = self.known.get(id)
+        if peer is None:
+            connection = self.replica.connections.get(id)
+            peer = self.known[id] = Peer(id, f":1.{id}", connection)
+        return peer
+
+    def say(self, text):
+        """A line for the admin."""
+        self.journal.say(f":1.{self.replica.me}: {text}")
+
+    # -- sending -------------------------------------------------------------------------------
+
+    def publish(self, subscribers, envelope, head, body, fds, shared) -> cython.void:
+        """A signal to its subscribers: written once into the Broadcast for those who read it, by
+        Ring for those who do not yet; by Ring for all where some must not see it (not `shared`), or
+        where it has descriptors or a large body. Raises Gone."""
+        place: cython.pointer(uint8_t) = cython.NULL
+        text: cython.p_char = envelope
+        length: cython.size_t = len(envelope)
+        peer: Peer
+        count: cython.size_t = len(subscribers)
+        if head.body_length > LARGE_BODY and count:
+            # One memfd for all of them.
+            own = memfd.sealed(b"kbusd-body", _bytes(body, head.body_length))
+            try:
+                self._publish_large(subscribers, envelope, head, body, (*fds, own))
+            finally:
+                os.close(own)
+            return
+        head.stamp = self.clock.next()
+        if count > 1 and shared and not fds:
+            head.envelope_length = length
+            head.length = (HEAD + length + head.body_length + 7) & ~7
+            place = self._reserve(subscribers, head.length)
+        self.begin(head.stamp)
+        if place != cython.NULL:
+            head.aux = self.broadcast.position + head.length
+        for item in subscribers:
+            peer = cython.cast(Peer, item)
+            if peer is self.me:
+                continue
+            if place == cython.NULL or peer.subscriber is None or not peer.subscriber.joined:
+                self.must_send(peer, head, envelope, body, fds)
+        if place != cython.NULL:
+            head.aux = 0
+            memcpy(place, head, HEAD)
+            memcpy(place + HEAD, text, length)
+            memcpy(place + HEAD + length, body, head.body_length)
+            self.fanout.commit()
+            for item in subscribers:
+                peer = cython.cast(Peer, item)
+                if peer.subscriber is not None and peer.subscriber.joined:
+                    self.fanout.want(peer.subscriber)
+                    if not peer.touched:
+                        peer.touched = True
+                        self.touched.append(peer)
+        self.end()
+
+    def _publish_large(self, subscribers, envelope, head, body, fds) -> cython.void:
+        large: FrameHead = head[0]
+        peer: Peer
+        large.kind = LARGE
+        large.aux = head.body_length
+        large.body_length = 0
+        self.begin(self.clock.next())
+        for item in subscribers:
+            peer = cython.cast(Peer, item)
+            if peer is not self.me:
+                self.must_send(peer, cython.address(large), envelope, body, fds)
+        self.end()
+
+    def _reserve(self, subscribers, length) -> cython.pointer(uint8_t):
+        """Room in the Broadcast; NULL if fewer than two of the subscribers read it. Those that can
+        join do; those that are in the way go on by Ring."""
+        place: cython.pointer(uint8_t)
+        peer: Peer
+        joined: cython.size_t = 0
+        for item in subscribers:
+            peer = cython.cast(Peer, item)
+            if peer.state == READY and not peer.subscriber.joined:
+                self._join(peer)
+            if peer.subscriber is not None and peer.subscriber.joined:
+                joined += 1
+        if joined < 2:
+            return cython.NULL
+        place = self.fanout.reserve(length)
+        if place == cython.NULL:
+            for subscriber in self.fanout.late(length):
+                self._demote(subscriber)
+            place = self.fanout.reserve(length)
+        return place
+
+    def _join(self, peer: Peer):
+        """From the MARK on, the peer reads our Broadcast."""
+        head: FrameHead
+        if peer.backlog or peer.subscriber.broken:
+            return
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = MARK
+        head.aux = self.broadcast.position
+        if peer.put(cython.address(head), b"", cython.NULL, (), self.clock):
+            self.fanout.join(peer.subscriber)
+
+    def _demote(self, subscriber: Subscriber):
+        """A subscriber that has not read on: what it misses goes by its Ring (fanout.py, rule 3)."""
+        head: FrameHead
+        peer: Peer = subscriber.owner
+        for raw, envelope, body in self.fanout.demote(subscriber):
+            source: cython.p_char = raw
+            data: cython.p_char = body
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
+            self.must_send(peer, cython.address(head), envelope, place, ())
+        if subscriber.broken:
+            self.drop(peer, "a position beyond the end of our Broadcast")
+            return
+        memset(cython.address(head), 0, cython.sizeof(FrameHead))
+        head.kind = MARK
+        head.aux = STOP
+        self.must_send(peer, cython.address(head), b"", cython.NULL, ())
+
+    def send(self, peer, head, envelope, body, fds) -> cython.bint:
+        """One frame to one peer; asks for an introduction if there was none. False, and nothing is
+        sent, if so much waits for it already that its worker cannot be running."""
+        copy: FrameHead = head[0]
+        own: cython.int = -1
+        if peer.state == GONE:
+            return True
+        if peer.backlog_bytes > BACKLOG:
+            return False
+        if (head.kind == MESSAGE or head.kind == COPY) and head.body_length > LARGE_BODY:
+            own = memfd.sealed(b"kbusd-body", _bytes(body, head.body_length))
+            if head.kind == COPY:
+                copy.kind = LARGE_COPY
+            else:
+                copy.kind = LARGE
+                copy.aux = head.body_length
+            copy.body_length = 0
+            fds = (*fds, own)
+        elif head.kind == BULK and peer.bulk.reserved:
+            copy.aux = peer.bulk.commit()
+            if copy.aux & BULK_FRESH:
+                fds = (*fds, peer.bulk.fd)
+        try:
+            if not peer.put(cython.address(copy), envelope, body, fds, self.clock):
+                if peer.state == NEW:
+                    self.introduce(peer)
+                self._hold_back(peer)
+            elif not peer.touched:
+                peer.touched = True
+                self.touched.append(peer)
+        except HostilePeer as error:
+            self.drop(peer, str(error))
+        finally:
+            if own >= 0:
+                os.close(own)
+            if copy.aux & BULK_FRESH and copy.kind == BULK and peer.bulk is not None:
+                peer.bulk.close_fd()
+        return True
+
+    def must_send(self, peer, head, envelope, body, fds) -> cython.void:
+        """`send` what nobody waits for an answer to: too much of it costs our client its
+        connection, as it would be lost unseen."""
+        if not self.send(peer, head, envelope, body, fds):
+            raise Gone(f"sent more than {BACKLOG} bytes to {peer.name}, which does not take them")
+
+    def begin(self, stamp) -> cython.void:
+        """What follows goes to more than one ring, with stamps from `stamp` on."""
+        if not self.begun:
+            self.begun = True
+            self.broadcast.begin(stamp)
+
+    def end(self) -> cython.void:
+        """It stands in all of them: not while some of it waits, unless for one that is late."""
+        if self.begun and not self.slow:
+            self.begun = False
+            self.broadcast.end()
+
+    def bells(self) -> cython.void:
+        """Wake the workers that got frames; once, however many frames."""
+        peer: Peer
+        if self.backlogged:
+            still = []
+            self.slow = 0
+            for item in self.backlogged:
+                peer = cython.cast(Peer, item)
+                if peer.state == READY:
+                    self._relieve(peer)
+                    if peer.state == READY and not peer.touched:
+                        peer.touched = True
+                        self.touched.append(peer)
+                if peer.backlog:
+                    still.append(peer)
+                    self.slow += not peer.late
+                else:
+                    peer.late = False
+            self.backlogged = still
+            self.end()
+        for item in self.touched:
+            peer = cython.cast(Peer, item)
+            peer.touched = False
+            if peer.state == READY:
+                peer.ring_bell()
+        self.touched.clear()
+
+    def _relieve(self, peer: Peer):
+        """Write what waits for the peer, as far as there is room."""
+        try:
+            peer.flush()
+        except HostilePeer as error:
+            self.drop(peer, str(error))
+
+    def _hold_back(self, peer: Peer):
+        """Frames wait for the peer's ring, or for its introduction."""
+        if peer not in self.backlogged:
+            self.backlogged.append(peer)
+            if not peer.late:
+                self.slow += 1
+
+    # -- large bodies --------------------------------------------------------------------------
+
+    def bulk(self, peer) -> Bulk:
+        """The bulk area to a peer that is READY; None if it can't have one."""
+        if peer.bulk is None:
+            peer.bulk = Bulk(peer.view, peer.their_slot)
+        if peer.bulk.base == cython.NULL:
+            if cython.cast(cython.size_t, len(self.bulks)) >= MAX_BULKS or peer.bulk.open() < 0:
+                return None
+            self.bulks.append(peer)
+        return peer.bulk
+
+    def tidy(self) -> cython.bint:
+        """Give back the bulk areas that nobody has used for a while; True: some are left."""
+        head: FrameHead
+        peer: Peer
+        kept = []
+        for item in self.bulks:
+            peer = cython.cast(Peer, item)
+            if peer.bulk is None:
+                continue
+            peer.bulk.idle += 1
+            if peer.bulk.idle > IDLE_TIDIES and peer.bulk.release():
+                memset(cython.address(head), 0, cython.sizeof(FrameHead))
+                head.kind = BULK
+                self.must_send(peer, cython.address(head), b"", cython.NULL, ())
+            if peer.bulk is not None and peer.bulk.base != cython.NULL:
+                kept.append(peer)
+        self.bulks = kept
+        return len(kept) > 0
+
+    # -- waiting for peers ---------------------------------------------------------------------
+
+    def waits(self) -> cython.bint:
+        """Whether our client's next message must wait for an introduction or for room. That ends
+        with `stall_until`: a peer that hangs holds up nobody for longer."""
+        peer: Peer
+        if not self.meeting and not self.slow:
+            self.stall_until = 0
+            return False
+        now: uint64_t = self.clock.next()
+        if self.stall_until == 0:
+            self.stall_until = now + self.stall_ns
+        if now < self.stall_until:
+            return True
+        # Nobody is waited for twice, until he has caught up.
+        for item in (*self.meeting, *self.backlogged):
+            peer = item
+            peer.late = True
+        self.meeting.clear()
+        self.slow = 0
+        self.stall_until = 0
+        self.end()
+        return False
+
+    def are_met(self, peers) -> cython.bint:
+        """Whether all of `peers` are introduced, or are not waited for; asks for introductions.
+
+        A message waits for all whom it concerns: else one of them could react to it before another
+        has it."""
+        peer: Peer
+        met = True
+        for item in peers:
+            peer = item
+            if peer is self.me or peer.state == READY or peer.state == GONE or peer.late:
+                continue
+            if peer.state == NEW:
+                self.introduce(peer)
+            met = False
+        return met
+
+    # -- introductions -------------------------------------------------------------------------
+
+    def _half(self, peer: Peer):
+        """Our half of an introduction: slots and descriptors; kept if the two halves cross."""
+        ring = Ring()
+        peer.asked(ring, self.status.take_slot(), self.status.take_slot())
+        return [ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
+
+    def introduce(self, peer: Peer):
+        """Ask for an introduction; frames wait meanwhile."""
+        if self.me is None:
+            return
+        fds = self._half(peer)
+        self.meeting.add(peer)
+        self.asking.ask(
+            entries.Introduce(0, peer.id, peer.slot, peer.broadcast_slot),
+            lambda answer, fds: self._introduced(peer, answer, fds),
+            fds,
+        )
+
+    def _introduced(self, peer: Peer, answer, fds):
+        self.meeting.discard(peer)
+        if peer.state != ASKED:  # the peer's own introduction came first, or the peer went
+            return
+        if isinstance(answer, entries.Failure):
+            self._refused(peer, answer)
+            return
+        if answer.value is None or len(fds) != 5:
+            return
+        self._meet(peer, answer.value[0], answer.value[1], fds)
+
+    def introduced_by(self, message, fds):
+        """A peer wants to reach us: entries.Introduction. Raises Gone."""
+        peer: Peer = self.peer(message.peer)
+        if peer.state == READY or peer.state == GONE:
+            raise Gone(f"the broker introduced {peer.name} twice")
+        if peer.state == NEW:
+            mine = self._half(peer)
+        else:
+            mine = [peer.ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
+        self.asking.line.send(
+            entries.Introduced(message.request, peer.slot, peer.broadcast_slot), mine
+        )
+        self._meet(peer, message.slot, message.broadcast_slot, fds)
+
+    def _meet(self, peer: Peer, their_slot, their_broadcast_slot, fds):
+        """Map the peer's half. A half that breaks a rule is the peer's loss alone."""
+        ring_fd, doorbell, status_fd, broadcast_fd, side = fds
+        try:
+            reader = RingReader(ring_fd, self.status, peer.slot)
+            broadcast = BroadcastReader(broadcast_fd, 0)
+            view = StatusView(status_fd)
+            subscriber = Subscriber(view, their_broadcast_slot, peer)
+        except RingError as error:
+            self.say(f"refused the rings of {peer.name}: {error}")
+            peer.gone()
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(side))
+        peer.ready(reader, view, their_slot, subscriber, os.dup(doorbell), sock)
+        peer.ring.close_fd()
+        self.merge.add(reader, broadcast, peer.broadcast_slot, peer.doorbell)
+        self.by_source[reader] = peer
+        if peer.backlog:
+            self._hold_back(peer)
+        else:
+            peer.late = False
+
+    def _refused(self, peer: Peer, failure):
+        """No introduction: calls that waited for it are answered."""
+        self.lost.append((peer.id, failure.error, failure.message))
+        self._free_slots(peer)
+        peer.again()
+
+    def withdrawn(self, id):
+        """The introduction by `id` is void: the peer's rings are forgotten."""
+        peer = self.known.get(id)
+        if peer is not None:
+            self.detach(peer)
+            cython.cast(Peer, peer).again()
+
+    # -- the end of a peer ---------------------------------------------------------------------
+
+    def left(self, id) -> bool:
+        """Its connection ended; what it had sent is delivered. False if we did not know it."""
+        peer: Peer = self.known.pop(id, None)
+        if peer is None:
+            return False
+        self.detach(peer)
+        peer.gone()
+        return True
+
+    def drop(self, peer: Peer, text):
+        """The peer's worker broke a rule: have nothing to do with it any more."""
+        self.say(f"dropped {peer.name}: {text}")
+        self.detach(peer)
+        self.lost.append((peer.id, NO_REPLY, NO_REPLY_DISCONNECTED))
+        peer.gone()
+
+    def detach(self, peer: Peer):
+        """Its rings are not read any more."""
+        if peer.reader is not None:
+            self.fanout.leave(peer.subscriber)
+            self.merge.remove(peer.reader)
+            self.by_source.pop(peer.reader, None)
+            self._free_slots(peer)
+
+    def _free_slots(self, peer: Peer):
+        if peer.bulk_view is not None:
+            peer.bulk_view.close()
+        self.status.free_slot(peer.slot)
+        self.status.free_slot(peer.broadcast_slot)
+
+
+@cython.cfunc
+def _bytes(data: cython.pointer(cython.const[uint8_t]), length: cython.size_t) -> bytes:
+    return PyBytes_FromStringAndSize(cython.cast(cython.p_char, data), length)

@@ -1,0 +1,18 @@
+from libc.stdint cimport uint32_t, uint64_t
+
+from kbusd.rings.merge cimport Merge
+from kbusd.rings.status cimport StatusPage
+from kbusd.workers.libc cimport epoll_event
+
+cdef class Waiting:
+    cdef Merge merge
+    cdef StatusPage status
+    cdef readonly int epoll
+    cdef int held
+    cdef uint64_t poll_ns, poll_from
+    cdef void watch(self, int fd, unsigned int source, uint32_t events) except *
+    cdef void change(self, int fd, unsigned int source, uint32_t events) noexcept
+    cdef void forget(self, int fd) noexcept
+    cdef int wait(self, epoll_event *events, int timeout) except -1
+    cdef int _poll(self, epoll_event *events) noexcept
+    cdef int _sleep(self, epoll_event *events, int timeout) noexcept
