@@ -14,7 +14,6 @@ import cython
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.wire.body import check as check_body
 from cython.cimports.kbusd.workers.dbus_socket import DBusSocket
-from cython.cimports.kbusd.workers.decisions import Template
 from cython.cimports.kbusd.workers.libc import EPOLLERR, EPOLLHUP, EPOLLIN
 from cython.cimports.kbusd.workers.peers import Peer
 from cython.cimports.libc.stdint import uint8_t
