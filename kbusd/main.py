@@ -288,6 +288,8 @@ def _run(
     try:
         for warning in settings.warnings:
             journal.warn(warning)
+        if kdbusfs:
+            supervisor.kinds = ("kdbusfs",)
         try:
             supervisor.start()
             if kdbusfs:

@@ -107,12 +107,12 @@ class Supervisor:
         self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
-        self.forking = 0
         self.next_worker = 1
         self.clients = Clients()
         self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
         self.pause_until = 0.0
         self.device: Device | None = None  # for clients that open a file and not a socket
+        self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
     # -- start and end -------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ class Supervisor:
             self._tell(BROKER, entries.LauncherLine(), [ours.fileno()])
 
     def _start_zygote(self) -> None:
-        arguments = [self.guid, str(os.getpid())]
+        arguments = [self.guid, str(os.getpid()), *self.kinds]
         fds = self.configuration, self.profiles["zygote"], self.profiles["worker"], self.log_fd
         self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
         self.forking = 0

@@ -17,7 +17,6 @@ from kbusd.rings import entries
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth
-from kbusd.workers import kdbus_device, tree
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal
@@ -53,13 +52,18 @@ def main(context: Context, supervisor: socket.socket, broker: socket.socket, loc
 
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
     """Wait for what is to be done, from `hand_over`, and do it to its end."""
+    # What is imported here, the zygote has imported: after lock-down no file can be opened.
     match _wait_for_work(hand_over):
         case entries.Client(credentials), [fd]:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
             _serve_socket(context, engine, hand_over, line, credentials, client)
         case entries.Device() as device, []:
+            from kbusd.workers import kdbus_device
+
             kdbus_device.serve(context, engine, device, hand_over.sock, line)
         case entries.Tree() as start, []:
+            from kbusd.workers import tree
+
             line.close()  # it has nothing to say to the broker
             tree.serve(hand_over.sock, start)
 

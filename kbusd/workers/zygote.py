@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+from importlib import import_module
 from typing import NamedTuple
 
 from kbusd.rings import entries
@@ -139,7 +140,10 @@ class Zygote:
 
 
 def main() -> None:
-    _, guid, supervisor = sys.argv
+    _, guid, supervisor, *kinds = sys.argv
+    if "kdbusfs" in kinds:
+        import_module("kbusd.workers.kdbus_device")  # which costs every worker some memory
+        import_module("kbusd.workers.tree")
     own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     context = Context.make(guid, int(supervisor), read_all(4), workers, log_fd=7)
