@@ -26,7 +26,9 @@ _RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
 _DONT_WAIT = int(socket.MSG_DONTWAIT)
 _CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _LINE = int(socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-_buffer = bytearray(MAX_RECORD)  # what comes in is here until it is decoded
+_buffer = bytearray(
+    MAX_RECORD
+)  # what comes in is here until it is decoded, in a process of one thread
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -39,14 +41,17 @@ class LineError(Exception):
 
 
 class Line:
-    """Sends and receives typed records on `sock`. `messages` is the union that may come in."""
+    """Sends and receives typed records on `sock`. `messages` is the union that may come in.
 
-    __slots__ = ("_decode", "queue", "sock")
+    Where several threads receive, each line needs a `buffer` of its own, MAX_RECORD bytes."""
 
-    def __init__(self, sock: socket.socket, messages: Any) -> None:
+    __slots__ = ("_buffer", "_decode", "queue", "sock")
+
+    def __init__(self, sock: socket.socket, messages: Any, buffer: bytearray = _buffer) -> None:
         if sock.gettimeout() != 0:
             sock.setblocking(False)
         self.sock = sock
+        self._buffer = buffer
         self._decode = prepare(messages)
         self.queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
 
@@ -90,7 +95,7 @@ class Line:
         Raises EOFError when the other end has closed, LineError when it broke the rules."""
         try:
             size, ancillary, flags, _ = self.sock.recvmsg_into(
-                [_buffer], _ANCILLARY, _RECEIVE | self._wait_flag()
+                [self._buffer], _ANCILLARY, _RECEIVE | self._wait_flag()
             )
         except BlockingIOError:
             return None
@@ -105,7 +110,7 @@ class Line:
                 raise LineError("a record was cut short or lost descriptors")
             if not size:
                 raise EOFError
-            return self._decode(memoryview(_buffer)[:size]), fds.tolist()
+            return self._decode(memoryview(self._buffer)[:size]), fds.tolist()
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             close_all(fds)
             raise LineError(f"a record does not decode: {error}") from None

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kbusd.rings import entries
-from kbusd.rings.line import Line, LineError
+from kbusd.rings.line import MAX_RECORD, Line, LineError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
 
@@ -49,7 +49,8 @@ class Holder:
         self.uid = uid
         self.node = node
         # Of our own: the supervisor closes its one when the process has ended, in its thread.
-        self.line = Line(socket.socket(fileno=os.dup(worker.line.fileno())), messages)
+        sock = socket.socket(fileno=os.dup(worker.line.fileno()))
+        self.line = Line(sock, messages, bytearray(MAX_RECORD))
         self.slow = slow
         self.lock = threading.Lock()  # for sending, and for closing
         self.kernel_handle = 0

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import select
-import socket
 import stat
 from dataclasses import dataclass
 
@@ -160,12 +159,11 @@ class Tree:
         return replies.directory(head.unique, listed[asked.offset :], asked.size)
 
 
-def serve(sock: socket.socket, start: entries.Tree) -> None:
+def serve(line: Line, start: entries.Tree) -> None:
     """Answer until the supervisor closes the line."""
     tree = Tree(start)
-    line = Line(sock, entries.Asked)
     poller = select.epoll(flags=select.EPOLL_CLOEXEC)
-    poller.register(sock.fileno(), select.EPOLLIN)
+    poller.register(line.fileno(), select.EPOLLIN)
     while True:
         poller.poll(0.01 if line.queue else None)
         try:

@@ -65,7 +65,7 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
             from kbusd.workers import tree
 
             line.close()  # it has nothing to say to the broker
-            tree.serve(hand_over.sock, start)
+            tree.serve(Line(hand_over.sock, entries.Asked), start)
 
 
 def _serve_socket(

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries
-from kbusd.rings.line import Line, pair
+from kbusd.rings.line import MAX_RECORD, Line, pair
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.device import Device
 from kbusd.workers import tree
@@ -52,7 +52,7 @@ class Player:
         ours, theirs = pair()
         self.number = number
         self.supervisors = SimpleNamespace(number=number, line=Line(ours, entries.Answered))
-        self.line = Line(theirs, entries.Device | entries.ToDeviceWorker)
+        self.line = Line(theirs, entries.Device | entries.ToDeviceWorker, bytearray(MAX_RECORD))
         self.device: entries.Device | None = None
 
     def hear(self, kind: type[Message]) -> Message:
@@ -160,9 +160,8 @@ class Rig:
             message, _ = _receive(player.line.sock)
             if silent:
                 return player
-            threading.Thread(
-                target=tree.serve, args=(player.line.sock, message), daemon=True
-            ).start()
+            line = Line(player.line.sock, entries.Asked, bytearray(MAX_RECORD))
+            threading.Thread(target=tree.serve, args=(line, message), daemon=True).start()
         return player
 
     def end(self) -> Any:
@@ -182,7 +181,7 @@ class Rig:
 
 
 def _receive(sock: socket.socket) -> tuple[Any, list[int]]:
-    line = Line(sock, entries.Tree)
+    line = Line(sock, entries.Tree, bytearray(MAX_RECORD))
     select.select([line], [], [], SECONDS)
     received = line.receive()
     assert received is not None

@@ -8,6 +8,7 @@ import mmap
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from array import array
@@ -21,7 +22,7 @@ from kbusd.rings import entries, memfd
 from kbusd.supervisor.device import MAX_TREES
 
 from .places import NATIVE, everywhere
-from .rig import BUS, Rig, command, errno_of
+from .rig import BUS, Player, Rig, command, errno_of
 
 PAGE = mmap.PAGESIZE
 PLAIN = command(1)
@@ -114,6 +115,52 @@ def test_an_ioctl_goes_to_the_worker_of_its_file() -> None:
     one.answer(unique, 5, b"response")
     assert two.serve_ioctl(-errno.ENOTTY).command == PLAIN
     assert rig.end() == [5, "response", "ENOTTY"]
+
+
+@everywhere(NATIVE)
+def test_what_two_workers_say_at_the_same_time_is_not_mixed_up() -> None:
+    turns = 400
+    sys.setswitchinterval(1e-6)  # threads take turns wherever they can
+
+    def client(path: str) -> Any:
+        right = []
+
+        def ask(fd: int, number: int) -> None:
+            for turn in range(turns):
+                buffer = array("Q", [number, turn])
+                assert fcntl.ioctl(fd, command(2, 16), buffer) == number
+                assert buffer.tolist() == [number + turn, turn]
+            right.append(number)
+
+        with opened(path) as one, opened(path) as two:
+            threads = [
+                threading.Thread(target=ask, args=(fd, number))
+                for number, fd in enumerate((one, two, one, two), 1)
+            ]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+        return sorted(right)
+
+    rig = Rig(client)
+
+    def work(player: Player) -> None:
+        while True:
+            try:
+                unique, body = player.asked(requests.Ioctl)
+            except EOFError:
+                return
+            number, turn = array("Q", body.data)
+            player.answer(unique, number, array("Q", [number + turn, turn]).tobytes())
+
+    workers = [threading.Thread(target=work, args=(rig.hire(),)) for _ in range(2)]
+    for each in workers:
+        each.start()
+    assert rig.end() == [1, 2, 3, 4]
+    for each in workers:
+        each.join()
+    assert not rig.killed
 
 
 @everywhere(NATIVE)
