@@ -112,7 +112,6 @@ class Device:
         if isinstance(work, entries.Tree):
             tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.slow)
             self._join(tree, work)
-            self.tree = tree
             return self._ask_tree()
         file = Holder(worker, entries.FromDeviceWorker, credentials.uid, work.node, self.slow)
         self.files[file.number] = file
@@ -231,6 +230,8 @@ class Device:
     def _join(self, holder: Holder, work: entries.Device | entries.Tree) -> None:
         with suppress(OSError):
             holder.send(work)
+        if isinstance(work, entries.Tree):
+            self.tree = holder  # before anybody can hear that it is gone, or it would stay
         self.by_fd[holder.line.fileno()] = holder
         self.epoll.register(holder.line.fileno(), _ARMED)
 

@@ -86,7 +86,20 @@ class DeviceRouter(Router):
 
     def refusal(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
         """Why our client may not send this to another kdbus connection; None: it may."""
-        return self._may_send(envelope, receiver, self.replica.sender_names(receiver), fds)
+        names = self.replica.policy_names(receiver)
+        refusal = self._may_send(envelope, receiver, names, fds) or self._may_receive(
+            envelope, receiver, fds
+        )
+        if refusal is not None:
+            self._say(refusal)
+        return refusal
+
+    def is_open(self, sender: Connection, receiver: Connection) -> bool:
+        """Whether policy allows all that one may send to the other, so that nobody need look at it."""
+        return (
+            self.policy.of(sender.credentials).allows_everything_to_send
+            and self.policy.of(receiver.credentials).allows_everything_to_receive
+        )
 
 
 class Port:
@@ -179,7 +192,8 @@ class Port:
             return
         what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
         router: DeviceRouter = self.engine_router
-        if not router.policy.allows_everything_to_send:
+        connections = self._replica.connections
+        if not router.is_open(connections[self._replica.me], connections[to.id]):
             refusal = router.refusal(what.facts(_destination(to, parcel)), to.id, parcel.fds)
             if refusal is not None:
                 raise Errno(errno.EPERM, refusal)
@@ -358,20 +372,21 @@ class Port:
 
         Raises ParcelError or RingError if its worker broke a rule."""
         found = parcel.decode(raw, len(data), len(fds), self.bloom.size)
-        connection: Connection | None = peer.connection
+        me, connections = self._replica.me, self._replica.connections
+        connection: Connection | None = peer.connection or connections.get(peer.id)
         if connection is None:
-            return errno.ENXIO
-        me = self._replica.me
+            raise ParcelError("a parcel that is older than its connection")
         if found.dst_id not in (me, abi.DST_ID_BROADCAST):
             raise ParcelError(f"a parcel for {found.dst_id} came to {me}")
-        policy = self.engine_router.policy
-        if not found.is_reply and not policy.allows_everything_to_receive:
-            memfds, _ = _parts(found, fds)
-            what = _Lazy(found, lambda: _join(found, data, memfds))
-            name = None if found.dst_id == abi.DST_ID_BROADCAST else found.dst_name or f":1.{me}"
-            if self.engine_router.admit(what.facts(name), connection, found.fds) is not None:
-                return errno.EPERM
+        router = self.engine_router
         try:
+            if not found.is_reply and not router.is_open(connection, connections[me]):
+                memfds, _ = _parts(found, fds)
+                what = _Lazy(found, lambda: _join(found, data, memfds))
+                all = found.dst_id == abi.DST_ID_BROADCAST
+                name = None if all else found.dst_name or f":1.{me}"
+                if router.admit(what.facts(name), connection, found.fds) is not None:
+                    return errno.EPERM
             self._receive(_known(connection), connection, found, data, fds, stamp)
         except Errno as error:
             return error.errno

@@ -147,12 +147,7 @@ class Rig:
 
     def hire(self, *, silent: bool = False) -> Player:
         """Wait until a worker is wanted, and let it begin. A tree works by itself, if not `silent`."""
-        while (turn := self.clients.next(lambda _: True)) is None:
-            self.attend()
-        credentials, work = turn
-        assert not isinstance(work, socket.socket)
-        player = Player(len(self.players) + 1)
-        self.players[player.number] = player
+        player, work, credentials = self._wanted()
         self.device.employ(player.supervisors, work, credentials)
         if isinstance(work, entries.Opened):
             player.device = player.hear(entries.Device)
@@ -163,6 +158,21 @@ class Rig:
             line = Line(player.line.sock, entries.Asked, bytearray(MAX_RECORD))
             threading.Thread(target=tree.serve, args=(line, message), daemon=True).start()
         return player
+
+    def hire_dead(self) -> None:
+        """The same with a worker that has just ended, which nobody knows yet."""
+        player, work, credentials = self._wanted()
+        player.die()
+        self.device.employ(player.supervisors, work, credentials)
+
+    def _wanted(self) -> tuple[Player, entries.Opened | entries.Tree, entries.Credentials]:
+        while (turn := self.clients.next(lambda _: True)) is None:
+            self.attend()
+        credentials, work = turn
+        assert not isinstance(work, socket.socket)
+        player = Player(len(self.players) + 1)
+        self.players[player.number] = player
+        return player, work, credentials
 
     def end(self) -> Any:
         """What the client says, which then has ended; nothing is left."""

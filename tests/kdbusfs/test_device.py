@@ -19,10 +19,10 @@ from typing import Any
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
-from kbusd.supervisor.device import MAX_TREES
+from kbusd.supervisor.device import MAX_TREES, Device
 
 from .places import NATIVE, everywhere
-from .rig import BUS, Player, Rig, command, errno_of
+from .rig import BUS, SECONDS, Player, Rig, command, errno_of
 
 PAGE = mmap.PAGESIZE
 PLAIN = command(1)
@@ -580,6 +580,43 @@ def test_a_tree_that_dies_is_followed_by_another() -> None:
     two.serve_ioctl(5)
     one.serve_ioctl(6)
     assert rig.end() == 11
+
+
+class Slow:
+    """An epoll whose `register` returns only after what is there to hear has been heard."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.real = device, device.epoll
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def register(self, fd: int, events: int) -> None:
+        self.real.register(fd, events)
+        deadline = time.monotonic() + SECONDS
+        while fd in self.device.by_fd:
+            assert time.monotonic() < deadline, "nobody hears that the tree is gone"
+            time.sleep(0.001)
+
+
+@everywhere(NATIVE)
+def test_a_tree_that_was_dead_when_it_was_chosen_is_followed_by_another() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            return os.stat(path).st_mode
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    rig.kill_tree()
+    epoll = rig.device.epoll
+    rig.device.epoll = Slow(rig.device)  # type: ignore[assignment]
+    rig.hire_dead()
+    rig.device.epoll = epoll
+    player.answer(unique)
+    rig.hire()
+    assert rig.end() == 0o100666
 
 
 @everywhere(NATIVE)

@@ -1,0 +1,125 @@
+"""What another kdbus client's worker sends, which its client may have taken over."""
+
+from __future__ import annotations
+
+import errno
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kbusd.kdbus import abi, parcel, payload
+from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.parcel import BYTES, MEMFD, Parcel, ParcelError
+from kbusd.rings import memfd
+from kbusd.rings.entries import ConnectionAdded, Credentials
+from kbusd.workers.kdbus_bus import Port
+from kbusd.workers.replica import Replica
+
+ME, PEER = 1, 2
+
+
+class Policy:
+    """Denies what the set `denied` has of "send" and "receive"; of everybody."""
+
+    def __init__(self, *denied: str) -> None:
+        self.allows_everything_to_send = "send" not in denied
+        self.allows_everything_to_receive = "receive" not in denied
+
+    def of(self, credentials: Credentials) -> Policy:
+        return self
+
+    def can_send(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(allowed=False, log=False, rule=None)
+
+    can_receive = can_send
+
+
+class Received:
+    """A session that only takes messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[int, list[Any]]] = []
+
+    def receive(self, source: Any, found: Parcel, parts: list[Any], stamp: int) -> None:
+        self.messages.append((source.id, parts))
+
+
+def port(policy: Policy) -> tuple[Port, Received]:
+    context: Any = SimpleNamespace(guid="0" * 32, bus=SimpleNamespace(system=False))
+    made = Port(context, "0-test", SimpleNamespace())
+    replica = Replica()
+    replica.me = ME
+    for id in (ME, PEER):
+        replica.apply(ConnectionAdded(id, Credentials(1000 + id, 1000, 50), 0))
+    made.make_router(replica, policy, lambda _: None)  # type: ignore[arg-type]
+    session = made.session = Received()  # type: ignore[assignment]
+    return made, session
+
+
+def give(to: Port, found: Parcel, data: bytes = b"", *fds: int) -> int:
+    peer = SimpleNamespace(id=PEER, connection=None)
+    return to.parcel(peer, parcel.encode(found), data, fds, 7)
+
+
+def message(*parts: tuple[int, int, int], dst: int = ME) -> Parcel:
+    return Parcel(0, 0, dst, abi.PAYLOAD_DBUS, 1, 0, parts)
+
+
+def test_a_parcel_is_handed_on_with_the_bytes_of_its_memfds() -> None:
+    bus, session = port(Policy())
+    fd = memfd.sealed("test", b"in a memfd")
+    assert give(bus, message((BYTES, 2, 0), (MEMFD, 5, 5)), b"ab", fd) == 0
+    assert session.messages == [(PEER, [b"ab", b"memfd"])]
+    os.close(fd)
+
+
+@pytest.mark.parametrize("denied", [(), ("send",), ("receive",)])
+def test_a_memfd_that_is_not_what_it_should_be_is_the_senders_trouble(
+    denied: tuple[str, ...],
+) -> None:
+    bus, session = port(Policy(*denied))
+    unsealed = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, 10)
+    pipe, end = os.pipe()
+    sealed = memfd.sealed("test", b"short")
+    part = (MEMFD, 6, 0)
+    for fd, number in ((unsealed, "ETXTBSY"), (pipe, "EMEDIUMTYPE"), (sealed, "EBADF")):
+        assert errno.errorcode[give(bus, message(part), b"", fd)] == number
+    assert not session.messages
+    for fd in (unsealed, pipe, end, sealed):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("denied", ["send", "receive"])
+def test_policy_of_both_sides_is_asked_whatever_the_senders_worker_did(
+    denied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbusd.policy.decide.complaint", lambda *_, **__: "no")
+    bus, session = port(Policy(denied))
+    call = payload.write(payload.Message(type=1, cookie=1, path="/x", member="Do"))
+    found = Parcel(
+        abi.MSG_EXPECT_REPLY, 0, ME, abi.PAYLOAD_DBUS, 1, 1 << 60, ((BYTES, len(call), 0),)
+    )
+    assert give(bus, found, call) == errno.EPERM
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    assert not session.messages
+
+
+def test_a_parcel_for_somebody_else_breaks_a_rule() -> None:
+    bus, _ = port(Policy())
+    with pytest.raises(ParcelError):
+        give(bus, message(dst=77))
+    with pytest.raises(ParcelError):
+        bus.parcel(SimpleNamespace(id=99, connection=None), parcel.encode(message()), b"", (), 7)
+
+
+def test_what_the_session_refuses_is_told_to_the_sender() -> None:
+    bus, session = port(Policy())
+
+    def refuse(*_: Any) -> None:
+        raise Errno(errno.ENOBUFS, "full")
+
+    session.receive = refuse  # type: ignore[method-assign]
+    assert give(bus, message()) == errno.ENOBUFS
