@@ -107,6 +107,7 @@ class Supervisor:
         self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
+        self.forking = 0
         self.next_worker = 1
         self.clients = Clients()
         self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
@@ -371,13 +372,12 @@ class Supervisor:
 
     def _signalled(self) -> None:
         for number in set(os.read(self.signals, 512)):
-            match number:
-                case signal.SIGTERM | signal.SIGINT:
-                    self.exit_status = 0
-                case signal.SIGHUP:
-                    self._reload()
-                case signal.SIGCHLD:
-                    self._reap()
+            if number == signal.SIGCHLD:
+                self._reap()
+            elif number == signal.SIGHUP:
+                self._reload()
+            else:
+                self.exit_status = 0
 
     def _reap(self) -> None:
         with suppress(ChildProcessError):
