@@ -136,17 +136,23 @@ class Engine:
     # -- life ----------------------------------------------------------------------------------
 
     def prepare(self, client, supervisor, credentials) -> None:
-        """Whom to serve: `client` is the descriptor to watch for it, `supervisor` our line to there."""
+        """Whom to serve: `client` is the descriptor to watch for it, `supervisor` our line to there,
+        which may be the same."""
         self.client = client
         self.supervisor = supervisor
         self.credentials = credentials
         policy = self._take_policy()
-        self.router = Router(self.replica, policy, self.peers.say)
+        self.router = self.make_router(policy)
         self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
         self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
-        self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
         self.waiting.watch(client, CLIENT, EPOLLIN)
+        if supervisor != client:
+            self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
+
+    def make_router(self, policy: ClientPolicy) -> Router:
+        """Who decides whom our client's messages go to."""
+        return Router(self.replica, policy, self.peers.say)
 
     def run(self) -> None:
         """Serve the client until it goes."""

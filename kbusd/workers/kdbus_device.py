@@ -279,7 +279,7 @@ def serve(
     privileged = device.credentials.uid in (0, context.bus.owner)
     port.session = Session(port, owner=privileged, custom=device.endpoint != "bus")
     port.device = Device(line, port.session)
-    serving.serve_device(port, line.fileno(), device.credentials, port.make_router)
+    serving.serve_device(port, line.fileno(), device.credentials)
     line.flush()  # the answer to BYEBYE
 
 

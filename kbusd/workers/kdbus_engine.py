@@ -33,9 +33,6 @@ LARGE = cython.declare(cython.int, 4)
 BULK = cython.declare(cython.int, 7)
 READY = cython.declare(cython.int, 2)
 
-CLIENT = cython.declare(cython.uint, 0)
-PEERS = cython.declare(cython.uint, 1)
-BROKER = cython.declare(cython.uint, 2)
 WATCHED = cython.declare(cython.uint, 16)  # and above: a descriptor of our client's, by its number
 
 LARGE_BODY = cython.declare(cython.size_t, 65536)  # vectors above this travel as a memfd
@@ -71,18 +68,14 @@ class DeviceEngine(DBusSocket):
 
     # -- life ----------------------------------------------------------------------------------
 
-    def serve_device(self, front, device, credentials, make_router) -> None:
+    def serve_device(self, front, device, credentials) -> None:
         """Serve until the file is closed or the connection ends."""
         self.front = front
-        self.client = self.supervisor = device
-        self.credentials = credentials
-        policy = self._take_policy()
-        self.router = make_router(self.replica, policy, self.peers.say)
-        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
-        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
-        self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
-        self.waiting.watch(device, CLIENT, EPOLLIN)
+        self.prepare(device, device, credentials)
         self.run()
+
+    def make_router(self, policy):
+        return self.front.make_router(self.replica, policy, self.peers.say)
 
     def from_client(self, events) -> cython.void:
         """The supervisor passes on requests, or says that the file is closed."""
