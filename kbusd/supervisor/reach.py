@@ -101,8 +101,10 @@ def _copy(holder: Holder, tid: int, unique: int, ranges: tuple[tuple[int, int], 
         holder.send(entries.Copied(unique, number, tuple(sizes), bytes(data)))
         return
     fd = memfd.sealed("kbusd-copy", bytes(data))
-    holder.send(entries.Copied(unique, number, tuple(sizes), b""), [fd])
-    os.close(fd)
+    try:
+        holder.send(entries.Copied(unique, number, tuple(sizes), b""), [fd])
+    finally:
+        os.close(fd)
 
 
 def _store(holder: Holder, tid: int, unique: int, parts: tuple[tuple[int, bytes], ...]) -> None:
@@ -136,5 +138,7 @@ def _take(holder: Holder, tid: int, unique: int, numbers: tuple[int, ...], ours:
                 raise OSError(errno.ELOOP, "a file of our own")
     except OSError as error:
         number = error.errno or errno.EBADF
-    holder.send(entries.Given(unique, number), [] if number else fds)
-    close_all(fds)
+    try:
+        holder.send(entries.Given(unique, number), [] if number else fds)
+    finally:
+        close_all(fds)

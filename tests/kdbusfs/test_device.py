@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import mmap
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -245,6 +247,36 @@ def test_a_worker_gets_descriptors_of_the_caller_but_none_of_our_own_files() -> 
     assert b"tests.kdbusfs.places" in facts["cmdline"] and b"python" in facts["exe"]
     player.answer(unique, 0, body.data)
     assert rig.end() == "by both of them"
+
+
+@everywhere(NATIVE)
+def test_a_worker_that_does_not_listen_leaves_no_descriptors_here() -> None:
+    def client(path: str) -> Any:
+        reader, _ = os.pipe()
+        told = []
+        for _ in range(2):
+            with opened(path) as fd:
+                block = array("Q", [reader, os.fstat(reader).st_ino, 0])
+                memory = array("B", bytes(100_000))
+                block[2] = memory.buffer_info()[0]
+                told.append(errno_of(lambda: fcntl.ioctl(fd, command(4, 24), block)))  # noqa: B023
+        return told
+
+    rig = Rig(client)
+    for wish in ("take", "copy"):
+        player = rig.hire()
+        unique, body = player.asked(requests.Ioctl)
+        number, inode, memory = array("Q", body.data)
+        player.line.sock.shutdown(socket.SHUT_RD)
+        if wish == "take":
+            player.say(entries.Take(unique, (number,)))
+        else:
+            player.say(entries.Copy(unique, ((memory, 100_000),)))
+        while player.number not in rig.killed:
+            rig.attend()
+        links = [os.readlink(each) for each in glob.glob("/proc/self/fd/*") if os.path.islink(each)]
+        assert not [link for link in links if "kbusd-copy" in link or f"pipe:[{inode}]" == link]
+    assert rig.end() == ["ECONNRESET", "ECONNRESET"]
 
 
 @everywhere(NATIVE)
