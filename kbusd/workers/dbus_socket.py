@@ -328,9 +328,6 @@ class DBusSocket(Engine):
         mapping: cython.pointer(uint8_t) = cython.NULL
         place: cython.pointer(uint8_t)
         code: cython.int
-        if head.serial == 0:
-            close_all(fds)
-            raise HostilePeer("a message without a serial")
         if head.kind == LARGE or head.kind == LARGE_COPY:
             length = head.aux if head.kind == LARGE else os.fstat(fds[len(fds) - 1]).st_size
             if length <= MAX_MESSAGE:

@@ -709,6 +709,9 @@ class Engine:
             close_all(fds)
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
+        if head.serial == 0:
+            close_all(fds)
+            raise HostilePeer("a message without a serial")
         if (head.kind == COPY or head.kind == LARGE_COPY) and self.monitor:
             self._deliver_copy(peer, head, payload, fds)
             return
