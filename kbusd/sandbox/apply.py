@@ -79,8 +79,8 @@ def _alone() -> bool:
     """Whether we are in a user namespace that an ordinary user made for himself: it has nobody whom
     to become, and groups can't be changed (user_namespaces(7))."""
     try:
-        with open("/proc/self/setgroups") as file:
-            return file.read() == "deny\n"
+        with open("/proc/self/setgroups") as groups, open("/proc/self/uid_map") as users:
+            return groups.read() == "deny\n" and users.read().split()[2:] == ["1"]
     except OSError:
         return False
 
