@@ -5,7 +5,7 @@ A fresh page costs more than what is copied into it (a MiB of them some 400 µs,
 sender's worker receives its client's body into pages that it keeps; the receiver's maps them read-
 only, copies the body out and then checks the copy. A frame of kind BULK says where the body
 stands: `aux` is offset << 32 | length; length 0 means that the area is given up. An area is told
-told of by its first frame (BULK_FRESH). A body that no bytes can make invalid, such as "ay", is not
+of by its first frame (BULK_FRESH). A body that no bytes can make invalid, such as "ay", is not
 even copied: its receiver's worker lends it to the client's queue, which sends it from there.
 
 What a frame took is free once the receiver has counted the frame as done, in its status page; the

@@ -58,9 +58,9 @@ class Clients:
             credentials, client = queue.popleft()
             if queue:
                 self._queues[uid] = queue  # behind the others
-            there = poll()
             if not isinstance(client, socket.socket):
                 return credentials, client
+            there = poll()
             there.register(client, POLLHUP)
             if not there.poll(0):
                 return credentials, client

@@ -40,9 +40,7 @@ THREADS = 3
 FAIR = 64  # messages of one worker before it is somebody else's turn
 MAX_REQUEST = (128 << 10) + 4096
 MAX_WAITING = 1024  # messages for a worker that does not listen
-MAX_TREES = (
-    8  # are asked the same; more than die at once, as nobody looks whether a spare one lives
-)
+MAX_TREES = 8  # asked the same; more than die at once, as nobody looks whether a spare one lives
 RETRY_SECONDS = 0.01
 _FOPEN_NOFLUSH = 1 << 5
 _NUMBER = Struct("=Q")
