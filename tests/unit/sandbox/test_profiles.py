@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from kbusd.sandbox import profiles
-from kbusd.sandbox.compile import compile_profile, selinux_enabled
+from kbusd.sandbox.compile import compile_profile, conditions, selinux_enabled
 from kbusd.sandbox.errors import ProfileError
+from kbusd.sandbox.judge import judge
 
 WHY = 'why = "for the test"\n'
 
@@ -78,7 +79,13 @@ def test_an_installed_bus_finds_its_profiles_without_site(tmp_path: Path, place:
     package = tmp_path / place / "kbusd"
     ours = Path(profiles.__file__).parents[1]
     (package / "sandbox").mkdir(parents=True)
-    for name in ("__init__.py", "sandbox/__init__.py", "sandbox/profiles.py", "sandbox/errors.py"):
+    for name in (
+        "__init__.py",
+        "sandbox/__init__.py",
+        "sandbox/profiles.py",
+        "sandbox/errors.py",
+        "sandbox/locate.py",
+    ):
         shutil.copy(ours / name, package / name)
     installed = tmp_path / "share" / "kbusd" / "profiles"
     shutil.copytree(ours.parent / "profiles", installed)
@@ -241,6 +248,33 @@ def test_a_mistake_names_file_key_and_hint(
     assert problem in said
     assert hint in said
     assert caught.value.file == ("bass.toml" if key == "" and "bass" in text else str(file))
+    if key.startswith("seccomp"):
+        assert caught.value.line >= RULE.count("\n")
+        assert f"{file}:{caught.value.line}: {key}" in said
+
+
+@pytest.mark.parametrize(("arch", "allowed"), [("arm64", True), ("x86-64", False)])
+def test_a_rule_can_be_for_one_architecture(folder: Path, arch: str, allowed: bool) -> None:
+    write(folder, "worker", RULE + WHY + 'calls = ["uname"]\nwhen = "arm64"\n')
+    profile = profiles.load("worker")
+    said = judge(profile, "uname", [], conditions(False, arch))
+    assert said.action == ("allow" if allowed else "kill")
+
+
+def test_a_set_that_there_is_not_is_told(folder: Path) -> None:
+    write(
+        folder,
+        "worker",
+        RULE + WHY + 'calls = ["@tmie"]\n[seccomp.sets.time]\n' + WHY + 'calls = ["times"]\n',
+    )
+    with pytest.raises(ProfileError, match=r"toml:6: calls: there is no set `@tmie`; .*`@time`"):
+        profiles.load("worker")
+
+
+def test_nobody_tells_us_where_a_rule_stands(folder: Path) -> None:
+    write(folder, "worker", RULE + WHY + 'calls = ["read"]\norigin = "elsewhere:1"\n')
+    with pytest.raises(ProfileError, match=r"toml:9: origin: is not yours to set"):
+        profiles.load("worker")
 
 
 def test_a_profile_that_does_not_exist_is_said_to(folder: Path) -> None:
