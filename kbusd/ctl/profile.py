@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pyseccomp
 
-from kbusd.ctl import export
+from kbusd.ctl import export, learn
 from kbusd.sandbox import constants, profiles
 from kbusd.sandbox.compile import ARCHITECTURES, compile_profile, conditions, native
 from kbusd.sandbox.errors import ProfileError
@@ -55,6 +55,7 @@ def add_to(commands: Any) -> None:
     exported.add_argument("--format", choices=export.FORMATS, default="oci")
     _add_arch(exported)
     exported.set_defaults(run=_export)
+    learn.add_to(below)
     schema = below.add_parser("schema", help="the JSON schema of profile files, for editors")
     schema.set_defaults(run=_schema)
 

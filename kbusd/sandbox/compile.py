@@ -236,7 +236,7 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
             for combination in itertools.product(*choices):
                 if combination:
                     program.add_rule_exactly(action, call, *combination)
-    return _export(program)
+    return export_bpf(program)
 
 
 Comparison = tuple[int, int, int] | tuple[int, int, int, int]
@@ -280,7 +280,8 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
             return [(index, pyseccomp.MASKED_EQ, bits, bits)]
 
 
-def _export(program: pyseccomp.SyscallFilter) -> bytes:
+def export_bpf(program: pyseccomp.SyscallFilter) -> bytes:
+    """An array of struct sock_filter."""
     with os.fdopen(os.memfd_create("kbusd-bpf", os.MFD_CLOEXEC), "rb") as file:
         program.export_bpf(file)
         file.seek(0)
