@@ -59,8 +59,13 @@ def _run(options: argparse.Namespace) -> int:
     deaths = [death for death in deaths if options.pid in (None, death.pid)]
     titles = {profiles.load(name).title: name for name in profiles.names()}
     ours = [death for death in deaths if death.comm in titles]
+    alike: dict[tuple[str, int, int], list[Death]] = {}
     for death in ours:
-        print("\n".join(explain(death, profiles.load(titles[death.comm]))))
+        alike.setdefault((death.comm, death.arch, death.number), []).append(death)
+    for deaths in alike.values():
+        more = f" and {len(deaths) - 1} more like it" if len(deaths) > 1 else ""
+        profile = profiles.load(titles[deaths[0].comm])
+        print("\n".join(explain(deaths[-1], profile, more)))
     if not ours:
         of_others = ", ".join(sorted({death.comm for death in deaths}))
         print(
@@ -86,10 +91,10 @@ def parse(line: str) -> Death | None:
         return None
 
 
-def explain(death: Death, profile: profiles.Profile) -> Iterator[str]:
-    """In words, with what to do."""
+def explain(death: Death, profile: profiles.Profile, more: str = "") -> Iterator[str]:
+    """In words, with what to do. `more`: how many died of the same."""
     arch = _AUDIT.get(death.arch, "")
-    who = f"{death.comm} (pid {death.pid})"
+    who = f"{death.comm} (pid {death.pid}{more})"
     if not arch or (arch == "x86-64" and death.number & _X32):
         yield f"{who} made call {death.number} of another architecture ({death.arch:#x})."
         yield "  No library does so by itself: it is an attack, or a program for another machine."
@@ -116,15 +121,18 @@ def explain(death: Death, profile: profiles.Profile) -> Iterator[str]:
         return
     own = f"{profiles.OVERRIDES / profile.name}.toml"
     if near:
-        yield "  It came with other arguments; the kernel does not say which (strace of the call does)."
-        yield f"  If they are right, add them to the rule, in a copy of the profile at {own}."
+        yield "  It came with other arguments; the kernel does not say which. `kbusctl profile learn` does."
+        yield f"  If they are right, replace the rules for {call} in {own}, which may say only"
     else:
-        yield f"  If a library has reason to call it, put a copy of the profile at {own} and add"
-        yield "      [[seccomp.rules]]"
-        yield '      why = "who calls it, when, and why that is harmless"'
-        yield f'      calls = ["{call}"]'
-        yield '  with errno = "EACCES" if it only probes. Ask first what brought it there:'
-    yield "  without such a reason it is an attack on this process. Its client was disconnected."
+        yield f"  If a library has reason to call it, add it in {own}, which may say only"
+    yield f'      extends = "{profile.name}"'
+    yield '      why = "..."'
+    yield "      [seccomp]"
+    yield '      why = "..."'
+    yield "      [[seccomp.rules]]"
+    yield '      why = "who calls it, when, and why that is harmless"'
+    yield f'      calls = ["{call}"]'
+    yield '  with errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
 
 
 def _kernel_log() -> Iterator[str]:

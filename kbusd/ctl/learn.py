@@ -274,7 +274,12 @@ def _proposal(
     if not missing:
         yield f"The profile has all that was needed ({profile.files[0]})."
         return
-    yield f"Not in the profile; for a copy of it at {profiles.OVERRIDES / profile.name}.toml:"
+    own = profiles.OVERRIDES / f"{profile.name}.toml"
+    yield f"Not in the profile; for {own}, which may say only"
+    yield f'  extends = "{profile.name}"'
+    yield '  why = "..."'
+    yield "  [seccomp]"
+    yield '  why = "..."'
     for call in missing:
         count = sum(n for (action, _), n in seen[call].said.items() if action == KILL)
         yield "  [[seccomp.rules]]"

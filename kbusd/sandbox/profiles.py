@@ -216,11 +216,14 @@ def names() -> list[str]:
     return sorted(name for name in found if name != "base" and _NAME.match(name))
 
 
-def find(name: str) -> Path:
-    """The file of the profile `name`. Raises ProfileError if there is none to be trusted."""
+def find(name: str, below: Path | None = None) -> Path:
+    """The file of the profile `name`; with `below`, the one that this one overrides.
+
+    Raises ProfileError if there is none to be trusted."""
     if not _NAME.match(name):
         raise ProfileError("profiles", name, "not a profile name", "lower-case letters and dashes")
-    for folder in directories():
+    folders = directories()
+    for folder in folders if below is None else folders[folders.index(below.parent) + 1 :]:
         file = folder / f"{name}.toml"
         try:
             status = file.stat()
@@ -285,7 +288,12 @@ def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
     if not profile.extends:
         return [profile]
     beside = file.with_name(f"{profile.extends}.toml")
-    parent = beside if beside.exists() and _NAME.match(profile.extends) else find(profile.extends)
+    if beside == file and file.parent in directories()[:-1]:
+        parent = find(profile.extends, below=file)  # ours, of the same name
+    elif beside.exists() and _NAME.match(profile.extends):
+        parent = beside
+    else:
+        parent = find(profile.extends)
     return [profile, *_chain(parent, (*below, file))]
 
 

@@ -43,7 +43,7 @@ def test_what_a_profile_lacks_is_proposed(
     status, said = learn(capfd, "worker")
     assert status == 1
     assert 'calls = ["sendmsg"]' in said
-    assert f"for a copy of it at {tmp_path / 'worker.toml'}" in said
+    assert f"for {tmp_path / 'worker.toml'}, which may say only" in said
     assert 'calls = ["mmap"]\n  # other rules name it with other arguments' in said
     assert "argument 2: " in said
 

@@ -141,6 +141,19 @@ def test_a_child_replaces_what_its_parent_says_of_a_call_and_of_a_section(folder
     assert any("write" in rule.calls for rule in profile.seccomp.rules)
 
 
+def test_an_override_can_extend_what_it_overrides(folder: Path) -> None:
+    write(folder, "worker", 'extends = "worker"\n' + WHY + "[limits.nofile]\nvalue = 7\n" + WHY)
+    profile = profiles.load("worker")
+    assert profile.title == "kbusd-worker"
+    assert profile.limits["nofile"].value == 7
+    assert profile.limits["nproc"].value == 0
+    assert [Path(file).name for file in profile.files] == [
+        "worker.toml",
+        "worker.toml",
+        "base.toml",
+    ]
+
+
 RULE = 'extends = "base"\ntitle = "w"\n' + WHY + "[seccomp]\n" + WHY + "[[seccomp.rules]]\n"
 
 MISTAKES = [
@@ -227,7 +240,6 @@ MISTAKES = [
         "did you mean `nofile`?",
     ),
     ("a missing section", 'title = "w"\n' + WHY, "user", "section is missing", "write [user]"),
-    ("itself", 'extends = "worker"\n' + WHY, "extends", "extends itself", ""),
     ("no parent", 'extends = "bass"\n' + WHY, "", "no such profile", ""),
 ]
 
@@ -269,6 +281,12 @@ def test_a_set_that_there_is_not_is_told(folder: Path) -> None:
     )
     with pytest.raises(ProfileError, match=r"toml:6: calls: there is no set `@tmie`; .*`@time`"):
         profiles.load("worker")
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, "worker", 'extends = "worker"\n' + WHY)
+    with pytest.raises(ProfileError, match="extends: the profile extends itself"):
+        profiles.load_file(file)
 
 
 def test_nobody_tells_us_where_a_rule_stands(folder: Path) -> None:
