@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-import msgspec
-
-from kbusd.ctl import workers
+from kbusd.ctl import explain, profile, security, workers
 from kbusd.sandbox.errors import ProfileError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all is as the profiles say; 1: something differs; 2: could not be found out."""
-    parser = argparse.ArgumentParser(prog="kbusctl", description="Look at a running kbusd.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "workers", help="every process of a bus, with its confinement as the kernel has it"
+    """0: all is well; 1: something is not as it should be; 2: could not be found out."""
+    parser = argparse.ArgumentParser(
+        prog="kbusctl", description="Look at a running kbusd, and at its sandbox profiles."
     )
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--pid", type=int, metavar="SUPERVISOR", help="the bus by its process id")
-    which.add_argument("--pidfile", metavar="FILE", help="the bus by its pid file")
-    command.add_argument("--json", action="store_true", help="for programs")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (workers, security, profile, explain):
+        module.add_to(commands)
     options = parser.parse_args(arguments)
     try:
-        supervisor = workers.supervisor_of(options.pid, options.pidfile)
-        rows = workers.survey(supervisor)
-    except (workers.Unclear, ProfileError, ProcessLookupError, PermissionError) as error:
+        return int(options.run(options))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads on, and Python would flush
+        return 0
+    except (workers.Unclear, ProfileError, OSError) as error:
         print(f"kbusctl: {error}", file=sys.stderr)
         return 2
-    print(msgspec.json.encode(rows).decode() if options.json else workers.table(rows))
-    return 1 if any(row.differences for row in rows) else 0
 
 
 if __name__ == "__main__":

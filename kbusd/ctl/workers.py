@@ -5,8 +5,11 @@ Reads /proc and the profiles; changes nothing and talks to no process.
 
 from __future__ import annotations
 
+import argparse
 import pwd
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,6 +39,29 @@ class Row(msgspec.Struct, frozen=True):
 
 class Unclear(Exception):
     """Which bus is meant can't be told; the text says what to give."""
+
+
+def add_to(commands: Any) -> None:
+    """The command `workers`."""
+    command = commands.add_parser(
+        "workers", help="every process of a bus, with its confinement as the kernel has it"
+    )
+    add_which(command)
+    command.set_defaults(run=_run)
+
+
+def add_which(command: argparse.ArgumentParser) -> None:
+    """Options that say which bus is meant, and --json."""
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--pid", type=int, metavar="SUPERVISOR", help="the bus by its process id")
+    which.add_argument("--pidfile", metavar="FILE", help="the bus by its pid file")
+    command.add_argument("--json", action="store_true", help="for programs")
+
+
+def _run(options: argparse.Namespace) -> int:
+    rows = survey(supervisor_of(options.pid, options.pidfile))
+    print(msgspec.json.encode(rows).decode() if options.json else table(rows))
+    return 1 if any(row.differences for row in rows) else 0
 
 
 def survey(supervisor: int) -> list[Row]:
@@ -94,12 +120,7 @@ def supervisor_of(pid: int | None, pidfile: str | None) -> int:
 
 def table(rows: list[Row]) -> str:
     """The rows for a terminal."""
-    cells = [_HEAD, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
+    lines = columns([_HEAD, *(_cells(row) for row in rows)])
     if any(row.landlock for row in rows):
         lines.append(
             "* deduced: the kernel does not show Landlock; the filter, loaded after it, is there"
@@ -110,6 +131,15 @@ def table(rows: list[Row]) -> str:
         for wrong in row.differences
     ]
     return "\n".join(lines)
+
+
+def columns(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines in which what stands below each other is aligned."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

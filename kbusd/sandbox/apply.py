@@ -71,7 +71,8 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if compiled.landlock is not None:
         step("landlock", lambda: _landlock(compiled))
     if compiled.bpf:
-        step("seccomp", lambda: kernel.load_filter(compiled.bpf))
+        load = kernel.load_listening_filter if compiled.listening else kernel.load_filter
+        step("seccomp", lambda: load(compiled.bpf))
     return warnings
 
 

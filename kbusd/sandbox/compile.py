@@ -30,6 +30,8 @@ __all__ = [
 
 _SELINUX = "/sys/fs/selinux/enforce"
 _LABEL = "/proc/thread-self/attr/current"
+ARCHITECTURES = {"x86-64": pyseccomp.Arch.X86_64, "arm64": pyseccomp.Arch.AARCH64}
+_NATIVE = pyseccomp.system_arch()
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 
 
@@ -49,51 +51,65 @@ def compile_all(user: str | None = None) -> dict[str, Compiled]:
     return {name: compile_profile(profiles.load(name), user=user) for name in profiles.names()}
 
 
+def conditions(selinux: bool | None = None, arch: str = "") -> frozenset[str]:
+    """What a rule's `when` may say to apply here: by default on this system and architecture."""
+    selinux = selinux_enabled() if selinux is None else selinux
+    return frozenset({"always", "selinux" if selinux else "no-selinux", arch or native()})
+
+
+def native() -> str:
+    """The architecture of this machine, as profiles name it; "" if they do not."""
+    return next((name for name, number in ARCHITECTURES.items() if number == _NATIVE), "")
+
+
 def compile_profile(
-    profile: profiles.Profile, *, user: str | None = None, selinux: bool | None = None
+    profile: profiles.Profile,
+    *,
+    user: str | None = None,
+    selinux: bool | None = None,
+    arch: str = "",
 ) -> Compiled:
     """Resolve all names and build the filter.
 
     `user`: from the bus configuration, preferred to the profile's own where that changes user at
-    all. `selinux`: whether the rules for SELinux systems apply; by default found out.
+    all. `selinux`: whether the rules for SELinux systems apply; by default found out. `arch`: what
+    the filter is for, of ARCHITECTURES; by default this machine.
     Raises ProfileError for a name that nothing has, or a required user that does not exist."""
-    file = profile.files[0]
     selinux = selinux_enabled() if selinux is None else selinux
-    conditions = {"always", "selinux" if selinux else "no-selinux"}
+    here = conditions(selinux, arch)
     notes: list[str] = []
     required = {
         section.replace("_", "-")
-        for section in profiles._SECTIONS
+        for section in profiles.SECTIONS
         if _enabled(profile, section) and getattr(profile, section).required
     }
     uid = gid = groups = capabilities = bounding = None
     if _enabled(profile, "user") and profile.user and profile.user.names:
         wanted = (user, *profile.user.names) if user else profile.user.names
-        uid, gid = _user(file, wanted, profile.user.required, notes)
+        uid, gid = _user(profile.user.origin, wanted, profile.user.required, notes)
     if _enabled(profile, "groups") and profile.groups:
-        groups = tuple(_group(file, name) for name in profile.groups.keep)
+        groups = tuple(_group(profile.groups.origin, name) for name in profile.groups.keep)
     if _enabled(profile, "capabilities") and profile.capabilities:
+        at = profile.capabilities.origin
         capabilities = _bits(
-            file, "capabilities.keep", profile.capabilities.keep, constants.CAPABILITIES, shift=True
+            at, "capabilities.keep", profile.capabilities.keep, constants.CAPABILITIES, shift=True
         )
         bounding = capabilities if profile.capabilities.bounding == "keep-only" else None
     securebits = 0
     if _enabled(profile, "securebits") and profile.securebits:
-        securebits = _bits(file, "securebits.set", profile.securebits.set, constants.SECUREBITS)
+        at = profile.securebits.origin
+        securebits = _bits(at, "securebits.set", profile.securebits.set, constants.SECUREBITS)
     unshare = 0
     if _enabled(profile, "namespaces") and profile.namespaces:
-        unshare = _bits(
-            file, "namespaces.unshare", profile.namespaces.unshare, constants.NAMESPACES
-        )
+        at = profile.namespaces.origin
+        unshare = _bits(at, "namespaces.unshare", profile.namespaces.unshare, constants.NAMESPACES)
     landlock = None
     if _enabled(profile, "landlock") and profile.landlock:
-        landlock = tuple(
-            Path(p.path, p.write) for p in profile.landlock.paths if p.when in conditions
-        )
+        landlock = tuple(Path(p.path, p.write) for p in profile.landlock.paths if p.when in here)
     bpf = b""
     if _enabled(profile, "seccomp") and profile.seccomp:
-        rules = [rule for rule in profile.seccomp.rules if rule.when in conditions]
-        bpf = _filter(file, rules)
+        rules = [rule for rule in profile.seccomp.rules if rule.when in here]
+        bpf = _filter(rules, ARCHITECTURES.get(arch, _NATIVE))
     return Compiled(
         name=profile.name,
         title=profile.title,
@@ -108,7 +124,7 @@ def compile_profile(
         securebits=securebits,
         no_new_privileges=_enabled(profile, "no_new_privileges"),
         not_dumpable=_enabled(profile, "not_dumpable"),
-        limits=tuple(_limits(file, profile.limits)),
+        limits=tuple(_limits(profile.limits)),
         unshare=unshare,
         landlock=landlock,
         selinux=profile.selinux.type
@@ -124,7 +140,7 @@ def _enabled(profile: profiles.Profile, section: str) -> bool:
 
 
 def _user(
-    file: str, wanted: Sequence[str], required: bool, notes: list[str]
+    origin: str, wanted: Sequence[str], required: bool, notes: list[str]
 ) -> tuple[int | None, int | None]:
     for name in wanted:
         try:
@@ -138,61 +154,70 @@ def _user(
         return entry.pw_uid, entry.pw_gid
     problem = f"none of the users {', '.join(wanted)} exists (root does not count)"
     if required:
-        raise ProfileError(file, "user.names", problem, "add a system user kbusd")
+        file, line = profiles.where(origin)
+        raise ProfileError(file, "user.names", problem, "add a system user kbusd", line)
     notes.append(problem)
     return None, None
 
 
-def _group(file: str, name: str) -> int:
+def _group(origin: str, name: str) -> int:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
-        raise ProfileError(file, "groups.keep", f"there is no group {name}") from None
+        file, line = profiles.where(origin)
+        raise ProfileError(file, "groups.keep", f"there is no group {name}", line=line) from None
 
 
-def _limits(file: str, limits: Mapping[str, profiles.Limit]) -> Iterable[Limit]:
+def _limits(limits: Mapping[str, profiles.Limit]) -> Iterable[Limit]:
     for name, limit in limits.items():
         if limit.enabled:
-            number = _lookup(file, f"limits.{name}", name, constants.LIMITS)
+            file, line = profiles.where(limit.origin)
+            number = _lookup(file, f"limits.{name}", name, constants.LIMITS, line)
             value = -1 if limit.value == "raise-to-hard" else int(limit.value)
             yield Limit(name, number, value, limit.required)
 
 
 def _bits(
-    file: str, key: str, names: Iterable[str], table: Mapping[str, int], shift: bool = False
+    origin: str, key: str, names: Iterable[str], table: Mapping[str, int], shift: bool = False
 ) -> int:
     bits = 0
+    file, line = profiles.where(origin)
     for name in names:
-        number = _lookup(file, key, name, table)
+        number = _lookup(file, key, name, table, line)
         bits |= 1 << number if shift else number
     return bits
 
 
-def _lookup(file: str, key: str, name: str, table: Mapping[str, int]) -> int:
+def _lookup(file: str, key: str, name: str, table: Mapping[str, int], line: int = 0) -> int:
     try:
         return table[name]
     except KeyError:
         close = difflib.get_close_matches(name, table, 1, 0.5)
         hint = f"did you mean `{close[0]}`?" if close else f"known are {', '.join(table)}"
-        raise ProfileError(file, key, f"`{name}` is not known", hint) from None
+        raise ProfileError(file, key, f"`{name}` is not known", hint, line) from None
 
 
-def _filter(file: str, rules: Sequence[profiles.Rule]) -> bytes:
+def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
     """The BPF program. Architecture first (libseccomp does so), default and foreign: kill."""
     program = pyseccomp.SyscallFilter(pyseccomp.KILL_PROCESS)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    if arch != _NATIVE:
+        program.add_arch(arch)
+        program.remove_arch(_NATIVE)
     unconditional: dict[str, int] = {}
     seen: set[str] = set()
     for rule in rules:
         key = f"seccomp.rules ({', '.join(rule.calls)})"
+        file, line = profiles.where(rule.origin)
         action = pyseccomp.ALLOW
         if rule.errno:
-            action = pyseccomp.ERRNO(_lookup(file, key, rule.errno, constants.ERRNOS))
-        choices = [_comparisons(file, key, argument) for argument in rule.arguments]
+            action = pyseccomp.ERRNO(_lookup(file, key, rule.errno, constants.ERRNOS, line))
+        tests = [comparisons(rule, argument) for argument in rule.arguments]
+        choices = [[pyseccomp.Arg(*each) for each in alternatives] for alternatives in tests]
         for call in rule.calls:
-            number = pyseccomp.resolve_syscall(pyseccomp.system_arch(), call)
-            if number == _UNKNOWN_CALL:
-                raise ProfileError(file, key, f"`{call}` is no system call that libseccomp knows")
+            if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
+                problem = f"`{call}` is no system call that libseccomp knows"
+                raise ProfileError(file, key, problem, line=line)
             if call in unconditional or (call in seen and not choices):
                 # libseccomp lets the unconditional rule win without a word.
                 raise ProfileError(
@@ -200,9 +225,10 @@ def _filter(file: str, rules: Sequence[profiles.Rule]) -> bytes:
                     key,
                     f"`{call}` has a rule without arguments and another one",
                     "remove one: the one without arguments would silently win",
+                    line,
                 )
             seen.add(call)
-            if number < 0:
+            if pyseccomp.resolve_syscall(arch, call) < 0:
                 continue  # not on this architecture: there is nothing to allow
             if not choices:
                 unconditional[call] = action
@@ -210,43 +236,52 @@ def _filter(file: str, rules: Sequence[profiles.Rule]) -> bytes:
             for combination in itertools.product(*choices):
                 if combination:
                     program.add_rule_exactly(action, call, *combination)
-    return _export(program)
+    return export_bpf(program)
 
 
-def _comparisons(file: str, key: str, argument: profiles.Argument) -> list[pyseccomp.Arg]:
-    """The alternatives by which a condition holds (a filter rule is a conjunction)."""
+Comparison = tuple[int, int, int] | tuple[int, int, int, int]
+"""As seccomp_rule_add(3) has it: argument, operator, and a value, or a mask and a value."""
+
+
+def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Comparison]:
+    """The alternatives by which a condition holds (a filter rule is a conjunction).
+
+    Raises ProfileError."""
+    key = f"seccomp.rules ({', '.join(rule.calls)}).arguments"
+    file, line = profiles.where(rule.origin)
     given = [
         kind
         for kind in ("equals", "one_of", "not_equals", "without", "including")
         if getattr(argument, kind) is not None
     ]
     if len(given) != 1:
-        raise ProfileError(
-            file,
-            f"{key}.arguments",
-            f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without, including",
+        problem = (
+            f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without,"
+            " including"
         )
+        raise ProfileError(file, key, problem, line=line)
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
-    values = [_lookup(file, f"{key}.arguments", name, constants.ARGUMENTS) for name in names]
+    values = [_lookup(file, key, name, constants.ARGUMENTS, line) for name in names]
     bits = 0
     for value in values:
         bits |= value
     index = argument.index
     match given[0]:
         case "equals":
-            return [pyseccomp.Arg(index, pyseccomp.EQ, bits)]
+            return [(index, pyseccomp.EQ, bits)]
         case "one_of":
-            return [pyseccomp.Arg(index, pyseccomp.EQ, value) for value in values]
+            return [(index, pyseccomp.EQ, value) for value in values]
         case "not_equals":
-            return [pyseccomp.Arg(index, pyseccomp.NE, bits)]
+            return [(index, pyseccomp.NE, bits)]
         case "without":
-            return [pyseccomp.Arg(index, pyseccomp.MASKED_EQ, bits, 0)]
+            return [(index, pyseccomp.MASKED_EQ, bits, 0)]
         case _:
-            return [pyseccomp.Arg(index, pyseccomp.MASKED_EQ, bits, bits)]
+            return [(index, pyseccomp.MASKED_EQ, bits, bits)]
 
 
-def _export(program: pyseccomp.SyscallFilter) -> bytes:
+def export_bpf(program: pyseccomp.SyscallFilter) -> bytes:
+    """An array of struct sock_filter."""
     with os.fdopen(os.memfd_create("kbusd-bpf", os.MFD_CLOEXEC), "rb") as file:
         program.export_bpf(file)
         file.seek(0)

@@ -29,7 +29,8 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     """All that `apply.confine` does, in numbers. None or "" means: leave as it is.
 
     `required`: the sections (by the names that they have in the profile) whose failure is an error.
-    `notes`: warnings from compiling. `bpf`: an array of struct sock_filter, b"" for no filter."""
+    `notes`: warnings from compiling. `bpf`: an array of struct sock_filter, b"" for no filter.
+    `listening`: somebody answers what that filter leaves to him; only `kbusctl profile learn` says so."""
 
     name: str
     title: str
@@ -49,6 +50,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     landlock: tuple[Path, ...] | None = None
     selinux: str = ""
     bpf: bytes = b""
+    listening: bool = False
 
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode

@@ -10,11 +10,12 @@ class SandboxError(Exception):
 
 
 class ProfileError(SandboxError):
-    """A profile is wrong. The text is `file: key: what is wrong; hint`."""
+    """A profile is wrong. The text is `file:line: key: what is wrong; hint`."""
 
-    def __init__(self, file: str, key: str, problem: str, hint: str = "") -> None:
-        self.file, self.key, self.problem, self.hint = file, key, problem, hint
-        super().__init__(": ".join(p for p in (file, key, problem) if p) + (hint and f"; {hint}"))
+    def __init__(self, file: str, key: str, problem: str, hint: str = "", line: int = 0) -> None:
+        self.file, self.key, self.problem, self.hint, self.line = file, key, problem, hint, line
+        at = f"{file}:{line}" if line else file
+        super().__init__(": ".join(p for p in (at, key, problem) if p) + (hint and f"; {hint}"))
 
 
 class Unavailable(SandboxError):

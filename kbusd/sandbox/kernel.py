@@ -9,6 +9,7 @@ import os
 import cython
 from cython.cimports.kbusd.sandbox.libc import (
     SOL_SOCKET,
+    SYS_seccomp,
     capability_data,
     capability_header,
     errno,
@@ -39,6 +40,8 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _CAPABILITY_VERSION_3 = cython.declare(cython.uint, 0x20080522)
 _SECCOMP_MODE_FILTER = cython.declare(cython.ulong, 2)
+_SET_MODE_FILTER = cython.declare(cython.ulong, 1)
+_FILTER_NEW_LISTENER = cython.declare(cython.ulong, 8)
 _LANDLOCK_CREATE_RULESET = cython.declare(cython.long, 444)
 _LANDLOCK_ADD_RULE = cython.declare(cython.long, 445)
 _LANDLOCK_RESTRICT_SELF = cython.declare(cython.long, 446)
@@ -121,6 +124,18 @@ def load_filter(bpf: bytes):
     program.length = len(bpf) // 8
     program.filter = cython.cast(cython.p_char, bpf)
     _check(c_prctl(PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, cython.address(program), _NONE, _NONE))
+
+
+def load_listening_filter(bpf: bytes):
+    """The same; returns the descriptor at which somebody answers what the filter leaves to him.
+
+    Every such call waits for that (seccomp_unotify(2))."""
+    program: sock_fprog
+    program.length = len(bpf) // 8
+    program.filter = cython.cast(cython.p_char, bpf)
+    return _check(
+        syscall(SYS_seccomp, _SET_MODE_FILTER, _FILTER_NEW_LISTENER, cython.address(program))
+    )
 
 
 def landlock_abi():

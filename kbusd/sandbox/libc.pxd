@@ -11,6 +11,9 @@ cdef extern from "<unistd.h>" nogil:
 cdef extern from "<sys/prctl.h>" nogil:
     int prctl(int option, ...)
 
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_seccomp
+
 cdef extern from "<sys/socket.h>" nogil:
     int SOL_SOCKET
     int getsockopt(int fd, int level, int option, void *value, unsigned int *size)

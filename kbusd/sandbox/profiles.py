@@ -1,10 +1,10 @@
 """Reads sandbox profiles: who a kind of process is, and all that it may do.
 
-A profile is a TOML file; docs/sandbox.md describes it for its authors. Every section and rule
+A profile is a TOML file; kbusd-profile(5) describes it for its authors. Every section and rule
 says `why`. A profile may extend another; a section that it gives replaces the parent's, except
 that limits are merged by name, and seccomp rules by call: what a child says of a system call
 replaces what its parent said of it. Trusts the files that it finds (by
-place and owner, never by environment), but reports every mistake in them by file and key.
+place and owner, never by environment), but reports every mistake in them by file, line and key.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kbusd.sandbox.errors import ProfileError
+from kbusd.sandbox.locate import Lines, Place
 
 OVERRIDES = Path("/etc/kbusd/profiles")
 """Where an admin's own copy of a profile takes precedence, file by file."""
@@ -29,20 +30,24 @@ if _PLACE.name in ("site-packages", "dist-packages"):
     # PREFIX/lib/pythonX.Y/site-packages. Asking sysconfig for PREFIX would not do: Python without
     # `site`, as which most of our processes run, does not know of virtual environments.
     _OURS = _PLACE.parents[2] / "share" / "kbusd" / "profiles"
+_PART = re.compile(r"[\w-]+")  # of `$.seccomp.rules[3].calls`
 _NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
 
 Why = Annotated[str, msgspec.Meta(min_length=8)]
-Condition = Literal["always", "selinux", "no-selinux"]
+Condition = Literal["always", "selinux", "no-selinux", "x86-64", "arm64"]
 
 
 class _Section(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
 ):
-    """What every section has: its reason, whether it is wanted, and whether one can do without."""
+    """What every section has: its reason, whether it is wanted, and whether one can do without.
+
+    Here and elsewhere, `origin` is filled in by `parse`: file:line."""
 
     why: Why
     enabled: bool = True
     required: bool = True
+    origin: str = ""
 
 
 class User(_Section, frozen=True):
@@ -104,6 +109,7 @@ class Path_(
     path: str
     write: bool = False
     when: Condition = "always"
+    origin: str = ""
 
 
 class Landlock(_Section, frozen=True):
@@ -135,19 +141,31 @@ class Argument(
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
-    """System calls that are allowed (or, with `errno`, fail softly) if all `arguments` hold."""
+    """System calls that are allowed (or, with `errno`, fail softly) if all `arguments` hold.
+
+    Of `calls`, `@NAME` stands for the calls of the set NAME."""
 
     why: Why
     calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     arguments: tuple[Argument, ...] = ()
     errno: str = ""
     when: Condition = "always"
+    origin: str = ""
+
+
+class Calls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
+    """A set of system calls that rules, here and in profiles that extend this one, can name."""
+
+    why: Why
+    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    origin: str = ""
 
 
 class Seccomp(_Section, frozen=True):
     """seccomp(2). What no rule names ends the process, as does a foreign architecture."""
 
     rules: tuple[Rule, ...] = ()
+    sets: dict[str, Calls] = {}
 
 
 class Profile(
@@ -173,7 +191,7 @@ class Profile(
     files: tuple[str, ...] = ()
 
 
-_SECTIONS = (
+SECTIONS = (
     "user",
     "groups",
     "capabilities",
@@ -198,11 +216,14 @@ def names() -> list[str]:
     return sorted(name for name in found if name != "base" and _NAME.match(name))
 
 
-def find(name: str) -> Path:
-    """The file of the profile `name`. Raises ProfileError if there is none to be trusted."""
+def find(name: str, below: Path | None = None) -> Path:
+    """The file of the profile `name`; with `below`, the one that this one overrides.
+
+    Raises ProfileError if there is none to be trusted."""
     if not _NAME.match(name):
         raise ProfileError("profiles", name, "not a profile name", "lower-case letters and dashes")
-    for folder in directories():
+    folders = directories()
+    for folder in folders if below is None else folders[folders.index(below.parent) + 1 :]:
         file = folder / f"{name}.toml"
         try:
             status = file.stat()
@@ -231,9 +252,14 @@ def load(name: str) -> Profile:
     """The profile `name`, merged with what it extends, complete. Raises ProfileError."""
     if name == "base":
         raise ProfileError("base.toml", "", "base is only extended, never loaded by itself")
-    profile = _load(find(name), ())
+    return msgspec.structs.replace(load_file(find(name)), name=name)
+
+
+def load_file(path: Path) -> Profile:
+    """The profile in this file, merged with what it extends, complete. Raises ProfileError, OSError."""
+    profile = _load(path, ())
     file = profile.files[0]
-    for section in _SECTIONS:
+    for section in SECTIONS:
         if getattr(profile, section) is None:
             key = section.replace("_", "-")
             raise ProfileError(
@@ -244,75 +270,117 @@ def load(name: str) -> Profile:
             )
     if not profile.title:
         raise ProfileError(file, "title", "is missing", "give the process a name, for ps(1)")
-    return msgspec.structs.replace(profile, name=name)
+    return msgspec.structs.replace(profile, name=path.stem)
 
 
 def _load(file: Path, below: tuple[Path, ...]) -> Profile:
+    *children, profile = _chain(file, below)
+    profile = _with_sets(profile)
+    for child in reversed(children):
+        profile = _merge(profile, child)
+    return profile
+
+
+def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
     if file in below:
         raise ProfileError(str(file), "extends", "the profile extends itself")
     profile = parse(file.read_bytes(), str(file))
     if not profile.extends:
-        return profile
+        return [profile]
     beside = file.with_name(f"{profile.extends}.toml")
-    parent = beside if beside.exists() and _NAME.match(profile.extends) else find(profile.extends)
-    return _merge(_load(parent, (*below, file)), profile)
+    if beside == file and file.parent in directories()[:-1]:
+        parent = find(profile.extends, below=file)  # ours, of the same name
+    elif beside.exists() and _NAME.match(profile.extends):
+        parent = beside
+    else:
+        parent = find(profile.extends)
+    return [profile, *_chain(parent, (*below, file))]
+
+
+def where(origin: str) -> tuple[str, int]:
+    """The file and the line of an origin."""
+    file, _, line = origin.rpartition(":")
+    return file, int(line or 0)
 
 
 def parse(text: bytes, file: str) -> Profile:
-    """One profile file as it stands. Raises ProfileError that names `file` and the key."""
+    """One profile file as it stands. Raises ProfileError that names `file`, line and key."""
     try:
-        raw = tomllib.loads(text.decode())
+        decoded = text.decode()
+        raw = tomllib.loads(decoded)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ProfileError(file, "", f"is not TOML: {error}") from None
+    lines = Lines(decoded)
     for key in ("name", "files"):
         if key in raw:
-            raise ProfileError(file, key, "is not yours to set", "the file's name is the name")
+            hint = "the file's name is the name"
+            raise ProfileError(file, key, "is not yours to set", hint, lines.of(key))
+    _mark(raw, (), file, lines)
     try:
         profile = msgspec.convert(raw, Profile, strict=True)
     except msgspec.ValidationError as error:
-        raise _explain(file, raw, str(error)) from None
+        raise _explain(file, str(error), lines) from None
     return msgspec.structs.replace(profile, files=(file,))
 
 
-def _explain(file: str, raw: dict[str, Any], text: str) -> ProfileError:
-    """msgspec's `Problem - at `$.key`` as file, key and hint."""
-    problem, _, place = text.partition(" - at `$")
-    key = place.rstrip("`").lstrip(".").replace("[...]", ".*")
+def _mark(table: dict[str, Any], place: Place, file: str, lines: Lines) -> None:
+    """Tell every section, rule, path and set where it stands."""
+    for key, value in table.items():
+        inside = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
+        for index, item in inside:
+            if isinstance(item, dict) and key != "arguments":
+                here = (*place, key) if index is None else (*place, key, index)
+                if "origin" in item:
+                    line = lines.of(*here, "origin")
+                    raise ProfileError(file, "origin", "is not yours to set", line=line)
+                _mark(item, here, file, lines)
+                if here not in (("limits",), ("seccomp", "sets")):
+                    item["origin"] = f"{file}:{lines.of(*here)}"
+
+
+def _explain(file: str, text: str, lines: Lines) -> ProfileError:
+    """msgspec's `Problem - at `$.key` as file, line, key and hint."""
+    problem, _, where = text.partition(" - at `$")
+    key = inside = where.rstrip("`").lstrip(".")
     hint = ""
     if unknown := re.search(r"unknown field `(.+)`", problem):
         word = unknown.group(1)
         known = sorted(_fields())
         close = difflib.get_close_matches(word, known, 1)
-        hint = f"did you mean `{close[0]}`?" if close else "see docs/sandbox.md for the fields"
+        hint = f"did you mean `{close[0]}`?" if close else "see kbusd-profile(5) for the fields"
+        inside = f"{key}.{word}"
     elif "`why`" in problem:
         hint = "every section and rule says why it is there"
     elif key.endswith("why"):
         hint = "a reason has at least eight characters"
-    return ProfileError(file, key or "the file", problem[:1].lower() + problem[1:], hint)
+    line = lines.of(*(int(part) if part.isdigit() else part for part in _PART.findall(inside)))
+    return ProfileError(file, key or "the file", problem[:1].lower() + problem[1:], hint, line)
 
 
 def _fields() -> set[str]:
     structs = (Profile, User, Groups, Capabilities, Securebits, Limit, Namespaces, Landlock)
-    more = (Path_, Selinux, Rule, Argument, Seccomp)
+    more = (Path_, Selinux, Rule, Argument, Seccomp, Calls)
     return {
         field.encode_name
         for struct in (*structs, *more)
         for field in msgspec.structs.fields(struct)
-    }
+    } - {"origin", "name", "files"}
 
 
 def _merge(parent: Profile, child: Profile) -> Profile:
     seccomp = child.seccomp
     if seccomp is not None and seccomp.enabled and parent.seccomp is not None:
-        own = {call for rule in seccomp.rules for call in rule.calls}
+        sets = parent.seccomp.sets | seccomp.sets
+        rules = [_expand(rule, sets) for rule in seccomp.rules]
+        own = {call for rule in rules for call in rule.calls}
         seccomp = msgspec.structs.replace(
-            seccomp, rules=(*_without(parent.seccomp.rules, own), *seccomp.rules)
+            seccomp, rules=(*_without(parent.seccomp.rules, own), *rules), sets=sets
         )
     elif seccomp is None:
         seccomp = parent.seccomp
     sections = {
         section: getattr(child, section) or getattr(parent, section)
-        for section in _SECTIONS
+        for section in SECTIONS
         if section != "seccomp"
     }
     return Profile(
@@ -323,6 +391,30 @@ def _merge(parent: Profile, child: Profile) -> Profile:
         files=child.files + parent.files,
         **sections,
     )
+
+
+def _with_sets(profile: Profile) -> Profile:
+    if profile.seccomp is None:
+        return profile
+    rules = tuple(_expand(rule, profile.seccomp.sets) for rule in profile.seccomp.rules)
+    seccomp = msgspec.structs.replace(profile.seccomp, rules=rules)
+    return msgspec.structs.replace(profile, seccomp=seccomp)
+
+
+def _expand(rule: Rule, sets: dict[str, Calls]) -> Rule:
+    """With the calls that `@NAME` stands for. Raises ProfileError."""
+    calls: list[str] = []
+    for call in rule.calls:
+        if not call.startswith("@"):
+            calls.append(call)
+        elif (named := sets.get(call[1:])) is not None:
+            calls += named.calls
+        else:
+            close = difflib.get_close_matches(call[1:], sets, 1, 0.5)
+            hint = f"did you mean `@{close[0]}`?" if close else "define it in [seccomp.sets]"
+            file, line = where(rule.origin)
+            raise ProfileError(file, "calls", f"there is no set `{call}`", hint, line)
+    return msgspec.structs.replace(rule, calls=tuple(calls))
 
 
 def _without(rules: tuple[Rule, ...], calls: set[str]) -> list[Rule]:

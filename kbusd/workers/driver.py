@@ -30,7 +30,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
-from jeepney.low_level import (  # type: ignore[import-untyped]
+from jeepney.low_level import (
     Endianness,
     parse_signature,
 )

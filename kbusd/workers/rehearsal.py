@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 
 import msgspec
-from jeepney.low_level import (  # type: ignore[import-untyped]
+from jeepney.low_level import (
     Endianness,
     Header,
     HeaderFields,

@@ -39,6 +39,19 @@ def look(bus: Bus) -> list[dict[str, Any]]:
     return rows
 
 
+def test_security_tells_what_is_on_and_why_not(bus: Bus) -> None:
+    command = [sys.executable, "-m", "kbusd.ctl.main", "security", "--pid", str(bus.pid), "--json"]
+    bus.connect().driver("GetId")
+    told = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, timeout=30)
+    rows = {(row["process"], row["confinement"]): row for row in json.loads(told.stdout)}
+    worker = {name: row for (process, name), row in rows.items() if process == "kbusd-worker"}
+    for name in ("user", "groups", "capabilities", "no-new-privileges", "seccomp", "nproc"):
+        assert worker[name]["on"], worker[name]
+    of_supervisor = rows["kbusd", "seccomp"]
+    assert not of_supervisor["on"]
+    assert "inherited for ever" in of_supervisor["detail"]  # the reason that the profile gives
+
+
 def check(rows: list[dict[str, Any]]) -> None:
     by_role: dict[str, dict[str, Any]] = {row["process"]["role"]: row["process"] for row in rows}
     assert set(by_role) == {"supervisor", "broker", "launcher", "zygote", "worker"}

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from kbusd.sandbox import profiles
-from kbusd.sandbox.compile import compile_profile, selinux_enabled
+from kbusd.sandbox.compile import compile_profile, conditions, selinux_enabled
 from kbusd.sandbox.errors import ProfileError
+from kbusd.sandbox.judge import judge
 
 WHY = 'why = "for the test"\n'
 
@@ -78,7 +79,13 @@ def test_an_installed_bus_finds_its_profiles_without_site(tmp_path: Path, place:
     package = tmp_path / place / "kbusd"
     ours = Path(profiles.__file__).parents[1]
     (package / "sandbox").mkdir(parents=True)
-    for name in ("__init__.py", "sandbox/__init__.py", "sandbox/profiles.py", "sandbox/errors.py"):
+    for name in (
+        "__init__.py",
+        "sandbox/__init__.py",
+        "sandbox/profiles.py",
+        "sandbox/errors.py",
+        "sandbox/locate.py",
+    ):
         shutil.copy(ours / name, package / name)
     installed = tmp_path / "share" / "kbusd" / "profiles"
     shutil.copytree(ours.parent / "profiles", installed)
@@ -132,6 +139,19 @@ def test_a_child_replaces_what_its_parent_says_of_a_call_and_of_a_section(folder
     assert profile.limits["nofile"].value == 7
     assert profile.limits["core"].value == 0
     assert any("write" in rule.calls for rule in profile.seccomp.rules)
+
+
+def test_an_override_can_extend_what_it_overrides(folder: Path) -> None:
+    write(folder, "worker", 'extends = "worker"\n' + WHY + "[limits.nofile]\nvalue = 7\n" + WHY)
+    profile = profiles.load("worker")
+    assert profile.title == "kbusd-worker"
+    assert profile.limits["nofile"].value == 7
+    assert profile.limits["nproc"].value == 0
+    assert [Path(file).name for file in profile.files] == [
+        "worker.toml",
+        "worker.toml",
+        "base.toml",
+    ]
 
 
 RULE = 'extends = "base"\ntitle = "w"\n' + WHY + "[seccomp]\n" + WHY + "[[seccomp.rules]]\n"
@@ -220,7 +240,6 @@ MISTAKES = [
         "did you mean `nofile`?",
     ),
     ("a missing section", 'title = "w"\n' + WHY, "user", "section is missing", "write [user]"),
-    ("itself", 'extends = "worker"\n' + WHY, "extends", "extends itself", ""),
     ("no parent", 'extends = "bass"\n' + WHY, "", "no such profile", ""),
 ]
 
@@ -241,6 +260,39 @@ def test_a_mistake_names_file_key_and_hint(
     assert problem in said
     assert hint in said
     assert caught.value.file == ("bass.toml" if key == "" and "bass" in text else str(file))
+    if key.startswith("seccomp"):
+        assert caught.value.line >= RULE.count("\n")
+        assert f"{file}:{caught.value.line}: {key}" in said
+
+
+@pytest.mark.parametrize(("arch", "allowed"), [("arm64", True), ("x86-64", False)])
+def test_a_rule_can_be_for_one_architecture(folder: Path, arch: str, allowed: bool) -> None:
+    write(folder, "worker", RULE + WHY + 'calls = ["uname"]\nwhen = "arm64"\n')
+    profile = profiles.load("worker")
+    said = judge(profile, "uname", [], conditions(False, arch))
+    assert said.action == ("allow" if allowed else "kill")
+
+
+def test_a_set_that_there_is_not_is_told(folder: Path) -> None:
+    write(
+        folder,
+        "worker",
+        RULE + WHY + 'calls = ["@tmie"]\n[seccomp.sets.time]\n' + WHY + 'calls = ["times"]\n',
+    )
+    with pytest.raises(ProfileError, match=r"toml:6: calls: there is no set `@tmie`; .*`@time`"):
+        profiles.load("worker")
+
+
+def test_a_file_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, "worker", 'extends = "worker"\n' + WHY)
+    with pytest.raises(ProfileError, match="extends: the profile extends itself"):
+        profiles.load_file(file)
+
+
+def test_nobody_tells_us_where_a_rule_stands(folder: Path) -> None:
+    write(folder, "worker", RULE + WHY + 'calls = ["read"]\norigin = "elsewhere:1"\n')
+    with pytest.raises(ProfileError, match=r"toml:9: origin: is not yours to set"):
+        profiles.load("worker")
 
 
 def test_a_profile_that_does_not_exist_is_said_to(folder: Path) -> None:

@@ -1,0 +1,151 @@
+"""`kbusctl explain`: why the kernel ended a process, from its line in the kernel log.
+
+The line (audit type 1326, seccomp(2)) tells the process, the architecture and the number of the call; not
+the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pyseccomp
+
+from kbusd.sandbox import profiles
+from kbusd.sandbox.compile import ARCHITECTURES, conditions
+from kbusd.sandbox.judge import condition
+
+_LINE = re.compile(r"\btype=(?:1326|SECCOMP)\b")
+_FIELD = re.compile(r"\b(pid|comm|sig|arch|syscall)=(\"[^\"]*\"|\S+)")
+_AUDIT = {0xC000003E: "x86-64", 0xC00000B7: "arm64"}  # AUDIT_ARCH_* of linux/audit.h
+_X32 = 0x40000000
+
+
+class Death(msgspec.Struct, frozen=True):
+    """What one line tells. `arch`: as in audit.h."""
+
+    pid: int
+    comm: str
+    arch: int
+    number: int
+
+
+def add_to(commands: Any) -> None:
+    """The command `explain`."""
+    command = commands.add_parser(
+        "explain", help="why a process died by SIGSYS, from the line in the kernel log"
+    )
+    command.add_argument(
+        "line", nargs="*", help="the line; by default standard input, or the kernel log"
+    )
+    command.add_argument("--pid", type=int, help="only the death of this process")
+    command.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.line:
+        lines = [" ".join(options.line)]
+    elif sys.stdin.isatty() or options.pid is not None:
+        lines = list(_kernel_log())
+    else:
+        lines = list(sys.stdin)
+    deaths = [death for line in lines if (death := parse(line)) is not None]
+    deaths = [death for death in deaths if options.pid in (None, death.pid)]
+    titles = {profiles.load(name).title: name for name in profiles.names()}
+    ours = [death for death in deaths if death.comm in titles]
+    alike: dict[tuple[str, int, int], list[Death]] = {}
+    for death in ours:
+        alike.setdefault((death.comm, death.arch, death.number), []).append(death)
+    for deaths in alike.values():
+        more = f" and {len(deaths) - 1} more like it" if len(deaths) > 1 else ""
+        profile = profiles.load(titles[deaths[0].comm])
+        print("\n".join(explain(deaths[-1], profile, more)))
+    if not ours:
+        of_others = ", ".join(sorted({death.comm for death in deaths}))
+        print(
+            f"no line tells of a process of kbusd{f', but of {of_others}' if of_others else ''};"
+            " a line has type=1326, comm= and syscall="
+        )
+    return 0 if ours else 1
+
+
+def parse(line: str) -> Death | None:
+    """None if it is not such a line."""
+    fields = {key: value.strip('"') for key, value in _FIELD.findall(line)}
+    if not _LINE.search(line) or not {"comm", "syscall"} <= fields.keys():
+        return None
+    try:
+        return Death(
+            int(fields.get("pid", "0")),
+            fields["comm"],
+            int(fields.get("arch", "0"), 16),
+            int(fields["syscall"]),
+        )
+    except ValueError:
+        return None
+
+
+def explain(death: Death, profile: profiles.Profile, more: str = "") -> Iterator[str]:
+    """In words, with what to do. `more`: how many died of the same."""
+    arch = _AUDIT.get(death.arch, "")
+    who = f"{death.comm} (pid {death.pid}{more})"
+    if not arch or (arch == "x86-64" and death.number & _X32):
+        yield f"{who} made call {death.number} of another architecture ({death.arch:#x})."
+        yield "  No library does so by itself: it is an attack, or a program for another machine."
+        return
+    try:
+        call = bytes(pyseccomp.resolve_syscall(ARCHITECTURES[arch], death.number)).decode()
+    except ValueError:
+        yield f"{who} made call {death.number}, which is newer than this libseccomp."
+        call = str(death.number)
+    yield f"{who}: {call} ({death.number}) is not in profile {profile.name} ({profile.files[0]})."
+    here = conditions(arch=arch)
+    seccomp = profile.seccomp
+    assert seccomp is not None
+    near = [rule for rule in seccomp.rules if call in rule.calls and rule.when in here]
+    for rule in near:
+        tests = " and ".join(map(condition, rule.arguments)) or "always"
+        yield (
+            f"  allowed if {tests}: {rule.origin}"
+            if not rule.errno
+            else (f"  {rule.errno} if {tests}: {rule.origin}")
+        )
+    if any(not rule.arguments for rule in near):
+        yield "  The profile allows it now: it was changed since, or a filter above this one killed."
+        return
+    own = f"{profiles.OVERRIDES / profile.name}.toml"
+    if near:
+        yield "  It came with other arguments; the kernel does not say which. `kbusctl profile learn` does."
+        yield f"  If they are right, replace the rules for {call} in {own}, which may say only"
+    else:
+        yield f"  If a library has reason to call it, add it in {own}, which may say only"
+    yield f'      extends = "{profile.name}"'
+    yield '      why = "..."'
+    yield "      [seccomp]"
+    yield '      why = "..."'
+    yield "      [[seccomp.rules]]"
+    yield '      why = "who calls it, when, and why that is harmless"'
+    yield f'      calls = ["{call}"]'
+    yield '  with errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
+
+
+def _kernel_log() -> Iterator[str]:
+    """Lines of the kernel log, all that there are. Raises OSError."""
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                yield os.read(log, 8192).decode(errors="replace")
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.EPIPE:  # overwritten meanwhile; what follows is there
+                    raise
+    finally:
+        os.close(log)

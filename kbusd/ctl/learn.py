@@ -1,0 +1,303 @@
+"""`kbusctl profile learn`: which system calls a kind of process makes, and what its profile says of them.
+
+Starts a bus of its own in which that kind of process has, in place of its filter, one that asks us about
+every call (seccomp_unotify(2)); we count it, look at its arguments, and let it go on. So nothing is
+killed, and all that is missing is seen at once. All else of the profile stays in force. Needs root: the
+descriptor at which a process asks is fetched from it (pidfd_getfd(2)), and it is not dumpable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+import msgspec
+import pyseccomp
+
+from kbusd.sandbox import inforce, profiles
+from kbusd.sandbox.compile import Compiled, conditions, export_bpf
+from kbusd.sandbox.errors import ProfileError
+from kbusd.sandbox.judge import ALLOW, KILL, judge
+
+_KINDS = ("worker", "broker", "zygote")
+_NOTIFICATION = Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags, nr, arch, ip, arguments
+_ANSWER = Struct("=QqiI")  # struct seccomp_notif_resp: id, val, error, flags
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV, _SEND
+_CONTINUE = 1
+_LISTENER = "anon_inode:seccomp notify"
+_PIDFD_GETFD = 438  # on every architecture
+_SHOWN = 6  # values of an argument
+_LOOK_SECONDS = 0.01  # for new processes; until we have seen one it waits
+_START_SECONDS = 60.0
+# Run as the bus: its supervisor compiles all profiles, and so is the one to be told.
+_BUS = """
+import sys
+from kbusd.sandbox import compile
+from kbusd.ctl.learn import listening
+compile.compile_all = listening(compile.compile_all, sys.argv.pop(1))
+from kbusd.main import main
+sys.exit(main())
+"""
+
+
+def add_to(below: Any) -> None:
+    """The command `profile learn`."""
+    command = below.add_parser(
+        "learn", help="run a bus, watch what its processes do, and propose what the profile lacks"
+    )
+    command.add_argument("profile", choices=_KINDS)
+    command.add_argument("--kdbusfs", metavar="DIRECTORY", help="mount the bus there as well")
+    command.add_argument(
+        "traffic",
+        nargs="*",
+        metavar="COMMAND",
+        help="what uses the bus (DBUS_SESSION_BUS_ADDRESS); by default some traffic of our own",
+    )
+    command.set_defaults(run=_run)
+
+
+def listening(
+    compile_all: Callable[[str], dict[str, Compiled]], kind: str
+) -> Callable[[str], dict[str, Compiled]]:
+    """compile_all, with the filter of `kind` asking, and none above it."""
+
+    def changed(user: str) -> dict[str, Compiled]:
+        compiled = compile_all(user)
+        program = export_bpf(pyseccomp.SyscallFilter(pyseccomp.NOTIFY))
+        compiled[kind] = msgspec.structs.replace(compiled[kind], bpf=program, listening=True)
+        if kind == "worker":  # its children have its filter, too
+            compiled["zygote"] = msgspec.structs.replace(compiled["zygote"], bpf=b"")
+        return compiled
+
+    return changed
+
+
+class Seen:
+    """What one call was seen with. Of each argument some values; None among them: others too."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.said: Counter[tuple[str, str]] = Counter()  # by action and rule
+        self.values: list[set[int | None]] = [set() for _ in range(6)]
+
+    def add(self, arguments: tuple[int, ...], action: str, origin: str) -> None:
+        self.count += 1
+        self.said[action, origin] += 1
+        for values, value in zip(self.values, arguments, strict=True):
+            if value not in values:
+                values.add(value if len(values) < _SHOWN else None)
+
+
+class Learner:
+    """Answers all processes of one kind, and keeps count."""
+
+    def __init__(self, profile: profiles.Profile, supervisor: int) -> None:
+        self.profile = profile
+        self.supervisor = supervisor
+        self.conditions = conditions()
+        self.seen: dict[str, Seen] = defaultdict(Seen)
+        self.processes: set[int] = set()
+        self._poll = select.epoll()
+        self._listeners: set[int] = set()
+
+    def serve(self, seconds: float = _LOOK_SECONDS) -> None:
+        """Look for new processes, and answer what is asked in this time."""
+        self._adopt()
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            for fd, events in self._poll.poll(left):
+                if events & select.EPOLLIN:
+                    self._answer(fd)
+                else:  # all who have this filter are gone
+                    self._poll.unregister(fd)
+                    self._listeners.discard(fd)
+                    os.close(fd)
+
+    def _adopt(self) -> None:
+        for pid in inforce.family(self.supervisor):
+            if pid in self.processes:
+                continue
+            with contextlib.suppress(OSError):
+                if (number := _listener_of(pid)) is not None:
+                    fd = _fetch(pid, number)
+                    self.processes.add(pid)
+                    self._listeners.add(fd)
+                    self._poll.register(fd, select.EPOLLIN)
+
+    def _answer(self, fd: int) -> None:
+        asked = bytearray(_NOTIFICATION.size)
+        try:
+            fcntl.ioctl(fd, _RECEIVE, asked)
+            number, _, _, call, _, _, *arguments = _NOTIFICATION.unpack(asked)
+            self._record(call, tuple(arguments))
+            fcntl.ioctl(fd, _SEND, _ANSWER.pack(number, 0, 0, _CONTINUE))
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # it was killed meanwhile
+                raise
+
+    def _record(self, number: int, arguments: tuple[int, ...]) -> None:
+        try:
+            name = bytes(pyseccomp.resolve_syscall(pyseccomp.system_arch(), number)).decode()
+        except ValueError:
+            name = str(number)
+        said = judge(self.profile, name, arguments, self.conditions)
+        self.seen[name].add(arguments, said.action, said.rule.origin if said.rule else "")
+
+
+def _listener_of(pid: int) -> int | None:
+    """The number of the descriptor at which a process asks, if it does. Raises OSError."""
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        if os.readlink(f"/proc/{pid}/fd/{entry}") == _LISTENER:
+            return int(entry)
+    return None
+
+
+def _fetch(pid: int, number: int) -> int:
+    """A descriptor of another process. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = int(libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return fd
+    finally:
+        os.close(pidfd)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise ProfileError("kbusctl", "", "profile learn needs root")
+    profile = profiles.load(options.profile)
+    with tempfile.TemporaryDirectory(prefix="kbusctl-learn-") as folder:
+        os.chmod(folder, 0o711)
+        learner = _learn(profile, Path(folder) / "bus", options.traffic, options.kdbusfs)
+    print("\n".join(report(learner)))
+    return (
+        1 if any(action == KILL for seen in learner.seen.values() for action, _ in seen.said) else 0
+    )
+
+
+def _learn(
+    profile: profiles.Profile, path: Path, traffic: list[str], kdbusfs: str | None
+) -> Learner:
+    address = f"unix:path={path}"
+    bus = [sys.executable, "-c", _BUS, profile.name, "--session", "--nofork", "--nopidfile"]
+    bus.append(f"--address={address}")
+    if kdbusfs:
+        bus.append(f"--kdbusfs={kdbusfs}")
+    supervisor = subprocess.Popen(bus)
+    learner = Learner(profile, supervisor.pid)
+    try:
+        _until(learner, path.exists, supervisor)
+        environment = os.environ | {
+            "DBUS_SESSION_BUS_ADDRESS": address,
+            "DBUS_SYSTEM_BUS_ADDRESS": address,
+        }
+        command = traffic or [sys.executable, "-m", "kbusd.ctl.traffic", str(path)]
+        users = subprocess.Popen(command, env=environment)
+        try:
+            while users.poll() is None and supervisor.poll() is None:
+                learner.serve()
+        finally:
+            users.kill()
+            users.wait()
+    finally:
+        supervisor.terminate()
+        while supervisor.poll() is None:
+            learner.serve()
+    return learner
+
+
+def _until(
+    learner: Learner, there: Callable[[], bool], supervisor: subprocess.Popen[bytes]
+) -> None:
+    """Answer until it is so. Raises ProfileError."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not there():
+        learner.serve()
+        if supervisor.poll() is not None or time.monotonic() > deadline:
+            raise ProfileError("kbusctl", "", "the bus did not start; see the lines above")
+
+
+def report(learner: Learner) -> Iterator[str]:
+    """What was seen, what the profile lacks, what it has for nothing."""
+    seen, profile = learner.seen, learner.profile
+    total = sum(each.count for each in seen.values())
+    yield f"{profile.name}: {len(learner.processes)} processes made {total} system calls of {len(seen)} kinds"
+    for call, each in sorted(seen.items(), key=lambda item: -item[1].count):
+        for (action, origin), count in each.said.most_common():
+            yield f"  {count:8} {call:20} {action:8} {origin or 'no rule'}"
+            shown = range(6) if action == KILL else _argued(profile, call)
+            yield from (f"{'':11}{line}" for line in _values(each, shown))
+    missing = [call for call, each in seen.items() if any(a == KILL for a, _ in each.said)]
+    yield ""
+    yield from _proposal(profile, seen, sorted(missing))
+    unused = list(_unused(profile, seen, learner.conditions))
+    if unused:
+        yield "Calls that rules name and that this traffic did not make:"
+        yield from (f"  {line}" for line in unused)
+
+
+def _argued(profile: profiles.Profile, call: str) -> list[int]:
+    """The arguments that rules about this call look at."""
+    rules = profile.seccomp.rules if profile.seccomp else ()
+    tests = (argument for rule in rules if call in rule.calls for argument in rule.arguments)
+    return sorted({argument.index for argument in tests})
+
+
+def _values(seen: Seen, indices: Iterable[int]) -> Iterator[str]:
+    for index in indices:
+        known = sorted(value for value in seen.values[index] if value is not None)
+        if known != [0]:
+            more = ", ..." if None in seen.values[index] else ""
+            yield f"argument {index}: {', '.join(f'{value:#x}' for value in known)}{more}"
+
+
+def _proposal(
+    profile: profiles.Profile, seen: dict[str, Seen], missing: list[str]
+) -> Iterator[str]:
+    if not missing:
+        yield f"The profile has all that was needed ({profile.files[0]})."
+        return
+    own = profiles.OVERRIDES / f"{profile.name}.toml"
+    yield f"Not in the profile; for {own}, which may say only"
+    yield f'  extends = "{profile.name}"'
+    yield '  why = "..."'
+    yield "  [seccomp]"
+    yield '  why = "..."'
+    for call in missing:
+        count = sum(n for (action, _), n in seen[call].said.items() if action == KILL)
+        yield "  [[seccomp.rules]]"
+        yield f'  why = "seen {count} times; say who calls it, and why that is harmless"'
+        yield f'  calls = ["{call}"]'
+        if _argued(profile, call):
+            yield "  # other rules name it with other arguments: add to those, or copy them here"
+
+
+def _unused(
+    profile: profiles.Profile, seen: dict[str, Seen], here: frozenset[str]
+) -> Iterator[str]:
+    for rule in profile.seccomp.rules if profile.seccomp else ():
+        used = {
+            call
+            for call, each in seen.items()
+            if any(origin == rule.origin for _, origin in each.said)
+        }
+        left = [call for call in rule.calls if call not in used]
+        if left and rule.when in here and (rule.errno or ALLOW) == ALLOW:
+            yield f"{' '.join(left)}   {rule.origin}"

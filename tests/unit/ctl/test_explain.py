@@ -1,0 +1,56 @@
+"""`kbusctl explain`: from a line of the kernel log to what an admin can do."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from kbusd.ctl.main import main
+
+
+def line(syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e") -> str:
+    return (
+        "[ 7.1] audit: type=1326 audit(1732612345.123:45): auid=4294967295 uid=100 gid=65534"
+        f' ses=4294967295 subj=unconfined pid=812 comm="{comm}" exe="/usr/bin/python3.11" sig=31'
+        f" arch={arch} syscall={syscall} compat=0 ip=0x7f5d1c code=0x80000000"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (line(41), ["pid 812", "socket (41) is not in profile worker", 'calls = ["socket"]']),
+        (line(9), ["mmap (9)", "allowed if argument 2 without PROT_EXEC: ", "other arguments"]),
+        (line(198, arch="c00000b7"), ["socket (198)"]),
+        (line(0x40000000 | 1), ["of another architecture", "attack"]),
+        (line(1, arch="40000003"), ["of another architecture (0x40000003)"]),
+        (line(0), ["read (0)", "allows it now"]),
+        (line(53, "kbusd-zygote"), ["socketpair (53) is not in profile zygote", "AF_UNIX"]),
+    ],
+)
+def test_a_line_is_told_in_words(
+    capsys: pytest.CaptureFixture[str], text: str, words: list[str]
+) -> None:
+    assert main(["explain", text]) == 0
+    out = capsys.readouterr().out
+    for each in words:
+        assert each in out
+
+
+def test_lines_come_by_standard_input_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n".join(("usb 1-1: new device", line(41, "cat"), line(56)))
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["explain"]) == 0
+    assert "clone (56)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["hello", line(41, "cat"), "type=1326 comm=x syscall=y", ""])
+def test_what_tells_of_no_process_of_ours_is_said_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["explain"]) == 1
+    assert "no line tells of a process of kbusd" in capsys.readouterr().out
