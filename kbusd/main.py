@@ -25,6 +25,7 @@ import prctl
 
 from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
+from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
@@ -37,7 +38,7 @@ MIN_FILES = 128  # descriptors that the supervisor may have: its own and those o
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
-             [--kdbusfs=MOUNTPOINT] [--introspect] [--version]"""
+             [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]] [--introspect] [--version]"""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -79,6 +80,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nofork", dest="fork", action="store_false")
     parser.add_argument("--nopidfile", action="store_true")
     parser.add_argument("--kdbusfs", metavar="MOUNTPOINT")
+    parser.add_argument("--cuse", metavar="DIRECTORY", nargs="?", const="")
     for name in ("syslog", "syslog-only", "nosyslog"):
         parser.add_argument(f"--{name}", dest="log", action="store_const", const=name)
     parser.add_argument("--systemd-activation", action="store_true")
@@ -289,13 +291,17 @@ def _run(
     try:
         for warning in settings.warnings:
             journal.warn(warning)
-        if kdbusfs:
-            supervisor.kinds = ("kdbusfs",)
+        has_devices = kdbusfs is not None or options.cuse is not None
+        if has_devices:
+            supervisor.kinds = ("kdbus",)
         try:
             supervisor.start()
-            if kdbusfs:
+            if has_devices:
                 supervisor.devices = devices = Devices(supervisor)
+            if kdbusfs is not None:
                 devices.transports.append(Mount(devices, kdbusfs, (node_of(settings),)))
+            if options.cuse is not None:
+                devices.transports.append(Nodes(devices, options.cuse, (node_of(settings),)))
         except (StartError, SandboxError, MountError, OSError) as error:
             journal.warn(f"not started: {error}")
             return 1

@@ -60,6 +60,17 @@ class Entry:
     expects: tuple[int, int] | None = None
 
 
+async def fetch(caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
+    """All bytes of a command's struct that begins with `data`. Raises Errno."""
+    if len(data) < 8 and address % 8 == 0:
+        data = await caller.peek(address, 8, PEEK)
+    size = commands.total_size(spec, address, data[:8] if data else bytes(8))
+    if size > len(data):
+        (rest,) = await caller.copy([(address + len(data), size - len(data))])
+        data += rest
+    return data[:size]
+
+
 class Session:
     """`owner`: the opener owns the bus or is privileged; `custom`: the node is a custom endpoint's."""
 
@@ -105,7 +116,7 @@ class Session:
         Raises Errno, whose pokes are relative to `address`, or Interrupted."""
         handle.check(command, self.state, owner=self._owner)
         spec = SPECS[command]
-        whole = await self._fetch(caller, spec, address, data)
+        whole = await fetch(caller, spec, address, data)
         pokes: tuple[Poke, ...]
         if command == abi.CMD_SEND:
             return await self._send(caller, address, whole)
@@ -146,16 +157,6 @@ class Session:
             case _:
                 pokes = self._update(whole)
         return Done(_at(address, pokes))
-
-    async def _fetch(self, caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
-        """All bytes of a struct that begins with `data`."""
-        if len(data) < 8 and address % 8 == 0:
-            data = await caller.peek(address, 8, PEEK)
-        size = commands.total_size(spec, address, data[:8] if data else bytes(8))
-        if size > len(data):
-            (rest,) = await caller.copy([(address + len(data), size - len(data))])
-            data += rest
-        return data[:size]
 
     async def _hello(self, caller: Caller, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_hello(whole)
@@ -357,7 +358,7 @@ class Session:
             return await self._negotiate(caller, address, whole, decoded.pokes)
         send = decoded.value
         with _writing(decoded.pokes):
-            data = await self._fetch(caller, commands.MESSAGE, send.address, b"")
+            data = await fetch(caller, commands.MESSAGE, send.address, b"")
             parsed = commands.parse_message(data)
             sync = bool(send.flags & abi.SEND_SYNC_REPLY)
             found = message.examine(parsed, sync, self.id, self.bus.bloom.size)
@@ -392,7 +393,7 @@ class Session:
         stores = _at(address, pokes)
         if at:
             with _writing(pokes):
-                data = await self._fetch(caller, commands.MESSAGE, at, b"")
+                data = await fetch(caller, commands.MESSAGE, at, b"")
                 stores += _at(at, commands.parse(commands.MESSAGE, data).pokes)
         return Done(stores)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from struct import Struct
 
@@ -46,13 +46,21 @@ def credentials(request: bytes) -> Credentials:
     return Credentials(uid, gid, process, groups, label)
 
 
-def descriptors(tid: int, numbers: Sequence[int]) -> Iterator[int]:
-    """Copies of its descriptors, one after another. Raises OSError."""
+def descriptors(tid: int, numbers: Sequence[int], ours: Set[int]) -> Iterator[int]:
+    """Copies of its descriptors, one after another. Raises OSError; ELOOP for one of our own devices,
+    by number: it is looked at first, as to close it might be to wait for ourselves."""
     if len(numbers) > _MAX_DESCRIPTORS or any(not 0 <= each < 1 << 31 for each in numbers):
         raise OSError(errno.EBADF, "no such descriptor")
-    pidfd = os.pidfd_open(int(_status(tid)[b"Tgid"]))
+    process = int(_status(tid)[b"Tgid"])
+    pidfd = os.pidfd_open(process)
     try:
         for number in numbers:
+            try:
+                found = calls.devices_of(-1, b"/proc/%d/fd/%d" % (process, number))
+            except FileNotFoundError:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from None
+            if not ours.isdisjoint(found):
+                raise OSError(errno.ELOOP, "a device of our own")
             yield calls.pidfd_getfd(pidfd, number)
     finally:
         os.close(pidfd)

@@ -93,13 +93,14 @@ def pidfd_getfd(pidfd: cython.int, number: cython.int):
     return fd
 
 
-def devices_of(fd: cython.int):
-    """(device of the file system, device that the file is), without asking any file system: the
-    one that this is about may be served by us, or by nobody. statx(2)."""
+def devices_of(fd: cython.int, path: bytes = b""):
+    """(device of the file system, device that the file is), of a descriptor or of an absolute path,
+    without asking any file system: the one that this is about may be served by us, or by nobody. statx(2)."""
     found: statx_t
+    name: cython.p_char = path
     done: cython.int
     with cython.nogil:
-        done = statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, cython.address(found))
+        done = statx(fd, name, AT_EMPTY_PATH | AT_STATX_DONT_SYNC, 0, cython.address(found))
     if done != 0:
         raise _failed()
     return (

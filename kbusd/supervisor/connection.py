@@ -1,7 +1,7 @@
 """A connection to the kernel's FUSE: passes each request to whom it concerns, and back.
 
     request with a file's handle  -> the worker that serves this open file
-    any other                     -> `other`, which is the mount's (kdbusfs.py)
+    any other                     -> `other`: the tree (kdbusfs.py), or an OPEN of a node (cuse.py)
     READ, WRITE, FLUSH, RELEASE   -> answered here: from the pool, with an errno, by closing the line
     a worker asks                 -> memory or descriptors of the caller of a request that it holds
 
@@ -107,11 +107,17 @@ class Connection:
         except OSError as error:
             if error.errno == errno.ENODEV and self.where:
                 self.host.journal.warn(f"{self.where} was taken away; restart to have it back")
+                self.ended()
                 return False
             # ENOENT, EAGAIN: it was taken back.
         except ValueError as error:
             self.host.journal.warn(f"{self.where}: the kernel sent {error}")
         return True
+
+    def ended(self) -> None:
+        """No request comes any more: none of its files is of use."""
+        for holder in tuple(self.files.values()):
+            self._release(holder)
 
     def request(self, request: bytes) -> None:
         """Deal with one. Raises ValueError if no kernel sends it."""

@@ -92,7 +92,7 @@ class Devices:
         self.epoll.register(fd, _ARMED)
 
     def forget(self, fd: int) -> None:
-        """To be called by its handler, before it is closed."""
+        """Before it is closed. Its handler may be at work once more, unless it is that which calls."""
         self.epoll.unregister(fd)
         del self.handlers[fd]
 
@@ -103,8 +103,10 @@ class Devices:
         buffer = bytearray(MAX_REQUEST)
         while True:
             for fd, _ in self.epoll.poll(RETRY_SECONDS if self.slow else None, 1):
-                if self.handlers[fd](buffer):
-                    self.epoll.modify(fd, _ARMED)
+                handler = self.handlers.get(fd)
+                if handler is not None and handler(buffer):
+                    with suppress(OSError):  # it was forgotten meanwhile
+                        self.epoll.modify(fd, _ARMED)
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:
                     self.kill(holder, f"leaves {MAX_WAITING} requests unread")

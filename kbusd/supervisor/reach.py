@@ -132,10 +132,10 @@ def _take(holder: Holder, tid: int, unique: int, numbers: tuple[int, ...], ours:
     fds: list[int] = []
     number = 0
     try:
-        for fd in caller.descriptors(tid, numbers):
+        for fd in caller.descriptors(tid, numbers, ours):
             fds.append(fd)
-            if not ours.isdisjoint(calls.devices_of(fd)):
-                raise OSError(errno.ELOOP, "a file of our own")
+            if not ours.isdisjoint(calls.devices_of(fd)):  # another thread has put it there
+                raise OSError(errno.ELOOP, "a device of our own")
     except OSError as error:
         number = error.errno or errno.EBADF
     try:

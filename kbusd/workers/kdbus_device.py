@@ -2,8 +2,10 @@
 
 The supervisor passes on the kernel's requests as they are, and does for us what only it can do to the
 process that waits in one: copy its memory, store into it, take a descriptor. What the client wrote is
-hostile: it is copied, decoded by kbusd/kdbus, and checked, before it is used. The pool is a memfd of ours
-that the supervisor reads from; we never read it. The other side, the bus, is `kdbus_bus.py`.
+hostile: it is copied, decoded by kbusd/kdbus, and checked, before it is used. The pool is a memfd of ours,
+which we never read: in kdbusfs the supervisor reads it into the client's page cache; where the file is a
+CUSE node, which can't be mapped, the client gets the memfd itself. The other side, the bus, is
+`kdbus_bus.py`.
 """
 
 from __future__ import annotations
@@ -13,19 +15,18 @@ import mmap
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from fcntl import F_ADD_SEALS, F_SEAL_SHRINK, fcntl
 from typing import Any
 
 import msgspec
 
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
-from kbusd.kdbus import waits
+from kbusd.kdbus import attach, waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.parcel import About
 from kbusd.kdbus.port import Caller
-from kbusd.kdbus.session import Done, Session
+from kbusd.kdbus.session import Done, Session, fetch
 from kbusd.kdbus.waits import Interrupted, Wait
 from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line, close_all
@@ -33,6 +34,7 @@ from kbusd.rings.memfd import RingError
 from kbusd.workers import kdbus_bus
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
+from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
@@ -135,9 +137,13 @@ class Request:
 class Device:
     """The file: what the supervisor passes on, and what goes back."""
 
-    def __init__(self, line: Line, session: Session) -> None:
+    def __init__(self, line: Line, session: Session, uid: int, transport: str) -> None:
         self.line = line
         self.session = session
+        self.attached: Attached | None = None
+        self.cuse = transport == "cuse"
+        self._uid = uid
+        self._pool: Pool | None = None
         self.held: dict[int, Request] = {}
         self._asked: dict[int, Wait[Any]] = {}
         self._polled = False
@@ -166,7 +172,10 @@ class Device:
         match request.body:
             case requests.Ioctl() as ioctl:
                 held = self.held[unique] = Request(self, request.header, ioctl)
-                command = self.session.ioctl(held, ioctl.command, ioctl.argument, _first(ioctl))
+                if ioctl.command == attach.COMMAND:
+                    command = self._attach(held)
+                else:
+                    command = self.session.ioctl(held, ioctl.command, ioctl.argument, _first(ioctl))
                 waits.start(command, lambda result: self._ended(held, result))
             case requests.Poll() as poll:
                 events = self.session.poll()
@@ -179,6 +188,25 @@ class Device:
                     waiting.waits_for.fail(Interrupted())
             case _:
                 self.line.send(entries.Answered(replies.failure(unique, errno.ENOSYS)))
+
+    async def _attach(self, held: Request) -> Done:
+        ioctl = held.ioctl
+        asked = attach.decode(await fetch(held, attach.SPEC, ioctl.argument, ioctl.data))
+        pokes = asked.pokes
+        if asked.value is not None:
+            try:
+                (fd,) = await held.take([asked.value])
+                attached = Attached(fd, self._uid)
+                if self.attached is not None:
+                    raise Errno(errno.EALREADY, "attached a second time")
+                self.attached = attached
+                if self.cuse:
+                    if self._pool is not None:
+                        self._pool.hand(attached)
+                    pokes += (attach.return_flags(attach.POOL),)
+            except Errno as error:
+                raise Errno(error.errno, error.text, pokes) from None
+        return Done(tuple((ioctl.argument + poke.offset, poke.data) for poke in pokes))
 
     def _ended(self, held: Request, result: Done | Errno | Interrupted) -> None:
         start = held.ioctl.argument
@@ -225,8 +253,11 @@ class Device:
                 close_all(fds)
 
     def make_pool(self, size: int) -> Pool:
-        """The file's only one. Raises Errno ENOMEM."""
-        return Pool(self, size)
+        """Raises Errno ENOMEM."""
+        self._pool = Pool(self, size)
+        if self.cuse and self.attached is not None:
+            self._pool.hand(self.attached)
+        return self._pool
 
     async def about(self, caller: Caller, description: bytes | None) -> About:
         """Of the process that waits in a request that is held."""
@@ -246,26 +277,44 @@ class Device:
 
 
 class Pool:
-    """The client's pool, in a memfd that the supervisor reads."""
+    """The client's pool, in a memfd that nobody else can map writable."""
 
     def __init__(self, device: Device, size: int) -> None:
         self._device = device
+        self._size = size
+        self._fd = -1  # to be handed to the client
         try:
             fd = memfd.make("kbusd-pool", size)
             try:
                 self._memory = mmap.mmap(fd, size)
-                fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK)  # so that the supervisor can rely on it
-                device.line.send(entries.Pool(), [fd])
+                memfd.seal(fd)
+                if device.cuse:
+                    self._fd = os.dup(fd)
+                else:
+                    device.line.send(entries.Pool(), [fd])
             finally:
                 os.close(fd)
         except (OSError, OverflowError, ValueError) as error:
             raise Errno(errno.ENOMEM, f"a pool of {size} bytes: {error}") from None
 
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def hand(self, attached: Attached) -> None:
+        """To the client. Raises Errno if its socket does not take it."""
+        try:
+            attached.hand(attach.pool_record(self._size), [self._fd])
+        except OSError as error:
+            number = error.errno or errno.EPIPE
+            raise Errno(number, f"the pool can't be handed over: {error}") from None
+
     def write(self, offset: int, data: bytes) -> None:
         self._memory[offset : offset + len(data)] = data
 
     def push(self, offset: int, size: int) -> None:
-        self._device.push(offset, size)
+        if not self._device.cuse:  # else it is the client's memory
+            self._device.push(offset, size)
 
 
 def serve(
@@ -278,7 +327,7 @@ def serve(
     port = kdbus_bus.Port(context, device.bus, serving)
     privileged = device.credentials.uid in (0, context.bus.owner)
     port.session = Session(port, owner=privileged, custom=device.endpoint != "bus")
-    port.device = Device(line, port.session)
+    port.device = Device(line, port.session, device.credentials.uid, device.transport)
     serving.serve_device(port, line.fileno(), device.credentials)
     line.flush()  # the answer to BYEBYE
 

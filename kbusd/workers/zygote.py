@@ -141,7 +141,7 @@ class Zygote:
 
 def main() -> None:
     _, guid, supervisor, *kinds = sys.argv
-    if "kdbusfs" in kinds:
+    if "kdbus" in kinds:
         import_module("kbusd.workers.kdbus_device")  # which costs every worker some memory
         import_module("kbusd.workers.tree")
     own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))

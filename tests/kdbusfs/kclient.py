@@ -10,11 +10,13 @@ import ctypes
 import mmap
 import os
 import select
+import socket
+import stat
 import struct
 import time
 from typing import Any
 
-from kbusd.kdbus import abi, items, layout
+from kbusd.kdbus import abi, attach, items, layout
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 POOL = 1 << 20
@@ -91,12 +93,33 @@ class KdbusClient:
         ioctl(self.fd, command, self.buffer.address)
         return self.buffer.bytes
 
+    def attach(self) -> None:
+        """Name a socket, over which the pool comes if the node can't be mapped."""
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)  # what is to come is there when the ioctl returns
+        with theirs:
+            got = self.do(attach.COMMAND, struct.pack("=3Q", 0, 0, theirs.fileno()))
+        (self.attach_flags,) = struct.unpack_from("=Q", got, 16)
+
+    def map(self, size: int) -> mmap.mmap:
+        """The pool."""
+        if not stat.S_ISCHR(os.fstat(self.fd).st_mode):
+            return mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        record, (memfd,), *_ = socket.recv_fds(self.socket, 64, 4)
+        assert struct.unpack("=2Q", record) == (1, size)
+        try:
+            return mmap.mmap(memfd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(memfd)
+
     def hello(self, flags: int = 0, send: int = 0, recv: int = 0, size: int = POOL) -> None:
+        if stat.S_ISCHR(os.fstat(self.fd).st_mode):
+            self.attach()
         fixed = struct.pack("=9Q", flags, 0, send, recv, 0, 0, size, 0, 0) + bytes(16)
         got = self.do(abi.CMD_HELLO, fixed)
         self.id, _, offset, length = struct.unpack_from("=4Q", got, 48)
         self.uuid = got[80:96]
-        self.pool = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        self.pool = self.map(size)
         (self.bloom,) = items.split(self.pool[offset : offset + length], 0)
         self.free(offset)
 

@@ -24,22 +24,26 @@ from tests.bus.daemon import STRICT_POLICY, Bus
 from tests.bus.rawclient import RawClient
 from tests.kdbusfs.kclient import Buffer, KdbusClient, Message, ioctl
 
-# Mounting takes root; where we are not, the tests run in the guest.
-pytestmark = [] if os.geteuid() == 0 else [pytest.mark.guest]
+# Mounting takes root; where we are not, the tests run in the guest, where CUSE always is.
+FILE = pytest.param("kdbusfs", marks=[] if os.geteuid() == 0 else [pytest.mark.guest])
+NODE = pytest.param("cuse", marks=pytest.mark.guest)
 
 ALL = (1 << 64) - 1
 EXPECT = abi.MSG_EXPECT_REPLY
 
 
 class KdbusBus(Bus):
-    """A bus with a mount; `kdbus()` opens a connection that is closed with the others."""
+    """A bus with a mount or nodes; `kdbus()` opens a connection that is closed with the others."""
 
-    def __init__(self, **shape: Any) -> None:
+    def __init__(self, *transports: str, **shape: Any) -> None:
         self.mount = tempfile.mkdtemp(prefix="kbt-fs-", dir="/tmp")
         self.opened: list[KdbusClient] = []
-        super().__init__(options=[f"--kdbusfs={self.mount}"], **shape)
-        (name,) = os.listdir(self.mount)
-        self.node = f"{self.mount}/{name}/bus"
+        options = {"kdbusfs": f"--kdbusfs={self.mount}", "cuse": "--cuse"}
+        super().__init__(options=[options[each] for each in transports], **shape)
+        name = f"{os.geteuid()}-session/bus"
+        roots = {"kdbusfs": self.mount, "cuse": "/dev/kdbus"}
+        self.nodes = [f"{roots[each]}/{name}" for each in transports]
+        self.node = self.nodes[0]
 
     def kdbus(self, **how: Any) -> KdbusClient:
         client = KdbusClient(self.node, **how)
@@ -57,9 +61,9 @@ class KdbusBus(Bus):
         os.rmdir(self.mount)
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[KdbusBus]:
-    bus = KdbusBus(policy=STRICT_POLICY)
+@pytest.fixture(scope="module", params=[FILE, NODE])
+def shared(request: pytest.FixtureRequest) -> Iterator[KdbusBus]:
+    bus = KdbusBus(request.param, policy=STRICT_POLICY)
     yield bus
     bus.stop()
 
@@ -484,14 +488,15 @@ def test_a_large_body_of_a_dbus_client(bus: KdbusBus) -> None:
         assert bytes(d.wait_reply(serial).args[0]) == data
 
 
-def test_policy_holds_for_kdbus_clients() -> None:
+@pytest.mark.parametrize("transport", [FILE, NODE])
+def test_policy_holds_for_kdbus_clients(transport: str) -> None:
     policy = (
         '<policy context="default"><allow send_destination="*"/><allow receive_sender="*"/>'
         '<allow own="*"/><deny own="com.example.Reserved"/>'
         '<deny send_destination="com.example.Closed" send_interface="com.example.Test"'
         ' send_member="Secret"/></policy>'
     )
-    bus = KdbusBus(policy=policy)
+    bus = KdbusBus(transport, policy=policy)
     try:
         a, b = bus.kdbus(), bus.kdbus()
         assert fails(lambda: a.acquire("com.example.Reserved")) == "EPERM"
