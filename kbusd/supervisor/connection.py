@@ -111,7 +111,8 @@ class Connection:
                 return False
             # ENOENT, EAGAIN: it was taken back.
         except ValueError as error:
-            self.host.journal.warn(f"{self.where}: the kernel sent {error}")
+            if self.where:
+                self.host.journal.warn(f"{self.where}: the kernel sent {error}")
         return True
 
     def ended(self) -> None:
@@ -170,6 +171,8 @@ class Connection:
 
     def write(self, reply: bytes) -> bool:
         """False if nobody waits for it any more."""
+        if not self.where:
+            return False
         try:
             os.write(self.fuse, reply)
         except OSError:

@@ -9,11 +9,13 @@ import errno
 import fcntl
 import mmap
 import os
+import select
 import signal
 import socket
 import stat
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +23,17 @@ from typing import Any
 
 import pytest
 
+from kbusd.cuse import requests
 from kbusd.kdbus import abi, attach, items
+from kbusd.rings import entries
+from kbusd.supervisor.cuse import NodeError
 from tests.bus import procs
 from tests.bus.daemon import STRICT_POLICY, Bus, daemon_command
 from tests.guest.child import Child, Say
 
 from .kclient import KdbusClient, ioctl
-from .rig import errno_of
+from .rig import NODE as RIG_NODE
+from .rig import Rig, command, errno_of
 from .test_clients import EXPECT, KdbusBus, call, fails, id_of, to_name
 
 pytestmark = pytest.mark.guest
@@ -200,6 +206,61 @@ def test_an_aborted_node_is_told_and_its_workers_end() -> None:
         assert bus.connect().driver("GetId")
 
 
+def test_a_node_that_is_withdrawn_can_be_published_again() -> None:
+    def client(path: str) -> Any:
+        told = []
+        for _ in range(2):
+            deadline = time.monotonic() + 10
+            while errno_of(lambda: os.stat(path)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            fd = os.open(path, os.O_RDWR)
+            poller = select.poll()
+            poller.register(fd, select.POLLIN)
+            told.append([errno_of(lambda fd=fd: fcntl.ioctl(fd, command(1))) for _ in range(3)])  # type: ignore[misc]
+            told[-1].append(str(bool(poller.poll(5000)[0][1] & select.POLLERR)))
+            os.close(fd)
+        return told
+
+    rig = Rig(client, cuse=True)
+    with pytest.raises(NodeError) as caught:
+        rig.nodes.publish(RIG_NODE)
+    assert caught.value.errno == errno.EEXIST
+    for turn in range(2):
+        player = rig.hire()
+        assert player.device and player.device.transport == "cuse"
+        body = player.serve_ioctl(-errno.EPROTO)
+        assert body.unrestricted and not body.data and not body.out_size
+        player.asked(requests.Ioctl)
+        (node,) = rig.nodes.nodes.values()
+        server = f"/proc/self/fd/{node.fuse}"
+        del node
+        rig.nodes.withdraw(RIG_NODE)
+        assert player.ends()
+        player.die()
+        rig.nodes.withdraw(RIG_NODE)  # which is nothing any more
+        procs.eventually(lambda: not os.path.exists(rig.path), "the node and its directory go")
+        procs.eventually(
+            lambda server=server: not os.path.exists(server), "its descriptor is closed"
+        )
+        if turn == 0:
+            rig.nodes.publish(RIG_NODE)
+    told = rig.end()
+    assert [each[0] for each in told] == ["EPROTO"] * 2
+    assert all(each[1] in ("ECONNABORTED", "ENOTCONN") for each in told), told
+    assert [each[2:] for each in told] == [["ENOTCONN", "True"]] * 2
+    assert not rig.killed and not rig.warnings
+
+
+def test_who_opens_a_node_that_is_withdrawn_meanwhile_costs_no_worker() -> None:
+    rig = Rig(open_and_close, cuse=True)
+    player, work, credentials = rig.wanted()
+    rig.nodes.withdraw(RIG_NODE)
+    work(player.supervisors, credentials)
+    player.hear(entries.Device)
+    assert player.ends()
+    assert rig.end() in ("ECONNABORTED", "ENOTCONN")
+
+
 # -- transports ------------------------------------------------------------------------------------
 
 
@@ -240,10 +301,10 @@ def answered(b: KdbusClient, child: Child) -> Any:
 def test_addresses_that_are_not_the_caller_s(bus: KdbusBus) -> None:
     a = bus.kdbus()
     for address in (0, 8, 1 << 63, (1 << 64) - 8):
-        for command in (abi.CMD_HELLO, abi.CMD_SEND, abi.CMD_RECV, attach.COMMAND):
+        for number in (abi.CMD_HELLO, abi.CMD_SEND, abi.CMD_RECV, attach.COMMAND):
             with KdbusClient(bus.node, hello=False) as fresh:
-                fd = fresh.fd if command in (abi.CMD_HELLO, attach.COMMAND) else a.fd
-                assert fails(lambda fd=fd, c=command, at=address: ioctl(fd, c, at)) == "EFAULT"
+                fd = fresh.fd if number in (abi.CMD_HELLO, attach.COMMAND) else a.fd
+                assert fails(lambda fd=fd, c=number, at=address: ioctl(fd, c, at)) == "EFAULT"
 
 
 @pytest.mark.parametrize("restart", [False, True], ids=["EINTR", "SA_RESTART"])
