@@ -26,10 +26,10 @@ import prctl
 from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
 from kbusd.supervisor.cuse import Nodes
-from kbusd.supervisor.device import Devices
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
+from kbusd.supervisor.made import CONFIGURATION, CONTROL, Several
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
 from kbusd.supervisor.supervisor import READER, StartError, Supervisor
@@ -110,10 +110,15 @@ def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
     keep = {int(own[1]): int(own[1])} if own else {}
 
     def read(stderr: int) -> tuple[int, int]:
-        outcome = os.memfd_create("kbusd-configuration-read", os.MFD_CLOEXEC)
-        return spawn(READER, which, {1: outcome, **keep}, stderr), outcome
+        return spawn_reader(which, keep, stderr)
 
     return read
+
+
+def spawn_reader(which: list[str], keep: dict[int, int], stderr: int) -> tuple[int, int]:
+    """Start it with these arguments and descriptors."""
+    outcome = os.memfd_create("kbusd-configuration-read", os.MFD_CLOEXEC)
+    return spawn(READER, which, {1: outcome, **keep}, stderr), outcome
 
 
 def node_of(settings: Settings) -> Node:
@@ -243,6 +248,22 @@ def main() -> int:
     return _run(options, settings, configuration, read)
 
 
+def _configuration_of_made_buses() -> bytes:
+    """Compiled as any other, by the reader."""
+    fd = os.memfd_create("kbusd-made-buses", os.MFD_CLOEXEC)
+    os.write(fd, CONFIGURATION)
+    os.lseek(fd, 0, os.SEEK_SET)
+    pid, outcome = spawn_reader(["--config-file", f"/proc/self/fd/{fd}"], {fd: fd}, 2)
+    os.close(fd)
+    _, status = os.waitpid(pid, 0)
+    try:
+        if status:
+            raise StartError("made buses have no configuration; see the line above")
+        return os.pread(outcome, os.fstat(outcome).st_size, 0)
+    finally:
+        os.close(outcome)
+
+
 class Directories(msgspec.Struct, frozen=True):
     """The part of the configuration that says where service files are."""
 
@@ -287,21 +308,24 @@ def _run(
     )
 
     _make_runtime_directory(configuration)
-    supervisor = Supervisor(configuration, listeners, secrets.token_hex(16), journal, read)
+    has_devices = kdbusfs is not None or options.cuse is not None
+    kind = Several if has_devices else Supervisor
+    supervisor = kind(configuration, listeners, secrets.token_hex(16), journal, read)
     try:
         for warning in settings.warnings:
             journal.warn(warning)
-        has_devices = kdbusfs is not None or options.cuse is not None
         if has_devices:
             supervisor.kinds = ("kdbus",)
         try:
             supervisor.start()
-            if has_devices:
-                supervisor.devices = devices = Devices(supervisor)
+            if isinstance(supervisor, Several):
+                node = node_of(settings)
+                nodes = node, Node("", CONTROL, 0o666, node.uid, node.gid)
+                devices = supervisor.begin(_configuration_of_made_buses(), node.bus)
             if kdbusfs is not None:
-                devices.transports.append(Mount(devices, kdbusfs, (node_of(settings),)))
+                devices.transports.append(Mount(devices, kdbusfs, nodes))
             if options.cuse is not None:
-                devices.transports.append(Nodes(devices, options.cuse, (node_of(settings),)))
+                devices.transports.append(Nodes(devices, options.cuse, nodes))
         except (StartError, SandboxError, MountError, OSError) as error:
             journal.warn(f"not started: {error}")
             return 1
@@ -320,8 +344,6 @@ def _run(
             _become_quiet()
         return supervisor.run()
     finally:
-        if supervisor.devices:
-            supervisor.devices.stop()
         supervisor.stop()
         if pidfile:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The broker process: `python -m kbusd.broker --guid HEX --address ADDRESS`.
+"""The broker process: `python -m kbusd.broker --guid HEX --address ADDRESS [--owner UID]`.
 
 fd 3 is the line to the supervisor, 4 the sealed memfd with the configuration, 5 the one with the
 compiled sandbox profile. Confinement comes last, when everything is imported; the first word to
@@ -29,12 +29,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="kbusd.broker", description=__doc__)
     parser.add_argument("--guid", required=True)
     parser.add_argument("--address", required=True)
+    parser.add_argument("--owner", type=int, help="uid; default: the configuration's <user>")
     options = parser.parse_args()
     for fd in (SUPERVISOR, CONFIGURATION, PROFILE):
         os.set_inheritable(fd, False)
     profile = profiles.decode(os.pread(PROFILE, os.fstat(PROFILE).st_size, 0))
     os.close(PROFILE)
-    owner = bus_owner(read_configuration(CONFIGURATION).user)
+    owner = options.owner
+    if owner is None:
+        owner = bus_owner(read_configuration(CONFIGURATION).user)
     server = Server(adopt(SUPERVISOR), CONFIGURATION, options.address, owner)
     try:
         for warning in apply.confine(profile):

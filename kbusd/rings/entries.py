@@ -492,6 +492,12 @@ class Tree(msgspec.Struct, frozen=True, array_like=True, tag="tree"):
     first: int
 
 
+class Nodes(msgspec.Struct, frozen=True, array_like=True, tag="nodes"):
+    """supervisor -> tree. These are the nodes from now on."""
+
+    nodes: tuple[Node, ...]
+
+
 ToWorker = Client | Device | Tree
 
 
@@ -549,7 +555,14 @@ class Facts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
     files: dict[str, bytes]
 
 
-ToDeviceWorker = Asked | Copied | Stored | Given | Facts
+class Made(msgspec.Struct, frozen=True, array_like=True, tag="made"):
+    """Answers MakeBus and MakeEndpoint: the node is there; or `errno`."""
+
+    unique: int
+    errno: int
+
+
+ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made
 
 
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):
@@ -603,7 +616,27 @@ class Push(msgspec.Struct, frozen=True, array_like=True, tag="push"):
     size: int
 
 
-FromDeviceWorker = Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push
+class MakeBus(msgspec.Struct, frozen=True, array_like=True, tag="make_bus"):
+    """-> supervisor, once, of a file of the control node. The caller wants a bus, which lives as long
+    as the file. `flags`: of KDBUS_CMD_BUS_MAKE. The rest is for the workers of that bus alone."""
+
+    unique: int
+    name: str
+    flags: int
+    bloom: tuple[int, int]  # bytes, hash functions
+    attach: int  # what BUS_CREATOR_INFO may tell
+    about: bytes  # kbusd/kdbus/parcel.py, About
+
+
+FromDeviceWorker = Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push | MakeBus
+
+
+class Maker(msgspec.Struct, frozen=True, array_like=True):
+    """What the broker and the workers of a bus that a program has made know of it: who made it, and how
+    (MakeBus)."""
+
+    credentials: Credentials
+    order: MakeBus
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
@@ -617,3 +650,4 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
 
 
 FromTree = Answered | Opened
+ToTree = Asked | Nodes

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from contextlib import suppress
 from functools import partial
 from struct import Struct
@@ -28,6 +29,7 @@ from kbusd.supervisor.device import Devices
 from kbusd.supervisor.holder import Holder, Worker
 
 FAIR = 64  # messages of one worker before it is somebody else's turn
+_HUNG_UP = select.POLLERR | select.POLLHUP
 _NUMBER = Struct("=Q")
 _READ = Struct("=QI")  # offset, size; behind the handle
 _BEHIND_HANDLE = routing.HEADER_SIZE + 8
@@ -66,22 +68,29 @@ class Connection:
         _, request = self.held.get(opened.unique, (None, b""))
         if not request:
             return  # it was interrupted meanwhile
+        if (clients := self.devices.queues.get(opened.bus)) is None:
+            self.fail(opened.unique, errno.ESHUTDOWN)
+            return
         credentials = caller.credentials(request)
         limit = self.host.settings.limits["max_connections_per_user"]
-        if self.host.clients.of[credentials.uid] < limit:
-            self.host.clients.add(credentials, partial(self._employ, opened))
+        if clients.of[credentials.uid] < limit:
+            clients.add(credentials, partial(self._employ, opened))
             return
         why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
         self.fail(opened.unique, errno.EMFILE)
 
     def _employ(
-        self, opened: entries.Opened, worker: Worker, credentials: entries.Credentials
+        self, opened: entries.Opened, worker: Worker | None, credentials: entries.Credentials
     ) -> None:
-        """This worker is to serve the file."""
+        """This worker is to serve the file; None: there will be none."""
+        if worker is None:
+            self.fail(opened.unique, errno.ESHUTDOWN)
+            return
         file = Holder(
             worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.slow
         )
+        file.bus, file.endpoint = opened.bus, opened.endpoint
         self.files[file.number] = file
         device = entries.Device(
             credentials, opened.bus, opened.endpoint, opened.flags, self.transport
@@ -148,7 +157,15 @@ class Connection:
     def _ask(self, holder: Holder, unique: int, request: bytes) -> None:
         self.held[unique] = holder, request
         if not self.pass_on(holder, request):
-            self.fail(unique, errno.ECONNRESET)
+            self._refuse(holder, unique)
+
+    def _refuse(self, holder: Holder, unique: int) -> None:
+        """Nobody answers this one any more."""
+        _, request = self.held.get(unique, (None, b""))
+        if holder.why == errno.ESHUTDOWN and request and routing.route(request)[0] == abi.POLL:
+            del self.held[unique]
+            self.write(replies.poll(unique, _HUNG_UP))
+        self.fail(unique, holder.why)
 
     def pass_on(self, holder: Holder, request: bytes) -> bool:
         """False if it is gone."""
@@ -216,7 +233,7 @@ class Connection:
         holder.end(gone=True)
         uniques = [unique for unique, (who, _) in list(self.held.items()) if who is holder]
         for unique in self.left(holder, uniques):
-            self.fail(unique, errno.ECONNRESET)
+            self._refuse(holder, unique)
         if holder.kernel_handle:
             self.write(replies.wake(holder.kernel_handle))
 
@@ -247,5 +264,8 @@ class Connection:
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):
                     reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
+            case entries.MakeBus(unique), [] if holder.bus == "":
+                creator = caller.credentials(self.request_of(holder, unique, abi.IOCTL))
+                self.devices.call(partial(self.host.make, holder, creator, message))
             case _:
                 raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")

@@ -25,6 +25,7 @@ from typing import Protocol
 
 from kbusd.rings import entries
 from kbusd.supervisor import reach
+from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.holder import Holder, Host
 
 THREADS = 3
@@ -40,6 +41,12 @@ Handler = Callable[[bytearray], bool]
 class Transport(Protocol):
     """One way in which clients find the nodes of the tree."""
 
+    def publish(self, node: entries.Node) -> None:
+        """It is there from now on. Raises OSError."""
+
+    def withdraw(self, node: entries.Node) -> None:
+        """No more, and whoever has it open is cut off."""
+
     def stop(self) -> None:
         """Take all of it away."""
 
@@ -50,6 +57,7 @@ class Devices:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.transports: list[Transport] = []
+        self.queues: dict[str, Clients] = {}  # by the bus whose node they open, "" for control
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
         self.slow: set[Holder] = set()  # whom we have more to say than they listen to
         self.bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -84,7 +92,7 @@ class Devices:
 
     def kill(self, holder: Holder, reason: str) -> None:
         """It broke a rule."""
-        self.call(partial(self.host.said, entries.Kill(holder.number, reason), []))
+        self.call(partial(self.host.kill, holder.number, reason))
 
     def listen(self, fd: int, handler: Handler) -> None:
         """Call it whenever there is something to read."""

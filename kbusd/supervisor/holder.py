@@ -5,10 +5,11 @@ One end of its line, what is known of its file, and what is needed of the superv
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fcntl import F_GET_SEALS, fcntl
 from typing import Any, Protocol
@@ -35,7 +36,11 @@ class Host(Protocol):
     clients: Clients
     journal: Journal
 
-    def said(self, message: entries.Kill, fds: list[int]) -> None: ...
+    def kill(self, number: int, reason: str) -> None: ...
+
+    def make(
+        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
+    ) -> None: ...
 
 
 class Holder:
@@ -54,6 +59,9 @@ class Holder:
         self.slow = slow
         self.lock = threading.Lock()  # for sending, and for closing
         self.kernel_handle = 0
+        self.bus = self.endpoint = ""
+        self.why = errno.ECONNRESET  # what requests get when it is gone
+        self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.pool = -1
         self.gone = False
         self.released = False
@@ -89,6 +97,20 @@ class Holder:
             raise LineError("offered as a pool what is no memfd") from None
         self.pool = fd
 
+    def own(self, end: Callable[[], None]) -> bool:
+        """Have `end` called when the file is closed; False if it is, or something else is to be."""
+        with self.lock:
+            if self.released or self.owned is not None:
+                return False
+            self.owned = end
+            return True
+
+    def cut(self) -> None:
+        """The file is of no use any more, though its client has it open."""
+        with self.lock, suppress(OSError):
+            self.why = errno.ESHUTDOWN
+            self.line.sock.shutdown(socket.SHUT_RDWR)
+
     def end(self, *, gone: bool = False, released: bool = False) -> None:
         """The worker is gone, or its file is closed; when both are, so is the pool."""
         with self.lock:
@@ -101,3 +123,5 @@ class Holder:
             if self.gone and self.released and self.pool >= 0:
                 os.close(self.pool)
                 self.pool = -1
+        if released and self.owned is not None:
+            self.owned()

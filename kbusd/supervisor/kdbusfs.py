@@ -44,6 +44,23 @@ class Mount(Connection):
         self._want_tree(first=2)
         devices.listen(fuse, self.take)
 
+    def publish(self, node: entries.Node) -> None:
+        """It is in the tree from now on."""
+        self._plant((*self.nodes, node))
+
+    def withdraw(self, node: entries.Node) -> None:
+        """It goes, if it is there, and whoever has it open is cut off."""
+        self._plant(tuple(each for each in self.nodes if each != node))
+        for file in tuple(self.files.values()):
+            if (file.bus, file.endpoint) == (node.bus, node.endpoint):
+                file.cut()
+
+    def _plant(self, nodes: tuple[entries.Node, ...]) -> None:
+        self.nodes = nodes
+        if (tree := self.tree) is not None:
+            with suppress(OSError):
+                tree.send(entries.Nodes(nodes))
+
     def stop(self) -> None:
         """Unmount."""
         if self.where:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from select import POLLIN, POLLOUT, poll
 from socket import socket
 
@@ -34,7 +35,6 @@ from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
 from kbusd.supervisor.clients import Clients, credentials_of
-from kbusd.supervisor.device import Devices
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import spawn
@@ -44,7 +44,6 @@ LAUNCHER = "kbusd.supervisor.launcher"
 READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
-SPARE_WORKERS = 4  # a connect costs a hand-over while these last; forking one takes about 2 ms
 MAX_LOST = 12  # spare workers and zygotes, by themselves, in
 LOST_SECONDS = 10.0  # that time: it will not get better
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once more and a pool
@@ -84,6 +83,10 @@ class Supervisor:
     `read` starts the process that reads the configuration, whose errors go to the descriptor that
     it is given; it returns the process's id and the memfd with the outcome."""
 
+    spares = (
+        4  # workers; a connect costs a hand-over while these last, forking one takes about 2 ms
+    )
+
     def __init__(
         self,
         configuration: bytes,
@@ -108,11 +111,10 @@ class Supervisor:
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
         self.forking = 0
-        self.next_worker = 1
+        self.numbers = count(1)  # of workers
         self.clients = Clients()
         self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
         self.pause_until = 0.0
-        self.devices: Devices | None = None  # for clients that open a file and not a socket
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
     # -- start and end -------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class Supervisor:
         for name, profile in profiles.items():
             self.profiles[name] = memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
-        self.max_workers = max(files // FDS_PER_WORKER, SPARE_WORKERS)
+        self.max_workers = max(files // FDS_PER_WORKER, self.spares)
         self._start_broker()
         deadline = time.monotonic() + START_SECONDS
         while not self.spare:
@@ -157,8 +159,8 @@ class Supervisor:
         self.lines[BROKER] = Line(ours, entries.ToSupervisor)
 
     def _start_launcher(self) -> None:
-        arguments = [str(self.soft_files)]  # a service's limit, as we got it
-        with self._start(LAUNCHER, arguments, self.profiles["launcher"]) as ours:
+        # With a service's limit, as we got it.
+        with self._start(LAUNCHER, [str(self.soft_files)], self.profiles["launcher"]) as ours:
             self._tell(BROKER, entries.LauncherLine(), [ours.fileno()])
 
     def _start_zygote(self) -> None:
@@ -194,29 +196,31 @@ class Supervisor:
         """Wait, so long at most, and do what there is to do."""
         waiting = poll()
         actions = {}
-        for fd, events, action in self._sources():
+        for fd, events, action in self.sources():
             waiting.register(fd, events)
             actions[fd] = action
         for fd, _ in waiting.poll(None if seconds is None else seconds * 1000):
             if self.exit_status is None:
                 actions[fd]()
+        self.settle()
+
+    def settle(self) -> None:
+        """What there is to do, whatever has happened."""
         if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
             self._serve()
         # Forking would disturb those who are about to say Hello.
-        if not self.incomplete or len(self.spare) < SPARE_WORKERS // 2:
+        if not self.incomplete or len(self.spare) < self.spares // 2:
             self._refill()
         for line in self.lines.values():
             with suppress(OSError):
                 line.flush()
 
-    def _sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
+    def sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
         """What we wait for now: descriptor, events, and what to do then."""
         yield self.signals, POLLIN, self._signalled
         for module, line in self.lines.items():
             events = POLLIN | POLLOUT if line.queue else POLLIN
             yield line.fileno(), events, partial(self._receive, module)
-        if self.devices:
-            yield self.devices.bell, POLLIN, self.devices.attend
         if self.journal.pipe >= 0:
             yield self.journal.pipe, POLLIN, self.journal.relay
         if self.clients.waiting() < self.max_workers and self.pause_until <= time.monotonic():
@@ -311,16 +315,14 @@ class Supervisor:
 
     def _refill(self) -> None:
         room = self.max_workers - len(self.workers)
-        for _ in range(min(room, SPARE_WORKERS - len(self.spare)) - self.forking):
-            self._tell(ZYGOTE, entries.Fork(self.next_worker))
-            self.next_worker += 1
+        for _ in range(min(room, self.spares - len(self.spare)) - self.forking):
+            self._tell(ZYGOTE, entries.Fork(next(self.numbers)))
             self.forking += 1
 
     def _worker_ended(self, number: int, status: int) -> None:
-        worker = self.workers.pop(number, None)
-        self.incomplete.pop(number, None)
-        if worker is None:
+        if (worker := self.workers.pop(number, None)) is None:
             return
+        self.incomplete.pop(number, None)
         reason = describe(os.waitstatus_to_exitcode(status)) if status else ""
         if reason:
             self.journal.warn(f"{worker} {reason}")
@@ -382,10 +384,14 @@ class Supervisor:
     def _reap(self) -> None:
         with suppress(ChildProcessError):
             while (pid := (ended := os.waitpid(-1, os.WNOHANG))[0]) != 0:
-                if pid in self.children:
-                    self._child_ended(pid, os.waitstatus_to_exitcode(ended[1]))
-                for worker in [each for each in self.workers.values() if each.pid == pid]:
-                    self._worker_ended(worker.number, ended[1])
+                self.ended(pid, ended[1])
+
+    def ended(self, pid: int, status: int) -> None:
+        """A process has, which may be of this bus."""
+        if pid in self.children:
+            self._child_ended(pid, os.waitstatus_to_exitcode(status))
+        for worker in [each for each in self.workers.values() if each.pid == pid]:
+            self._worker_ended(worker.number, status)
 
     def _child_ended(self, pid: int, code: int) -> None:
         module = self.children.pop(pid)

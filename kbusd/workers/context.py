@@ -8,6 +8,7 @@ import pwd
 import msgspec
 
 from kbusd.policy.rules import Policy
+from kbusd.rings.entries import Maker
 from kbusd.sandbox.compiled import Compiled
 from kbusd.workers.driver import Bus
 
@@ -57,28 +58,37 @@ _decode = msgspec.msgpack.Decoder(Settings).decode
 
 
 class Context(msgspec.Struct, frozen=True):
-    """`configuration` is replaced when the bus reads it again; workers keep theirs."""
+    """`configuration` is replaced when the bus reads it again; workers keep theirs. `maker`: of a bus
+    that a program has made."""
 
     guid: str
     bus: Bus
     configuration: Settings
     profile: Compiled
     log_fd: int
+    maker: Maker | None = None
 
     @classmethod
     def make(
-        cls, guid: str, pid: int, configuration: bytes, profile: Compiled, log_fd: int
+        cls,
+        guid: str,
+        pid: int,
+        configuration: bytes,
+        profile: Compiled,
+        log_fd: int,
+        maker: bytes = b"",
     ) -> Context:
         """`pid` is the supervisor's, which is the bus's to the outside."""
         decoded = _decode(configuration)
+        made = msgspec.msgpack.decode(maker, type=Maker) if maker else None
         bus = Bus(
             guid,
             machine_id(),
-            bus_owner(decoded.user),
+            bus_owner(decoded.user) if made is None else made.credentials.uid,
             pid,
             system=decoded.type == "system",
         )
-        return cls(guid, bus, decoded, profile, log_fd)
+        return cls(guid, bus, decoded, profile, log_fd, made)
 
     def with_configuration(self, configuration: bytes) -> Context:
         return msgspec.structs.replace(self, configuration=_decode(configuration))

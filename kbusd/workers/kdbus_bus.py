@@ -111,6 +111,9 @@ class Port:
         self.hello_flags = 0
         if context.bus.system:
             self.flags = abi.MAKE_ACCESS_WORLD
+        if context.maker is not None:
+            self.flags = context.maker.order.flags
+            self.bloom = bloom.Parameter(*context.maker.order.bloom)
         self._context = context
         self._serial = 0
         self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
@@ -134,6 +137,8 @@ class Port:
 
     def creator(self) -> metadata.Metadata:
         bus = self._context.bus
+        if (maker := self._context.maker) is not None:
+            return _creator(maker)
         return metadata.Metadata(
             creds=metadata.Creds(*[bus.owner] * 4, *[metadata.NO_ID] * 4),
             pids=metadata.Pids(bus.pid, bus.pid, 0),
@@ -586,6 +591,23 @@ class _Lazy:
         if message is None:
             return kdbus_payload.opaque(self._parcel, destination)
         return kdbus_payload.facts(message, destination)
+
+
+def _creator(maker: entries.Maker) -> metadata.Metadata:
+    """What a program that has made a bus lets others know of itself."""
+    who, about = maker.credentials, parcel.decode_about(maker.order.about)
+    known = {
+        abi.ATTACH_CREDS: ("creds", metadata.Creds(*[who.uid] * 4, *[who.gid] * 4)),
+        abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, 0)),
+        abi.ATTACH_AUXGROUPS: ("groups", who.groups),
+        abi.ATTACH_TID_COMM: ("tid_comm", about.tid_comm),
+        abi.ATTACH_PID_COMM: ("pid_comm", about.pid_comm),
+        abi.ATTACH_EXE: ("exe", about.exe),
+        abi.ATTACH_CMDLINE: ("cmdline", about.cmdline),
+        abi.ATTACH_SECLABEL: ("label", who.label or None),
+    }
+    told = {name: value for flag, (name, value) in known.items() if maker.order.attach & flag}
+    return msgspec.structs.replace(metadata.Metadata(), **told)
 
 
 def _known(connection: Connection) -> Known:

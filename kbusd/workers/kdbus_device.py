@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,9 +23,10 @@ import msgspec
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
 from kbusd.kdbus import attach, waits
-from kbusd.kdbus.commands import SPECS
+from kbusd.kdbus.commands import SPECS, BusMake
+from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
-from kbusd.kdbus.parcel import About
+from kbusd.kdbus.parcel import About, encode
 from kbusd.kdbus.port import Caller
 from kbusd.kdbus.session import Done, Session, fetch
 from kbusd.kdbus.waits import Interrupted, Wait
@@ -137,7 +139,7 @@ class Request:
 class Device:
     """The file: what the supervisor passes on, and what goes back."""
 
-    def __init__(self, line: Line, session: Session, uid: int, transport: str) -> None:
+    def __init__(self, line: Line, session: Session | Control, uid: int, transport: str) -> None:
         self.line = line
         self.session = session
         self.attached: Attached | None = None
@@ -330,6 +332,40 @@ def serve(
     port.device = Device(line, port.session, device.credentials.uid, device.transport)
     serving.serve_device(port, line.fileno(), device.credentials)
     line.flush()  # the answer to BYEBYE
+
+
+def serve_control(device: entries.Device, sock: socket.socket) -> None:
+    """Serve an open control node until it is closed."""
+    line = Line(sock, entries.ToDeviceWorker)
+    control = Control()
+    file = Device(line, control, device.credentials.uid, device.transport)
+    control.bus = ControlPort(file)
+    poller = select.poll()
+    while file.requests(lambda: None):
+        poller.register(line, select.POLLIN | (select.POLLOUT if line.queue else 0))
+        poller.poll()
+        line.flush()
+
+
+class ControlPort:
+    """The supervisor, for one control node."""
+
+    def __init__(self, file: Device) -> None:
+        self._file = file
+
+    async def make_bus(self, caller: Caller, order: BusMake) -> None:
+        """Raises Errno."""
+        assert isinstance(caller, Request)
+        about = encode(await caller.about(None))
+        bloom = order.bloom.size, order.bloom.n_hash
+        asked = entries.MakeBus(
+            caller.unique, order.name, order.flags, bloom, order.creator_flags, about
+        )
+        wait = caller.waits_for = self._file.ask(caller.unique, asked)
+        try:
+            await wait
+        finally:
+            caller.waits_for = None
 
 
 def _first(ioctl: requests.Ioctl) -> bytes:

@@ -1,6 +1,7 @@
 """The tree of kdbusfs: a spare worker that answers what the kernel asks of names and of who may open.
 
     /                 the mount point
+    /control          where buses are made
     /0-system         a directory for each bus: the uid of its owner, its name
     /0-system/bus     a file for each endpoint; opening it is what opening /dev/kdbus/... was
 
@@ -45,14 +46,21 @@ class Tree:
     def __init__(self, start: entries.Tree) -> None:
         self.owner = start.nodes[0].uid, start.nodes[0].gid  # of the directories
         self.next = start.first
-        self.buses: dict[str, dict[str, entries.Node]] = {}
+        self.buses: dict[str, dict[str, entries.Node]] = {"": {}}
         self.directories = {abi.ROOT_NODE: ""}  # their names
         self.files: dict[int, File] = {}
-        for node in start.nodes:
-            if node.bus not in self.buses:
-                self.buses[node.bus] = {}
-                self.directories[self._number()] = node.bus
-            self.buses[node.bus][node.endpoint] = node
+        self.plant(start.nodes)
+
+    def plant(self, nodes: tuple[entries.Node, ...]) -> None:
+        """These are the nodes from now on. One that was there before is as it was."""
+        before, self.buses = self.buses, {"": {}}
+        for node in nodes:
+            known = before.get(node.bus, {}).get(node.endpoint, node)
+            self.buses.setdefault(node.bus, {})[node.endpoint] = known
+        left = {number: bus for number, bus in self.directories.items() if bus in self.buses}
+        self.directories = left
+        for bus in self.buses.keys() - set(left.values()):
+            self.directories[self._number()] = bus
 
     def _number(self) -> int:
         self.next += 1
@@ -72,7 +80,7 @@ class Tree:
             case requests.Init():
                 return replies.init(head.unique, body.flags, body.max_readahead, MAX_WRITE)
             case requests.StatFs():
-                return replies.statfs(head.unique, len(self.buses))
+                return replies.statfs(head.unique, len(self.directories))
             case requests.Unknown():
                 return replies.failure(head.unique, errno.ENOSYS)
             case requests.Destroy() | requests.ReleaseDir():
@@ -105,20 +113,23 @@ class Tree:
 
     def _attributes(self, node: int) -> replies.Attributes | None:
         if node in self.directories:
-            links = 2 + (len(self.buses) if node == abi.ROOT_NODE else 0)
-            return replies.Attributes(node, _DIRECTORY, *self.owner, links=links)
-        if (file := self.files.get(node)) is None:
-            return None
-        of = self.buses[file.bus][file.endpoint]
+            links = 1 + (len(self.directories) if node == abi.ROOT_NODE else 1)
+            first = next(iter(self.buses[self.directories[node]].values()), None)
+            owner = self.owner if first is None or node == abi.ROOT_NODE else (first.uid, first.gid)
+            return replies.Attributes(node, _DIRECTORY, *owner, links=links)
+        file = self.files.get(node)
+        of = self.buses.get(file.bus, {}).get(file.endpoint) if file is not None else None
+        if of is None:
+            return None  # or no more
         return replies.Attributes(node, stat.S_IFREG | of.mode, of.uid, of.gid, FILE_SIZE)
 
     def _lookup(self, unique: int, directory: str, name: bytes) -> bytes:
         text = name.decode("utf-8", "replace")
-        if directory == "":
-            node = next((n for n, bus in self.directories.items() if bus == text and bus), 0)
-        elif text in self.buses[directory]:
+        if text in self.buses[directory]:
             node = self._number()
             self.files[node] = File(directory, text)
+        elif directory == "":
+            node = next((n for n, bus in self.directories.items() if bus == text and bus), 0)
         else:
             node = 0
         attributes = self._attributes(node)
@@ -147,10 +158,9 @@ class Tree:
         return replies.attributes(head.unique, attributes)
 
     def _list(self, head: requests.Header, directory: str, asked: requests.ReadDir) -> bytes:
+        found = [(endpoint, stat.S_IFREG) for endpoint in self.buses[directory]]
         if directory == "":
-            found = [(bus, stat.S_IFDIR) for bus in self.buses]
-        else:
-            found = [(endpoint, stat.S_IFREG) for endpoint in self.buses[directory]]
+            found += [(bus, stat.S_IFDIR) for bus in self.buses if bus]
         found = [(".", stat.S_IFDIR), ("..", stat.S_IFDIR), *found]
         listed = [
             replies.Entry(head.node, name.encode(), mode, at)
@@ -168,6 +178,9 @@ def serve(line: Line, start: entries.Tree) -> None:
         poller.poll(0.01 if line.queue else None)
         try:
             while (received := line.receive()) is not None:
+                if isinstance(received[0], entries.Nodes):
+                    tree.plant(received[0].nodes)
+                    continue
                 answer = tree.answer(received[0].request)
                 if isinstance(answer, bytes):
                     line.send(entries.Answered(answer))

@@ -60,12 +60,16 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
         case entries.Device() as device, []:
             from kbusd.workers import kdbus_device
 
-            kdbus_device.serve(context, engine, device, hand_over.sock, line)
+            if device.bus:
+                kdbus_device.serve(context, engine, device, hand_over.sock, line)
+            else:
+                line.close()  # nor here
+                kdbus_device.serve_control(device, hand_over.sock)
         case entries.Tree() as start, []:
             from kbusd.workers import tree
 
             line.close()  # it has nothing to say to the broker
-            tree.serve(Line(hand_over.sock, entries.Asked), start)
+            tree.serve(Line(hand_over.sock, entries.ToTree), start)
 
 
 def _serve_socket(

@@ -1,7 +1,7 @@
 """The zygote: a clean process that has imported what a worker needs, and forks workers.
 
 fd 3: line to the supervisor; 4: compiled configuration; 5, 6: its own and the workers' compiled
-sandbox profiles; 7: the control log. It holds no secret and never sees a client. Everything is
+sandbox profiles; 7: the control log; 8: who made the bus, if a program did. It holds no secret and never sees a client. Everything is
 imported before the first fork (late imports die under seccomp) and frozen out of the garbage
 collector's sight, so that a worker shares these pages as long as it lives.
 
@@ -146,8 +146,10 @@ def main() -> None:
         import_module("kbusd.workers.tree")
     own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))
     line = Line(socket.socket(fileno=3), entries.ToZygote)
-    context = Context.make(guid, int(supervisor), read_all(4), workers, log_fd=7)
-    for fd in (4, 5, 6):
+    made = "made" in kinds
+    maker = read_all(8) if made else b""
+    context = Context.make(guid, int(supervisor), read_all(4), workers, 7, maker)
+    for fd in (4, 5, 6, 8) if made else (4, 5, 6):
         os.close(fd)
     for _ in range(REHEARSALS):
         Rehearsal(context).play(worker.serve)

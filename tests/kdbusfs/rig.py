@@ -129,6 +129,7 @@ class Rig:
         self.journal: Any = SimpleNamespace(warn=self.warnings.append)
         self.players: dict[int, Player] = {}
         self.devices = Devices(self)
+        self.devices.queues = {NODE.bus: self.clients}
         atexit.register(self.tidy)
         if self.cuse:
             self.nodes = Nodes(self.devices, "rig", (NODE,))
@@ -144,9 +145,9 @@ class Rig:
             time.sleep(0.01)  # for the mount there is nothing to wait on
         say(self.client(f"{self.path}/{BUS}"))
 
-    def said(self, message: entries.Kill, _: list[int]) -> None:
-        self.killed.append(message.worker)
-        self.players[message.worker].die()
+    def kill(self, number: int, reason: str) -> None:
+        self.killed.append(number)
+        self.players[number].die()
 
     def attend(self) -> None:
         """What the supervisor's loop does when the bell rings."""

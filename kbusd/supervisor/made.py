@@ -1,0 +1,277 @@
+"""Buses that programs make, by the control node: each has a broker, a zygote and workers of its own.
+
+    a file of the control node asks for one  -> checked, its processes are started
+    a worker of it is ready                  -> its node is published, the maker may go on
+    the file is closed, or its broker ends   -> its node is withdrawn, its processes are killed
+
+A made bus has no sockets, no services and nothing to read again. Names and numbers come from a worker
+that its client may have taken over: what kbusd/kdbus has checked there is checked here again as far as it
+concerns anybody else. Whose the bus is, is the kernel's word.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import syslog
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from select import POLLIN, POLLOUT
+from socket import socket
+from typing import Any
+
+import msgspec
+
+from kbusd.rings import entries, memfd
+from kbusd.supervisor.device import Devices
+from kbusd.supervisor.holder import Holder
+from kbusd.supervisor.journal import Journal
+from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Supervisor
+
+CONTROL = "control"
+MAX_BUSES_PER_USER = 16  # kdbus: KDBUS_USER_MAX_BUSES
+MAX_BUSES = 64  # each has three processes at least, and a dozen descriptors here
+MAX_NAME = 63
+MAX_ABOUT = 16 << 10
+_GROUP, _WORLD = 1, 2  # flags of KDBUS_CMD_BUS_MAKE and _ENDPOINT_MAKE
+CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>kdbus</type>
+  <listen>unix:path=/nowhere</listen>
+  <policy context="default">
+    <allow user="*"/>
+    <allow own="*"/>
+    <allow send_destination="*" eavesdrop="true"/>
+    <allow receive_sender="*" eavesdrop="true"/>
+  </policy>
+  <limit name="max_connections_per_user">256</limit>
+  <limit name="max_completed_connections">4096</limit>
+  <limit name="max_names_per_connection">257</limit>
+  <limit name="max_match_rules_per_connection">4096</limit>
+</busconfig>
+"""
+"""What D-Bus's own policy says of a made bus: everything is allowed, kdbus's decides."""
+
+
+class Several(Supervisor):
+    """The supervisor of a bus with devices, and of `made`, the buses that programs have made."""
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self.made: dict[str, MadeBus] = {}
+        self.devices: Devices | None = None
+
+    def begin(self, configuration: bytes, taken: str) -> Devices:
+        """When it has started: let there be devices. `configuration`: of made buses; `taken`: the name
+        of the configured one."""
+        self.made_configuration = configuration
+        self.devices = devices = Devices(self)
+        devices.queues = {"": self.clients, taken: self.clients}
+        return devices
+
+    def stop(self) -> None:
+        for bus in tuple(self.made.values()):
+            bus.stop()
+        if self.devices is not None:
+            self.devices.stop()
+        super().stop()
+
+    def sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
+        yield from super().sources()
+        if self.devices is not None:
+            yield self.devices.bell, POLLIN, self.devices.attend
+        for bus in self.made.values():
+            yield from bus.sources()
+
+    def settle(self) -> None:
+        super().settle()
+        for bus in tuple(self.made.values()):
+            bus.settle()
+
+    def ended(self, pid: int, status: int) -> None:
+        for bus in (super(), *self.made.values()):
+            bus.ended(pid, status)
+
+    def kill(self, number: int, reason: str) -> None:
+        """A worker broke a rule."""
+        for bus in (self, *self.made.values()):
+            bus.said(entries.Kill(number, reason), [])
+
+    def workers_of_all(self) -> int:
+        """How many there are."""
+        return sum(len(bus.workers) for bus in (self, *self.made.values()))
+
+    def make(self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus) -> None:
+        """Start the bus that the worker of an open control node asks for."""
+        number = self._refusal(creator.uid, order)
+        if number:
+            self._answer(holder, order.unique, number)
+            return
+        node = node_for(order.name, "bus", order.flags, creator)
+
+        def ready(number: int) -> None:
+            self._answer(holder, order.unique, number or self._publish(bus, node))
+
+        bus = MadeBus(
+            self,
+            self.made_configuration,
+            entries.Maker(creator, order),
+            ready,
+            partial(self._over, node),
+        )
+        self.made[bus.name] = bus
+        if not holder.own(partial(self.devices.call, partial(self._end, bus))):
+            self._end(bus)  # it is closed already, or has made one before
+        try:
+            bus.start()
+        except OSError as error:
+            bus.journal.warn(f"cannot be started: {error.strerror}")
+            bus.stop()
+
+    def _refusal(self, uid: int, order: entries.MakeBus) -> int:
+        good = re.fullmatch(rf"{uid}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
+        if not good or len(order.name) > MAX_NAME or len(order.about) > MAX_ABOUT:
+            return errno.EINVAL
+        if order.name in self.devices.queues or order.name in self.made:
+            return errno.EEXIST
+        of = [bus for bus in self.made.values() if bus.owner == uid]
+        too_many = len(of) >= MAX_BUSES_PER_USER or len(self.made) >= MAX_BUSES
+        return errno.EMFILE if too_many else 0
+
+    def _answer(self, holder: Holder, unique: int, number: int) -> None:
+        with suppress(OSError):
+            holder.send(entries.Made(unique, number))
+
+    def _publish(self, bus: MadeBus, node: entries.Node) -> int:
+        self.devices.queues[bus.name] = bus.clients
+        for transport in self.devices.transports:
+            try:
+                transport.publish(node)
+            except OSError as error:
+                bus.journal.warn(f"has no node: {error}")
+                bus.exit_status = 1
+                return error.errno or errno.EIO
+        return 0
+
+    def _end(self, bus: MadeBus) -> None:
+        if bus.exit_status is None:
+            bus.exit_status = 0
+
+    def _over(self, node: entries.Node) -> None:
+        del self.made[node.bus]
+        self.devices.queues.pop(node.bus, None)
+        for transport in self.devices.transports:
+            transport.withdraw(node)
+
+
+class _Journal(Journal):
+    """The same, for one bus; what the other processes write is not passed on by this one."""
+
+    def __init__(self, of: Journal, name: str) -> None:
+        vars(self).update(vars(of))
+        self.pipe = -1
+        self.prefix = f"bus {name}: "
+
+    def say(self, text: str, *, priority: int = syslog.LOG_INFO) -> None:
+        super().say(self.prefix + text, priority=priority)
+
+
+class MadeBus(Supervisor):
+    """What the supervisor does for its bus, for one more; but for signals, sockets and configuration.
+
+    `ready` is called once, with 0 when a worker waits for clients, else with an errno; `over` at the
+    end."""
+
+    spares = 1
+
+    def __init__(
+        self,
+        host: Several,
+        configuration: bytes,
+        maker: entries.Maker,
+        ready: Callable[[int], None],
+        over: Callable[[], None],
+    ) -> None:
+        journal = _Journal(host.journal, maker.order.name)
+        self.host = host
+        super().__init__(configuration, (), secrets.token_hex(16), journal, host.read)
+        self.name, self.owner = maker.order.name, maker.credentials.uid
+        self.ready: Callable[[int], None] | None = ready
+        self.over = over
+        self.kinds = *host.kinds, "made"
+        self.profiles, self.max_workers = host.profiles, host.max_workers
+        self.numbers = host.numbers  # a file's handle is the number of its worker
+        self.clients.of = host.clients.of
+        self.maker = memfd.sealed("kbusd-maker", msgspec.msgpack.encode(maker))
+
+    def start(self) -> None:
+        """Start its processes. Raises OSError."""
+        self._start_broker()
+
+    def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
+        if module == ZYGOTE:
+            return super()._start(module, arguments, *fds, self.maker)
+        return super()._start(module, [*arguments, "--owner", str(self.owner)], *fds)
+
+    def _start_launcher(self) -> None:
+        """It has no services."""
+
+    def _reload(self) -> None:
+        self._tell(BROKER, entries.Reconfigured())
+
+    def sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
+        for module, line in self.lines.items():
+            events = POLLIN | POLLOUT if line.queue else POLLIN
+            yield line.fileno(), events, partial(self._hear, module)
+
+    def _hear(self, module: str) -> None:
+        if module in self.lines and self.exit_status is None:
+            self._receive(module)
+
+    def _refill(self) -> None:
+        if self.host.workers_of_all() < self.max_workers:
+            super()._refill()
+
+    def settle(self) -> None:
+        if self.exit_status is None:
+            super().settle()
+            if self.spare:
+                self._say_ready(0)
+        if self.exit_status is not None:
+            self.stop()
+
+    def _say_ready(self, number: int) -> None:
+        if self.ready:
+            ready, self.ready = self.ready, None
+            ready(number)
+
+    def stop(self) -> None:
+        """End every process, and let go of what is here of them."""
+        self._say_ready(errno.EIO)
+        self.over()  # first, so that who has a connection hears what it is that has ended
+        super().stop()
+        while turn := self.clients.next(lambda _: True):
+            credentials, client = turn
+            self.clients.of[credentials.uid] -= 1
+            if callable(client):
+                client(None, credentials)
+        for worker in self.workers.values():
+            worker.line.close()
+            os.close(worker.pidfd)
+            if worker.client is not None:
+                self.clients.of[worker.client.uid] -= 1
+        for line in self.lines.values():
+            line.close()
+        for fd in (self.configuration, self.maker, self.log_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+def node_for(bus: str, endpoint: str, flags: int, owner: entries.Credentials) -> entries.Node:
+    """The node of a bus or an endpoint that its owner may use, and others as its flags say."""
+    others = 0o066 if flags & _WORLD else 0o060 if flags & _GROUP else 0
+    return entries.Node(bus, endpoint, 0o600 | others, owner.uid, owner.gid)
