@@ -387,9 +387,10 @@ def complaint(
     sender_info: str,
     receiver_info: str,
     requested_reply: bool,
+    why: str = "",
 ) -> str:
     """The text of the AccessDenied error for a refused message, or the log line for an allowed one
-    whose verdict has `log` set, as dbus-daemon words them, with the rule at the end. `side`: whose
+    whose verdict has `log` set, as dbus-daemon words them, with `why` at the end, or the rule. `side`: whose
     policy it is, the sender's or the receiver's. The infos are `login_info`'s; of the bus itself
     "bus"."""
     what = "Would reject message" if verdict.allowed else f"Rejected {side} message"
@@ -403,7 +404,7 @@ def complaint(
         f'member="{shown(message.member)}" error name="{shown(message.error_name)}" '
         f'requested_reply="{int(requested_reply)}" '
         f'destination="{message.destination or DRIVER_NAME}" ({receiver_info}) '
-        f"({explain(verdict)})"
+        f"({why or explain(verdict)})"
     )
 
 

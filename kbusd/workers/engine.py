@@ -384,6 +384,8 @@ class Engine:
                     )
                     return
                 self.calls.open(header.serial, route.peer.id)
+            else:
+                route.peer.note(header.serial)
             if large_fd >= 0:
                 head.kind = LARGE
                 head.aux = header.body_length
@@ -535,6 +537,8 @@ class Engine:
         peer: Peer = self.peers.peer(decision.targets[0])
         if held.wants_reply:
             self.calls.open(head.serial, peer.id)
+        else:
+            peer.note(head.serial)
         if peer is self.peers.me:
             self._to_myself(envelope, head, place, held.fds)
         else:
@@ -747,7 +751,12 @@ class Engine:
         if template.type == RETURN or template.type == ERROR:
             if not self.calls.wait_for(head.reply_serial, peer.id):
                 close_all(fds)
-                return  # nobody asked, or somebody else was asked
+                # Nobody asked, or somebody else was asked.
+                text = self.router.unasked(
+                    envelopes.decode(template.raw), peer.connection, head.fds
+                )
+                self.refuse(peer, head.serial, ACCESS_DENIED, text)
+                return
             self.calls.close(head.reply_serial)
         if template.refusal is not None:
             close_all(fds)
@@ -759,7 +768,8 @@ class Engine:
             return
         if head.fds and not self.unix_fds:
             close_all(fds)
-            if template.type == CALL and not head.flags & WANTS_NO_REPLY:
+            if not template.broadcast:
+                self.peers.say(f"{peer.name} sent descriptors, which our client does not take")
                 self.refuse(peer, head.serial, NOT_SUPPORTED, NO_FDS_TEXT)
             return
         self.hand_over(peer, template, head, body, fds)
@@ -782,14 +792,18 @@ class Engine:
         template = peer.templates.get(key)
         if template is None:
             name = BUS_NAME if sender == -1 else peer.name
-            template = decisions.copy(peer, key, raw, name, head.fds)
+            try:
+                template = decisions.copy(peer, key, raw, name, head.fds)
+            except HostilePeer:
+                close_all(fds)
+                raise
         if not self.unix_fds and fds:
             close_all(fds)
             return
         self.show(template, head, payload + head.envelope_length, fds)
 
     def refuse(self, peer: Peer, serial, error, text):
-        """Tell the sender's worker that its call was not delivered; it answers its client."""
+        """Tell the sender's worker that its message was not delivered; it answers its client."""
         head: FrameHead
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = REFUSED
@@ -799,10 +813,12 @@ class Engine:
             self.error(serial, error, text)
             return
         refusal: bytes = encode_refusal((error, text))
-        self.peers.must_send(peer, cython.address(head), refusal, cython.NULL, ())
+        if not self.peers.send(peer, cython.address(head), refusal, cython.NULL, ()):
+            # It sends and does not read: that is not to be our client's fault.
+            self.peers.drop(peer, f"it leaves {peer.backlog_bytes} bytes of refusals unread")
 
     def _peer_refused(self, peer: Peer, serial, raw):
-        if not self.calls.wait_for(serial, peer.id):
+        if not (self.calls.wait_for(serial, peer.id) or peer.take_note(serial)):
             return
         try:
             error, text = decode_refusal(raw)

@@ -35,11 +35,15 @@ cdef class Peer:
     cdef object backlog
     cdef readonly size_t backlog_bytes
     cdef dict templates
+    cdef unsigned int noted[64]
+    cdef unsigned int notes
     cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
     cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
     cpdef int flush(self) except -2
     cdef object _send_fds(self, object stamp, tuple fds)
     cdef tuple receive_fds(self, size_t count)
+    cdef void note(self, unsigned int serial) noexcept
+    cdef bint take_note(self, unsigned int serial) noexcept
     cdef const uint8_t *bulk_body(self, FrameHead *head) except NULL
 
 cdef class Peers:

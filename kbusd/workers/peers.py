@@ -49,6 +49,7 @@ BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
 
 HEAD = cython.declare(cython.size_t, 40)
+NOTES = cython.declare(cython.int, 64)  # as many as `noted` has in peers.pxd
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
 IDLE_TIDIES = cython.declare(cython.int, 3)  # an area goes when `tidy` found it unused so often
 LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
@@ -77,6 +78,8 @@ class Peer:
         self.backlog_bytes = 0
         self.templates = {}
         self.touched = False
+        self.notes = 0
+        memset(self.noted, 0, cython.sizeof(self.noted))
 
     def asked(self, ring: Ring, slot: int, broadcast_slot: int) -> None:
         """Our half of the introduction is made and on its way."""
@@ -265,6 +268,21 @@ class Peer:
                 os.close(fd)
         self.ring.want_space(False)
         return 1
+
+    def note(self, serial) -> cython.void:
+        """Our client sent the peer this, for which it awaits no reply: a refusal of it, and of nothing
+        that we did not send, is believed. Of many in a row the last are known."""
+        self.noted[self.notes % NOTES] = serial
+        self.notes += 1
+
+    def take_note(self, serial) -> cython.bint:
+        """Whether that was noted; it is forgotten."""
+        i: cython.int
+        for i in range(NOTES):
+            if self.noted[i] == serial and serial != 0:
+                self.noted[i] = 0
+                return True
+        return False
 
     def ring_bell(self) -> None:
         """Wake the peer's worker if it sleeps."""
