@@ -27,6 +27,7 @@ cdef class Engine:
     cdef bint busy, leaving, everyone, loaded
     cdef bint monitor   # our client is one
     cdef bint unix_fds  # our client takes descriptors
+    cdef bint more      # stands in the rings still
     cdef bint stopped   # whole messages of our client wait for us
     cdef uint64_t tidy_at, leave_until
 

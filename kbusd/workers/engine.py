@@ -79,6 +79,7 @@ SUPERVISOR = cython.declare(cython.uint, 3)
 TIDY_NS = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
 MAX_ROUTES = cython.declare(cython.int, 1024)
+ROUNDS = cython.declare(cython.int, 64)  # of reading all rings, before something else has its turn
 
 NO_FDS_TEXT = (
     "Tried to send message with Unix file descriptors to a client that doesn't support that."
@@ -228,6 +229,8 @@ class Engine:
     def _timeout(self) -> cython.int:
         """How long to wait, in ms; -1 as long as it takes."""
         timeout: cython.int = -1
+        if self.more:
+            return 0
         now: uint64_t
         if self.stopped and not self.waits():
             return 0
@@ -236,6 +239,8 @@ class Engine:
         if self.merge.holding:
             return 1  # a peer has promised something and does not ring when it has come
         if self.leaving:
+            timeout = 50
+        elif self.peers.full:
             timeout = 50
         elif self.peers.stall_until:
             now = self.clock.next()
@@ -568,6 +573,8 @@ class Engine:
             self.peers.introduced_by(message, fds)
         elif kind is entries.Withdrawn:
             self.peers.withdrawn(message.peer)
+        elif kind is entries.Probe:
+            self.asking.line.send(entries.Running(0))
 
     # -- from the bus --------------------------------------------------------------------------
 
@@ -576,8 +583,11 @@ class Engine:
         head: FrameHead
         payload: cython.pointer(cython.const[uint8_t])
         peer: Peer
+        rounds: cython.int = 0
         if not self.loaded:
             return
+        self.more = False
+        position = self.log.head()
         while self.merge.gather() > 0:
             while True:
                 source = self.merge.next(cython.address(head), cython.address(payload))
@@ -595,6 +605,10 @@ class Engine:
                     self.peers.drop(peer, str(error))
             self.merge.publish()
             self.relieve()
+            rounds += 1
+            if rounds >= ROUNDS and self.log.position >= position:
+                self.more = True  # a flood keeps us from nothing else that we have to do
+                break
         for source, text in self.merge.take_broken():
             if source is self.log:
                 self._behind()

@@ -31,7 +31,8 @@ cdef class Peer:
     cdef readonly int slot, broadcast_slot
     cdef Subscriber subscriber
     cdef readonly int state
-    cdef bint touched, late
+    cdef bint touched, late, accused
+    cdef uint64_t full_at, full_for
     cdef object backlog
     cdef readonly size_t backlog_bytes
     cdef dict templates
@@ -57,7 +58,7 @@ cdef class Peers:
     cdef Peer me
     cdef dict known, by_source
     cdef set meeting
-    cdef list touched, backlogged, bulks, lost
+    cdef list touched, backlogged, full, bulks, lost
     cdef int slow
     cdef bint begun
     cdef uint64_t stall_ns, stall_until
@@ -65,6 +66,7 @@ cdef class Peers:
     cdef void _publish_large(self, tuple subscribers, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef uint8_t *_reserve(self, tuple subscribers, size_t length) except? NULL
     cdef bint send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
+    cdef void _put(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void must_send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void begin(self, uint64_t stamp) noexcept
     cdef void end(self) noexcept
@@ -72,4 +74,5 @@ cdef class Peers:
     cdef Bulk bulk(self, Peer peer)
     cdef bint tidy(self) except -1
     cdef bint waits(self) except -1
+    cdef bint _is_full(self) except -1
     cdef bint are_met(self, list peers) except -1
