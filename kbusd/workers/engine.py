@@ -238,9 +238,7 @@ class Engine:
             timeout = self.calls.left()
         if self.merge.holding:
             return 1  # a peer has promised something and does not ring when it has come
-        if self.leaving:
-            timeout = 50
-        elif self.peers.full:
+        if self.leaving or self.peers.full:
             timeout = 50
         elif self.peers.stall_until:
             now = self.clock.next()
