@@ -22,6 +22,9 @@ cdef class Engine:
     cdef BroadcastReader log
     cdef Calls calls
     cdef dict routes
+    cdef Route undone   # of a message that waits, which `decide` has looked at already
+    cdef bytes undone_key
+    cdef unsigned int undone_serial
     cdef int client, supervisor, fetching
     cdef long long id, epoch
     cdef bint busy, leaving, everyone, loaded

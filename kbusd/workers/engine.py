@@ -282,6 +282,7 @@ class Engine:
             bulk = None
         elif bulk is not None and bulk is not route.peer.bulk:
             bulk = None
+        self.undone = None
         self._forward(route, header, body, fds, large_fd, bulk)
         return True
 
@@ -332,6 +333,14 @@ class Engine:
             and (not route.broadcast or route.matches == self.replica.matches_version)
         ):
             return route
+        if (
+            self.undone is not None
+            and self.undone_serial == header.serial
+            and self.undone_key == key
+            and self.undone.epoch == self.epoch
+            and (not self.undone.broadcast or self.undone.matches == self.replica.matches_version)
+        ):
+            return self.undone  # what a rule logs, it logs once
         route = decisions.decide(
             self.router,
             self.peers,
@@ -343,6 +352,10 @@ class Engine:
             _bytes(body, header.body_length) if header.type == SIGNAL else b"",
             header.endian == 66,
         )
+        if route.depends:
+            self.undone = route
+            self.undone_key = key
+            self.undone_serial = header.serial
         if len(self.routes) >= MAX_ROUTES:
             self.routes.clear()
         # A refusal for want of an owner depends on the flags; it is decided anew each time.
