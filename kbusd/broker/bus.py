@@ -216,6 +216,7 @@ class Bus:
                 return
             case Introduce():
                 peer = self.by_id.get(message.peer)
+                self._check_introduction(connection, peer)
                 self.introductions.introduce(connection, message, fds, peer)
                 return
             case Introduced():
@@ -368,6 +369,18 @@ class Bus:
         self._wake(self.monitors)
         self._wake(connection.introduced)
         self._outside.say(f"{connection} became a monitor")
+
+    def _check_introduction(self, asker: Connection, peer: Connection | None) -> None:
+        """Who may never send anything to the peer gets no ring to it, whatever its worker says. An
+        honest worker never asks for one. Monitors see what is not sent to them. Raises Refused."""
+        if peer is None or peer.monitor is not None or self.introductions.know(asker, peer):
+            return
+        assert asker.policy is not None and peer.policy is not None
+        # What SELinux says of the two labels (send_msg) belongs here, too.
+        if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
+            text = f"{asker} may not send anything to {peer}: no rule allows it"
+            self._complain(asker, text)
+            raise Refused(ACCESS_DENIED, text)
 
     def _reload(self, connection: Connection, request: int) -> None:
         if connection.waiting >= MAX_WAITING:

@@ -132,6 +132,20 @@ class _Rules:
                     break
         return found
 
+    def may_allow(self, peer: ClientPolicy, names: Collection[str]) -> bool:
+        """Whether a rule could allow something between the client and `peer`, which has `names`."""
+        return any(
+            rule.allow
+            and (
+                rule.name is None
+                or rule.prefix
+                or rule.name.startswith(":")
+                or rule.name in names
+                or peer.can_own(rule.name).allowed
+            )
+            for rule in self.all
+        )
+
     def count(self, names: Collection[str], matches: Callable[[Rule], bool]) -> int:
         """How many rules match."""
         return sum(
@@ -182,6 +196,14 @@ class ClientPolicy:
         if other is None:
             other = self._others[key] = ClientPolicy(self._policy, credentials, owner=self._owner)
         return other
+
+    def may_reach(self, other: ClientPolicy, names: Collection[str], its: Collection[str]) -> bool:
+        """Whether any message of any kind may ever pass from this client, which has `names`, to one of
+        policy `other`, which has the names `its`.
+
+        No is sure, yes is not: rules that take back what others allow are not looked at, and each may
+        come to own what it is allowed to."""
+        return self._send.may_allow(other, its) and other._receive.may_allow(self, names)
 
     def can_connect(self) -> Verdict:
         """See `can_connect`."""
