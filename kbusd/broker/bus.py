@@ -7,7 +7,7 @@ client may try and not get raises Refused.
 
     Hello            policy and limits, next id, ConnectionAdded, snapshot
     RequestName ...  registry.py      AddMatch ...  matches.py
-    StartService ... activation.py    Introduce ... introductions.py
+    StartService ... activation.py    Introduce ... introductions.py    Stuck ... probes.py
     end of a worker  names pass on, ConnectionRemoved, peers are woken
 """
 
@@ -21,6 +21,7 @@ from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connec
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.outside import Outside
+from kbusd.broker.probes import Probes
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
     FAILED,
@@ -59,9 +60,11 @@ from kbusd.rings.entries import (
     Reply,
     Request,
     RequestName,
+    Running,
     Snapshot,
     StartService,
     Statistics,
+    Stuck,
     UpdateEnvironment,
 )
 from kbusd.wire import names
@@ -73,7 +76,7 @@ MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
-_FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
+_FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced, Stuck, Running)
 
 
 class Bus:
@@ -89,6 +92,7 @@ class Bus:
         self.registry = Registry()
         self.matches = Matches()
         self.introductions = Introductions(outside)
+        self.probes = Probes(outside)
         self.activation = Activation(outside, address, self._is_owned, self._read_configuration)
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
@@ -144,6 +148,7 @@ class Bus:
         self._incomplete.pop(worker, None)
         if connection is None:
             return
+        self.probes.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
             self._outside.say(f"disconnected {connection}: {said}")
@@ -211,6 +216,7 @@ class Bus:
                 return
             case Introduce():
                 peer = self.by_id.get(message.peer)
+                self._check_introduction(connection, peer)
                 self.introductions.introduce(connection, message, fds, peer)
                 return
             case Introduced():
@@ -234,6 +240,14 @@ class Bus:
                 return
             case Statistics():
                 value = self.statistics()
+            case Stuck():
+                accused = self.by_id.get(message.peer)
+                if accused is not None and self.introductions.know(connection, accused):
+                    self.probes.stuck(accused)
+                return
+            case Running():
+                self.probes.running(connection)
+                return
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
@@ -356,6 +370,18 @@ class Bus:
         self._wake(connection.introduced)
         self._outside.say(f"{connection} became a monitor")
 
+    def _check_introduction(self, asker: Connection, peer: Connection | None) -> None:
+        """Who may never send anything to the peer gets no ring to it, whatever its worker says. An
+        honest worker never asks for one. Monitors see what is not sent to them. Raises Refused."""
+        if peer is None or peer.monitor is not None or self.introductions.know(asker, peer):
+            return
+        assert asker.policy is not None and peer.policy is not None
+        # What SELinux says of the two labels (send_msg) belongs here, too.
+        if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
+            text = f"{asker} may not send anything to {peer}: no rule allows it"
+            self._complain(asker, text)
+            raise Refused(ACCESS_DENIED, text)
+
     def _reload(self, connection: Connection, request: int) -> None:
         if connection.waiting >= MAX_WAITING:
             raise Refused(LIMITS_EXCEEDED, f"{connection} waits for too much at once")
@@ -394,7 +420,12 @@ class Bus:
 
     def deadline(self) -> float | None:
         """When `tick` is to be called (CLOCK_MONOTONIC, seconds), None for never."""
-        each = self.introductions.deadline(), self.activation.deadline(), self._hello_deadline()
+        each = (
+            self.introductions.deadline(),
+            self.probes.deadline(),
+            self.activation.deadline(),
+            self._hello_deadline(),
+        )
         return min((deadline for deadline in each if deadline is not None), default=None)
 
     def _hello_deadline(self) -> float | None:
@@ -404,6 +435,7 @@ class Bus:
         """End what has waited too long."""
         now = self._outside.now()
         self.introductions.tick(now)
+        self.probes.tick(now)
         self.activation.tick(now)
         while (deadline := self._hello_deadline()) is not None and deadline <= now:
             worker = next(iter(self._incomplete))

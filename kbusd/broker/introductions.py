@@ -104,6 +104,11 @@ class Introductions:
         peer.introduced.add(pending.asker)
         self.made += 1
 
+    def know(self, one: Connection, other: Connection) -> bool:
+        """Whether the two were introduced, or are about to be."""
+        pairs = (one.id, other.id), (other.id, one.id)
+        return other in one.introduced or any(pair in self._pairs for pair in pairs)
+
     def gone(self, connection: Connection) -> set[Connection]:
         """The connection ended; returns those who have to hear of it."""
         concerned = connection.introduced

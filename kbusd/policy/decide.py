@@ -132,6 +132,20 @@ class _Rules:
                     break
         return found
 
+    def may_allow(self, peer: ClientPolicy, names: Collection[str]) -> bool:
+        """Whether a rule could allow something between the client and `peer`, which has `names`."""
+        return any(
+            rule.allow
+            and (
+                rule.name is None
+                or rule.prefix
+                or rule.name.startswith(":")
+                or rule.name in names
+                or peer.can_own(rule.name).allowed
+            )
+            for rule in self.all
+        )
+
     def count(self, names: Collection[str], matches: Callable[[Rule], bool]) -> int:
         """How many rules match."""
         return sum(
@@ -182,6 +196,14 @@ class ClientPolicy:
         if other is None:
             other = self._others[key] = ClientPolicy(self._policy, credentials, owner=self._owner)
         return other
+
+    def may_reach(self, other: ClientPolicy, names: Collection[str], its: Collection[str]) -> bool:
+        """Whether any message of any kind may ever pass from this client, which has `names`, to one of
+        policy `other`, which has the names `its`.
+
+        No is sure, yes is not: rules that take back what others allow are not looked at, and each may
+        come to own what it is allowed to."""
+        return self._send.may_allow(other, its) and other._receive.may_allow(self, names)
 
     def can_connect(self) -> Verdict:
         """See `can_connect`."""
@@ -387,9 +409,10 @@ def complaint(
     sender_info: str,
     receiver_info: str,
     requested_reply: bool,
+    why: str = "",
 ) -> str:
     """The text of the AccessDenied error for a refused message, or the log line for an allowed one
-    whose verdict has `log` set, as dbus-daemon words them, with the rule at the end. `side`: whose
+    whose verdict has `log` set, as dbus-daemon words them, with `why` at the end, or the rule. `side`: whose
     policy it is, the sender's or the receiver's. The infos are `login_info`'s; of the bus itself
     "bus"."""
     what = "Would reject message" if verdict.allowed else f"Rejected {side} message"
@@ -403,7 +426,7 @@ def complaint(
         f'member="{shown(message.member)}" error name="{shown(message.error_name)}" '
         f'requested_reply="{int(requested_reply)}" '
         f'destination="{message.destination or DRIVER_NAME}" ({receiver_info}) '
-        f"({explain(verdict)})"
+        f"({why or explain(verdict)})"
     )
 
 

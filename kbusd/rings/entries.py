@@ -237,6 +237,17 @@ class Introduced(Request, frozen=True, tag="introduced"):
     broadcast_slot: int
 
 
+class Stuck(Request, frozen=True, tag="stuck"):
+    """`peer`, to whom I was introduced, leaves much of what I send to it untaken: see whether its
+    worker runs. No reply: if it does not, ConnectionRemoved follows in the log."""
+
+    peer: int
+
+
+class Running(Request, frozen=True, tag="running"):
+    """The answer to Probe. No reply."""
+
+
 class Leaving(Request, frozen=True, tag="leaving"):
     """The last word of a worker: why its client's connection ended (for the admin; "" if there
     is nothing to say)."""
@@ -259,6 +270,8 @@ WorkerMessage = (
     | Statistics
     | Introduce
     | Introduced
+    | Stuck
+    | Running
     | Leaving
 )
 
@@ -303,6 +316,10 @@ class Withdrawn(FromBroker, frozen=True, tag="withdrawn"):
     peer: int
 
 
+class Probe(FromBroker, frozen=True, tag="probe"):
+    """Somebody says that you take nothing. Answer with Running, soon, or be ended."""
+
+
 class Wake(FromBroker, frozen=True, tag="wake"):
     """The log has entries that concern you (sent only to workers that may sleep through them).
 
@@ -310,7 +327,7 @@ class Wake(FromBroker, frozen=True, tag="wake"):
     at the log."""
 
 
-BrokerMessage = Reply | Failure | Introduction | Withdrawn | Wake
+BrokerMessage = Reply | Failure | Introduction | Withdrawn | Probe | Wake
 
 
 # -- supervisor <-> others -------------------------------------------------------------------

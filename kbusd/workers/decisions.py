@@ -22,7 +22,7 @@ from kbusd.rings import memfd
 from kbusd.rings.memfd import RingError
 from kbusd.wire import body as wire_body
 from kbusd.wire import header as wire_header
-from kbusd.workers.errors import Gone
+from kbusd.workers.errors import ACCESS_DENIED, Gone
 from kbusd.workers.peers import HostilePeer
 from kbusd.workers.replica import BUS_ID, BUS_NAME
 
@@ -139,11 +139,28 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
 
 
 def copy(peer: Peer, key, raw, sender, fds) -> Template:
-    """The header of a copy for our client as a monitor. Kept under `key`. Raises HostilePeer."""
+    """The header of a copy for our client as a monitor. Kept under `key`. Raises HostilePeer.
+
+    In the name of the bus a worker says only what the bus answers to that worker's own client."""
     template = Template()
-    _fill(template, raw, sender, fds)
+    envelope = _fill(template, raw, sender, fds)
+    if sender == BUS_NAME and not _answers(envelope, peer.name):
+        raise HostilePeer(f"a copy of what the bus is to have said to {envelope.destination}")
     _keep(peer, key, template)
     return template
+
+
+@cython.cfunc
+def _answers(envelope, name):
+    """Whether this can be an answer of the bus to the connection `name`, or the refusal of such an
+    answer, which is addressed to the bus."""
+    denial = (
+        envelope.type == ERROR
+        and envelope.destination == BUS_NAME
+        and envelope.error_name == ACCESS_DENIED
+    )
+    answer = envelope.type == RETURN or envelope.type == ERROR
+    return denial or (answer and envelope.destination == name)
 
 
 @cython.cfunc

@@ -22,11 +22,15 @@ cdef class Engine:
     cdef BroadcastReader log
     cdef Calls calls
     cdef dict routes
+    cdef Route undone   # of a message that waits, which `decide` has looked at already
+    cdef bytes undone_key
+    cdef unsigned int undone_serial
     cdef int client, supervisor, fetching
     cdef long long id, epoch
     cdef bint busy, leaving, everyone, loaded
     cdef bint monitor   # our client is one
     cdef bint unix_fds  # our client takes descriptors
+    cdef bint more      # stands in the rings still
     cdef bint stopped   # whole messages of our client wait for us
     cdef uint64_t tidy_at, leave_until
 

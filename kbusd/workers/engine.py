@@ -79,6 +79,7 @@ SUPERVISOR = cython.declare(cython.uint, 3)
 TIDY_NS = cython.declare(uint64_t, 1_000_000_000)
 LEAVE_NS = cython.declare(uint64_t, 2_000_000_000)
 MAX_ROUTES = cython.declare(cython.int, 1024)
+ROUNDS = cython.declare(cython.int, 64)  # of reading all rings, before something else has its turn
 
 NO_FDS_TEXT = (
     "Tried to send message with Unix file descriptors to a client that doesn't support that."
@@ -228,6 +229,8 @@ class Engine:
     def _timeout(self) -> cython.int:
         """How long to wait, in ms; -1 as long as it takes."""
         timeout: cython.int = -1
+        if self.more:
+            return 0
         now: uint64_t
         if self.stopped and not self.waits():
             return 0
@@ -235,7 +238,7 @@ class Engine:
             timeout = self.calls.left()
         if self.merge.holding:
             return 1  # a peer has promised something and does not ring when it has come
-        if self.leaving:
+        if self.leaving or self.peers.full:
             timeout = 50
         elif self.peers.stall_until:
             now = self.clock.next()
@@ -279,6 +282,7 @@ class Engine:
             bulk = None
         elif bulk is not None and bulk is not route.peer.bulk:
             bulk = None
+        self.undone = None
         self._forward(route, header, body, fds, large_fd, bulk)
         return True
 
@@ -329,6 +333,14 @@ class Engine:
             and (not route.broadcast or route.matches == self.replica.matches_version)
         ):
             return route
+        if (
+            self.undone is not None
+            and self.undone_serial == header.serial
+            and self.undone_key == key
+            and self.undone.epoch == self.epoch
+            and (not self.undone.broadcast or self.undone.matches == self.replica.matches_version)
+        ):
+            return self.undone  # what a rule logs, it logs once
         route = decisions.decide(
             self.router,
             self.peers,
@@ -340,6 +352,10 @@ class Engine:
             _bytes(body, header.body_length) if header.type == SIGNAL else b"",
             header.endian == 66,
         )
+        if route.depends:
+            self.undone = route
+            self.undone_key = key
+            self.undone_serial = header.serial
         if len(self.routes) >= MAX_ROUTES:
             self.routes.clear()
         # A refusal for want of an owner depends on the flags; it is decided anew each time.
@@ -384,6 +400,8 @@ class Engine:
                     )
                     return
                 self.calls.open(header.serial, route.peer.id)
+            else:
+                route.peer.note(header.serial)
             if large_fd >= 0:
                 head.kind = LARGE
                 head.aux = header.body_length
@@ -535,6 +553,8 @@ class Engine:
         peer: Peer = self.peers.peer(decision.targets[0])
         if held.wants_reply:
             self.calls.open(head.serial, peer.id)
+        else:
+            peer.note(head.serial)
         if peer is self.peers.me:
             self._to_myself(envelope, head, place, held.fds)
         else:
@@ -564,6 +584,8 @@ class Engine:
             self.peers.introduced_by(message, fds)
         elif kind is entries.Withdrawn:
             self.peers.withdrawn(message.peer)
+        elif kind is entries.Probe:
+            self.asking.line.send(entries.Running(0))
 
     # -- from the bus --------------------------------------------------------------------------
 
@@ -572,8 +594,11 @@ class Engine:
         head: FrameHead
         payload: cython.pointer(cython.const[uint8_t])
         peer: Peer
+        rounds: cython.int = 0
         if not self.loaded:
             return
+        self.more = False
+        position = self.log.head()
         while self.merge.gather() > 0:
             while True:
                 source = self.merge.next(cython.address(head), cython.address(payload))
@@ -591,6 +616,10 @@ class Engine:
                     self.peers.drop(peer, str(error))
             self.merge.publish()
             self.relieve()
+            rounds += 1
+            if rounds >= ROUNDS and self.log.position >= position:
+                self.more = True  # a flood keeps us from nothing else that we have to do
+                break
         for source, text in self.merge.take_broken():
             if source is self.log:
                 self._behind()
@@ -747,7 +776,12 @@ class Engine:
         if template.type == RETURN or template.type == ERROR:
             if not self.calls.wait_for(head.reply_serial, peer.id):
                 close_all(fds)
-                return  # nobody asked, or somebody else was asked
+                # Nobody asked, or somebody else was asked.
+                text = self.router.unasked(
+                    envelopes.decode(template.raw), peer.connection, head.fds
+                )
+                self.refuse(peer, head.serial, ACCESS_DENIED, text)
+                return
             self.calls.close(head.reply_serial)
         if template.refusal is not None:
             close_all(fds)
@@ -759,7 +793,8 @@ class Engine:
             return
         if head.fds and not self.unix_fds:
             close_all(fds)
-            if template.type == CALL and not head.flags & WANTS_NO_REPLY:
+            if not template.broadcast:
+                self.peers.say(f"{peer.name} sent descriptors, which our client does not take")
                 self.refuse(peer, head.serial, NOT_SUPPORTED, NO_FDS_TEXT)
             return
         self.hand_over(peer, template, head, body, fds)
@@ -782,14 +817,18 @@ class Engine:
         template = peer.templates.get(key)
         if template is None:
             name = BUS_NAME if sender == -1 else peer.name
-            template = decisions.copy(peer, key, raw, name, head.fds)
+            try:
+                template = decisions.copy(peer, key, raw, name, head.fds)
+            except HostilePeer:
+                close_all(fds)
+                raise
         if not self.unix_fds and fds:
             close_all(fds)
             return
         self.show(template, head, payload + head.envelope_length, fds)
 
     def refuse(self, peer: Peer, serial, error, text):
-        """Tell the sender's worker that its call was not delivered; it answers its client."""
+        """Tell the sender's worker that its message was not delivered; it answers its client."""
         head: FrameHead
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = REFUSED
@@ -799,10 +838,12 @@ class Engine:
             self.error(serial, error, text)
             return
         refusal: bytes = encode_refusal((error, text))
-        self.peers.must_send(peer, cython.address(head), refusal, cython.NULL, ())
+        if not self.peers.send(peer, cython.address(head), refusal, cython.NULL, ()):
+            # It sends and does not read: that is not to be our client's fault.
+            self.peers.drop(peer, f"it leaves {peer.backlog_bytes} bytes of refusals unread")
 
     def _peer_refused(self, peer: Peer, serial, raw):
-        if not self.calls.wait_for(serial, peer.id):
+        if not (self.calls.wait_for(serial, peer.id) or peer.take_note(serial)):
             return
         try:
             error, text = decode_refusal(raw)

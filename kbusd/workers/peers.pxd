@@ -31,15 +31,20 @@ cdef class Peer:
     cdef readonly int slot, broadcast_slot
     cdef Subscriber subscriber
     cdef readonly int state
-    cdef bint touched, late
+    cdef bint touched, late, accused
+    cdef uint64_t full_at, full_for
     cdef object backlog
     cdef readonly size_t backlog_bytes
     cdef dict templates
+    cdef unsigned int noted[64]
+    cdef unsigned int notes
     cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
     cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
     cpdef int flush(self) except -2
     cdef object _send_fds(self, object stamp, tuple fds)
     cdef tuple receive_fds(self, size_t count)
+    cdef void note(self, unsigned int serial) noexcept
+    cdef bint take_note(self, unsigned int serial) noexcept
     cdef const uint8_t *bulk_body(self, FrameHead *head) except NULL
 
 cdef class Peers:
@@ -53,7 +58,7 @@ cdef class Peers:
     cdef Peer me
     cdef dict known, by_source
     cdef set meeting
-    cdef list touched, backlogged, bulks, lost
+    cdef list touched, backlogged, full, bulks, lost
     cdef int slow
     cdef bint begun
     cdef uint64_t stall_ns, stall_until
@@ -61,6 +66,7 @@ cdef class Peers:
     cdef void _publish_large(self, tuple subscribers, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef uint8_t *_reserve(self, tuple subscribers, size_t length) except? NULL
     cdef bint send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
+    cdef void _put(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void must_send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void begin(self, uint64_t stamp) noexcept
     cdef void end(self) noexcept
@@ -68,4 +74,5 @@ cdef class Peers:
     cdef Bulk bulk(self, Peer peer)
     cdef bint tidy(self) except -1
     cdef bint waits(self) except -1
+    cdef bint _is_full(self) except -1
     cdef bint are_met(self, list peers) except -1

@@ -19,7 +19,7 @@ import cython
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
 from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk, BulkView
-from cython.cimports.kbusd.rings.clock import Clock
+from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
 from cython.cimports.kbusd.rings.frame import STOP, FrameHead
@@ -49,6 +49,7 @@ BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
 
 HEAD = cython.declare(cython.size_t, 40)
+NOTES = cython.declare(cython.int, 64)  # as many as `noted` has in peers.pxd
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
 IDLE_TIDIES = cython.declare(cython.int, 3)  # an area goes when `tidy` found it unused so often
 LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
@@ -56,6 +57,10 @@ LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused agai
 # that order holds across receivers, and a peer that hangs holds up nobody for longer.
 STALL_NS = 250_000_000
 BACKLOG = cython.declare(cython.size_t, 4 << 20)  # our quota of what waits for one peer
+SUSPECT = cython.declare(cython.size_t, 2 << 20)  # from here on the broker is asked whether it runs
+# A peer whose quota is used up has so long in its life to make room. More than the broker needs to
+# end a worker that is stopped (broker/probes.py): this is for one that runs and takes nothing.
+PATIENCE_NS = cython.declare(uint64_t, 10_000_000_000)
 _STAMP = struct.Struct("<Q")
 
 
@@ -77,6 +82,11 @@ class Peer:
         self.backlog_bytes = 0
         self.templates = {}
         self.touched = False
+        self.accused = False
+        self.full_at = 0
+        self.full_for = 0
+        self.notes = 0
+        memset(self.noted, 0, cython.sizeof(self.noted))
 
     def asked(self, ring: Ring, slot: int, broadcast_slot: int) -> None:
         """Our half of the introduction is made and on its way."""
@@ -266,6 +276,21 @@ class Peer:
         self.ring.want_space(False)
         return 1
 
+    def note(self, serial) -> cython.void:
+        """Our client sent the peer this, for which it awaits no reply: a refusal of it, and of nothing
+        that we did not send, is believed. Of many in a row the last are known."""
+        self.noted[self.notes % NOTES] = serial
+        self.notes += 1
+
+    def take_note(self, serial) -> cython.bint:
+        """Whether that was noted; it is forgotten."""
+        i: cython.int
+        for i in range(NOTES):
+            if self.noted[i] == serial and serial != 0:
+                self.noted[i] = 0
+                return True
+        return False
+
     def ring_bell(self) -> None:
         """Wake the peer's worker if it sleeps."""
         if self.view.sleeping():
@@ -322,6 +347,7 @@ class Peers:
         self.meeting = set()
         self.touched = []
         self.backlogged = []
+        self.full = []
         self.bulks = []
         self.lost = []
 
@@ -461,13 +487,25 @@ class Peers:
 
     def send(self, peer, head, envelope, body, fds) -> cython.bint:
         """One frame to one peer; asks for an introduction if there was none. False, and nothing is
-        sent, if so much waits for it already that its worker cannot be running."""
+        sent, if our quota of what waits for it is used up."""
+        if peer.backlog_bytes > SUSPECT and not peer.accused:
+            self._accuse(peer)
+        if peer.backlog_bytes > BACKLOG:
+            return False
+        self._put(peer, head, envelope, body, fds)
+        return True
+
+    def _accuse(self, peer: Peer):
+        """It takes little or nothing: if its worker does not run, the broker has it ended."""
+        peer.accused = True
+        self.asking.line.send(entries.Stuck(0, peer.id))
+
+    def _put(self, peer, head, envelope, body, fds) -> cython.void:
+        """One frame to one peer, or to what waits for it."""
         copy: FrameHead = head[0]
         own: cython.int = -1
         if peer.state == GONE:
-            return True
-        if peer.backlog_bytes > BACKLOG:
-            return False
+            return
         if (head.kind == MESSAGE or head.kind == COPY) and head.body_length > LARGE_BODY:
             own = memfd.sealed(b"kbusd-body", _bytes(body, head.body_length))
             if head.kind == COPY:
@@ -496,13 +534,17 @@ class Peers:
                 os.close(own)
             if copy.aux & BULK_FRESH and copy.kind == BULK and peer.bulk is not None:
                 peer.bulk.close_fd()
-        return True
 
     def must_send(self, peer, head, envelope, body, fds) -> cython.void:
-        """`send` what nobody waits for an answer to: too much of it costs our client its
-        connection, as it would be lost unseen."""
-        if not self.send(peer, head, envelope, body, fds):
-            raise Gone(f"sent more than {BACKLOG} bytes to {peer.name}, which does not take them")
+        """`send` what nobody waits for an answer to, even beyond the quota: it would be lost unseen.
+        Our client's next message then waits."""
+        if self.send(peer, head, envelope, body, fds):
+            return
+        if peer not in self.full:
+            self._accuse(peer)
+            self.full.append(peer)
+            peer.full_at = monotonic()
+        self._put(peer, head, envelope, body, fds)
 
     def begin(self, stamp) -> cython.void:
         """What follows goes to more than one ring, with stamps from `stamp` on."""
@@ -534,6 +576,7 @@ class Peers:
                     self.slow += not peer.late
                 else:
                     peer.late = False
+                    peer.accused = False
             self.backlogged = still
             self.end()
         for item in self.touched:
@@ -594,6 +637,8 @@ class Peers:
         """Whether our client's next message must wait for an introduction or for room. That ends
         with `stall_until`: a peer that hangs holds up nobody for longer."""
         peer: Peer
+        if self.full and self._is_full():
+            return True
         if not self.meeting and not self.slow:
             self.stall_until = 0
             return False
@@ -611,6 +656,23 @@ class Peers:
         self.stall_until = 0
         self.end()
         return False
+
+    def _is_full(self) -> cython.bint:
+        """Whether a peer has its whole quota waiting. That ends when it takes some, when the broker
+        has ended its worker, or when its time is over."""
+        peer: Peer
+        still = []
+        now: uint64_t = monotonic()
+        for item in self.full:
+            peer = item
+            if peer.backlog_bytes <= BACKLOG:  # or it is gone
+                peer.full_for += now - peer.full_at
+            elif peer.full_for + now - peer.full_at > PATIENCE_NS:
+                self.drop(peer, f"it leaves {peer.backlog_bytes} bytes untaken")
+            else:
+                still.append(peer)
+        self.full = still
+        return len(still) > 0
 
     def are_met(self, peers) -> cython.bint:
         """Whether all of `peers` are introduced, or are not waited for; asks for introductions.

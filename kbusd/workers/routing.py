@@ -192,6 +192,22 @@ class Router:
             self._say(refusal)
         return refusal
 
+    def unasked(self, envelope: Envelope, sender: Connection, fds: int) -> str:
+        """Why our client does not get a reply of `sender`: it asked for none. dbus-daemon says so
+        where no rule lets such replies pass; here none does."""
+        text = policy.complaint(
+            policy.Verdict(False),
+            as_message(envelope, fds),
+            "send",
+            sender=sender.name,
+            sender_info=self._info(sender.id),
+            receiver_info=self._info(self.replica.me),
+            requested_reply=False,
+            why="nobody waits for it",
+        )
+        self._say(text)
+        return text
+
     def admit_from_bus(self, envelope: Envelope) -> str | None:
         """The same for a message of the bus itself to our client."""
         return self._received(self.policy, envelope, BUS_ID, self.replica.me, 0)

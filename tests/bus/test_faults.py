@@ -268,6 +268,29 @@ def test_stopped_worker_holds_up_nobody(bus: Bus, bystanders: Bystanders) -> Non
     assert [stopped.read().args[0] for _ in expected] == expected
 
 
+@pytest.mark.kbusd_only
+def test_stopped_worker_is_ended_and_who_sends_to_it_lives_on(
+    bus: Bus, bystanders: Bystanders
+) -> None:
+    """More than the quota waits for it: its own client pays, and what was asked of it is answered."""
+    sender, stopped = bus.connect(), bus.connect()
+    sender.signal("/", "test.Faults", "S", to=stopped.name)
+    stopped.wait_signal("S")
+    asked = sender.send_call(stopped.name, "/", "test.I", "M")
+    stopped.wait_call("M")
+    worker = bus.worker_of(stopped).pid
+    os.kill(worker, signal.SIGSTOP)
+    for n in range(120):
+        sender.signal("/", "test.Faults", "S", "uay", (n, b"x" * 65536), to=stopped.name)
+    with pytest.raises(BusError, match="NoReply"):
+        sender.wait_reply(asked)
+    stopped.expect_disconnect()
+    logged(bus, stopped.name, "did not answer")
+    assert sender.driver("NameHasOwner", "s", (stopped.name,)) == [False]
+    with pytest.raises(BusError, match="ServiceUnknown"):
+        sender.call(stopped.name, "/", "test.I", "M")
+
+
 # -- clients that misbehave --------------------------------------------------------------
 
 

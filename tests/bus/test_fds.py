@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,27 @@ def test_receiver_without_negotiation(bus: Bus, pipes: Pipes) -> None:
         caller.call(receiver.name, "/", "test.Fd", "Take", "h", (0,), fds=[pipes[0][1]])
     assert caught.value.name == "org.freedesktop.DBus.Error.NotSupported"
     assert receiver.drain(caller) == []
+
+
+@pytest.mark.parametrize("flags", [0, w.NO_REPLY_EXPECTED])
+@pytest.mark.parametrize("kind", ["call", "signal", "reply"])
+def test_whatever_it_is_that_has_descriptors_its_sender_hears_that_they_are_not_taken(
+    bus: Bus, pipes: Pipes, kind: str, flags: int
+) -> None:
+    sender, receiver = bus.connect(), bus.connect(fds=False)
+    options: dict[str, Any] = {"fds": [pipes[0][1]], "flags": flags}
+    given = ("h", (0,))
+    if kind == "call":
+        serial = sender.send_call(receiver.name, "/", "test.Fd", "M", *given, **options)
+    elif kind == "signal":
+        serial = sender.signal("/", "test.Fd", "S", *given, to=receiver.name, **options)
+    else:
+        receiver.send_call(sender.name, "/", "test.Fd", "Give")
+        serial = sender.reply(sender.wait_call("Give"), *given, **options)
+    with pytest.raises(BusError) as caught:
+        sender.wait_reply(serial)
+    assert caught.value.name == "org.freedesktop.DBus.Error.NotSupported"
+    assert receiver.drain(sender) == []
 
 
 def test_broadcast_skips_receivers_without_negotiation(bus: Bus, pipes: Pipes) -> None:

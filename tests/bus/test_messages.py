@@ -116,6 +116,23 @@ def test_reply_that_nobody_asked_for_is_dropped(any_bus: Bus) -> None:
     assert victim.drain(liar) == []
 
 
+@pytest.mark.parametrize("type_", [w.RETURN, w.ERROR])
+@pytest.mark.parametrize("flags", [0, w.NO_REPLY_EXPECTED])
+def test_who_replies_unasked_is_told_so(any_bus: Bus, type_: int, flags: int) -> None:
+    victim, liar = any_bus.connect(), any_bus.connect()
+    fields = {w.DESTINATION: victim.name, w.REPLY_SERIAL: 77}
+    if type_ == w.ERROR:
+        fields[w.ERROR_NAME] = "a.b"
+    serial = liar.send(type_, fields, flags=flags)
+    with pytest.raises(BusError) as caught:
+        liar.wait_reply(serial)
+    assert caught.value.name == ERROR + "AccessDenied"
+    assert caught.value.text.startswith("Rejected send message, 0 matched rules; type=")
+    assert 'requested_reply="0"' in caught.value.text
+    assert caught.value.text.split(" (nobody waits for it)")[0] in any_bus.log()
+    assert victim.drain(liar) == []
+
+
 def test_reply_from_another_than_the_callee_is_dropped(any_bus: Bus) -> None:
     caller, callee, liar = any_bus.connect(), any_bus.connect(), any_bus.connect()
     serial = caller.send_call(callee.name, "/", "test.I", "M")

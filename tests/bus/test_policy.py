@@ -443,6 +443,21 @@ def test_the_log_has_refusals_and_what_a_rule_with_log_allows(start_bus, effect:
     assert not any('member="M2"' in line for line in lines)
 
 
+@pytest.mark.parametrize("size", [1, 500_000])
+def test_a_message_that_waits_is_logged_once(start_bus, size: int) -> None:  # type: ignore[no-untyped-def]
+    """The first to each peer waits for an introduction; a large one is looked at before it is whole."""
+    bus: Bus = start_bus(policy=default('<allow send_interface="test.Logged" log="true"/>'))
+    sender, receivers = bus.connect(), [bus.connect() for _ in range(5)]
+    for receiver in receivers:
+        for _ in range(2):
+            payload = b"x" * size
+            sender.signal("/", "test.Logged", "S", "ay", (payload,), to=receiver.name)
+            receiver.wait_signal("S")
+    lines = [line for line in bus.log().splitlines() if 'member="S"' in line]
+    for receiver in receivers:
+        assert sum(f'destination="{receiver.name}"' in line for line in lines) == 2
+
+
 @pytest.mark.kbusd_only
 def test_the_log_has_names_that_were_refused_but_not_without_end(start_bus) -> None:  # type: ignore[no-untyped-def]
     bus: Bus = start_bus(policy=default('<deny own="test.Denied"/>'))

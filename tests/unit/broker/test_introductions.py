@@ -6,6 +6,7 @@ import pytest
 
 from kbusd.broker.introductions import ANSWER_SECONDS, MAX_PENDING
 from kbusd.broker.refusal import Violation
+from kbusd.policy.rules import OWN, RECEIVE, SEND, USER, Policy, Rule
 from kbusd.rings import entries as e
 from tests.unit.broker.world import World
 
@@ -50,6 +51,47 @@ def test_nobody_is_introduced_twice_to_himself_or_to_nobody() -> None:
     for nobody in (a.id, 99, 0, -1):
         (answer,) = world.ask(a, e.Introduce(9, nobody, 0, 0), A_FDS)
         assert answer[1].error == ERROR + "NameHasNoOwner"
+
+
+def world_of(*rules: Rule) -> World:
+    """`rules` beside those by which everybody may connect and receive."""
+    given = Rule(True, USER, "t.conf", 1), Rule(True, RECEIVE, "t.conf", 2), *rules
+    return World(policy=Policy(default=given))
+
+
+@pytest.mark.parametrize(
+    ("rules", "may"),
+    [
+        ((), False),
+        ((Rule(False, SEND, "t.conf", 3),), False),
+        ((Rule(True, SEND, "t.conf", 3, name="org.freedesktop.DBus"),), False),
+        ((Rule(True, SEND, "t.conf", 3, name="a.b"),), False),
+        ((Rule(True, SEND, "t.conf", 3, name="a.b"), Rule(True, OWN, "t.conf", 4)), True),
+        ((Rule(True, SEND, "t.conf", 3, name="a", prefix=True),), True),
+        ((Rule(True, SEND, "t.conf", 3, type=2, requested_reply=True),), True),
+        ((Rule(True, SEND, "t.conf", 3), Rule(False, RECEIVE, "t.conf", 4)), False),
+    ],
+)
+def test_only_those_are_introduced_who_may_ever_send_something(
+    rules: tuple[Rule, ...], may: bool
+) -> None:
+    world = world_of(*rules)
+    a, b = world.client(1), world.client(2)
+    ((to, message, *_),) = world.ask(a, e.Introduce(7, b.id, 0, 0), A_FDS)
+    if may:
+        assert (to, type(message)) == (2, e.Introduction)
+    else:
+        assert (to, message.error) == (1, ERROR + "AccessDenied")
+        assert world.words == [f"{a} may not send anything to {b}: no rule allows it"]
+        assert not world.open_fds
+
+
+def test_a_monitor_is_introduced_whatever_policy_says() -> None:
+    world = world_of()
+    a, b = world.client(1), world.client(2, uid=0)
+    world.ask(b, e.BecomeMonitor(3, ()))
+    ((to, message, *_),) = world.ask(a, e.Introduce(7, b.id, 0, 0), A_FDS)
+    assert (to, type(message)) == (2, e.Introduction)
 
 
 def test_the_asker_is_told_when_the_peer_goes_instead_of_answering() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from kbusd.broker.bus import Bus
 from kbusd.broker.connection import Connection
 from kbusd.policy.configuration import DEFAULT_LIMITS, Configuration
-from kbusd.policy.rules import OWN, USER, Policy, Rule
+from kbusd.policy.rules import OWN, RECEIVE, SEND, USER, Policy, Rule
 from kbusd.policy.services import Service
 from kbusd.rings import entries as e
 
@@ -23,6 +23,8 @@ OPEN = Policy(
         Rule(True, USER, "t.conf", 1),
         Rule(True, OWN, "t.conf", 2),
         Rule(False, OWN, "t.conf", 3, name="not.yours"),
+        Rule(True, SEND, "t.conf", 4),
+        Rule(True, RECEIVE, "t.conf", 5),
     )
 )
 

@@ -34,7 +34,7 @@ from tests.unit.workers.test_rehearsal import EVERYTHING, context
 
 OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
-MESSAGE, REFUSED, BULK = 1, 6, 7
+MESSAGE, COPY, REFUSED, BULK = 1, 5, 6, 7
 VICTIM, PEER = 1, 2
 SECONDS = 20
 HELLO = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "Hello"}
@@ -162,6 +162,13 @@ class Stage:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
+    def dropped(self) -> bool:
+        """Whether the worker has closed its end of the side socket to the peer."""
+        try:
+            return self.side.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+
     def close(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -243,6 +250,56 @@ def test_a_refusal_is_one_or_none(start: Start, text: str) -> None:
         assert answer.args == ["fine"]
     else:
         assert answer.error_name == "org.freedesktop.DBus.Error.NoReply"
+
+
+def test_only_what_was_sent_to_a_peer_can_be_refused_by_it(start: Start) -> None:
+    stage = start()
+    fields = {w.PATH: "/", w.INTERFACE: "a.b", w.MEMBER: "S", w.DESTINATION: f":1.{PEER}"}
+    stage.client.sendall(w.build(w.SIGNAL, fields, serial=6))
+    stage.ping()
+    refusal = msgspec.msgpack.encode(("org.freedesktop.DBus.Error.NotSupported", "no"))
+    for serial in (7, 6, 6):  # 7 was not sent; and nothing is refused twice
+        stage.write(refusal, kind=REFUSED, reply_serial=serial)
+    stage.write(facts(member="After"), serial=1)
+    answers = []
+    while (message := stage.read()).member != "After":
+        answers.append(message.reply_serial)
+    assert answers == [6]
+
+
+@pytest.mark.parametrize(
+    ("type", "to", "name", "shown"),
+    [
+        (RETURN, f":1.{PEER}", None, True),
+        (ERROR, f":1.{PEER}", "a.b", True),
+        (ERROR, "org.freedesktop.DBus", "org.freedesktop.DBus.Error.AccessDenied", True),
+        (ERROR, "org.freedesktop.DBus", "a.b", False),
+        (RETURN, f":1.{VICTIM}", None, False),
+        (SIGNAL, f":1.{PEER}", None, False),
+        (SIGNAL, None, None, False),
+        (CALL, f":1.{PEER}", None, False),
+    ],
+)
+def test_a_monitor_is_shown_as_the_buss_only_what_the_bus_may_have_told_that_peer(
+    start: Start, type: int, to: str | None, name: str | None, shown: bool
+) -> None:
+    stage = start()
+    stage.ping()
+    stage.log.append(
+        2, stage.clock.tick(), b"", msgspec.msgpack.encode(entries.MonitorAttached(VICTIM, ()))
+    )
+    path = ("/", "a.b", "M") if type in (CALL, SIGNAL) else (None, None, None)
+    stage.write(Envelope(type, False, to, *path, name, ""), kind=COPY, serial=33, aux=2**64 - 1)
+    stage.write(
+        Envelope(SIGNAL, False, None, "/", "a.b", "Own", None, ""), kind=COPY, serial=34, aux=PEER
+    )
+    if not shown:
+        eventually(lambda: stage.dropped(), "the peer is dropped")
+        return
+    seen = []
+    while (message := stage.read()).member != "Own":
+        seen.append((message.sender, message.serial))
+    assert ("org.freedesktop.DBus", 33) in seen
 
 
 def test_descriptors_with_what_has_no_use_for_them_are_closed(start: Start) -> None:
