@@ -311,8 +311,9 @@ class Supervisor:
 
     def _refill(self) -> None:
         room = self.max_workers - len(self.workers)
+        hurry = bool(self.workers) and len(self.spare) < SPARE_WORKERS // 2
         for _ in range(min(room, SPARE_WORKERS - len(self.spare)) - self.forking):
-            self._tell(ZYGOTE, entries.Fork(self.next_worker))
+            self._tell(ZYGOTE, entries.Fork(self.next_worker, hurry))
             self.next_worker += 1
             self.forking += 1
 
