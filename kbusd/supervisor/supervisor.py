@@ -301,6 +301,7 @@ class Supervisor:
                 self.incomplete[worker.number] = credentials.uid
                 with client, suppress(OSError):
                     worker.line.send(entries.Client(credentials), [client.fileno()])
+                    os.sched_yield()  # on our core it would wait until we sleep
             elif self.device:
                 self.device.employ(worker, client, credentials)
 

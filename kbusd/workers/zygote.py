@@ -6,7 +6,7 @@ imported before the first fork (late imports die under seccomp) and frozen out o
 collector's sight, so that a worker shares these pages as long as it lives.
 
 Workers are asked for as others get a client. Forking would disturb that client, so it waits until
-nothing more is asked for a moment, unless spare workers get few.
+nothing more is asked for a moment, unless the supervisor is in a hurry.
 """
 
 from __future__ import annotations
