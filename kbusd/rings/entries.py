@@ -442,9 +442,11 @@ FromLauncher = LaunchEnded | Looked
 
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
-    """supervisor -> zygote. Fork one worker, locked down, and answer Forked."""
+    """supervisor -> zygote. Fork one worker, locked down, and answer Forked; `hurry`: spare ones get
+    few, and there is no time for a rehearsal."""
 
     worker: int
+    hurry: bool = False
 
 
 class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):

@@ -305,6 +305,7 @@ class Supervisor:
                 self.incomplete[worker.number] = credentials.uid
                 with client, suppress(OSError):
                     worker.line.send(entries.Client(credentials), [client.fileno()])
+                    os.sched_yield()  # on our core it would wait until we sleep
             else:
                 client(worker, credentials)
 
@@ -315,8 +316,9 @@ class Supervisor:
 
     def _refill(self) -> None:
         room = self.max_workers - len(self.workers)
+        hurry = bool(self.workers) and len(self.spare) < self.spares // 2
         for _ in range(min(room, self.spares - len(self.spare)) - self.forking):
-            self._tell(ZYGOTE, entries.Fork(next(self.numbers)))
+            self._tell(ZYGOTE, entries.Fork(next(self.numbers), hurry))
             self.forking += 1
 
     def _worker_ended(self, number: int, status: int) -> None:

@@ -94,7 +94,6 @@ _CHANGES = frozenset(
         entries.PolicyChanged,
     )
 )
-decode_snapshot = msgspec.msgpack.Decoder(entries.Snapshot).decode
 decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
 encode_refusal = msgspec.msgpack.Encoder().encode
 decode_refusal = msgspec.msgpack.Decoder(tuple[str, str]).decode
@@ -504,7 +503,7 @@ class Engine:
         except (msgspec.MsgspecError, ReplicaError, TypeError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
         if snapshot and not self.loaded:
-            self._loaded(snapshot)
+            self._loaded()
             self._inbound()  # the snapshot may be older than a monitor
             if self.replica.monitors and self.hello is not None:
                 facts, raw = self.hello
@@ -513,13 +512,13 @@ class Engine:
                 self.monitors.copy(facts, cython.address(head), b"", (), self.id)
         self._act_and_note(actions)
 
-    def _loaded(self, snapshot):
+    def _loaded(self):
         """Hello was answered: we are somebody, and follow the log from the snapshot on."""
         self.loaded = True
         self.id = self.replica.me
         connection = self.replica.connections.get(self.id)
         self.peers.me = Peer(self.id, f":1.{self.id}", connection)
-        self._follow(decode_snapshot(snapshot).position)
+        self._follow(self.replica.position)
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -634,7 +633,7 @@ class Engine:
         snapshot = memfd.read(fds[0])
         actions = self.driver.resync(snapshot)
         self.epoch += 1
-        self._follow(decode_snapshot(snapshot).position)
+        self._follow(self.replica.position)
         for id in [id for id in self.peers.known if id not in self.replica.connections]:
             self._peer_left(id)
         self._act_and_note(actions)

@@ -2,7 +2,7 @@
 
 The zygote plays it before it forks: what Python makes on the way (caches of types' methods,
 specialised code, tables made at first use) is then shared by all workers. A spare worker plays it
-while it waits: the pages that serving a client writes to are then its own already, and a client
+before it locks itself down: the pages that serving a client writes to are then its own already, and a client
 does not wait while they are copied. Everybody in the play is this process; it touches nothing else.
 """
 
@@ -43,7 +43,7 @@ Serve = Callable[[Context, DBusSocket, Line, Line], None]
 
 
 class Rehearsal:
-    """The lines and sockets of one play, which a process that is locked down could not make."""
+    """The lines and sockets of one play."""
 
     def __init__(self, context: Context) -> None:
         supervisors, ours = pair()
@@ -63,12 +63,6 @@ class Rehearsal:
         self._theirs = Line(theirs, entries.BrokerMessage)
         self._client, self._served = socket.socketpair(socket.AF_UNIX, _STREAM)
         self._engine = DBusSocket(self._context, self._theirs)
-
-    def descriptors(self) -> list[int]:
-        """What must stay open through lock-down."""
-        ends = (self._supervisors, self._ours, self._brokers, self._theirs)
-        held = (*ends, self._client, self._served, self._log)
-        return [*self._engine.descriptors(), *(each.fileno() for each in held)]
 
     def play(self, serve: Serve) -> bytes:
         """Play it once, and close everything; returns what the client got."""
@@ -93,15 +87,14 @@ class Rehearsal:
         os.close(snapshot)
         serve(self._context, self._engine, self._ours, self._theirs)
         got = self._client.recv(4096)
-        self.close()
+        self._close()
         return got
 
-    def close(self) -> None:
+    def _close(self) -> None:
         epoll, *_ = self._engine.descriptors()  # the others are closed with what they are part of
         os.close(epoll)
         del self._engine
         self._client.close()
-        self._served.close()
         for line in (self._supervisors, self._ours, self._brokers, self._theirs):
             line.close()
 

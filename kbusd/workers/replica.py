@@ -270,6 +270,7 @@ class Replica:
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
+        self.position = 0  # in the log, of the snapshot that was loaded last
         self.matches_version = 0
         self.my_version = 0
         self.monitors_version = 0
@@ -290,6 +291,7 @@ class Replica:
         self.monitors = {}
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
+        self.position = snapshot.position
         self._watches = {}
         self._index = None
         self._mine = MatchIndex()

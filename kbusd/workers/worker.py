@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import time
+from typing import NoReturn
 
 from kbusd.policy.decide import can_connect, explain
 from kbusd.rings import entries
@@ -22,32 +23,30 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal
 
 _SASL_READ = 16384
-QUIET_MILLISECONDS = 10  # without a client there is time for a rehearsal
 for each in (entries.BrokerMessage, entries.ToWorker):
     prepare(each)  # in the zygote, for every worker
 
 
-def main(context: Context, supervisor: socket.socket, broker: socket.socket, locked: int) -> int:
-    """Run one worker to its end; returns the process's exit status."""
+def main(
+    context: Context,
+    supervisor: socket.socket,
+    broker: socket.socket,
+    locked: int,
+    rehearse: bool = False,
+) -> NoReturn:
+    """Run one worker to its end, and its process; with a rehearsal first if there is time for one."""
+    gc.set_threshold(50_000)
     line = Line(broker, entries.BrokerMessage)
     hand_over = Line(supervisor, entries.ToWorker)
     engine = DBusSocket(context, line)
-    rehearsal = Rehearsal(context)
-    keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked]
-    keep += engine.descriptors() + rehearsal.descriptors()
+    if rehearse:
+        Rehearsal(context).play(serve)
+    keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked, *engine.descriptors()]
     apply.confine(context.profile, keep_fds=keep)
-    gc.set_threshold(50_000)
     os.write(locked, b"1")
     os.close(locked)
-    arrived = select.poll()
-    arrived.register(hand_over, select.POLLIN)
-    if arrived.poll(QUIET_MILLISECONDS):
-        rehearsal.close()  # the client is there already
-    else:
-        rehearsal.play(serve)
-    del rehearsal
     serve(context, engine, hand_over, line)
-    return 0
+    os._exit(0)  # the kernel takes it all back at once, and copies no page to find out what there is
 
 
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:

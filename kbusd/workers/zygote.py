@@ -6,7 +6,7 @@ imported before the first fork (late imports die under seccomp) and frozen out o
 collector's sight, so that a worker shares these pages as long as it lives.
 
 Workers are asked for as others get a client. Forking would disturb that client, so it waits until
-nothing more is asked for a moment, unless spare workers get few.
+nothing more is asked for a moment, unless the supervisor is in a hurry.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from kbusd.workers import worker
 from kbusd.workers.context import Context, read_all
 from kbusd.workers.rehearsal import Rehearsal
 
-PATIENCE = 2  # workers that may be asked for and not yet be forked
 QUIET_SECONDS = 0.005
 REHEARSALS = 16  # Python 3.11 specialises code that has run eight times
 
@@ -50,6 +49,7 @@ class Zygote:
         self.context = context
         self.line = line
         self.wanted: list[int] = []
+        self.hurry = False
         self.workers: dict[int, int] = {}
         self.locking: dict[int, Locking] = {}  # by the pipe that they say it on
         self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
@@ -63,7 +63,7 @@ class Zygote:
             status = 70
             try:
                 # What else we have inherited is closed by the lock-down, before a client comes.
-                status = worker.main(self.context, ours, theirs, writer)
+                worker.main(self.context, ours, theirs, writer, not self.hurry)
             except BaseException as error:  # the process ends here, whatever it was
                 os.write(2, f"kbusd-worker: {type(error).__name__}: {error}\n".encode())
                 if os.environ.get("KBUSD_TRACEBACK"):
@@ -108,6 +108,7 @@ class Zygote:
             match message:
                 case entries.Fork():
                     self.wanted.append(message.worker)
+                    self.hurry |= message.hurry
                 case entries.Configured():
                     self.context = self.context.with_configuration(read_all(fds[0]))
                     os.close(fds[0])
@@ -132,10 +133,11 @@ class Zygote:
                     self.locked(fd)
                 else:
                     self.receive()
-            if not ready or len(self.wanted) > PATIENCE:
+            if not ready or self.hurry:
                 for number in self.wanted:
                     self.fork(number)
                 self.wanted.clear()
+                self.hurry = False
             self.line.flush()
 
 

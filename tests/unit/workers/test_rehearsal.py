@@ -50,13 +50,3 @@ def test_nothing_of_it_stays_open(tmp_path: Path) -> None:
     Rehearsal(made).play(worker.serve)
     gc.collect()
     assert descriptors() == before
-
-
-def test_a_client_that_is_there_already_costs_no_play(tmp_path: Path) -> None:
-    made = context(tmp_path)
-    before = descriptors()
-    rehearsal = Rehearsal(made)
-    rehearsal.close()
-    del rehearsal
-    gc.collect()
-    assert descriptors() == before
