@@ -40,7 +40,7 @@ INSTALLED_SPEC = Spec("INSTALLED", Struct("=6Q"))
 MAX_FDS = 253
 """Descriptors in one record, as the kernel has it (SCM_MAX_FD)."""
 
-_POOL_RECORD, _FDS_RECORD = 1, 2
+_POOL_RECORD, FDS = 1, 2
 
 
 def decode(data: bytes) -> Decoded[int]:
@@ -61,7 +61,7 @@ def pool_record(size: int) -> bytes:
 
 def fds_record(offset: int, count: int) -> bytes:
     """With so many descriptors."""
-    return Struct("=3Q").pack(_FDS_RECORD, offset, count)
+    return Struct("=3Q").pack(FDS, offset, count)
 
 
 class Numbers(msgspec.Struct, frozen=True):
