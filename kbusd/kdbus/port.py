@@ -122,5 +122,11 @@ class Bus(Protocol):
     def unwatch(self, fd: int) -> None:
         """No longer, if it was."""
 
+    def keep(self, fds: Sequence[int]) -> list[int]:
+        """Copies of descriptors, for `hand` and then `close`. Raises Errno EMFILE."""
+
+    def hand(self, offset: int, fds: Sequence[int]) -> bool:
+        """To the client, for the message at `offset`; False if it can't be done."""
+
     def close(self, fds: Iterable[int]) -> None:
         """Let go of descriptors."""

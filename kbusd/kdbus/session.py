@@ -9,8 +9,9 @@ trusts nothing; what another connection sent is for the bus to check, which hand
     name_changed, id_added, id_removed             what the bus announces, and who is gone
 
 Source: kdbus.connection(7), kdbus.message(7), ipc/kdbus/connection.c. What differs:
-- No descriptor can be put into the client: a message's are told as incomplete (-1), and a memfd's bytes
-  are handed over as a vector.
+- No descriptor can be put into the client. One that has attached a socket (`attach.py`) gets them by that,
+  and says which numbers they have (`installed`); else a message's are told as incomplete (-1), and the bus
+  hands over a memfd's bytes as a vector.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
 WRITABLE = select.POLLOUT | select.POLLWRNORM
 HUNG_UP = select.POLLERR | select.POLLHUP
+Part = bytes | int | message.Memfd
+"""Of a payload that arrives: bytes, a number of zeroes, or a segment of a memfd of ours."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -50,12 +53,18 @@ class Done(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message in the queue. `expects` is what its sender waits for: (id, cookie)."""
+    """A message in the pool. `expects` is what its sender waits for: (id, cookie).
+
+    `fds` are its descriptors in the order of its items, `fds_at` where their numbers belong in the slice, and
+    `counted` those that its sender answers for; `incomplete`: it had some that were not kept."""
 
     slice: Slice
     user: int
     memory: int
-    return_flags: int = 0
+    fds: Sequence[int] = ()
+    fds_at: tuple[int, ...] = ()
+    counted: int = 0
+    incomplete: bool = False
     expects: tuple[int, int] | None = None
 
 
@@ -90,7 +99,12 @@ class Session:
         # Of matches about signals (True), and about what the bus announces (False).
         self._cookies: dict[bool, list[int]] = {True: [], False: []}
         self._calls = Calls()
-        self._waiting: dict[Call, Wait[Slice]] = {}  # those in a synchronous SEND
+        self._waiting: dict[Call, Wait[Entry]] = {}  # those in a synchronous SEND
+        self.kept = 0
+        """Descriptors in the queue."""
+        self._installing: dict[
+            int, tuple[int, ...]
+        ] = {}  # by slice: where numbers are to be written
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
 
     @property
@@ -134,6 +148,7 @@ class Session:
                 if free.value is not None:
                     with _writing(pokes):
                         self._pool.free(free.value)
+                        self._installing.pop(free.value, None)
             case abi.CMD_NAME_ACQUIRE:
                 pokes = await self._acquire(whole)
             case abi.CMD_NAME_RELEASE:
@@ -208,6 +223,7 @@ class Session:
             raise Errno(error.errno, error.text, pokes) from None
         if recv.flags & abi.RECV_DROP:
             self._unqueue(ticket)
+            self._let_go(entry)
             self._pool.release(entry.slice)
             if entry.expects is not None:
                 caller, cookie = entry.expects
@@ -218,14 +234,43 @@ class Session:
         self._memory.push(offset, size)
         flags = 0
         if not recv.flags & abi.RECV_PEEK:
-            flags = entry.return_flags
+            flags = self._hand(entry)
             self._unqueue(ticket)
             self._pool.release(entry.slice)
         return decoded.pokes + commands.recv_result(offset, size, flags, lost)
 
     def _unqueue(self, ticket: int) -> None:
         entry = self._queue.remove(ticket)
-        self._quota.remove(entry.user, entry.memory, 0)
+        self._quota.remove(entry.user, entry.memory, entry.counted)
+
+    def _hand(self, entry: Entry) -> int:
+        """The client is about to see this message: it gets the descriptors. Returns RETURN flags."""
+        complete = not entry.incomplete
+        if complete and entry.fds:
+            complete = self.bus.hand(entry.slice.offset, entry.fds)
+            if complete:
+                self._installing[entry.slice.offset] = entry.fds_at
+        self._let_go(entry)
+        return 0 if complete else abi.RECV_RETURN_INCOMPLETE_FDS
+
+    def _let_go(self, entry: Entry) -> None:
+        self.bus.close(entry.fds)
+        self.kept -= len(entry.fds)
+        entry.fds = ()
+
+    def awaits(self, offset: int) -> int:
+        """How many numbers of descriptors `installed` wants of the client. Raises Errno ENXIO: none."""
+        if offset not in self._installing:
+            raise Errno(errno.ENXIO, f"no descriptors were handed over for {offset}")
+        return len(self._installing[offset])
+
+    def installed(self, offset: int, numbers: Sequence[int]) -> None:
+        """The client says which numbers have the descriptors of the message at `offset`."""
+        places = self._installing.pop(offset)
+        for at, number in zip(places, numbers, strict=True):
+            self._memory.write(offset + at, layout.I32.pack(number))
+        first, last = min(places), max(places)
+        self._memory.push(offset + first, last + layout.I32.size - first)
 
     async def _acquire(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_name_acquire(whole)
@@ -352,21 +397,22 @@ class Session:
                     self.bus.watch(fd, lambda: _cancel(caller))
                 call = self._calls.resume(found.header.cookie) if sync else None
                 if call is not None:
-                    answered: Slice | None = await self._wait(caller, call, Wait())
+                    answered: Entry | None = await self._wait(caller, call, Wait())
                 else:
                     answered = await self._post(caller, found, sync)
             finally:
                 for fd in cancels:
                     self.bus.unwatch(fd)
                 self.bus.close(cancels)
-        result = self._pool.empty
+        result, flags = self._pool.empty, 0
         if answered is not None:
-            result = self._pool.publish(answered)
+            result = self._pool.publish(answered.slice)
             self._memory.push(*result)
-            self._pool.release(answered)
+            flags = self._hand(answered)
+            self._pool.release(answered.slice)
         pokes = decoded.pokes
         if sync:
-            pokes += commands.send_result(*result, 0)
+            pokes += commands.send_result(*result, flags)
         return Done(_at(address, pokes))
 
     async def _negotiate(
@@ -381,7 +427,7 @@ class Session:
                 stores += _at(at, commands.parse(commands.MESSAGE, data).pokes)
         return Done(stores)
 
-    async def _post(self, caller: Caller, found: message.Message, sync: bool) -> Slice | None:
+    async def _post(self, caller: Caller, found: message.Message, sync: bool) -> Entry | None:
         """Send a message that has been examined; the reply, if it is `sync`."""
         header = found.header
         broadcast = header.dst_id == abi.DST_ID_BROADCAST
@@ -428,10 +474,10 @@ class Session:
 
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
-    ) -> Slice | None:
+    ) -> Entry | None:
         call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
         self._calls.add(call)
-        wait: Wait[Slice] = Wait()
+        wait: Wait[Entry] = Wait()
         if sync:
             self._waiting[call] = wait
         try:
@@ -442,7 +488,7 @@ class Session:
             raise
         return await self._wait(caller, call, wait) if sync else None
 
-    async def _wait(self, caller: Caller, call: Call, wait: Wait[Slice]) -> Slice:
+    async def _wait(self, caller: Caller, call: Call, wait: Wait[Entry]) -> Entry:
         """The reply to a synchronous call. Raises Errno: ETIMEDOUT, EPIPE, ECANCELED; Interrupted."""
         self._waiting[call] = caller.waits_for = wait
         try:
@@ -472,9 +518,15 @@ class Session:
     # -- receiving -----------------------------------------------------------------------------
 
     def receive(
-        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+        self,
+        source: Known,
+        parcel: Parcel,
+        parts: Sequence[Part],
+        seqnum: int,
+        fds: Sequence[int] = (),
     ) -> None:
-        """A message of `source`; `parts` are its payload: bytes, or a number of zeroes.
+        """A message of `source`; `parts` are its payload: bytes, a number of zeroes, or a memfd; `fds`
+        are its descriptors. Descriptors stay the caller's; without `fds` they are told as incomplete.
 
         Raises Errno, which is for the sender; and ParcelError, if that is not an honest one. What
         was sent to all is lost in silence if it has no room."""
@@ -487,13 +539,13 @@ class Session:
         if parcel.fds and not self._accept_fd:
             raise Errno(errno.ECOMM, f"connection {self.id} does not accept descriptors")
         if parcel.is_reply:
-            self._receive_reply(source, parcel, parts, seqnum)
+            self._receive_reply(source, parcel, parts, seqnum, fds)
             return
         most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
         if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
             raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
         try:
-            entry = self._enqueue(source, parcel, parts, seqnum)
+            entry = self._enqueue(source, parcel, parts, seqnum, fds)
         except Errno:
             if broadcast:
                 self._lose()
@@ -504,30 +556,35 @@ class Session:
             self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
 
     def _receive_reply(
-        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+        self,
+        source: Known,
+        parcel: Parcel,
+        parts: Sequence[Part],
+        seqnum: int,
+        fds: Sequence[int],
     ) -> None:
         call = self._calls.take(source.id, parcel.reply_or_timeout)
         wait = self._waiting.get(call)
         if wait is None:
-            self._enqueue(source, parcel, parts, seqnum)
+            self._enqueue(source, parcel, parts, seqnum, fds)
             return
         try:
-            slice = self._place(source, parcel, parts, seqnum, accounted=False)
+            entry = self._place(source, parcel, parts, seqnum, fds, KERNEL_USER, accounted=False)
         except Errno as error:
             wait.fail(error)
             raise
-        wait.done(slice)
+        wait.done(entry)
 
     def _enqueue(
-        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+        self,
+        source: Known,
+        parcel: Parcel,
+        parts: Sequence[Part],
+        seqnum: int,
+        fds: Sequence[int],
     ) -> Entry:
         user = source.uid + 1
-        if parcel.fds:  # none is kept, so that none is accounted; more than that is the sender's
-            self._quota.check(user, 0, parcel.fds)
-        slice = self._place(source, parcel, parts, seqnum, accounted=True, user=user)
-        entry = Entry(slice, user, slice.size)
-        if parcel.fds:
-            entry.return_flags = abi.RECV_RETURN_INCOMPLETE_FDS
+        entry = self._place(source, parcel, parts, seqnum, fds, user, accounted=True)
         self._queue.push(entry, parcel.priority)
         self.arrived += 1
         return entry
@@ -536,11 +593,12 @@ class Session:
         self,
         source: Known,
         parcel: Parcel,
-        parts: Sequence[bytes | int],
+        parts: Sequence[Part],
         seqnum: int,
+        fds: Sequence[int],
+        user: int,
         accounted: bool,
-        user: int = KERNEL_USER,
-    ) -> Slice:
+    ) -> Entry:
         """Lay a message out in the pool."""
         about = parcels.decode_about(parcel.about)
         known = msgspec.structs.replace(
@@ -558,26 +616,47 @@ class Session:
         )
         placed = message.place(
             header,
-            [
-                message.Vector(part, 0) if isinstance(part, int) else message.Vector(len(part), 1)
-                for part in parts
-            ],
+            [_part(part) for part in parts],
             parcel.fds,
             parcel.dst_name,
             attached=metadata.build_items(known, mask),
         )
-        return self._store(placed, [p for p in parts if isinstance(p, bytes)], accounted, user)
+        memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
+        kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []
+        counted = parcel.fds if accounted else 0
+        vectors = [part for part in parts if isinstance(part, bytes)]
+        try:
+            slice = self._store(placed, vectors, accounted, user, counted)
+        except Errno:
+            self.bus.close(kept)
+            raise
+        self.kept += len(kept)
+        fds_at = [placed.fds_at + 4 * i for i in range(len(fds))]
+        return Entry(
+            slice,
+            user,
+            slice.size,
+            kept,
+            (*placed.memfds_at, *fds_at),
+            counted,
+            incomplete=parcel.fds > len(fds),
+        )
 
     def _store(
-        self, placed: message.Placed, vectors: Sequence[bytes], accounted: bool, user: int
+        self,
+        placed: message.Placed,
+        vectors: Sequence[bytes],
+        accounted: bool,
+        user: int,
+        fds: int = 0,
     ) -> Slice:
         if accounted:
-            self._quota.add(user, layout.align8(placed.size), 0)
+            self._quota.add(user, layout.align8(placed.size), fds)
         try:
             slice = self._pool.alloc(placed.size, accounted)
         except Errno:
             if accounted:
-                self._quota.remove(user, layout.align8(placed.size), 0)
+                self._quota.remove(user, layout.align8(placed.size), fds)
             raise
         whole = bytearray(placed.size)
         whole[: len(placed.head)] = placed.head
@@ -691,6 +770,8 @@ class Session:
         self.state = State.GONE
         for wait in list(self._waiting.values()):
             wait.fail(Errno(errno.ECONNRESET, "the connection has ended"))
+        for _, entry in self._queue:
+            self._let_go(entry)
         self.bus.leave()
 
 
@@ -706,6 +787,16 @@ class _writing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Errno) and not error.pokes:
             raise Errno(error.errno, error.text, self._pokes) from None
+
+
+def _part(part: Part) -> message.Part:
+    """As it is laid out."""
+    match part:
+        case message.Memfd():
+            return part
+        case int(zeroes):
+            return message.Vector(zeroes, 0)
+    return message.Vector(len(part), 1)
 
 
 def _cancel(caller: Caller) -> None:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kbusd.kdbus import abi, bloom, layout, metadata, ownership, parcel
+from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
 from kbusd.kdbus.payload import Message, PayloadError
 from kbusd.kdbus.port import Caller, Known, Memory
-from kbusd.kdbus.session import Session
+from kbusd.kdbus.session import Part, Session
 from kbusd.kdbus.waits import Wait
 from kbusd.policy.decide import ClientPolicy
 from kbusd.rings import entries, memfd
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 BLOOM = bloom.Parameter(64, 8)
 """Of the configured bus: what sd-bus and systemd used."""
 MAX_PAYLOAD = 128 << 20  # bytes of a message's memfds
+MAX_KEPT = 4096
+"""Descriptors in the queue, above which memfds are kept as their bytes."""
 STALLED_NS = 2_000_000_000
 """How long a SEND waits to be told of what became of its message by a worker that does not run."""
 SIGNALS = "type='signal'"
@@ -205,9 +207,10 @@ class Port:
         return map(_known, self._replica.connections.values())
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
-        memfds, rest = _parts(parcel, fds)
+        memfds = _memfds(parcel, fds)
         if not to.kdbus:
-            await self._send_dbus(to, parcel, _join(parcel, data, memfds), rest)
+            whole = _join(parcel, data, memfds)
+            await self._send_dbus(to, parcel, whole, fds[len(memfds) :])
             return
         what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
         router: DeviceRouter = self.engine_router
@@ -231,7 +234,7 @@ class Port:
             del self._parcels[token]
 
     async def publish(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
-        memfds, _ = _parts(parcel, fds)
+        memfds = _memfds(parcel, fds)
         what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
         facts = what.facts(None)
         raw = _encode(parcel)
@@ -297,6 +300,19 @@ class Port:
         function = self._watched.get(fd)
         if function is not None:
             function()
+
+    def keep(self, fds: Sequence[int]) -> list[int]:
+        kept: list[int] = []
+        try:
+            for fd in fds:
+                kept.append(os.dup(fd))
+        except OSError as error:
+            close_all(kept)
+            raise Errno(errno.EMFILE, f"{len(fds)} descriptors can't be kept: {error}") from None
+        return kept
+
+    def hand(self, offset: int, fds: Sequence[int]) -> bool:
+        return self.device.hand(offset, fds)
 
     def close(self, fds: Iterable[int]) -> None:
         close_all(list(fds))
@@ -375,7 +391,7 @@ class Port:
             self.session.forsaken(callee, cookie)
             return
         facts = Envelope(3, False, None, None, None, None, error, "s")
-        self._arrived(known, facts, 1, self._next(), cookie, body, 0, time.monotonic_ns())
+        self._arrived(known, facts, 1, self._next(), cookie, body, (), time.monotonic_ns())
 
     def parcel_answered(self, token: int, code: int) -> None:
         waiting = self._parcels.get(token)
@@ -404,7 +420,7 @@ class Port:
         router = self.engine_router
         try:
             if not found.is_reply and not router.is_open(connection, connections[me]):
-                memfds, _ = _parts(found, fds)
+                memfds = _memfds(found, fds)
                 what = _Lazy(found, lambda: _join(found, data, memfds))
                 all = found.dst_id == abi.DST_ID_BROADCAST
                 name = None if all else found.dst_name or f":1.{me}"
@@ -424,14 +440,19 @@ class Port:
         fds: tuple[int, ...],
         stamp: int,
     ) -> None:
-        memfds, _ = _parts(found, fds)
-        parts = parcel.split(found, data)
+        memfds = _memfds(found, fds)
+        attached = self.device.attached is not None
+        as_they_are = attached and self.session.kept + len(memfds) <= MAX_KEPT
         filled = iter(memfds)
-        whole = [
-            next(filled) if kind == MEMFD else part
-            for (kind, _, _), part in zip(found.parts, parts, strict=True)
-        ]
-        self.session.receive(source, found, whole, stamp)
+        whole: list[Part] = []
+        for (kind, _, _), part in zip(found.parts, parcel.split(found, data), strict=True):
+            if kind == MEMFD:
+                memfd = next(filled)
+                whole.append(memfd if as_they_are else _read(memfd))
+            else:
+                whole.append(part)
+        own = fds[len(memfds) :] if attached else ()
+        self.session.receive(source, found, whole, stamp, own)
 
     def dbus_message(
         self,
@@ -441,7 +462,7 @@ class Port:
         serial: int,
         reply_serial: int,
         body: bytes,
-        fds: int,
+        fds: tuple[int, ...],
         stamp: int,
     ) -> None:
         """A message of a D-Bus client, which was checked and is ours by policy and matches."""
@@ -467,7 +488,7 @@ class Port:
         serial: int,
         cookie: int,
         body: bytes,
-        fds: int,
+        fds: tuple[int, ...],
         stamp: int,
     ) -> str | None:
         """Into the pool as kdbus has it. Returns why not, if not."""
@@ -478,13 +499,14 @@ class Port:
                 serial,
                 cookie,
                 body,
-                fds,
+                len(fds),
                 f":1.{known.id}",
                 self._replica.me,
                 self.clock(),
                 self.bloom,
             )
-            self.session.receive(known, found, [data], stamp)
+            own = fds if self.device.attached is not None else ()
+            self.session.receive(known, found, [data], stamp, own)
         except Errno as error:
             return f"The destination's queue does not take it: {error.text}"
         except GVariantError as error:
@@ -631,43 +653,58 @@ def _destination(to: Known, parcel: Parcel) -> str:
     return parcel.dst_name or f":1.{to.id}"
 
 
-def _parts(found: Parcel, fds: Sequence[int]) -> tuple[list[bytes], Sequence[int]]:
-    """The bytes of a parcel's memfds, and the descriptors that are the message's own.
+def _memfds(found: Parcel, fds: Sequence[int]) -> list[message.Memfd]:
+    """A parcel's memfds; the descriptors behind those are the message's own.
 
     Raises Errno, for the sender: a memfd must be sealed, and hold what is said of it."""
-    memfds = [(size, start) for kind, size, start in found.parts if kind == MEMFD]
-    if not memfds:
-        return [], fds
-    contents, total = [], 0
-    for (size, start), fd in zip(memfds, fds, strict=False):
-        total += size
-        if total > MAX_PAYLOAD:
-            raise Errno(errno.EMSGSIZE, f"memfds of {total} bytes, over {MAX_PAYLOAD}")
-        contents.append(_segment(fd, start, size))
-    return contents, fds[len(memfds) :]
+    segments = [(size, start) for kind, size, start in found.parts if kind == MEMFD]
+    total = sum(size for size, _ in segments)
+    if total > MAX_PAYLOAD:
+        raise Errno(errno.EMSGSIZE, f"memfds of {total} bytes, over {MAX_PAYLOAD}")
+    memfds = [
+        message.Memfd(start, size, fd) for (size, start), fd in zip(segments, fds, strict=False)
+    ]
+    for each in memfds:
+        _check(each)
+    return memfds
 
 
-def _segment(fd: int, start: int, size: int) -> bytes:
-    """Part of a sealed memfd (ipc/kdbus/message.c). Raises Errno: EMEDIUMTYPE, ETXTBSY, EBADF."""
+def _check(segment: message.Memfd) -> None:
+    """After ipc/kdbus/message.c. Raises Errno: EMEDIUMTYPE, ETXTBSY, EBADF."""
     try:
-        memfd.check_sealed(fd, 0)
+        size = memfd.check_sealed(segment.fd, 0)
     except RingError as error:
         number = errno.EMEDIUMTYPE if "no memfd" in str(error) else errno.ETXTBSY
         raise Errno(number, str(error)) from None
-    if start + size > os.fstat(fd).st_size:
+    if segment.start + segment.size > size:
         raise Errno(errno.EBADF, "a segment that ends behind its memfd")
-    page = start % mmap.ALLOCATIONGRANULARITY
-    with mmap.mmap(fd, size + page, prot=mmap.PROT_READ, offset=start - page) as mapped:
-        return mapped[page : page + size]
 
 
-def _join(found: Parcel, data: bytes, memfds: Sequence[bytes]) -> bytes:
-    """The whole payload."""
+def _read(segment: message.Memfd) -> bytes:
+    """Its bytes, which nobody can change any more. Raises Errno ENOMEM."""
+    page = segment.start % mmap.ALLOCATIONGRANULARITY
+    try:
+        # Private: a write-sealed memfd could not be mapped shared before Linux 6.7.
+        mapped = mmap.mmap(
+            segment.fd,
+            segment.size + page,
+            mmap.MAP_PRIVATE,
+            mmap.PROT_READ,
+            offset=segment.start - page,
+        )
+    except (OSError, ValueError, OverflowError) as error:
+        raise Errno(errno.ENOMEM, f"a memfd that can't be mapped: {error}") from None
+    with mapped:
+        return mapped[page : page + segment.size]
+
+
+def _join(found: Parcel, data: bytes, memfds: Sequence[message.Memfd]) -> bytes:
+    """The whole payload. Raises Errno."""
     filled = iter(memfds)
-    joined = b""
-    for (kind, _, _), part in zip(found.parts, parcel.split(found, data), strict=True):
-        joined += next(filled) if kind == MEMFD else bytes(part)
-    return joined
+    parts = zip(found.parts, parcel.split(found, data), strict=True)
+    return b"".join(
+        _read(next(filled)) if kind == MEMFD else bytes(part) for (kind, _, _), part in parts
+    )
 
 
 def _failure(error: str, body: bytes) -> _Refused:

@@ -22,7 +22,7 @@ import msgspec
 
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
-from kbusd.kdbus import attach, waits
+from kbusd.kdbus import attach, layout, waits
 from kbusd.kdbus.commands import SPECS, BusMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
@@ -176,6 +176,8 @@ class Device:
                 held = self.held[unique] = Request(self, request.header, ioctl)
                 if ioctl.command == attach.COMMAND:
                     command = self._attach(held)
+                elif ioctl.command == attach.INSTALLED:
+                    command = self._installed(held)
                 else:
                     command = self.session.ioctl(held, ioctl.command, ioctl.argument, _first(ioctl))
                 waits.start(command, lambda result: self._ended(held, result))
@@ -209,6 +211,33 @@ class Device:
             except Errno as error:
                 raise Errno(error.errno, error.text, pokes) from None
         return Done(tuple((ioctl.argument + poke.offset, poke.data) for poke in pokes))
+
+    async def _installed(self, held: Request) -> Done:
+        ioctl = held.ioctl
+        whole = await fetch(held, attach.INSTALLED_SPEC, ioctl.argument, ioctl.data)
+        told = attach.decode_installed(whole)
+        said = told.value
+        if said is not None:
+            try:
+                if said.count != self.session.awaits(said.offset):
+                    raise Errno(errno.EINVAL, f"{said.count} numbers, which is not how many came")
+                (raw,) = await held.copy([(said.address, 4 * said.count)])
+                self.session.awaits(said.offset)  # another thread may have told meanwhile
+                numbers = [number for (number,) in layout.I32.iter_unpack(raw)]
+                self.session.installed(said.offset, numbers)
+            except Errno as error:
+                raise Errno(error.errno, error.text, told.pokes) from None
+        return Done(tuple((ioctl.argument + poke.offset, poke.data) for poke in told.pokes))
+
+    def hand(self, offset: int, fds: Sequence[int]) -> bool:
+        """Descriptors to the client, for the message at `offset` of its pool; False if it can't be done."""
+        if self.attached is None or len(fds) > attach.MAX_FDS:
+            return False
+        try:
+            self.attached.hand(attach.fds_record(offset, len(fds)), fds)
+        except OSError:
+            return False  # it is full, or closed; or the user has too many descriptors on the way
+        return True
 
     def _ended(self, held: Request, result: Done | Errno | Interrupted) -> None:
         start = held.ioctl.argument

@@ -305,7 +305,7 @@ class DeviceEngine(DBusSocket):
                 head.serial,
                 head.reply_serial,
                 data,
-                head.fds,
+                fds[: head.fds],
                 head.stamp,
             )
         except RingError as error:

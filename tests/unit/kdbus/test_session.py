@@ -175,6 +175,103 @@ def test_descriptors_are_told_as_incomplete(world: World) -> None:
     assert not a.port.open
 
 
+def with_memfd_and_fds() -> tuple[bytes, ...]:
+    memfd = items.build(abi.ITEM_PAYLOAD_MEMFD, layout.MEMFD.pack(1, 5, 4, 0))
+    return memfd, items.build(abi.ITEM_FDS, struct.pack("=2i", 5, 6))
+
+
+def numbers(message: Message) -> tuple[int, ...]:
+    """Of the memfds and of the descriptors."""
+    memfds = [layout.MEMFD.unpack(item.data)[2] for item in message.all(abi.ITEM_PAYLOAD_MEMFD)]
+    (fds,) = message.all(abi.ITEM_FDS)
+    return (*memfds, *(fd for (fd,) in layout.I32.iter_unpack(fds.data)))
+
+
+@pytest.fixture
+def attached(world: World) -> tuple[Client, Client]:
+    a, b = world.client(), world.client(flags=abi.HELLO_ACCEPT_FD)
+    b.port.attached = True
+    return a, b
+
+
+def test_whoever_has_attached_a_socket_gets_descriptors(attached: tuple[Client, Client]) -> None:
+    a, b = attached
+    a.send(b.id, *with_memfd_and_fds())
+    assert numbers(b.recv(flags=abi.RECV_PEEK)) == (-1, -1, -1)
+    assert not b.port.handed, "descriptors for who only peeks"
+    got = b.recv()
+    assert b.return_flags == 0
+    assert b.port.handed == [(b.offset, (2004, 2005, 2006))]
+    assert not b.port.open and not a.port.open
+    (segment,) = got.all(abi.ITEM_PAYLOAD_MEMFD)
+    assert layout.MEMFD.unpack(segment.data)[:2] == (1, 5)
+    assert b.session.awaits(b.offset) == 3
+    b.session.installed(b.offset, (40, 41, 42))
+    assert numbers(Message(b.pool, b.offset)) == (40, 41, 42)
+    with refused("ENXIO"):
+        b.session.awaits(b.offset)
+
+
+def test_descriptors_that_a_socket_does_not_take_are_told_as_incomplete(
+    attached: tuple[Client, Client],
+) -> None:
+    a, b = attached
+    b.port.takes = False
+    a.send(b.id, *with_memfd_and_fds())
+    assert numbers(b.recv()) == (-1, -1, -1)
+    assert b.return_flags == abi.RECV_RETURN_INCOMPLETE_FDS
+    assert not b.port.open
+    with refused("ENXIO"):
+        b.session.awaits(b.offset)
+
+
+def test_a_reply_that_is_waited_for_brings_descriptors(attached: tuple[Client, Client]) -> None:
+    a, b = attached
+    run = b.call(a.id, sync=True)
+    a.send(b.id, *with_memfd_and_fds(), reply=a.recv().cookie)
+    _, offset, _, flags = struct.unpack_from("=4Q", b.end(run), 24)
+    assert (flags, b.port.handed) == (0, [(offset, (2004, 2005, 2006))])
+    assert not b.port.open
+    b.session.installed(offset, (7, 8, 9))
+    assert numbers(Message(b.pool, offset)) == (7, 8, 9)
+
+
+def test_a_message_that_is_freed_waits_for_no_numbers(attached: tuple[Client, Client]) -> None:
+    a, b = attached
+    a.send(b.id, *with_memfd_and_fds())
+    b.recv()
+    b.free(b.offset)
+    with refused("ENXIO"):
+        b.session.awaits(b.offset)
+
+
+def test_descriptors_of_a_message_that_is_never_received_are_closed(
+    attached: tuple[Client, Client],
+) -> None:
+    a, b = attached
+    for _ in range(2):
+        a.send(b.id, *with_memfd_and_fds())
+    assert len(b.port.open) == 6
+    b.recv(flags=abi.RECV_DROP)
+    assert len(b.port.open) == 3
+    b.session.end()
+    assert not b.port.open
+
+
+def test_sixteen_descriptors_of_one_user_wait_at_a_receiver(
+    attached: tuple[Client, Client],
+) -> None:
+    a, b = attached
+    fds = items.build(abi.ITEM_FDS, struct.pack("=16i", *range(16)))
+    one = items.build(abi.ITEM_FDS, struct.pack("=i", 3))
+    a.send(b.id, fds)
+    with refused("EMFILE"):
+        a.send(b.id, one)
+    assert len(b.port.open) == 16
+    b.recv()
+    a.send(b.id, one)
+
+
 def test_peeking_leaves_a_message_and_dropping_takes_it(pair: tuple[Client, Client]) -> None:
     a, b = pair
     a.send(b.id, cookie=1)

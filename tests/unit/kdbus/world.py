@@ -11,7 +11,8 @@ from kbusd.kdbus import abi, bloom, items, layout, match, metadata, ownership, w
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
-from kbusd.kdbus.parcel import About, Parcel, decode, encode, split
+from kbusd.kdbus.message import Memfd
+from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, encode, split
 from kbusd.kdbus.port import Known
 from kbusd.kdbus.session import Done, Session
 from kbusd.kdbus.waits import Interrupted, Wait
@@ -110,6 +111,9 @@ class Port:
         self.session: Session
         self.subscribed = {True: False, False: False}
         self.open: set[int] = set()
+        self.attached = False  # whether it gets descriptors,
+        self.takes = True  # and whether its socket takes them
+        self.handed: list[tuple[int, tuple[int, ...]]] = []
         self.watched: dict[int, Callable[[], None]] = {}
 
     def clock(self) -> tuple[int, int]:
@@ -206,8 +210,14 @@ class Port:
         assert came == parcel
         source = self.find(self.id)
         assert source is not None
-        parts = [part or b"memfd" for part in split(came, data)]
-        port.session.receive(source, came, parts, 77)
+        memfds = [(start, size) for kind, size, start in came.parts if kind == MEMFD]
+        if port.attached:
+            filled = iter([Memfd(*each, fd) for each, fd in zip(memfds, fds, strict=False)])
+            parts = [part if part != b"" else next(filled) for part in split(came, data)]
+            port.session.receive(source, came, parts, 77, fds[len(memfds) :])
+        else:
+            parts = [part or b"memfd" for part in split(came, data)]
+            port.session.receive(source, came, parts, 77)
 
     def forsake(self, caller: int, cookie: int) -> None:
         self.world.ports[caller].session.forsaken(self.id, cookie)
@@ -217,6 +227,18 @@ class Port:
 
     def unwatch(self, fd: int) -> None:
         self.watched.pop(fd, None)
+
+    def keep(self, fds: Sequence[int]) -> list[int]:
+        kept = []
+        for fd in fds:
+            kept.append(next(n for n in range(fd + 1000, 99999, 1000) if n not in self.open))
+            self.open.add(kept[-1])
+        return kept
+
+    def hand(self, offset: int, fds: Sequence[int]) -> bool:
+        assert self.open >= set(fds)
+        self.handed.append((offset, tuple(fds)))
+        return self.takes
 
     def close(self, fds: Iterable[int]) -> None:
         self.open -= set(fds)

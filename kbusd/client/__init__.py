@@ -1,0 +1,1 @@
+"""Clients of the bus, for programs and for tests."""
