@@ -24,7 +24,7 @@ cdef class Bulk:
     cdef uint64_t sent, done
     cdef size_t reserved, reserved_at
     cdef bint told, piping
-    cdef PagePipe pipe
+    cdef readonly PagePipe pipe
     cdef size_t piped, piped_at
     cdef readonly int idle
     cdef int open(self) noexcept

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections import deque
 
 import cython
+from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.atomics import load_acquire
 from cython.cimports.kbusd.rings.libc import EAGAIN, close
 from cython.cimports.kbusd.rings.memfd import (
@@ -35,9 +36,8 @@ from cython.cimports.kbusd.rings.memfd import (
     map_whole,
     unmap_whole,
 )
-from cython.cimports.kbusd.rings.pagepipe import PagePipe, adopt, make_pipe
+from cython.cimports.kbusd.rings.pagepipe import adopt, make_pipe
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
-from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy
 
@@ -169,9 +169,7 @@ class Bulk:
         """Have what is in the pipe in the reserved room after all; False if somebody took it."""
         if self.piped == 0:
             return True
-        done: cython.bint = self.pipe.take(
-            self.base + self.reserved_at + self.piped_at, self.piped
-        )
+        done: cython.bint = self.pipe.take(self.base + self.reserved_at + self.piped_at, self.piped)
         if not done:
             self.pipe = None
         self.piping = False

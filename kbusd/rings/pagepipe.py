@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import cython
 from cython.cimports.kbusd.rings.libc import EAGAIN, EINTR, close, errno, fcntl, read
-from cython.cimports.libc.stdint import uint8_t
 
 from kbusd.rings.memfd import RingError
 

@@ -20,7 +20,16 @@ from cython.cimports.kbusd.wire.header import Header, message_length, scan
 from cython.cimports.kbusd.workers.decisions import Template
 from cython.cimports.kbusd.workers.engine import Engine
 from cython.cimports.kbusd.workers.input import Input
-from cython.cimports.kbusd.workers.libc import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, SO_SNDBUF, SOL_SOCKET, munmap, setsockopt
+from cython.cimports.kbusd.workers.libc import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    SO_SNDBUF,
+    SOL_SOCKET,
+    munmap,
+    setsockopt,
+)
 from cython.cimports.kbusd.workers.output import Output
 from cython.cimports.kbusd.workers.peers import LARGE_BODY, Peer
 from cython.cimports.libc.stdint import uint8_t, uint32_t
