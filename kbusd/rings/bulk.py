@@ -8,6 +8,12 @@ stands: `aux` is offset << 32 | length; length 0 means that the area is given up
 of by its first frame (BULK_FRESH). A body that no bytes can make invalid, such as "ay", is not
 even copied: its receiver's worker lends it to the client's queue, which sends it from there.
 
+Better still, most of such a body does not enter the area: it goes through a pipe (pagepipe.py) that
+is made and told of with the area. Its room is reserved all the same, for its beginning, for what
+the pipe had no slots for, and for all of it if it is taken back. Such a frame carries two u32 as its
+body: where in the message's body the part begins that is in the pipe, and its length. Only one is
+on its way at a time, and only while nothing of the area is in use; so the pipe is empty before.
+
 What a frame took is free once the receiver has counted the frame as done, in its status page; the
 Ring's position does not say that, as a reader that catches up takes frames out before their turn
 (fanout.py, rule 7). Space is given out in order, and from the start whenever all of it is free,
@@ -20,8 +26,9 @@ from __future__ import annotations
 from collections import deque
 
 import cython
+from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.atomics import load_acquire
-from cython.cimports.kbusd.rings.libc import close
+from cython.cimports.kbusd.rings.libc import EAGAIN, close
 from cython.cimports.kbusd.rings.memfd import (
     RING_SEALS,
     add_seals,
@@ -29,8 +36,9 @@ from cython.cimports.kbusd.rings.memfd import (
     map_whole,
     unmap_whole,
 )
+from cython.cimports.kbusd.rings.pagepipe import adopt, make_pipe
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
-from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy
 
 from kbusd.rings import memfd
@@ -72,6 +80,7 @@ class Bulk:
             self.base = cython.NULL
             self.close_fd()
         self.told = False
+        self.pipe = make_pipe() if code >= 0 else None
         return code
 
     def close_fd(self) -> cython.void:
@@ -124,11 +133,48 @@ class Bulk:
         if not self.told:
             self.told = True
             aux |= BULK_FRESH
+            if self.pipe is not None:
+                aux |= BULK_PIPE
+        self.piping = False
+        self.piped = 0
         return aux
 
     def cancel(self) -> cython.void:
-        """The reserved room is not needed after all."""
+        """The reserved room is not needed after all, nor what is in the pipe."""
+        self.take_back()
+        self.piping = False
         self.reserved = 0
+
+    def begin_pipe(self, at) -> cython.bint:
+        """Of the body that room is reserved for, let what is behind byte `at` go through the pipe;
+        False if that is not possible now."""
+        self.piping = (
+            self.reserved > 0 and self.pipe is not None and not self.spans and self.pipe.empty()
+        )
+        self.piped = 0
+        self.piped_at = at
+        return self.piping
+
+    def splice_from(self, source, most) -> cython.Py_ssize_t:
+        """PagePipe.fill. While that moves something the body's bytes come this way, and once it
+        can't, the rest belongs into the reserved room."""
+        moved: cython.Py_ssize_t = self.pipe.fill(source, most)
+        if moved > 0:
+            self.piped += moved
+        elif moved < 0 and moved != -EAGAIN:
+            self.piping = False
+        return moved
+
+    def take_back(self) -> cython.bint:
+        """Have what is in the pipe in the reserved room after all; False if somebody took it."""
+        if self.piped == 0:
+            return True
+        done: cython.bint = self.pipe.take(self.base + self.reserved_at + self.piped_at, self.piped)
+        if not done:
+            self.pipe = None
+        self.piping = False
+        self.piped = 0
+        return done
 
     def release(self) -> cython.bint:
         """Give the area up, unless something of it is in use. True: tell the receiver, by a frame
@@ -140,6 +186,7 @@ class Bulk:
             return False
         unmap_whole(self.base, BULK_SIZE)
         self.base = cython.NULL
+        self.pipe = None
         self.close_fd()
         return self.told
 
@@ -204,14 +251,16 @@ class BulkView:
         self.mine = mine
         self.slot = slot
 
-    def open(self, fd: cython.int) -> cython.void:
-        """Map a new area instead of the old; `fd` stays the caller's. Raises RingError."""
+    def open(self, fd: cython.int, pipe: cython.int) -> cython.void:
+        """Map a new area instead of the old; `fd` stays the caller's, `pipe` (or -1) only if this
+        fails. Raises RingError."""
         memfd.check_seals(fd, BULK_SIZE, BULK_SIZE)
         self.release()
         area: Area = Area()
         area.base = map_whole(fd, BULK_SIZE, False)
         if area.base == cython.NULL:
             raise RingError("a peer's bulk area could not be mapped")
+        area.pipe = None if pipe < 0 else adopt(pipe)
         self.area = area
 
     def release(self) -> cython.void:
@@ -221,15 +270,48 @@ class BulkView:
             self.count += 1
         self.lent = NOT_LENT
         self.later = 0
+        self.piped = 0
 
     def place(self, aux) -> cython.pointer(cython.const[uint8_t]):
         """Where a frame's body stands, in shared memory: copy first, check the copy. NULL if the
         frame is wrong about it."""
-        at: uint64_t = (aux & ~BULK_FRESH) >> 32
+        at: uint64_t = (aux & ~(BULK_FRESH | BULK_PIPE)) >> 32
         length: uint64_t = aux & 0xFFFFFFFF
         if self.area is None or length == 0 or length > BULK_MOST or at > BULK_SIZE - length:
             return cython.NULL
         return self.area.base + at
+
+    def announce(self, data, size, aux) -> cython.bint:
+        """The frame at hand says in its `size` bytes at `data` what of its body is in the pipe:
+        `piped` bytes from `piped_at` on, to be taken out in any case. False if it is wrong."""
+        part: uint32_t[2]
+        length: uint64_t = aux & 0xFFFFFFFF
+        if size != 8 or self.area is None or self.area.pipe is None:
+            return False
+        memcpy(part, data, 8)
+        if part[0] == 0 or part[1] == 0 or cython.cast(uint64_t, part[0]) + part[1] > length:
+            return False
+        self.piped_at = part[0]
+        self.piped = part[1]
+        return True
+
+    def drain(self) -> cython.bint:
+        """Nobody wants what is in the pipe; False if it is not there."""
+        return len(self.whole(cython.NULL, self.piped)) > 0
+
+    def whole(self, body, length) -> bytes:
+        """The body at hand, of `length` bytes at `body` (if not NULL) and in the pipe, copied; empty
+        if it is not there."""
+        data: bytes = PyBytes_FromStringAndSize(cython.NULL, length)
+        place: cython.pointer(uint8_t) = cython.cast(
+            cython.pointer(uint8_t), cython.cast(cython.p_char, data)
+        )
+        count: cython.size_t = self.piped
+        if body != cython.NULL:
+            memcpy(place, body, length)
+            place += self.piped_at
+        self.piped = 0
+        return data if count == 0 or self.area.pipe.take(place, count) else b""
 
     def lend(self) -> Area:
         """The body of the frame at hand stays in use until `back`; None if one is lent already.
@@ -268,7 +350,7 @@ class BulkView:
 
     def map(self, fd: int) -> None:
         """`open` for Python."""
-        self.open(fd)
+        self.open(fd, -1)
 
     def read(self, aux: int) -> bytes:
         """Copy a frame's body out and count it. Raises RingError if it is out of range."""

@@ -2,6 +2,7 @@ from libc.stdint cimport uint8_t, uint32_t
 
 from kbusd.rings.bulk cimport BulkView
 from kbusd.rings.frame cimport FrameHead
+from kbusd.wire.header cimport Header
 from kbusd.workers.decisions cimport Template
 from kbusd.workers.engine cimport Engine
 from kbusd.workers.input cimport Input
@@ -11,12 +12,14 @@ cdef class DBusSocket(Engine):
     cdef Input input
     cdef Output output
     cdef object shares
-    cdef bint reading, writing
+    cdef bint reading, writing, widened
     cdef size_t max_message, max_outgoing, max_outgoing_fds, uncounted, fd_cost
     cdef uint32_t max_fds
     cdef void _messages(self) except *
     cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1
+    cdef void _try_pipe(self, uint8_t *data, Header *header, uint8_t *place) except *
     cdef bint _message(self, uint8_t *data, size_t size, bint large) except -1
     cdef void _emit(self, Template template, FrameHead *head, const uint8_t *body, tuple fds, BulkView view) except *
+    cdef void _widen(self) noexcept
     cdef bint _crowded(self) noexcept
     cdef bint _over_the_limit(self) except -1

@@ -20,7 +20,16 @@ from cython.cimports.kbusd.wire.header import Header, message_length, scan
 from cython.cimports.kbusd.workers.decisions import Template
 from cython.cimports.kbusd.workers.engine import Engine
 from cython.cimports.kbusd.workers.input import Input
-from cython.cimports.kbusd.workers.libc import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, munmap
+from cython.cimports.kbusd.workers.libc import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    SO_SNDBUF,
+    SOL_SOCKET,
+    munmap,
+    setsockopt,
+)
 from cython.cimports.kbusd.workers.output import Output
 from cython.cimports.kbusd.workers.peers import LARGE_BODY, Peer
 from cython.cimports.libc.stdint import uint8_t, uint32_t
@@ -52,6 +61,10 @@ CLIENT = cython.declare(cython.uint, 0)
 # A body above this is received straight into the bulk area, if the client sends such ones in a row.
 BULK_LEAST = cython.declare(cython.size_t, 24576)
 PREFIX = cython.declare(cython.size_t, 1024)  # of a body in the bulk area, copied in any case
+PIPE_LEAST = cython.declare(cython.size_t, 32768)  # what is shorter is copied as fast
+# What our client's socket holds once large bodies are sent to it, or as much as net.core.wmem_max
+# allows; the kernel doubles it. It wakes us less often to send on.
+SEND_BUFFER = cython.declare(cython.int, 524288)
 MAX_MESSAGE = cython.declare(cython.size_t, 128 << 20)  # D-Bus specification, "Message Protocol"
 # Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
 UNCOUNTED = cython.declare(cython.size_t, 131072)
@@ -207,6 +220,7 @@ class DBusSocket(Engine):
             place = cython.NULL if bulk is None else bulk.reserve(body_length)
             if place != cython.NULL:
                 self.input.begin_bulk(header.header_length, body_length, place, bulk)
+                self._try_pipe(data, cython.address(header), place)
                 return True
         if body_length <= LARGE_BODY:
             return False
@@ -215,6 +229,26 @@ class DBusSocket(Engine):
         except OSError as error:
             raise Gone(f"no memory for a message of {total} bytes: {error.strerror}") from None
         return True
+
+    def _try_pipe(
+        self,
+        data: cython.pointer(uint8_t),
+        header: cython.pointer(Header),
+        place: cython.pointer(uint8_t),
+    ) -> cython.void:
+        """Let the rest of the body at `place` go through the pipe, if any bytes of it are valid."""
+        have: cython.size_t = self.input.large_have
+        if header.unix_fds or header.body_length - have < PIPE_LEAST:
+            return
+        if opaque_from(
+            place,
+            have if have < PREFIX else PREFIX,
+            header.body_length,
+            data + header.signature_at,
+            header.signature_len,
+            header.endian == 66,
+        ):
+            self.input.bulk.begin_pipe(have)
 
     def _message(
         self,
@@ -235,14 +269,15 @@ class DBusSocket(Engine):
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
         body = self.input.whole() if large else data + header.header_length
-        code = check_body(
-            body,
-            header.body_length,
-            data + header.signature_at,
-            header.signature_len,
-            header.endian == 66,
-            header.unix_fds,
-        )
+        if not large or self.input.bulk is None or self.input.bulk.piped == 0:  # else it is opaque
+            code = check_body(
+                body,
+                header.body_length,
+                data + header.signature_at,
+                header.signature_len,
+                header.endian == 66,
+                header.unix_fds,
+            )
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
         if self.monitor:
@@ -284,6 +319,24 @@ class DBusSocket(Engine):
         """Send what the socket takes."""
         if self.output.pending and not self.leaving and self.output.flush(self.client) < 0:
             self.client_left()
+        if self.output.cheat is not None:
+            self._drop_cheat()
+
+    def _drop_cheat(self):
+        cheat = self.output.take_cheat()
+        for item in list(self.peers.known.values()):
+            peer: Peer = item
+            if peer.bulk_view is cheat:
+                self.peers.drop(peer, "took back a body that it had announced")
+
+    def _widen(self) -> cython.void:
+        """Our client gets large bodies."""
+        size: cython.int = SEND_BUFFER
+        if not self.widened:
+            self.widened = True
+            setsockopt(
+                self.client, SOL_SOCKET, SO_SNDBUF, cython.address(size), cython.sizeof(cython.int)
+            )
 
     def relieve(self) -> cython.void:
         """Send what the socket takes if much waits."""
@@ -348,18 +401,28 @@ class DBusSocket(Engine):
         own: cython.size_t = length  # how much of the body is to be copied
         area: Area = None
         if view is not None:
-            own = length if length < PREFIX else PREFIX
-            memcpy(place + n, body, own)
+            self._widen()
+            copied: cython.size_t = length if length < PREFIX else PREFIX
+            if view.piped and copied > view.piped_at:
+                copied = view.piped_at
+            memcpy(place + n, body, copied)
             own = opaque_from(
                 place + n,
-                own,
+                copied,
                 length,
                 cython.cast(cython.pointer(cython.const[uint8_t]), signature),
                 len(template.signature),
                 template.big_endian,
             )
             area = view.lend() if 0 < own < length else None
-            if area is None:
+            if view.piped:
+                if area is None:
+                    self.output.drop_fds()
+                    raise HostilePeer("a body in a pipe that has to be checked, or one too many")
+                # Not once more what was looked at.
+                own = view.piped_at
+                memcpy(place + n + copied, body + copied, own - copied)
+            elif area is None:
                 own = length
         if mapping == cython.NULL and area is None:
             memcpy(place + n, body, length)
@@ -389,8 +452,17 @@ class DBusSocket(Engine):
             self.output.add_mapping(mapping, length, length)
         else:
             self.output.commit(n + own)
-            if area is not None:
+            if area is None:
+                return
+            if view.piped == 0:
                 self.output.add_lent(body + own, length - own, view, area)
+                return
+            self.output.add_piped(view.piped, view, area)
+            own += view.piped
+            view.piped = 0
+            if own < length:
+                memcpy(self.output.reserve(length - own), body + own, length - own)
+                self.output.commit(length - own)
 
     # -- the bus itself ------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import cython
 import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import BroadcastReader
-from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_PIPE, Bulk
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
@@ -29,7 +29,7 @@ from cython.cimports.kbusd.workers.libc import EPOLLIN, epoll_event
 from cython.cimports.kbusd.workers.monitors import Monitors
 from cython.cimports.kbusd.workers.peers import Peer, Peers
 from cython.cimports.kbusd.workers.waiting import Waiting
-from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
 from kbusd.policy.decide import ClientPolicy
@@ -276,12 +276,18 @@ class Engine:
         if (not route.met or self.replica.monitors) and not self._are_met(route):
             if self.peers.waits():
                 return False
+        kept: Bulk = bulk
         if route.peer is None or self.replica.monitors:
             large_fd = -1
             bulk = None
         elif bulk is not None and bulk is not route.peer.bulk:
             bulk = None
         self.undone = None
+        if bulk is None and kept is not None and not kept.take_back():
+            # It was on its way to a peer that is not its receiver any more, and took it.
+            if header.type == CALL and not header.flags & WANTS_NO_REPLY:
+                self.error(header.serial, NO_REPLY, NO_REPLY_DISCONNECTED)
+            return True
         self._forward(route, header, body, fds, large_fd, bulk)
         return True
 
@@ -374,6 +380,7 @@ class Engine:
         """Send a message on. Its body is at `body`, and also in `large_fd` or reserved in `bulk`,
         if there is one."""
         head: FrameHead
+        part: uint32_t[2]
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = MESSAGE
         head.flags = header.flags
@@ -409,6 +416,11 @@ class Engine:
             elif bulk is not None:
                 head.kind = BULK
                 head.body_length = 0
+                if bulk.piped:
+                    part[0] = bulk.piped_at
+                    part[1] = bulk.piped
+                    head.body_length = 8
+                    body = cython.cast(cython.pointer(cython.const[uint8_t]), part)
             self._send(route.peer, cython.address(head), route.envelope, body, fds)
         elif route.broadcast:
             for text in route.refusals:
@@ -610,6 +622,8 @@ class Engine:
                 try:
                     self._deliver(peer, cython.address(head), payload, None)
                     if head.kind == BULK and peer.bulk_view is not None and head.aux & 0xFFFFFFFF:
+                        if peer.bulk_view.piped and not peer.bulk_view.drain():
+                            raise HostilePeer("took back a body that it had announced")
                         peer.bulk_view.done()
                 except HostilePeer as error:
                     self.peers.drop(peer, str(error))
@@ -720,6 +734,8 @@ class Engine:
             or (head.kind == BULK and head.aux & BULK_FRESH)
             else 0
         )
+        if head.kind == BULK and head.aux & BULK_FRESH and head.aux & BULK_PIPE:
+            count += 1
         body: cython.pointer(cython.const[uint8_t]) = payload + head.envelope_length
         if count and own_fds is None:
             fds = peer.receive_fds(count)
@@ -730,6 +746,11 @@ class Engine:
                 return
             try:
                 body = peer.bulk_body(head)
+                if head.body_length and not peer.bulk_view.announce(
+                    payload + head.envelope_length, head.body_length, head.aux
+                ):
+                    raise HostilePeer("a body in a pipe that is none, or of the wrong length")
+                head.body_length = 0
             except HostilePeer:
                 close_all(fds)
                 raise

@@ -2,8 +2,8 @@
 """What a client has sent and we have not handled yet: bytes, and the descriptors beside them.
 
 All of it is hostile. A buffer holds the messages as they came; the body of a large message goes
-straight from the socket into the bulk area that its receiver's worker reads, or else by a buffer
-into a memfd. No memory is taken before the bytes for it have come. Nothing here blocks.
+straight from the socket into the bulk area that its receiver's worker reads, or into the pipe of
+that area, or else by a buffer into a memfd. No memory is taken before the bytes for it have come. Nothing here blocks.
 """
 
 import os
@@ -90,6 +90,17 @@ class Input:
         got: cython.Py_ssize_t
         if self.large_need:
             left: cython.size_t = self.large_need - self.large_have
+            if self.bulk is not None and self.bulk.piping and left:
+                # Descriptors beside these bytes are lost: a message without any has none, and the
+                # next one's may not come with the bytes of this.
+                got = self.bulk.splice_from(fd, left)
+                if got > 0:
+                    self.large_have += got
+                    return 1
+                if got == 0:
+                    return -1
+                if self.bulk.piping:
+                    return 0
             if self.bulk is not None:
                 vector.iov_base = cython.cast(cython.p_void, self.large + self.large_have)
                 vector.iov_len = left

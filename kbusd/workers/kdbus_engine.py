@@ -284,7 +284,9 @@ class DeviceEngine(DBusSocket):
                 if len(data) != head.aux:
                     raise HostilePeer("a large body that is not as long as it says")
             elif head.kind == BULK:
-                data = _bytes(body, head.aux & 0xFFFFFFFF)
+                data = peer.bulk_view.whole(body, head.aux & 0xFFFFFFFF)
+                if not data:
+                    raise HostilePeer("took back a body that it had announced")
             else:
                 data = _bytes(body, head.body_length)
             text: cython.p_char = data

@@ -26,6 +26,8 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: MSG_CMSG_CLOEXEC
     enum: MSG_CTRUNC
     enum: MSG_TRUNC
+    enum: SO_SNDBUF
+    int setsockopt(int fd, int level, int name, const void *value, unsigned int length)
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
     cmsghdr *CMSG_FIRSTHDR(msghdr *message)

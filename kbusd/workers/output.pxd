@@ -6,7 +6,7 @@ from kbusd.workers.libc cimport msghdr
 cdef class Segment:
     cdef uint8_t *data
     cdef size_t start, end, capacity
-    cdef bint mapped, full
+    cdef bint mapped, full, piped
     cdef tuple fds
     cdef BulkView lender
     cdef Area area
@@ -15,6 +15,7 @@ cdef class Output:
     cdef object segments
     cdef Segment tail, spare
     cdef bint spare_used
+    cdef readonly BulkView cheat
     cdef readonly size_t pending, fds
     cdef readonly uint64_t sent
     cdef uint8_t *reserve(self, size_t length) except NULL
@@ -23,6 +24,8 @@ cdef class Output:
     cdef void drop_fds(self) except *
     cdef void add_mapping(self, uint8_t *data, size_t length, size_t mapped_length) except *
     cdef void add_lent(self, const uint8_t *data, size_t length, BulkView lender, Area area) except *
+    cdef void add_piped(self, size_t length, BulkView lender, Area area) except *
+    cdef int _pour(self, Segment segment, int fd) except -2
     cdef int flush(self, int fd) except -2
     cdef void _attach(self, msghdr *header, uint8_t *control, tuple fds) except *
     cdef Segment _large(self, size_t length)

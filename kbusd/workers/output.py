@@ -51,12 +51,12 @@ MAX_FDS = 253  # SCM_MAX_FD of the kernel
 @cython.cclass
 class Segment:
     """A run of bytes to send; `fds` go with its first byte. `mapped`: by mmap(2), `full`: nothing
-    may be added, `lender`: whose `area` the bytes are in."""
+    may be added, `lender`: whose `area` the bytes are in, or (`piped`) the area's pipe."""
 
     def __cinit__(self):
         self.data = cython.NULL
         self.mapped = False
-        self.full = False
+        self.full = self.piped = False
         self.fds = ()
 
     def __dealloc__(self):
@@ -91,7 +91,7 @@ def _segment(capacity: cython.size_t) -> Segment:
 @cython.cclass
 class Output:
     """The queue to one client. `pending` counts the bytes in it, `fds` the descriptors, `sent` the
-    bytes that have left it since the beginning."""
+    bytes that have left it since the beginning. `cheat`: who took back what it had announced."""
 
     def __init__(self):
         self.tail = _segment(SEGMENT)
@@ -169,6 +169,32 @@ class Output:
         self.tail = segment
         self.pending += length
 
+    def add_piped(self, length: cython.size_t, lender: BulkView, area: Area) -> cython.void:
+        """Send `length` bytes out of the pipe of a peer's bulk area, then give that back."""
+        self.add_lent(cython.NULL, length, lender, area)
+        self.tail.piped = True
+
+    def _pour(self, segment: Segment, fd: cython.int) -> cython.int:
+        """Send of the first segment, which is in a pipe: as `flush`.
+
+        The header is sent, so as many bytes as it says must follow: what the peer has taken back is
+        made up for by zeros."""
+        sent: cython.Py_ssize_t = segment.area.pipe.pour(fd, segment.end - segment.start)
+        if sent > 0:
+            self._sent(sent)
+            return 0
+        if sent < 0:
+            return 1 if sent == -EAGAIN else -1
+        zeros: Segment = _segment(LARGE_SEGMENT)
+        zeros.full = True
+        zeros.end = segment.end - segment.start
+        self.cheat = segment.lender
+        segment.lender.back(segment.area)
+        if self.tail is segment:
+            self.tail = zeros
+        self.segments[0] = zeros
+        return 0
+
     def flush(self, fd: cython.int) -> cython.int:
         """Send what the socket takes: 0 all is sent, 1 some is left, -1 the client is gone."""
         vector: iovec[16]
@@ -185,15 +211,20 @@ class Output:
             memset(cython.address(header), 0, cython.sizeof(msghdr))
             for item in self.segments:
                 segment = cython.cast(Segment, item)
-                if count == 16 or (count and segment.fds):
+                if count == 16 or (count and segment.fds) or segment.piped:
                     break
                 vector[count].iov_base = segment.data + segment.start
                 vector[count].iov_len = segment.end - segment.start
                 wanted += segment.end - segment.start
                 count += 1
+            segment = self.segments[0]
+            if segment.piped:
+                code: cython.int = self._pour(segment, fd)
+                if code:
+                    return code
+                continue
             header.msg_iov = vector
             header.msg_iovlen = count
-            segment = self.segments[0]
             if segment.fds:
                 self._attach(cython.address(header), control, segment.fds)
             sent = sendmsg(fd, cython.address(header), MSG_DONTWAIT | MSG_NOSIGNAL)
@@ -265,6 +296,12 @@ class Output:
             segment.start = segment.end = 0
             self.spare = segment
             self.spare_used = True
+
+    def take_cheat(self) -> object:
+        """Who took back what it had announced, if nobody dealt with it yet."""
+        cheat = self.cheat
+        self.cheat = None
+        return cheat
 
     def trim(self) -> cython.bint:
         """Give the spare segment back if it was not used since the last time; True: one is left."""

@@ -18,7 +18,7 @@ from collections import deque
 import cython
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
-from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk, BulkView
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_PIPE, Bulk, BulkView
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
@@ -302,13 +302,14 @@ class Peer:
         if aux & BULK_FRESH:
             if self.bulk_view is None:
                 self.bulk_view = BulkView(mine, self.slot)
+            pipe = fds[len(fds) - 2] if aux & BULK_PIPE else -1
             try:
-                self.bulk_view.open(fds[len(fds) - 1])
+                self.bulk_view.open(fds[len(fds) - 1], pipe)
             except RingError as error:
                 close_all(fds)
                 raise HostilePeer(str(error)) from None
             os.close(fds[len(fds) - 1])
-            fds = fds[: len(fds) - 1]
+            fds = fds[: len(fds) - (2 if aux & BULK_PIPE else 1)]
         if aux & 0xFFFFFFFF == 0 and self.bulk_view is not None:
             self.bulk_view.release()
         return fds
@@ -518,6 +519,8 @@ class Peers:
         elif head.kind == BULK and peer.bulk.reserved:
             copy.aux = peer.bulk.commit()
             if copy.aux & BULK_FRESH:
+                if copy.aux & BULK_PIPE:
+                    fds = (*fds, peer.bulk.pipe.read_fd)
                 fds = (*fds, peer.bulk.fd)
         try:
             if not peer.put(cython.address(copy), envelope, body, fds, self.clock):

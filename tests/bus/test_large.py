@@ -1,7 +1,7 @@
 """Large bodies: whole and in order by whichever way they go, and no memory is left behind.
 
 Which way that is depends on the length and on what the two workers have sent each other before:
-the ring, the bulk area of a pair, or a sealed memfd.
+the ring, the bulk area of a pair and its pipe, or a sealed memfd.
 """
 
 from __future__ import annotations
@@ -250,6 +250,51 @@ def test_a_large_call_to_a_monitor_and_its_receiver(bus: Bus) -> None:
     assert monitor.wait_call("Seen").args == [body]
 
 
+def half(member: str, to: str, size: int = MIB, seed: int = 5) -> tuple[bytes, bytes]:
+    """A call in two halves."""
+    fields = {w.PATH: "/", w.MEMBER: member, w.DESTINATION: to, w.SIGNATURE: "ay"}
+    message = w.build(w.CALL, fields, body=array(size, seed), serial=99)
+    return message[: len(message) // 2], message[len(message) // 2 :]
+
+
+@pytest.mark.parametrize("piece", [100, 1000, 5000, 70_000])
+def test_a_body_that_comes_in_pieces(bus: Bus, piece: int) -> None:
+    caller, callee = bus.connect(), bus.connect()
+    for turn in range(3):
+        message = b"".join(half("M", callee.name, 300_000, turn))
+        for at in range(0, len(message), piece):
+            caller.write(message[at : at + piece])
+        assert callee.wait_call("M").body == array(300_000, turn)
+
+
+def test_a_monitor_that_comes_in_the_middle_of_a_body_sees_it(bus: Bus) -> None:
+    caller, callee, monitor = bus.connect(), bus.connect(), bus.connect()
+    for _ in range(2):
+        caller.send_call(callee.name, "/", "test.I", "M", "ay", (bytes_of(MIB),), flags=1)
+        assert callee.wait_call("M").args == [bytes_of(MIB)]
+    first, second = half("Half", callee.name)
+    caller.write(first)
+    monitor.driver("BecomeMonitor", "asu", ([], 0), interface="org.freedesktop.DBus.Monitoring")
+    caller.write(second)
+    assert callee.wait_call("Half").body == array(MIB, 5)
+    assert monitor.wait_call("Half").body == array(MIB, 5)
+
+
+@pytest.mark.kbusd_only
+def test_a_worker_killed_in_the_middle_of_a_body(bus: Bus) -> None:
+    caller, callee, watcher = bus.connect(), bus.connect(), bus.connect()
+    watcher.add_match(f"member='NameOwnerChanged',arg0='{caller.name}'")
+    for _ in range(2):
+        caller.send_call(callee.name, "/", "test.I", "M", "ay", (bytes_of(MIB),), flags=1)
+        assert callee.wait_call("M").args == [bytes_of(MIB)]
+    caller.write(half("Half", callee.name)[0])
+    os.kill(bus.worker_of(caller).pid, signal.SIGKILL)
+    watcher.wait_signal("NameOwnerChanged")
+    watcher.send_call(callee.name, "/", "test.I", "Last", "ay", (bytes_of(MIB),), flags=1)
+    assert callee.wait_call("Last").args == [bytes_of(MIB)]
+    assert all(m.member != "Half" for m in callee.inbox)
+
+
 # -- broken rules ------------------------------------------------------------------------
 
 
@@ -397,6 +442,35 @@ def test_idle_workers_give_the_memory_back(bus: Bus) -> None:
         for _ in range(3):  # and a new one is as good
             assert ask(caller, callee, body).body == body
         assert all(mapped(pid) for pid in workers)
+
+
+def resident(pid: int) -> int:
+    """Bytes of bulk areas that a process has touched."""
+    total, ours = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = AREA in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * KIB
+    return total
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.parametrize(("signature", "copied"), [("ay", False), ("s", True)])
+def test_numbers_do_not_pass_through_the_memory_of_workers(
+    bus: Bus, signature: str, copied: bool
+) -> None:
+    caller = bus.connect()
+    with echo(bus, caller) as callee:
+        workers = [bus.worker_of(client).pid for client in (caller, callee)]
+        warm = array(100 * KIB)
+        for _ in range(2):  # from the second on, what comes first is read apart
+            ask(caller, callee, warm)
+        body = w.marshal(signature, arguments(signature, MIB), "<")
+        for _ in range(3):
+            assert ask(caller, callee, body, signature=signature).body == body
+        for pid in workers:
+            assert (resident(pid) > 800 * KIB) == copied
 
 
 @pytest.mark.kbusd_only

@@ -17,6 +17,7 @@ from kbusd.rings.memfd import RingError
 from kbusd.rings.status import StatusPage, StatusView
 
 FRESH = 1 << 63
+PIPE = 1 << 62
 SIZE = 4 << 20
 MOST = 2 << 20
 
@@ -48,7 +49,7 @@ def pair() -> Iterator[Pair]:
 
 
 def where(aux: int) -> tuple[int, int]:
-    return (aux & ~FRESH) >> 32, aux & 0xFFFFFFFF
+    return (aux & ~(FRESH | PIPE)) >> 32, aux & 0xFFFFFFFF
 
 
 sizes = st.one_of(st.integers(1, MOST), st.integers(1, 300), st.just(MOST), st.just(SIZE // 3))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import array
 import os
+import random
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import pytest
 
 from kbusd.rings import entries, envelope, memfd
 from kbusd.rings.broadcast import Broadcast
+from kbusd.rings.bulk import Bulk
 from kbusd.rings.clock import Clock
 from kbusd.rings.doorbell import Doorbell
 from kbusd.rings.envelope import Envelope
@@ -36,6 +39,8 @@ OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 MESSAGE, COPY, REFUSED, BULK = 1, 5, 6, 7
 VICTIM, PEER = 1, 2
+FRESH, PIPE = 1 << 63, 1 << 62  # bits of `aux`
+AT = 100
 SECONDS = 20
 HELLO = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "Hello"}
 
@@ -109,23 +114,44 @@ class Stage:
         assert isinstance(answer, entries.Introduced)
         _, self.bell, status, _ = self.fds
         self.ring.connect(StatusView(status), answer.slot)
+        self.bulk = Bulk(StatusView(status), answer.slot)
+        self.bulk.make()
 
     # -- the peer --
 
     def write(
-        self, facts: Envelope | bytes, kind: int = MESSAGE, body: bytes = b"", **head: int
+        self,
+        facts: Envelope | bytes,
+        kind: int = MESSAGE,
+        body: bytes = b"",
+        own: tuple[int, ...] = (),
+        **head: int,
     ) -> None:
-        """One frame, as the peer likes it; `fds` descriptors go with it."""
+        """One frame, as the peer likes it; `fds` descriptors go with it, and its `own`."""
         stamp = self.clock.tick()
-        if count := head.get("fds", 0):
+        if (count := head.get("fds", 0)) or own:
             null = os.open("/dev/null", os.O_RDONLY)
-            passed = array.array("i", [null] * count)
+            passed = array.array("i", [null] * count + list(own))
             mark = stamp.to_bytes(8, "little")
             self.side.sendmsg([mark], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
             os.close(null)
         raw = facts if isinstance(facts, bytes) else envelope.encode(facts)
         assert self.ring.write(Frame(kind, stamp, raw, body, **head))
         os.write(self.bell, b"x")
+
+    def send_piped(
+        self, member: str, body: bytes, given: int, at: int = AT, count: int | None = None
+    ) -> None:
+        """A body of which `given` bytes from `at` on are in the pipe, and `count` are said to be."""
+        pipe = self.bulk.pipe
+        assert pipe is not None
+        assert given == 0 or os.write(pipe.write_fd, body[at : at + given]) == given
+        aux = self.bulk.put(body)
+        assert aux is not None
+        own = (pipe.read_fd, self.bulk.fd) if aux & FRESH else ()
+        told = struct.pack("=II", at, len(body) - at if count is None else count)
+        call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", member, None, "ay")
+        self.write(call, BULK, told, own, serial=3, aux=aux)
 
     # -- the client --
 
@@ -323,3 +349,94 @@ def test_what_its_client_may_not_send_is_not_taken(start: Start) -> None:
     stage.write(facts(), serial=1)
     stage.write(facts(member="Even"), serial=2)
     assert stage.member() == "Even"
+
+
+# -- bodies in a pipe ------------------------------------------------------------------------
+
+
+def array_of(size: int, seed: int = 0) -> bytes:
+    return struct.pack("=I", size) + random.Random(seed).randbytes(size)
+
+
+def test_a_body_in_a_pipe_arrives(start: Start) -> None:
+    stage = start()
+    for n in range(3):
+        body = array_of(200_000, n)
+        stage.send_piped(f"M{n}", body, len(body) - AT)
+        got = stage.read()
+        while got.member != f"M{n}":
+            got = stage.read()
+        assert got.body == body
+
+
+def test_what_follows_in_the_area_is_put_behind_what_was_in_the_pipe(start: Start) -> None:
+    stage = start()
+    body = array_of(200_000)
+    stage.send_piped("M", body, 70_000, count=70_000)
+    got = stage.read()
+    while got.member != "M":
+        got = stage.read()
+    assert got.body == body
+
+
+@pytest.mark.parametrize("given", [0, 70_000])
+def test_who_takes_back_a_body_ends_and_the_message_is_whole(start: Start, given: int) -> None:
+    stage = start()
+    stage.ping()
+    before = stage.descriptors()
+    body = array_of(200_000)
+    stage.send_piped("Taken", body, given)
+    got = stage.read()
+    while got.member != "Taken":
+        got = stage.read()
+    assert got.body == body[: AT + given].ljust(len(body), b"\0")
+    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    stage.ping()
+    assert stage.buffer == b""
+
+
+@pytest.mark.parametrize(
+    ("at", "count"),
+    [(0, 1000), (AT, 0), (AT, 200_000), (2**32 - 1, 2**32 - 1), (3, 1000), (300_000, 1)],
+)
+def test_a_lie_about_what_is_in_the_pipe_ends_the_peer(start: Start, at: int, count: int) -> None:
+    stage = start()
+    stage.ping()
+    before = stage.descriptors()
+    stage.send_piped("Lie", array_of(200_000), 0, at, count)
+    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    stage.ping()
+    assert stage.buffer == b""
+
+
+@pytest.mark.parametrize("flags", [None, 0, os.O_NONBLOCK])
+def test_a_pipe_that_is_none_or_would_block_ends_the_peer(start: Start, flags: int | None) -> None:
+    stage = start()
+    stage.ping()
+    before = stage.descriptors()
+    if flags is None:
+        ends = (os.open("/dev/null", os.O_RDONLY), os.open("/dev/null", os.O_RDONLY))
+    else:
+        ends = os.pipe2(flags)
+    aux = FRESH | PIPE | 4096
+    body = struct.pack("=II", 4, 4092)
+    call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", "M", None, "ay")
+    stage.write(call, BULK, body, (ends[0], stage.bulk.fd), serial=3, aux=aux)
+    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    stage.ping()
+    for end in ends:
+        os.close(end)
+
+
+def test_a_refused_body_is_taken_out_of_the_pipe(start: Start) -> None:
+    stage = start(
+        OPEN.replace("</policy>", '<deny send_interface="a.b" send_member="Odd"/></policy>')
+    )
+    odd, even = array_of(200_000, 1), array_of(200_000, 2)
+    stage.send_piped("Odd", odd, len(odd) - AT)
+    stage.ping()
+    stage.send_piped("Even", even, len(even) - AT)
+    got = stage.read()
+    while got.member != "Even":
+        got = stage.read()
+    assert got.body == even
