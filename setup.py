@@ -56,5 +56,5 @@ setup(
             "wraparound": False,
             "embedsignature": False,
         },
-    )
+    ),
 )

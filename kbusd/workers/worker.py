@@ -46,7 +46,9 @@ def main(
     os.write(locked, b"1")
     os.close(locked)
     serve(context, engine, hand_over, line)
-    os._exit(0)  # the kernel takes it all back at once, and copies no page to find out what there is
+    os._exit(
+        0
+    )  # the kernel takes it all back at once, and copies no page to find out what there is
 
 
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
