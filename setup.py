@@ -3,7 +3,6 @@ libkbus-preload.so, which is for other programs: without Python, and without a l
 
 import os
 import subprocess
-
 from glob import glob
 from pathlib import Path
 
@@ -56,5 +55,5 @@ setup(
             "wraparound": False,
             "embedsignature": False,
         },
-    )
+    ),
 )

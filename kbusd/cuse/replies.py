@@ -15,6 +15,7 @@ import msgspec
 from kbusd.cuse import abi
 
 _ELEMENT = "[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+MAX_PATH = 255
 _NODE = re.compile(f"{_ELEMENT}(?:/{_ELEMENT})*")
 
 
@@ -74,9 +75,9 @@ def init(unique: int, kernel_flags: int, max_readahead: int, max_write: int) -> 
 def cuse_init(unique: int, path: str, major: int = 0, minor: int = 0) -> bytes:
     """CUSE_INIT: makes the device node /dev/`path`. Major and minor 0 let the kernel choose.
 
-    The kernel takes any path; ours are names of nodes between "/".
+    The kernel takes any path; ours are names of nodes between "/", which sysfs can hold as one name.
     """
-    if not _NODE.fullmatch(path):
+    if not _NODE.fullmatch(path) or len(path) > MAX_PATH:
         raise ValueError(f"{path!r} is no path of a device node")
     fixed = abi.CUSE_INIT_OUT.pack(
         abi.MAJOR,

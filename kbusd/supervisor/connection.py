@@ -111,7 +111,8 @@ class Connection:
                 return False
             # ENOENT, EAGAIN: it was taken back.
         except ValueError as error:
-            self.host.journal.warn(f"{self.where}: the kernel sent {error}")
+            if self.where:
+                self.host.journal.warn(f"{self.where}: the kernel sent {error}")
         return True
 
     def ended(self) -> None:
@@ -170,6 +171,8 @@ class Connection:
 
     def write(self, reply: bytes) -> bool:
         """False if nobody waits for it any more."""
+        if not self.where:
+            return False
         try:
             os.write(self.fuse, reply)
         except OSError:
@@ -202,7 +205,8 @@ class Connection:
             self._lose(holder)
             return False
         except Exception as error:  # noqa: BLE001 (whatever it is, this worker brought it about)
-            self.devices.kill(holder, str(error))
+            if self.where:  # else it has answered what we have just answered for it
+                self.devices.kill(holder, str(error))
             self._lose(holder)
             return False
         return True

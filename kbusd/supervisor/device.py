@@ -103,10 +103,13 @@ class Devices:
         buffer = bytearray(MAX_REQUEST)
         while True:
             for fd, _ in self.epoll.poll(RETRY_SECONDS if self.slow else None, 1):
-                handler = self.handlers.get(fd)
-                if handler is not None and handler(buffer):
-                    with suppress(OSError):  # it was forgotten meanwhile
-                        self.epoll.modify(fd, _ARMED)
+                self._handle(fd, buffer)
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:
                     self.kill(holder, f"leaves {MAX_WAITING} requests unread")
+
+    def _handle(self, fd: int, buffer: bytearray) -> None:
+        handler = self.handlers.get(fd)
+        if handler is not None and handler(buffer):
+            with suppress(OSError):  # it was forgotten meanwhile
+                self.epoll.modify(fd, _ARMED)

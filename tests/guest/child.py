@@ -56,6 +56,10 @@ class Child:
         line, _, self._text = self._text.partition(b"\n")
         return json.loads(line)
 
+    def speaks(self) -> bool:
+        """Whether there is something to hear now."""
+        return b"\n" in self._text or bool(select.select([self._pipe], [], [], 0)[0])
+
     @property
     def ended(self) -> bool:
         """Whether it was waited for."""

@@ -25,6 +25,7 @@ from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries
 from kbusd.rings.line import MAX_RECORD, Line, pair
 from kbusd.supervisor.clients import Clients
+from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import Mount
 from kbusd.workers import tree
@@ -115,11 +116,12 @@ class Rig:
 
     client: Callable[[str], Any]
     limit: int = 100
+    cuse: bool = False  # a node instead of a mount, which takes no tree
     warnings: list[str] = field(default_factory=list)
     killed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="kdbusfs-", dir="/tmp")
+        self.path = "/dev/kdbus/rig" if self.cuse else tempfile.mkdtemp("", "kdbusfs-", "/tmp")
         self.child = Child(self._use)
         # What is needed of the supervisor.
         self.settings = SimpleNamespace(limits={"max_connections_per_user": self.limit})
@@ -127,8 +129,13 @@ class Rig:
         self.journal: Any = SimpleNamespace(warn=self.warnings.append)
         self.players: dict[int, Player] = {}
         self.devices = Devices(self)
-        self.mount = Mount(self.devices, self.path, (NODE,))
         atexit.register(self.tidy)
+        if self.cuse:
+            self.nodes = Nodes(self.devices, "rig", (NODE,))
+            self.devices.transports.append(self.nodes)
+            return
+        self.mount = Mount(self.devices, self.path, (NODE,))
+        self.devices.transports.append(self.mount)
         self.hire()
 
     def _use(self, say: Say) -> None:
@@ -151,7 +158,7 @@ class Rig:
 
     def hire(self, *, silent: bool = False) -> Player:
         """Wait until a worker is wanted, and let it begin. A tree works by itself, if not `silent`."""
-        player, work, credentials = self._wanted()
+        player, work, credentials = self.wanted()
         work(player.supervisors, credentials)
         message, _ = player.receive()
         if isinstance(message, entries.Device):
@@ -163,11 +170,11 @@ class Rig:
 
     def hire_dead(self) -> None:
         """The same with a worker that has just ended, which nobody knows yet."""
-        player, work, credentials = self._wanted()
+        player, work, credentials = self.wanted()
         player.die()
         work(player.supervisors, credentials)
 
-    def _wanted(self) -> tuple[Player, Callable[..., None], entries.Credentials]:
+    def wanted(self) -> tuple[Player, Callable[..., None], entries.Credentials]:
         while (turn := self.clients.next(lambda _: True)) is None:
             self.attend()
         credentials, work = turn
@@ -186,7 +193,7 @@ class Rig:
     def tidy(self) -> None:
         """If the client is stuck in a request, it is freed when this process ends, which must not
         wait for it."""
-        self.mount.stop()
+        self.devices.stop()
         if not self.child.ended:
             self.child.signal(signal.SIGKILL)
         shutil.rmtree(self.path, ignore_errors=True)

@@ -35,13 +35,13 @@ EXPECT = abi.MSG_EXPECT_REPLY
 class KdbusBus(Bus):
     """A bus with a mount or nodes; `kdbus()` opens a connection that is closed with the others."""
 
-    def __init__(self, *transports: str, **shape: Any) -> None:
+    def __init__(self, *transports: str, below: str = "", **shape: Any) -> None:
         self.mount = tempfile.mkdtemp(prefix="kbt-fs-", dir="/tmp")
         self.opened: list[KdbusClient] = []
-        options = {"kdbusfs": f"--kdbusfs={self.mount}", "cuse": "--cuse"}
+        options = {"kdbusfs": f"--kdbusfs={self.mount}", "cuse": f"--cuse={below}"}
         super().__init__(options=[options[each] for each in transports], **shape)
         name = f"{os.geteuid()}-session/bus"
-        roots = {"kdbusfs": self.mount, "cuse": "/dev/kdbus"}
+        roots = {"kdbusfs": self.mount, "cuse": os.path.join("/dev/kdbus", below)}
         self.nodes = [f"{roots[each]}/{name}" for each in transports]
         self.node = self.nodes[0]
 
@@ -496,7 +496,7 @@ def test_policy_holds_for_kdbus_clients(transport: str) -> None:
         '<deny send_destination="com.example.Closed" send_interface="com.example.Test"'
         ' send_member="Secret"/></policy>'
     )
-    bus = KdbusBus(transport, policy=policy)
+    bus = KdbusBus(transport, below="policy", policy=policy)
     try:
         a, b = bus.kdbus(), bus.kdbus()
         assert fails(lambda: a.acquire("com.example.Reserved")) == "EPERM"
