@@ -48,3 +48,16 @@ def test_what_is_no_command(data: bytes) -> None:
 
 def test_the_record_of_a_pool() -> None:
     assert attach.pool_record(4096) == struct.pack("=2Q", 1, 4096)
+
+
+def test_installed_says_where_the_numbers_are() -> None:
+    assert attach.INSTALLED == 0x403095F1
+    decoded = attach.decode_installed(struct.pack("=6Q", 48, 0, 99, 4096, 3, 0x1000))
+    assert decoded.value == attach.Numbers(offset=4096, count=3, address=0x1000)
+    assert decoded.pokes == (Poke(16, bytes(8)),)
+    with pytest.raises(Errno):
+        attach.decode_installed(struct.pack("=4Q", 32, 0, 0, 0))
+
+
+def test_the_record_of_a_message_s_descriptors() -> None:
+    assert attach.fds_record(4096, 3) == struct.pack("=3Q", 2, 4096, 3)
