@@ -222,7 +222,8 @@ class Connection:
             self._lose(holder)
             return False
         except Exception as error:  # noqa: BLE001 (whatever it is, this worker brought it about)
-            self.devices.kill(holder, str(error))
+            if self.where:  # else it has answered what we have just answered for it
+                self.devices.kill(holder, str(error))
             self._lose(holder)
             return False
         return True

@@ -122,10 +122,12 @@ class CuseNode(Connection):
         self.devices.call(partial(self.grant, opened))
 
     def close(self) -> None:
-        """The node goes. Others may be about to use the descriptor: its number stays taken till they are
+        """The node goes; who waits in a request gets ESHUTDOWN. Others may be about to use the descriptor: its number stays taken till they are
         done, and stands for what takes everything and says nothing."""
-        self.where = ""
         self.devices.forget(self.fuse)
+        for unique in list(self.held):
+            self.fail(unique, errno.ESHUTDOWN)
+        self.where = ""
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         os.dup2(null, self.fuse, inheritable=False)
         os.close(null)

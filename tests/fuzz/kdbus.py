@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import requests, routing
-from kbusd.kdbus import abi, commands, items, message, policy
+from kbusd.kdbus import abi, attach, commands, items, message, policy
 from kbusd.kdbus.errors import Errno
 
 U64_MAX = (1 << 64) - 1
@@ -124,8 +124,9 @@ DECODERS = {
     abi.CMD_NAME_ACQUIRE: commands.decode_name_acquire,
     abi.CMD_NAME_RELEASE: commands.decode_name_release,
     abi.CMD_MATCH_REMOVE: commands.decode_match_remove,
+    attach.COMMAND: attach.decode,
 }
-SPECS = {**commands.SPECS, 0: commands.MESSAGE}
+SPECS = {**commands.SPECS, 0: commands.MESSAGE, attach.COMMAND: attach.SPEC}
 
 
 def judge(number: int, data: bytes) -> str:

@@ -496,7 +496,7 @@ def test_policy_holds_for_kdbus_clients(transport: str) -> None:
         '<deny send_destination="com.example.Closed" send_interface="com.example.Test"'
         ' send_member="Secret"/></policy>'
     )
-    bus = KdbusBus(transport, policy=policy)
+    bus = KdbusBus(transport, below="policy", policy=policy)
     try:
         a, b = bus.kdbus(), bus.kdbus()
         assert fails(lambda: a.acquire("com.example.Reserved")) == "EPERM"
