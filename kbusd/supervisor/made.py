@@ -95,7 +95,8 @@ class Several(Supervisor):
             bus.settle()
 
     def ended(self, pid: int, status: int) -> None:
-        for bus in (super(), *self.made.values()):
+        super().ended(pid, status)
+        for bus in self.made.values():
             bus.ended(pid, status)
 
     def kill(self, number: int, reason: str) -> None:
