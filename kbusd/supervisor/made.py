@@ -63,26 +63,28 @@ class Several(Supervisor):
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
         self.made: dict[str, MadeBus] = {}
-        self.devices: Devices | None = None
+        self.devices: Devices
+        self.begun = False
 
     def begin(self, configuration: bytes, taken: str) -> Devices:
         """When it has started: let there be devices. `configuration`: of made buses; `taken`: the name
         of the configured one."""
         self.made_configuration = configuration
         self.devices = devices = Devices(self)
+        self.begun = True
         devices.queues = {"": self.clients, taken: self.clients}
         return devices
 
     def stop(self) -> None:
         for bus in tuple(self.made.values()):
             bus.stop()
-        if self.devices is not None:
+        if self.begun:
             self.devices.stop()
         super().stop()
 
     def sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
         yield from super().sources()
-        if self.devices is not None:
+        if self.begun:
             yield self.devices.bell, POLLIN, self.devices.attend
         for bus in self.made.values():
             yield from bus.sources()
@@ -93,7 +95,8 @@ class Several(Supervisor):
             bus.settle()
 
     def ended(self, pid: int, status: int) -> None:
-        for bus in (super(), *self.made.values()):
+        super().ended(pid, status)
+        for bus in self.made.values():
             bus.ended(pid, status)
 
     def kill(self, number: int, reason: str) -> None:

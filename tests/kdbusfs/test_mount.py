@@ -48,7 +48,7 @@ def test_a_file_of_the_bus_is_served_by_a_worker_of_its_own() -> None:
         file = file_of(path)
         status = os.stat(file)
         assert (status.st_mode, status.st_uid) == (0o100600, os.geteuid())
-        assert os.listdir(path) == [f"{os.geteuid()}-session"]
+        assert os.listdir(path) == ["control", f"{os.geteuid()}-session"]
         fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
         other = os.open(file, os.O_RDWR | os.O_CLOEXEC)
         assert errno_of(lambda: fcntl.ioctl(fd, NO_COMMAND)) == "ENOTTY"

@@ -20,7 +20,7 @@ NAME = "com.example.Name"
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[KdbusBus]:
-    bus = KdbusBus()
+    bus = KdbusBus("kdbusfs")
     yield bus
     bus.stop()
 

@@ -47,7 +47,7 @@ class Received:
 
 
 def port(policy: Policy) -> tuple[Port, Received]:
-    context: Any = SimpleNamespace(guid="0" * 32, bus=SimpleNamespace(system=False))
+    context: Any = SimpleNamespace(guid="0" * 32, bus=SimpleNamespace(system=False), maker=None)
     made = Port(context, "0-test", SimpleNamespace())
     replica = Replica()
     replica.me = ME
