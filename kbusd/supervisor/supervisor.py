@@ -140,10 +140,8 @@ class Supervisor:
         deadline = time.monotonic() + START_SECONDS
         while not self.spare:
             self._turn(0.5)
-            if self.exit_status is not None:
-                raise StartError("a process of the bus ended while starting; see the lines above")
-            if time.monotonic() > deadline:
-                raise StartError(f"no worker was ready within {START_SECONDS:.0f} s")
+            if self.exit_status is not None or time.monotonic() > deadline:
+                raise StartError("no worker got ready; see the lines above")
 
     def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
         """Start another process of the bus; returns our end of its line, whose other is its 3."""
@@ -276,11 +274,10 @@ class Supervisor:
         try:
             client, _ = listener.sock.accept()
             credentials = credentials_of(client)
-        except BlockingIOError:
-            return  # it has gone again
         except OSError as error:
-            self.journal.warn(f"cannot accept a client: {error.strerror}")
-            self.pause_until = time.monotonic() + RETRY_SECONDS
+            if not isinstance(error, BlockingIOError):  # else it has gone again
+                self.journal.warn(f"cannot accept a client: {error.strerror}")
+                self.pause_until = time.monotonic() + RETRY_SECONDS
             return
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
         if self.clients.of[credentials.uid] < limit:

@@ -219,6 +219,8 @@ class Device:
         said = told.value
         if said is not None:
             try:
+                if not isinstance(self.session, Session):
+                    raise Errno(errno.EBADFD, "INSTALLED on a control file")
                 if said.count != self.session.awaits(said.offset):
                     raise Errno(errno.EINVAL, f"{said.count} numbers, which is not how many came")
                 (raw,) = await held.copy([(said.address, 4 * said.count)])
