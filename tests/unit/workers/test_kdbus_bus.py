@@ -49,6 +49,7 @@ class Received:
 def port(policy: Policy) -> tuple[Port, Received]:
     context: Any = SimpleNamespace(guid="0" * 32, bus=SimpleNamespace(system=False), maker=None)
     made = Port(context, "0-test", SimpleNamespace())
+    made.device = SimpleNamespace(attached=None)  # type: ignore[assignment]
     replica = Replica()
     replica.me = ME
     for id in (ME, PEER):
