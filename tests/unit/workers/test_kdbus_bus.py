@@ -42,7 +42,9 @@ class Received:
     def __init__(self) -> None:
         self.messages: list[tuple[int, list[Any]]] = []
 
-    def receive(self, source: Any, found: Parcel, parts: list[Any], stamp: int) -> None:
+    def receive(
+        self, source: Any, found: Parcel, parts: list[Any], stamp: int, fds: tuple[int, ...]
+    ) -> None:
         self.messages.append((source.id, parts))
 
 
