@@ -20,10 +20,12 @@ from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
+from kbusd.broker.name_policy import NamePolicy
 from kbusd.broker.outside import Outside
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
     FAILED,
+    FILE_EXISTS,
     INVALID_ARGS,
     LIMITS_EXCEEDED,
     NO_MEMORY,
@@ -36,10 +38,12 @@ from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
     AddMatch,
+    AskAbout,
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    Describe,
     Failure,
     FetchPolicy,
     FetchSnapshot,
@@ -51,7 +55,9 @@ from kbusd.rings.entries import (
     MatchRemoved,
     MonitorAttached,
     NameOwnerChanged,
+    NamePolicyChanged,
     PolicyChanged,
+    PolicyEntry,
     QueueChanged,
     ReleaseName,
     ReloadConfig,
@@ -59,6 +65,7 @@ from kbusd.rings.entries import (
     Reply,
     Request,
     RequestName,
+    SetPolicy,
     Snapshot,
     StartService,
     Statistics,
@@ -70,10 +77,13 @@ BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
 MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
+ACTIVATOR, HOLDER, KDBUS_MONITOR = 2, 4, 8  # three of them
+MAX_ABOUT = 16 << 10
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
-_FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
+_FOR_MONITORS = (Describe, AskAbout, Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced)
+_FOR_ORDINARY = (RequestName, ReleaseName, AddMatch, BecomeMonitor)
 
 
 class Bus:
@@ -93,6 +103,7 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
+        self.name_policy = NamePolicy(owner)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -156,6 +167,7 @@ class Bus:
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
         self.matches.remove_all(connection)
+        self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
         was_monitor = connection in self.monitors
         self.monitors.discard(connection)
@@ -188,6 +200,8 @@ class Bus:
             raise Violation(f"sent {fds} descriptors with {kind.__name__}")
         if connection.id == NOT_YET and kind is not Hello and kind is not Leaving:
             raise Violation(f"sent {kind.__name__} before Hello")
+        if (connection.kdbus or 0) & (ACTIVATOR | HOLDER) and kind in _FOR_ORDINARY:
+            raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
 
@@ -234,6 +248,13 @@ class Bus:
                 return
             case Statistics():
                 value = self.statistics()
+            case SetPolicy():
+                self._set_policy(connection, message.policy)
+            case Describe():
+                connection.about = _about(message.about)
+            case AskAbout():
+                asked = self.by_id.get(message.id)
+                value = b"" if asked is None else asked.about
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
@@ -265,21 +286,58 @@ class Bus:
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
             )
+        kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
+        self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
         snapshot = self._outside.snapshot()
+        if message.policy:
+            self.name_policy.set(connection, self._next_id, message.policy)
+        connection.about = _about(message.about)
         connection.policy = policy
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
-        self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
-        name = connection.unique_name
-        self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
-        self._wake(self.monitors)
+        if kind == KDBUS_MONITOR:  # nobody hears of it
+            connection.monitor = ()
+            self.monitors.add(connection)
+            self._outside.append(MonitorAttached(connection.id, (), message.kdbus))
+            self._outside.say(f"{connection} is a monitor")
+        else:
+            self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
+            name = connection.unique_name
+            self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
+            self._wake(self.monitors)
+        if message.policy:
+            self._outside.append(NamePolicyChanged(connection.id, message.policy))
+        if kind == ACTIVATOR:
+            self._owner_changed(self.registry.activate(connection, message.name))
         self._outside.send(connection.worker, Reply(message.request, connection.id), [snapshot])
         self._incomplete.pop(connection.worker, None)
         self._outside.joined(connection.worker)
+
+    def _check_kind(self, connection: Connection, message: Hello, kind: int) -> None:
+        """Whether a client may be a kdbus connection of this kind."""
+        if kind:
+            self._privileged(connection, "HELLO of this kind")
+        if kind not in (0, ACTIVATOR, HOLDER, KDBUS_MONITOR):
+            raise Violation(f"said Hello with the kdbus flags {message.kdbus}")
+        if message.policy and kind not in (ACTIVATOR, HOLDER):
+            raise Violation("brought policy, and is of no kind to do so")
+        if kind == ACTIVATOR:
+            if not names.is_bus_name(message.name) or message.name[0] == ":":
+                raise Violation(f"said Hello as the activator of {message.name!r}")
+            if message.name == BUS_NAME:
+                raise Refused(INVALID_ARGS, f"{BUS_NAME} is the bus's own")
+            if message.name in self.registry.activators:
+                raise Refused(FILE_EXISTS, f"{message.name} has an activator already")
+
+    def _set_policy(self, connection: Connection, policy: tuple[PolicyEntry, ...]) -> None:
+        if connection.kdbus is None or not connection.kdbus & HOLDER:
+            raise Violation("set policy, and is no policy holder")
+        self.name_policy.set(connection, connection.id, policy)
+        self._outside.append(NamePolicyChanged(connection.id, policy))
 
     def _request_name(self, connection: Connection, name: str, flags: int) -> int:
         if not names.is_bus_name(name):
@@ -302,6 +360,10 @@ class Bus:
                 ACCESS_DENIED,
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
             )
+        assert connection.credentials is not None
+        if not self.name_policy.may_own(connection.credentials, name):
+            self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
+            raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
         limit = self._limits["max_names_per_connection"]
         if len(connection.names) + 1 >= limit:  # the unique name counts
             raise Refused(
@@ -439,6 +501,7 @@ class Bus:
             kdbus=tuple(
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
+            policies=tuple(self.name_policy.entries.items()),
         )
 
     def size(self) -> int:
@@ -542,3 +605,9 @@ def _queue(change: Change) -> QueueChanged:
 
 def _details(queue: QueueChanged) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return queue.waiting, queue.claims, queue.activator
+
+
+def _about(about: bytes) -> bytes:
+    if len(about) > MAX_ABOUT:
+        raise Violation(f"says {len(about)} bytes of its client")
+    return about

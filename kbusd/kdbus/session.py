@@ -28,9 +28,9 @@ from kbusd.kdbus.calls import Call, Calls
 from kbusd.kdbus.commands import SPECS, Spec
 from kbusd.kdbus.errors import Errno, Poke
 from kbusd.kdbus.handle import State
-from kbusd.kdbus.parcel import Parcel
+from kbusd.kdbus.parcel import Faked, Parcel
 from kbusd.kdbus.pool import KERNEL_USER, Pool, Quota, Slice
-from kbusd.kdbus.port import Bus, Caller, Known
+from kbusd.kdbus.port import Bus, Caller, Joining, Known
 from kbusd.kdbus.queue import Queue
 from kbusd.kdbus.waits import Interrupted, Wait
 
@@ -38,6 +38,7 @@ PAGE = 4096
 MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
 PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
+_SPECIAL = abi.HELLO_ACTIVATOR | abi.HELLO_POLICY_HOLDER | abi.HELLO_MONITOR
 WRITABLE = select.POLLOUT | select.POLLWRNORM
 HUNG_UP = select.POLLERR | select.POLLHUP
 
@@ -50,13 +51,15 @@ class Done(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message in the queue. `expects` is what its sender waits for: (id, cookie)."""
+    """A message in the queue. `expects` is what its sender waits for: (id, cookie). `kept`: all of it,
+    if it was sent to a name that may go from or to an activator."""
 
     slice: Slice
     user: int
     memory: int
     return_flags: int = 0
     expects: tuple[int, int] | None = None
+    kept: tuple[Known, Parcel, Sequence[bytes | int]] | None = None
 
 
 class Session:
@@ -68,6 +71,7 @@ class Session:
         self.id = 0
         self.arrived = 0
         """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
+        self.kind = 0  # Hello.kind
         self._owner = owner
         self._custom = custom
         self._entering = False
@@ -101,7 +105,7 @@ class Session:
         """Carry out a command whose struct is at `address` and begins with `data`.
 
         Raises Errno, whose pokes are relative to `address`, or Interrupted."""
-        handle.check(command, self.state, owner=self._owner)
+        handle.check(command, self.state, self.kind, self._owner)
         spec = SPECS[command]
         whole = await self._fetch(caller, spec, address, data)
         pokes: tuple[Poke, ...]
@@ -138,11 +142,11 @@ class Session:
                     with _writing(pokes):
                         pokes += commands.list_result(*self._show(self._list(listed.value)))
             case abi.CMD_CONN_INFO:
-                pokes = self._info(whole)
+                pokes = await self._info(whole)
             case abi.CMD_BUS_CREATOR_INFO:
                 pokes = self._creator(whole)
             case _:
-                pokes = self._update(whole)
+                pokes = await self._update(whole)
         return Done(_at(address, pokes))
 
     async def _fetch(self, caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
@@ -163,18 +167,16 @@ class Session:
         with _writing(decoded.pokes):
             owner = self._owner and not self._custom
             admitted = commands.check_hello(hello, owner, self._custom, PAGE)
-            if hello.kind or hello.creds or hello.pids or hello.label is not None:
-                raise Errno(errno.EOPNOTSUPP, "special connections and faked metadata are missing")
             if self._entering:
                 raise Errno(errno.EBADFD, "HELLO while another one is carried out")
             memory = self.bus.make_pool(hello.pool_size)
             self._entering = True
             try:
-                id, about = await self.bus.connect(caller, hello.description)
+                id, about = await self.bus.connect(caller, _joining(hello, admitted))
             finally:
                 self._entering = False
             self.id, self._about, self._memory = id, about, memory
-            self.state = State.CONNECTION
+            self.state, self.kind = State.CONNECTION, hello.kind
             self._pool = Pool(hello.pool_size)
             self._quota = Quota(self._pool)
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
@@ -232,9 +234,12 @@ class Session:
         if wanted is None:
             return decoded.pokes
         with _writing(decoded.pokes):
+            before = self.bus.owner(wanted.name)
             waited = any(each.name == wanted.name for each in self.bus.held(self.id))
             result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
             flags = ownership.acquired(result, wanted.flags, waited)
+            if before is not None and before == self.bus.activator(wanted.name):
+                await self.bus.collect(before, wanted.name)
         return (*decoded.pokes, commands.return_flags(flags))
 
     async def _release(self, whole: bytes) -> tuple[Poke, ...]:
@@ -281,7 +286,7 @@ class Session:
         )
         return message.name_list(everybody, flags)
 
-    def _info(self, whole: bytes) -> tuple[Poke, ...]:
+    async def _info(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_conn_info(whole)
         asked = decoded.value
         if asked is None:
@@ -295,10 +300,15 @@ class Session:
             known = self.bus.find(id or 0)
             if known is None:
                 raise Errno(errno.ENXIO, f"there is no connection {id}")
-            own = known.id == self.id
-            about = parcels.decode_about(self._about if own else b"")
-            offered = self._attach_send if own else 0
-            mask = metadata.granted(offered, asked.attach_flags, False) & ~abi.ATTACH_TIMESTAMP
+            if asked.name is not None and asked.id not in (0, known.id):
+                raise Errno(errno.ESRCH, f"{asked.name} is not owned by {asked.id}")
+            raw = self._about if known.id == self.id else await self.bus.about(known.id)
+            try:
+                about = parcels.decode_about(raw)
+            except parcels.ParcelError:
+                about = parcels.About()
+            mask = metadata.granted(about.offered, asked.attach_flags, False)
+            mask &= ~abi.ATTACH_TIMESTAMP
             items = metadata.build_items(self._metadata(known, about), mask)
             data = message.info(known.id, known.flags, items)
             return decoded.pokes + commands.info_result(*self._show(data))
@@ -312,12 +322,18 @@ class Session:
             data = message.bus_info(0, self.bus.flags, self.bus.name, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
-    def _update(self, whole: bytes) -> tuple[Poke, ...]:
-        decoded = commands.decode_update(whole, 0)
+    async def _update(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_update(whole, self.kind)
         update = decoded.value
         if update is not None:
-            if update.attach_send is not None:
-                self._attach_send = update.attach_send
+            with _writing(decoded.pokes):
+                if update.policy is not None:
+                    await self.bus.set_policy(update.policy)
+                if update.attach_send is not None:
+                    about = parcels.decode_about(self._about)
+                    about = msgspec.structs.replace(about, offered=update.attach_send)
+                    self._attach_send, self._about = update.attach_send, parcels.encode(about)
+                    await self.bus.describe(self._about)
             if update.attach_recv is not None:
                 self._attach_recv = update.attach_recv
         return decoded.pokes
@@ -421,8 +437,10 @@ class Session:
                 raise Errno(errno.EREMCHG, f"{name} is owned by {owner}, not by {id}")
             id = owner
         known = self.bus.find(id)
-        if known is None:
-            raise Errno(errno.ENXIO, f"there is no connection {id}")
+        if known is None or (name is None and known.flags & _SPECIAL):
+            raise Errno(errno.ENXIO, f"there is no ordinary connection {id}")
+        if known.flags & abi.HELLO_ACTIVATOR and found.header.flags & abi.MSG_NO_AUTO_START:
+            raise Errno(errno.EADDRNOTAVAIL, f"nobody but an activator owns {name}")
         return known
 
     async def _call(
@@ -478,6 +496,11 @@ class Session:
         Raises Errno, which is for the sender; and ParcelError, if that is not an honest one. What
         was sent to all is lost in silence if it has no room."""
         broadcast = parcel.dst_id == abi.DST_ID_BROADCAST
+        if self.kind == abi.HELLO_MONITOR:
+            self._try_enqueue(source, parcel, parts, seqnum)
+            return
+        if self.kind == abi.HELLO_POLICY_HOLDER or (self.kind and parcel.dst_name is None):
+            raise Errno(errno.ENXIO, f"connection {self.id} is no ordinary one")
         if parcel.flags & abi.MSG_SIGNAL:
             filter = parcels.filter_of(parcel)
             signal = match.Signal(source.id, parcel.dst_id, source.names, filter)
@@ -491,16 +514,27 @@ class Session:
         most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
         if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
             raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
-        try:
-            entry = self._enqueue(source, parcel, parts, seqnum)
-        except Errno:
-            if broadcast:
-                self._lose()
+        if broadcast or parcel.origin:
+            entry = self._try_enqueue(source, parcel, parts, seqnum)
+            if entry is None:
                 return
-            raise
+        else:
+            entry = self._enqueue(source, parcel, parts, seqnum)
+        if parcel.dst_name is not None and self.bus.activator(parcel.dst_name):
+            entry.kept = source, parcel, parts
         if parcel.flags & abi.MSG_EXPECT_REPLY:
             entry.expects = source.id, parcel.cookie
             self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
+
+    def _try_enqueue(
+        self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
+    ) -> Entry | None:
+        """The same for what nobody is told of if it has no room, but that something was lost."""
+        try:
+            return self._enqueue(source, parcel, parts, seqnum)
+        except Errno:
+            self._lose()
+            return None
 
     def _receive_reply(
         self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
@@ -591,20 +625,32 @@ class Session:
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
         """What may be told of a connection."""
+        if about.faked is not None and self.bus.is_privileged(known.uid):
+            faked = about.faked
+            return metadata.Metadata(
+                creds=None if faked.creds is None else metadata.Creds(*faked.creds),
+                pids=None if faked.pids is None else metadata.Pids(*faked.pids),
+                label=faked.label,
+                names=self._owned(known.id),
+                description=about.description,
+            )
+        tid, ppid = about.tid or known.pids.tid, about.ppid or known.pids.ppid
         return metadata.Metadata(
             creds=known.creds,
-            pids=msgspec.structs.replace(known.pids, tid=about.tid or known.pids.tid),
+            pids=msgspec.structs.replace(known.pids, tid=tid, ppid=ppid),
             groups=known.groups,
             tid_comm=about.tid_comm,
             pid_comm=about.pid_comm,
             exe=about.exe,
             cmdline=about.cmdline,
             label=known.label,
-            names=tuple(
-                each for each in self.bus.held(known.id) if not each.flags & abi.NAME_IN_QUEUE
-            ),
+            names=self._owned(known.id),
             description=about.description,
         )
+
+    def _owned(self, id: int) -> tuple[metadata.OwnedName, ...]:
+        held = self.bus.held(id)
+        return tuple(each for each in held if not each.flags & abi.NAME_IN_QUEUE)
 
     # -- what the bus announces ----------------------------------------------------------------
 
@@ -614,8 +660,47 @@ class Session:
         """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have."""
         kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
         change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
-        if self.state == State.CONNECTION and self._matches.announces(change):
+        if old and new and self.bus.activator(name) in (old, new):
+            self._calls.pass_on(name, old, new)
+            if old == self.id:
+                self._move(name, new)
+        if self._hears(change):
             self._notice(message.announce_name(change, old_flags, new_flags))
+
+    def _hears(self, change: match.Notification) -> bool:
+        if self.state != State.CONNECTION:
+            return False
+        return self.kind == abi.HELLO_MONITOR or self._matches.announces(change)
+
+    def _move(self, name: str, new: int) -> None:
+        """A name went from its activator to an owner, or back: so does what was sent to it and nobody
+        has received yet (kdbus_conn_move_messages)."""
+        to = self.bus.find(new)
+        for ticket, entry in self._queue:
+            if entry.kept is None or entry.kept[1].dst_name != name:
+                continue
+            source, parcel, parts = entry.kept
+            self._unqueue(ticket)
+            self._pool.release(entry.slice)
+            if parcel.flags & abi.MSG_EXPECT_REPLY:
+                self._owed.get(source.id, {}).pop(parcel.cookie, None)
+            data = b"".join(part for part in parts if isinstance(part, bytes))
+            passed = msgspec.structs.replace(
+                parcel,
+                dst_id=new,
+                parts=tuple(
+                    (parcels.ZEROES, part, 0)
+                    if isinstance(part, int)
+                    else (parcels.BYTES, len(part), 0)
+                    for part in parts
+                ),
+                fds=0,
+            )
+            done = to is not None and self.bus.forward(to, source, passed, data)
+            if not done and parcel.flags & abi.MSG_EXPECT_REPLY:
+                self.bus.forsake(source.id, parcel.cookie)
+        if to is not None:
+            self.bus.moved(to, name)
 
     def id_added(self, id: int, flags: int) -> None:
         """A connection is new; `flags` are its HELLO flags."""
@@ -633,7 +718,7 @@ class Session:
         self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
     def _id_changed(self, change: match.IdChange, flags: int) -> None:
-        if self.state == State.CONNECTION and self._matches.announces(change):
+        if self._hears(change):
             self._notice(message.announce_id(change, flags))
 
     def forsaken(self, callee: int, cookie: int) -> None:
@@ -683,6 +768,13 @@ class Session:
                 self._calls.remove(call)
                 wait.fail(Errno(errno.ETIMEDOUT, f"no reply to the call {call.cookie} in time"))
 
+    def give_back(self) -> None:
+        """The file is closed: names go back to their activators, and what was not received with them."""
+        for each in self.bus.held(self.id):
+            activator = self.bus.activator(each.name)
+            if each.flags & abi.NAME_PRIMARY and activator not in (0, self.id):
+                self._move(each.name, activator)
+
     def end(self) -> None:
         """The connection ends: BYEBYE, or its file is closed. What it still owed is forsaken."""
         if self.state != State.CONNECTION:
@@ -691,6 +783,25 @@ class Session:
         for wait in list(self._waiting.values()):
             wait.fail(Errno(errno.ECONNRESET, "the connection has ended"))
         self.bus.leave()
+
+
+def _joining(hello: commands.Hello, admitted: commands.Admitted) -> Joining:
+    creds, pids = hello.creds, hello.pids
+    faked = None
+    if creds is not None or pids is not None or hello.label is not None:
+        faked = Faked(
+            None if creds is None else msgspec.structs.astuple(creds),
+            None if pids is None else msgspec.structs.astuple(pids),
+            hello.label,
+        )
+    return Joining(
+        hello.flags,
+        (hello.name or "") if hello.kind == abi.HELLO_ACTIVATOR else "",
+        admitted.policy,
+        hello.description,
+        admitted.attach_send,
+        faked,
+    )
 
 
 class _writing:

@@ -24,7 +24,7 @@ from kbusd.kdbus import waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.parcel import About
-from kbusd.kdbus.port import Caller
+from kbusd.kdbus.port import Caller, Joining
 from kbusd.kdbus.session import Done, Session
 from kbusd.kdbus.waits import Interrupted, Wait
 from kbusd.rings import entries, memfd
@@ -97,17 +97,21 @@ class Request:
             raise Errno(number, error.text) from None
         return taken
 
-    async def about(self, description: bytes | None) -> About:
+    async def about(self, who: Joining) -> About:
         """What /proc says of the caller, as far as it could have chosen that itself."""
         files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
+        status = files.get("status", b"")
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
             self.tid,
             tid_comm=comm,
-            pid_comm=comm if _status(files.get("status", b""), b"Tgid") == self.tid else None,
+            pid_comm=comm if _status(status, b"Tgid") == self.tid else None,
             exe=files.get("exe", b"")[:4096] or None,
             cmdline=files.get("cmdline", b"")[:4096] or None,
-            description=description,
+            description=who.description,
+            ppid=_status(status, b"PPid"),
+            offered=who.offered,
+            faked=who.faked,
         )
 
     async def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
@@ -228,10 +232,10 @@ class Device:
         """The file's only one. Raises Errno ENOMEM."""
         return Pool(self, size)
 
-    async def about(self, caller: Caller, description: bytes | None) -> About:
+    async def about(self, caller: Caller, who: Joining) -> About:
         """Of the process that waits in a request that is held."""
         assert isinstance(caller, Request)
-        return await caller.about(description)
+        return await caller.about(who)
 
     def nudge(self) -> None:
         """Wake who polls, if there is more to tell than they were told."""
