@@ -25,8 +25,9 @@ import prctl
 
 from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
-from kbusd.supervisor.device import Device
+from kbusd.supervisor.device import Devices
 from kbusd.supervisor.journal import Journal
+from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
@@ -268,7 +269,7 @@ def _run(
     if pidfile and Path(pidfile).exists():
         _fail(f"the pid file {pidfile!r} exists: if no bus is running, remove it")
     forks = settings.fork if options.fork is None else options.fork
-    kdbusfs = (os.path.abspath(options.kdbusfs), node_of(settings)) if options.kdbusfs else None
+    kdbusfs = os.path.abspath(options.kdbusfs) if options.kdbusfs else None
     listeners = _listen(settings)
     ready = _daemonize(settings.keep_umask) if forks else None
     prctl.set_name("kbusd")
@@ -293,7 +294,8 @@ def _run(
         try:
             supervisor.start()
             if kdbusfs:
-                supervisor.device = Device(*kdbusfs, supervisor)
+                supervisor.devices = devices = Devices(supervisor)
+                devices.transports.append(Mount(devices, kdbusfs, (node_of(settings),)))
         except (StartError, SandboxError, MountError, OSError) as error:
             journal.warn(f"not started: {error}")
             return 1
@@ -312,8 +314,8 @@ def _run(
             _become_quiet()
         return supervisor.run()
     finally:
-        if supervisor.device:
-            supervisor.device.stop()
+        if supervisor.devices:
+            supervisor.devices.stop()
         supervisor.stop()
         if pidfile:
             with contextlib.suppress(OSError):

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from select import POLLHUP, poll
 
-from kbusd.rings.entries import Credentials, Opened, Tree
+from kbusd.rings.entries import Credentials
 from kbusd.sandbox import kernel
 
-Client = socket.socket | Opened | Tree  # who connects; who opens a file of kdbusfs; its tree
+# Who connects; or what a device does with (worker, credentials) when it is its turn.
+Client = socket.socket | Callable[..., None]
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
 _MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter

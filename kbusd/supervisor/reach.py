@@ -1,4 +1,4 @@
-"""What is done for the workers of kdbusfs at a caller whose request they hold: copy, take, look.
+"""What is done for the workers of devices at a caller whose request they hold: copy, take, look.
 
 Privileged: reaches into another process, by the kernel's leave for ptrace(2). What comes from there is
 passed on unread. All of it may take for ever: a client's memory may be a file of ours, or of a file
@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 
 from kbusd.cuse import replies
@@ -58,8 +58,8 @@ class Aside:
 Wish = entries.Copy | entries.Store | entries.Take | entries.AskFacts
 
 
-def serve(holder: Holder, wish: Wish, tid: int, ours: int) -> None:
-    """Do it at this thread, and answer. `ours`: the device number of our own files. Raises LineError."""
+def serve(holder: Holder, wish: Wish, tid: int, ours: Set[int]) -> None:
+    """Do it at this thread, and answer. `ours`: our own devices' numbers. Raises LineError."""
     match wish:
         case entries.Copy(unique, ranges):
             _copy(holder, tid, unique, ranges)
@@ -127,14 +127,14 @@ def _total(ranges: tuple[tuple[int, int], ...]) -> int:
     return total
 
 
-def _take(holder: Holder, tid: int, unique: int, numbers: tuple[int, ...], ours: int) -> None:
+def _take(holder: Holder, tid: int, unique: int, numbers: tuple[int, ...], ours: Set[int]) -> None:
     """Descriptors of a thread, for Take."""
     fds: list[int] = []
     number = 0
     try:
         for fd in caller.descriptors(tid, numbers):
             fds.append(fd)
-            if ours in calls.devices_of(fd):
+            if not ours.isdisjoint(calls.devices_of(fd)):
                 raise OSError(errno.ELOOP, "a file of our own")
     except OSError as error:
         number = error.errno or errno.EBADF

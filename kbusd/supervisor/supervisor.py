@@ -34,7 +34,7 @@ from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
 from kbusd.supervisor.clients import Clients, credentials_of
-from kbusd.supervisor.device import Device
+from kbusd.supervisor.device import Devices
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import spawn
@@ -112,7 +112,7 @@ class Supervisor:
         self.clients = Clients()
         self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
         self.pause_until = 0.0
-        self.device: Device | None = None  # for clients that open a file and not a socket
+        self.devices: Devices | None = None  # for clients that open a file and not a socket
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
     # -- start and end -------------------------------------------------------------------------
@@ -215,8 +215,8 @@ class Supervisor:
         for module, line in self.lines.items():
             events = POLLIN | POLLOUT if line.queue else POLLIN
             yield line.fileno(), events, partial(self._receive, module)
-        if self.device:
-            yield self.device.bell, POLLIN, self.device.attend
+        if self.devices:
+            yield self.devices.bell, POLLIN, self.devices.attend
         if self.journal.pipe >= 0:
             yield self.journal.pipe, POLLIN, self.journal.relay
         if self.clients.waiting() < self.max_workers and self.pause_until <= time.monotonic():
@@ -301,8 +301,8 @@ class Supervisor:
                 self.incomplete[worker.number] = credentials.uid
                 with client, suppress(OSError):
                     worker.line.send(entries.Client(credentials), [client.fileno()])
-            elif self.device:
-                self.device.employ(worker, client, credentials)
+            else:
+                client(worker, credentials)
 
     def _may_have_a_worker(self, uid: int) -> bool:
         """No uid takes more than half of what is left of the places for those without a Hello."""

@@ -1,4 +1,4 @@
-"""A mount of kdbusfs without a bus: the real Device and tree, a client in a process of its own, and
+"""A mount of kdbusfs without a bus: the real Mount and tree, a client in a process of its own, and
 workers that the test plays.
 
 A process must never use a mount that it serves itself, so the client is forked before there is one.
@@ -25,13 +25,16 @@ from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries
 from kbusd.rings.line import MAX_RECORD, Line, pair
 from kbusd.supervisor.clients import Clients
-from kbusd.supervisor.device import Device
+from kbusd.supervisor.device import Devices
+from kbusd.supervisor.kdbusfs import Mount
 from kbusd.workers import tree
 from tests.guest.child import Child, Say
 
 SECONDS = 10.0
 BUS = "0-test/bus"
 NODE = entries.Node("0-test", "bus", 0o666, 0, 0)
+
+TO_WORKER = entries.Device | entries.Tree | entries.ToDeviceWorker
 
 Message = TypeVar("Message")
 
@@ -52,7 +55,7 @@ class Player:
         ours, theirs = pair()
         self.number = number
         self.supervisors = SimpleNamespace(number=number, line=Line(ours, entries.Answered))
-        self.line = Line(theirs, entries.Device | entries.ToDeviceWorker, bytearray(MAX_RECORD))
+        self.line = Line(theirs, TO_WORKER, bytearray(MAX_RECORD))
         self.device: entries.Device | None = None
 
     def hear(self, kind: type[Message]) -> Message:
@@ -123,7 +126,8 @@ class Rig:
         self.clients = Clients()
         self.journal: Any = SimpleNamespace(warn=self.warnings.append)
         self.players: dict[int, Player] = {}
-        self.device = Device(self.path, NODE, self)
+        self.devices = Devices(self)
+        self.mount = Mount(self.devices, self.path, (NODE,))
         atexit.register(self.tidy)
         self.hire()
 
@@ -139,8 +143,8 @@ class Rig:
 
     def attend(self) -> None:
         """What the supervisor's loop does when the bell rings."""
-        assert select.select([self.device.bell], [], [], SECONDS)[0], "the bell does not ring"
-        self.device.attend()
+        assert select.select([self.devices.bell], [], [], SECONDS)[0], "the bell does not ring"
+        self.devices.attend()
 
     def kill_tree(self) -> None:
         self.players[1].line.sock.shutdown(socket.SHUT_RDWR)
@@ -148,13 +152,11 @@ class Rig:
     def hire(self, *, silent: bool = False) -> Player:
         """Wait until a worker is wanted, and let it begin. A tree works by itself, if not `silent`."""
         player, work, credentials = self._wanted()
-        self.device.employ(player.supervisors, work, credentials)
-        if isinstance(work, entries.Opened):
-            player.device = player.hear(entries.Device)
-        else:
-            message, _ = _receive(player.line.sock)
-            if silent:
-                return player
+        work(player.supervisors, credentials)
+        message, _ = player.receive()
+        if isinstance(message, entries.Device):
+            player.device = message
+        elif not silent:
             line = Line(player.line.sock, entries.Asked, bytearray(MAX_RECORD))
             threading.Thread(target=tree.serve, args=(line, message), daemon=True).start()
         return player
@@ -163,9 +165,9 @@ class Rig:
         """The same with a worker that has just ended, which nobody knows yet."""
         player, work, credentials = self._wanted()
         player.die()
-        self.device.employ(player.supervisors, work, credentials)
+        work(player.supervisors, credentials)
 
-    def _wanted(self) -> tuple[Player, entries.Opened | entries.Tree, entries.Credentials]:
+    def _wanted(self) -> tuple[Player, Callable[..., None], entries.Credentials]:
         while (turn := self.clients.next(lambda _: True)) is None:
             self.attend()
         credentials, work = turn
@@ -184,18 +186,10 @@ class Rig:
     def tidy(self) -> None:
         """If the client is stuck in a request, it is freed when this process ends, which must not
         wait for it."""
-        self.device.stop()
+        self.mount.stop()
         if not self.child.ended:
             self.child.signal(signal.SIGKILL)
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _receive(sock: socket.socket) -> tuple[Any, list[int]]:
-    line = Line(sock, entries.Tree, bytearray(MAX_RECORD))
-    select.select([line], [], [], SECONDS)
-    received = line.receive()
-    assert received is not None
-    return received
 
 
 def command(number: int, size: int = 0) -> int:

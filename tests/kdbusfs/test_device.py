@@ -21,7 +21,8 @@ from typing import Any
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
-from kbusd.supervisor.device import MAX_TREES, Device
+from kbusd.supervisor.device import Devices
+from kbusd.supervisor.kdbusfs import MAX_TREES
 
 from .places import NATIVE, everywhere
 from .rig import BUS, SECONDS, Player, Rig, command, errno_of
@@ -617,8 +618,8 @@ def test_a_tree_that_dies_is_followed_by_another() -> None:
 class Slow:
     """An epoll whose `register` returns only after what is there to hear has been heard."""
 
-    def __init__(self, device: Device) -> None:
-        self.device, self.real = device, device.epoll
+    def __init__(self, devices: Devices) -> None:
+        self.devices, self.real = devices, devices.epoll
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
@@ -626,7 +627,7 @@ class Slow:
     def register(self, fd: int, events: int) -> None:
         self.real.register(fd, events)
         deadline = time.monotonic() + SECONDS
-        while fd in self.device.by_fd:
+        while fd in self.devices.handlers:
             assert time.monotonic() < deadline, "nobody hears that the tree is gone"
             time.sleep(0.001)
 
@@ -642,10 +643,10 @@ def test_a_tree_that_was_dead_when_it_was_chosen_is_followed_by_another() -> Non
     player = rig.hire()
     unique, _ = player.asked(requests.Ioctl)
     rig.kill_tree()
-    epoll = rig.device.epoll
-    rig.device.epoll = Slow(rig.device)  # type: ignore[assignment]
+    epoll = rig.devices.epoll
+    rig.devices.epoll = Slow(rig.devices)  # type: ignore[assignment]
     rig.hire_dead()
-    rig.device.epoll = epoll
+    rig.devices.epoll = epoll
     player.answer(unique)
     rig.hire()
     assert rig.end() == 0o100666
@@ -693,7 +694,7 @@ def test_requests_for_a_worker_that_does_not_listen_wait() -> None:
 
     rig = Rig(client)
     player = rig.hire()
-    holder = rig.device.files[player.number]
+    holder = rig.mount.files[player.number]
     deadline = time.monotonic() + 10
     while not holder.line.queue:
         assert time.monotonic() < deadline, "the line holds everything"

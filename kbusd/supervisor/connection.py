@@ -1,0 +1,242 @@
+"""A connection to the kernel's FUSE: passes each request to whom it concerns, and back.
+
+    request with a file's handle  -> the worker that serves this open file
+    any other                     -> `other`, which is the mount's (kdbusfs.py)
+    READ, WRITE, FLUSH, RELEASE   -> answered here: from the pool, with an errno, by closing the line
+    a worker asks                 -> memory or descriptors of the caller of a request that it holds
+
+Privileged, and reads nothing that a client wrote: of a request the head that kbusd/cuse/routing.py
+gives, of an answer the head. What workers say is hostile; one that breaks the rules is ended. Nobody
+gets at a request, a page or a poller but by the request or the file that is his: numbers of requests are a
+connection's own, and a worker serves one file of one connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from functools import partial
+from struct import Struct
+from typing import Any
+
+from kbusd.cuse import abi, replies, routing
+from kbusd.rings import entries
+from kbusd.rings.line import LineError, close_all
+from kbusd.supervisor import caller, reach
+from kbusd.supervisor.device import Devices
+from kbusd.supervisor.holder import Holder, Worker
+
+FAIR = 64  # messages of one worker before it is somebody else's turn
+_NUMBER = Struct("=Q")
+_READ = Struct("=QI")  # offset, size; behind the handle
+_BEHIND_HANDLE = routing.HEADER_SIZE + 8
+# Of a file; FLUSH is not asked for again after ENOSYS.
+_REFUSALS = {abi.WRITE: errno.EINVAL, abi.FLUSH: errno.ENOSYS}
+
+
+class Connection:
+    """What every transport has in common. `where`: for the admin; "" once it was taken away by us."""
+
+    transport = "fuse"
+    open_flags = 0  # FOPEN
+
+    def __init__(self, devices: Devices, where: str, fuse: int) -> None:
+        self.devices = devices
+        self.host = devices.host
+        self.where = where
+        self.fuse = fuse
+        self.files: dict[int, Holder] = {}  # by handle, which is the worker's number
+        self.held: dict[int, tuple[Holder | None, bytes]] = {}  # None: by us, for want of a worker
+
+    # -- what the transports do differently --------------------------------------------------------
+
+    def other(self, opcode: int, unique: int, request: bytes) -> None:
+        """A request that is of no open file."""
+        raise NotImplementedError
+
+    def left(self, holder: Holder, uniques: list[int]) -> list[int]:
+        """Of the requests that a dead worker held, those that its callers can't have answered."""
+        return uniques
+
+    # -- the supervisor's thread -------------------------------------------------------------------
+
+    def grant(self, opened: entries.Opened) -> None:
+        """Whoever made this OPEN may wait for a worker."""
+        _, request = self.held.get(opened.unique, (None, b""))
+        if not request:
+            return  # it was interrupted meanwhile
+        credentials = caller.credentials(request)
+        limit = self.host.settings.limits["max_connections_per_user"]
+        if self.host.clients.of[credentials.uid] < limit:
+            self.host.clients.add(credentials, partial(self._employ, opened))
+            return
+        why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"
+        self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
+        self.fail(opened.unique, errno.EMFILE)
+
+    def _employ(
+        self, opened: entries.Opened, worker: Worker, credentials: entries.Credentials
+    ) -> None:
+        """This worker is to serve the file."""
+        file = Holder(
+            worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.slow
+        )
+        self.files[file.number] = file
+        device = entries.Device(
+            credentials, opened.bus, opened.endpoint, opened.flags, self.transport
+        )
+        with suppress(OSError):
+            file.send(device)
+        self.hear(file)
+        reply = replies.opened(opened.unique, file.number, self.open_flags)
+        if self.held.pop(opened.unique, None) is None or not self.write(reply):
+            self._release(file)  # nobody waits for it any more
+
+    def hear(self, holder: Holder) -> None:
+        """Listen to what it says."""
+        self.devices.listen(holder.line.fileno(), partial(self._hear, holder))
+
+    # -- requests ----------------------------------------------------------------------------------
+
+    def take(self, buffer: bytearray) -> bool:
+        """There is a request, or there will be none any more."""
+        try:
+            size = os.readv(self.fuse, [buffer])
+            self.request(bytes(memoryview(buffer)[:size]))
+        except OSError as error:
+            if error.errno == errno.ENODEV and self.where:
+                self.host.journal.warn(f"{self.where} was taken away; restart to have it back")
+                return False
+            # ENOENT, EAGAIN: it was taken back.
+        except ValueError as error:
+            self.host.journal.warn(f"{self.where}: the kernel sent {error}")
+        return True
+
+    def request(self, request: bytes) -> None:
+        """Deal with one. Raises ValueError if no kernel sends it."""
+        opcode, unique, _, number = routing.route(request)
+        if opcode == routing.INTERRUPT:
+            self._interrupt(number, request)
+        elif number == 0:
+            self.other(opcode, unique, request)
+        elif (holder := self.files.get(number)) is None:
+            self.write(replies.failure(unique, errno.ENOTCONN))
+        elif opcode == abi.IOCTL:
+            self._ask(holder, unique, request)
+        elif opcode == abi.POLL:
+            (holder.kernel_handle,) = _NUMBER.unpack_from(request, _BEHIND_HANDLE)
+            self._ask(holder, unique, request)
+        elif opcode == abi.READ:
+            data = holder.read(*_READ.unpack_from(request, _BEHIND_HANDLE))
+            self.write(
+                replies.reply(unique, data) if data else replies.failure(unique, errno.EINVAL)
+            )
+        elif opcode == abi.RELEASE:
+            self._release(holder)
+            self.write(replies.reply(unique))
+        else:
+            self.write(replies.failure(unique, _REFUSALS.get(opcode, errno.ENOTDIR)))
+
+    def _ask(self, holder: Holder, unique: int, request: bytes) -> None:
+        self.held[unique] = holder, request
+        if not self.pass_on(holder, request):
+            self.fail(unique, errno.ECONNRESET)
+
+    def pass_on(self, holder: Holder, request: bytes) -> bool:
+        """False if it is gone."""
+        with suppress(OSError):
+            if not holder.gone:
+                holder.send(entries.Asked(request))
+                return True
+        return False
+
+    def _interrupt(self, unique: int, request: bytes) -> None:
+        holder, _ = self.held.get(unique, (None, b""))
+        if holder is not None:
+            self.pass_on(holder, request)
+        else:
+            self.fail(unique, errno.EINTR)  # if it is there, it waits for a worker
+
+    def _release(self, holder: Holder) -> None:
+        self.files.pop(holder.number, None)
+        holder.end(released=True)
+
+    def write(self, reply: bytes) -> bool:
+        """False if nobody waits for it any more."""
+        try:
+            os.write(self.fuse, reply)
+        except OSError:
+            return False
+        return True
+
+    def fail(self, unique: int, number: int) -> None:
+        """Answer a request with an errno, if it was not answered yet."""
+        if self.held.pop(unique, None) is not None:
+            self.write(replies.failure(unique, number))
+
+    # -- what workers say --------------------------------------------------------------------------
+
+    def _hear(self, holder: Holder, buffer: bytearray) -> bool:
+        try:
+            for _ in range(FAIR):
+                if (received := holder.line.receive()) is None:
+                    break
+                message, fds = received
+                if type(message) is entries.Answered and not fds:
+                    self._answered(holder, message.reply)
+                    continue
+                try:
+                    self.said(holder, message, fds)
+                finally:
+                    if fds:
+                        with self.devices.aside.work(holder.uid):
+                            close_all(fds)
+        except EOFError:
+            self._lose(holder)
+            return False
+        except Exception as error:  # noqa: BLE001 (whatever it is, this worker brought it about)
+            self.devices.kill(holder, str(error))
+            self._lose(holder)
+            return False
+        return True
+
+    def _lose(self, holder: Holder) -> None:
+        """Its process is gone, or as good as; whoever waits for it must not do so for ever."""
+        self.devices.forget(holder.line.fileno())
+        holder.end(gone=True)
+        uniques = [unique for unique, (who, _) in list(self.held.items()) if who is holder]
+        for unique in self.left(holder, uniques):
+            self.fail(unique, errno.ECONNRESET)
+        if holder.kernel_handle:
+            self.write(replies.wake(holder.kernel_handle))
+
+    def _answered(self, holder: Holder, reply: bytes) -> None:
+        if len(reply) < abi.OUT_HEADER.size:
+            raise LineError(f"an answer of {len(reply)} bytes")
+        length, error, unique = abi.OUT_HEADER.unpack_from(reply)
+        if length != len(reply) or not -512 < error <= 0:
+            raise LineError(f"an answer of {len(reply)} bytes says {length}, error {error}")
+        self.request_of(holder, unique)
+        del self.held[unique]
+        self.write(reply)
+
+    def request_of(self, holder: Holder, unique: int, opcode: int | None = None) -> bytes:
+        """The request of this number, if it holds it. Raises LineError."""
+        who, request = self.held.get(unique, (None, b""))
+        if who is not holder or (opcode is not None and routing.route(request)[0] != opcode):
+            raise LineError(f"meddled with request {unique}, which it does not hold")
+        return request
+
+    def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
+        """What is left of `fds` is closed. Raises LineError if it may not say that."""
+        match message, fds:
+            case entries.Nudge(), []:
+                if holder.kernel_handle:
+                    self.write(replies.wake(holder.kernel_handle))
+            case ((entries.Copy() | entries.Store() | entries.Take() | entries.AskFacts()), []):
+                request = self.request_of(holder, message.unique, abi.IOCTL)
+                with self.devices.aside.work(holder.uid):
+                    reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
+            case _:
+                raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")

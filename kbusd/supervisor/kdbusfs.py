@@ -1,0 +1,113 @@
+"""The mount of kdbusfs: a connection (connection.py) with a tree of files, and a page cache for each.
+
+Requests that are of no open file go to the tree, a worker that knows names, owners and access bits. One
+that dies is followed by another, which is asked what it has left unanswered. A file's pool is read by
+the kernel from a memfd of its worker's, and renewed when that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from kbusd.cuse import abi, routing
+from kbusd.rings import entries
+from kbusd.supervisor import reach
+from kbusd.supervisor.connection import Connection
+from kbusd.supervisor.device import Devices
+from kbusd.supervisor.holder import Holder, Worker
+from kbusd.supervisor.mount import mount, unmount
+
+MAX_TREES = 8  # asked the same; more than die at once, as nobody looks whether a spare one lives
+_FOPEN_NOFLUSH = 1 << 5
+_UNANSWERED = frozenset({abi.FORGET, abi.BATCH_FORGET})
+
+
+class Mount(Connection):
+    """One mount; `nodes` are what is in it at first."""
+
+    open_flags = abi.FOPEN_KEEP_CACHE | _FOPEN_NOFLUSH
+
+    def __init__(self, devices: Devices, path: str, nodes: tuple[entries.Node, ...]) -> None:
+        """Mounts. Raises MountError."""
+        where, fuse, number = mount(path)
+        super().__init__(devices, where, fuse)
+        devices.numbers.add(number)
+        self.nodes = nodes
+        self.tree: Holder | None = None
+        self.early: deque[bytes] = deque()  # requests for a tree that is not there yet
+        self.again: Counter[int] = Counter()  # how many trees have left them unanswered
+        self._want_tree(first=2)
+        devices.listen(fuse, self.take)
+
+    def stop(self) -> None:
+        """Unmount."""
+        if self.where:
+            unmount(self.where)
+            self.where = ""
+
+    # -- the tree ----------------------------------------------------------------------------------
+
+    def _want_tree(self, first: int) -> None:
+        me = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
+        work = partial(self._employ_tree, first)
+        self.devices.call(partial(self.host.clients.add, me, work))
+
+    def _employ_tree(self, first: int, worker: Worker, credentials: entries.Credentials) -> None:
+        tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.slow)
+        with suppress(OSError):
+            tree.send(entries.Tree(self.nodes, first))
+        self.tree = tree  # before anybody can hear that it is gone, or it would stay
+        self.hear(tree)
+        self._ask_tree()
+
+    def other(self, opcode: int, unique: int, request: bytes) -> None:
+        self.early.append(request)
+        self._ask_tree()
+
+    def _ask_tree(self) -> None:
+        for _ in range(len(self.early)):
+            with suppress(IndexError):
+                if (tree := self.tree) is not None:
+                    self._ask_this(tree, self.early.popleft())
+
+    def _ask_this(self, tree: Holder, request: bytes) -> None:
+        opcode, unique, _, _ = routing.route(request)
+        if opcode in _UNANSWERED:
+            self.pass_on(tree, request)
+            return
+        self.held[unique] = tree, request
+        if not self.pass_on(tree, request) and self.held.pop(unique, None) is not None:
+            self.early.append(request)  # the next tree can answer it as well
+            if self.tree is not tree:
+                self._ask_tree()
+
+    def left(self, holder: Holder, uniques: list[int]) -> list[int]:
+        """The next tree is asked again, but for ever is not for what each of them dies of."""
+        if holder is not self.tree:
+            return uniques
+        self.again = Counter({each: self.again[each] + 1 for each in uniques})
+        hopeless = [each for each in uniques if self.again[each] >= MAX_TREES]
+        self.early += [self.held.pop(each)[1] for each in self.again if each not in hopeless]
+        self.tree = None
+        # It has numbered fewer than there were nanoseconds.
+        self._want_tree(first=time.monotonic_ns())
+        return hopeless
+
+    def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
+        match message, fds:
+            case entries.Opened(unique), []:
+                self.held[unique] = None, self.request_of(holder, unique, abi.OPEN)
+                self.devices.call(partial(self.grant, message))
+            case entries.Pool(), [fd] if holder.pool < 0:
+                holder.take_pool(fd)
+                fds.clear()
+            case entries.Push(offset, size), [] if holder.pool >= 0:
+                with self.devices.aside.work(holder.uid):
+                    reach.push(self.fuse, holder, offset, size)
+            case _:
+                super().said(holder, message, fds)
