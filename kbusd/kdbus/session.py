@@ -235,7 +235,10 @@ class Session:
             return decoded.pokes
         with _writing(decoded.pokes):
             before = self.bus.owner(wanted.name)
-            waited = any(each.name == wanted.name for each in self.bus.held(self.id))
+            held = self.bus.held(self.id)
+            waited = any(each.name == wanted.name for each in held)
+            if len(held) >= abi.MAX_NAMES and not waited:
+                raise Errno(errno.E2BIG, f"the connection has {len(held)} names")
             result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
             flags = ownership.acquired(result, wanted.flags, waited)
             if before is not None and before == self.bus.activator(wanted.name):
@@ -446,6 +449,8 @@ class Session:
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
     ) -> Slice | None:
+        if sync and parcel.reply_or_timeout <= self.bus.clock()[0]:
+            raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
         self._calls.add(call)
         wait: Wait[Slice] = Wait()
@@ -507,14 +512,15 @@ class Session:
             if not self._matches.admits(signal):
                 return
         if parcel.fds and not self._accept_fd:
-            raise Errno(errno.ECOMM, f"connection {self.id} does not accept descriptors")
+            self._refuse_fds(source, parcel)
+            return
         if parcel.is_reply:
             self._receive_reply(source, parcel, parts, seqnum)
             return
         most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
         if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
             raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
-        if broadcast or parcel.origin:
+        if broadcast or parcel.flags & abi.MSG_SIGNAL or parcel.origin:
             entry = self._try_enqueue(source, parcel, parts, seqnum)
             if entry is None:
                 return
@@ -526,14 +532,28 @@ class Session:
             entry.expects = source.id, parcel.cookie
             self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
 
+    def _refuse_fds(self, source: Known, parcel: Parcel) -> None:
+        """We take no descriptors. Raises Errno ECOMM, for the sender; one that we wait for hears
+        EREMOTEIO, and nobody hears of a signal."""
+        if parcel.flags & abi.MSG_SIGNAL:
+            return
+        text = f"connection {self.id} does not accept descriptors"
+        if parcel.is_reply:
+            wait = self._waiting.get(self._calls.take(source.id, parcel.reply_or_timeout))
+            if wait is not None:
+                wait.fail(Errno(errno.EREMOTEIO, text))
+        raise Errno(errno.ECOMM, text)
+
     def _try_enqueue(
         self, source: Known, parcel: Parcel, parts: Sequence[bytes | int], seqnum: int
     ) -> Entry | None:
-        """The same for what nobody is told of if it has no room, but that something was lost."""
+        """The same for what its sender is not told of if it has no room; our client is, but of a signal
+        to it alone."""
         try:
             return self._enqueue(source, parcel, parts, seqnum)
         except Errno:
-            self._lose()
+            if not parcel.flags & abi.MSG_SIGNAL or parcel.dst_id == abi.DST_ID_BROADCAST:
+                self._lose()
             return None
 
     def _receive_reply(

@@ -313,6 +313,8 @@ class Port:
         if not router.is_open(connections[self._replica.me], connections[to.id]):
             refusal = router.refusal(what.facts(_destination(to, parcel)), to.id, parcel.fds)
             if refusal is not None:
+                if parcel.flags & abi.MSG_SIGNAL:
+                    return  # nobody hears of it (kdbus_conn_unicast)
                 raise Errno(errno.EPERM, refusal)
         self._copy_to_monitors(what, _destination(to, parcel))
         if to.id == self._replica.me:
