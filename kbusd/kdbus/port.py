@@ -81,6 +81,10 @@ class Bus(Protocol):
     def flags(self) -> int:
         """Those of BUS_MAKE."""
 
+    @property
+    def sees_pids(self) -> bool:
+        """Whether the client's pid namespace is that of the pids which the bus knows."""
+
     def clock(self) -> tuple[int, int]:
         """CLOCK_MONOTONIC and CLOCK_REALTIME in nanoseconds."""
 

@@ -644,7 +644,13 @@ class Session:
         self.arrived += 1
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        """What may be told of a connection."""
+        """What may be told of a connection. There are no pids for one in a namespace of its own."""
+        told = self._told(known, about)
+        if self.bus.sees_pids or told.pids is None:
+            return told
+        return msgspec.structs.replace(told, pids=metadata.Pids(0, 0, 0))
+
+    def _told(self, known: Known, about: parcels.About) -> metadata.Metadata:
         if about.faked is not None and self.bus.is_privileged(known.uid):
             faked = about.faked
             return metadata.Metadata(

@@ -178,6 +178,10 @@ class Port:
 
     # -- the session's side (kbusd/kdbus/port.py) ----------------------------------------------
 
+    @property
+    def sees_pids(self) -> bool:
+        return self.device.sees_pids
+
     def clock(self) -> tuple[int, int]:
         return time.monotonic_ns(), time.time_ns()
 

@@ -101,6 +101,7 @@ class Request:
         """What /proc says of the caller, as far as it could have chosen that itself."""
         files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
         status = files.get("status", b"")
+        self._device.sees_pids = _levels(status) <= 1
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
             self.tid,
@@ -144,6 +145,7 @@ class Device:
         self.session = session
         self.held: dict[int, Request] = {}
         self._asked: dict[int, Wait[Any]] = {}
+        self.sees_pids = True  # of the namespace in which the supervisor is
         self._polled = False
         self._told = (0, 0)  # what the last poll was told: events, and how many had arrived
 
@@ -300,3 +302,11 @@ def _status(text: bytes, key: bytes) -> int:
         if name == key and value.strip().isdigit():
             return int(value)
     return 0
+
+
+def _levels(status: bytes) -> int:
+    """In how many pid namespaces a process has a number, from the supervisor's on (proc(5), NSpid)."""
+    for line in status.split(b"\n"):
+        if line.startswith(b"NSpid:"):
+            return len(line.split()) - 1
+    return 1

@@ -10,7 +10,7 @@ import pytest
 
 from kbusd.kdbus import abi, items, layout
 from tests.bus.daemon import STRICT_POLICY
-from tests.kdbusfs.kclient import KdbusClient
+from tests.kdbusfs.kclient import LIBC, KdbusClient
 from tests.kdbusfs.test_clients import (
     EXPECT,
     KdbusBus,
@@ -27,6 +27,7 @@ pytestmark = [] if os.geteuid() == 0 else [pytest.mark.guest]
 LISTED = abi.LIST_NAMES | abi.LIST_QUEUED | abi.LIST_ACTIVATORS
 PRIMARY, IN_QUEUE = abi.NAME_PRIMARY, abi.NAME_IN_QUEUE
 NAME = "com.example.Name"
+CLONE_NEWPID = 0x20000000
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +352,17 @@ def test_the_privileged_may_pretend(bus: KdbusBus) -> None:
         assert layout.PIDS.unpack(found[abi.ITEM_PIDS]) == pids
         assert found[abi.ITEM_SECLABEL] == b"a:b:c\0"
         assert abi.ITEM_EXE not in found and abi.ITEM_AUXGROUPS not in found
+
+
+def test_one_in_another_pid_namespace_learns_no_pids(bus: KdbusBus) -> None:
+    a = bus.kdbus()
+    child = os.fork()
+    if child == 0:
+        assert LIBC.unshare(CLONE_NEWPID) == 0
+        inner = os.fork()  # the first in the new namespace
+        if inner == 0:
+            pids = bus.kdbus().info(a.id)[abi.ITEM_PIDS]
+            os._exit(layout.PIDS.unpack(pids) != (0, 0, 0))
+        os._exit(os.waitpid(inner, 0)[1] != 0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert layout.PIDS.unpack(bus.kdbus().info(a.id)[abi.ITEM_PIDS])[0] == os.getpid()

@@ -115,6 +115,8 @@ class Port:
         self.open: set[int] = set()
         self.watched: dict[int, Callable[[], None]] = {}
 
+    sees_pids = True
+
     def clock(self) -> tuple[int, int]:
         return self.world.now, self.world.now + 7
 
