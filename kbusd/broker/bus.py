@@ -20,11 +20,13 @@ from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
+from kbusd.broker.name_policy import NamePolicy
 from kbusd.broker.outside import Outside
 from kbusd.broker.probes import Probes
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
     FAILED,
+    FILE_EXISTS,
     INVALID_ARGS,
     LIMITS_EXCEEDED,
     NO_MEMORY,
@@ -37,10 +39,12 @@ from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
     AddMatch,
+    AskAbout,
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    Describe,
     Failure,
     FetchPolicy,
     FetchSnapshot,
@@ -52,7 +56,9 @@ from kbusd.rings.entries import (
     MatchRemoved,
     MonitorAttached,
     NameOwnerChanged,
+    NamePolicyChanged,
     PolicyChanged,
+    PolicyEntry,
     QueueChanged,
     ReleaseName,
     ReloadConfig,
@@ -61,6 +67,7 @@ from kbusd.rings.entries import (
     Request,
     RequestName,
     Running,
+    SetPolicy,
     Snapshot,
     StartService,
     Statistics,
@@ -73,10 +80,23 @@ BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
 MAX_MONITOR_RULES = 512
 MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
+ACTIVATOR, HOLDER, KDBUS_MONITOR = 2, 4, 8  # three of them
+MAX_ABOUT = 16 << 10
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
-_FOR_MONITORS = (Leaving, FetchSnapshot, FetchPolicy, Introduce, Introduced, Stuck, Running)
+_FOR_MONITORS = (
+    Describe,
+    AskAbout,
+    Leaving,
+    FetchSnapshot,
+    FetchPolicy,
+    Introduce,
+    Introduced,
+    Stuck,
+    Running,
+)
+_FOR_ORDINARY = (RequestName, ReleaseName, AddMatch, BecomeMonitor)
 
 
 class Bus:
@@ -97,6 +117,7 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
+        self.name_policy = NamePolicy(owner)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -161,6 +182,7 @@ class Bus:
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
         self.matches.remove_all(connection)
+        self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
         was_monitor = connection in self.monitors
         self.monitors.discard(connection)
@@ -193,6 +215,8 @@ class Bus:
             raise Violation(f"sent {fds} descriptors with {kind.__name__}")
         if connection.id == NOT_YET and kind is not Hello and kind is not Leaving:
             raise Violation(f"sent {kind.__name__} before Hello")
+        if (connection.kdbus or 0) & (ACTIVATOR | HOLDER) and kind in _FOR_ORDINARY:
+            raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
 
@@ -248,6 +272,13 @@ class Bus:
             case Running():
                 self.probes.running(connection)
                 return
+            case SetPolicy():
+                self._set_policy(connection, message.policy)
+            case Describe():
+                connection.about = _about(message.about)
+            case AskAbout():
+                asked = self.by_id.get(message.id)
+                value = b"" if asked is None else asked.about
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
@@ -279,21 +310,58 @@ class Bus:
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
             )
+        kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
+        self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
         snapshot = self._outside.snapshot()
+        if message.policy:
+            self.name_policy.set(connection, self._next_id, message.policy)
+        connection.about = _about(message.about)
         connection.policy = policy
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
-        self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
-        name = connection.unique_name
-        self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
-        self._wake(self.monitors)
+        if kind == KDBUS_MONITOR:  # nobody hears of it
+            connection.monitor = ()
+            self.monitors.add(connection)
+            self._outside.append(MonitorAttached(connection.id, (), message.kdbus))
+            self._outside.say(f"{connection} is a monitor")
+        else:
+            self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
+            name = connection.unique_name
+            self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
+            self._wake(self.monitors)
+        if message.policy:
+            self._outside.append(NamePolicyChanged(connection.id, message.policy))
+        if kind == ACTIVATOR:
+            self._owner_changed(self.registry.activate(connection, message.name))
         self._outside.send(connection.worker, Reply(message.request, connection.id), [snapshot])
         self._incomplete.pop(connection.worker, None)
         self._outside.joined(connection.worker)
+
+    def _check_kind(self, connection: Connection, message: Hello, kind: int) -> None:
+        """Whether a client may be a kdbus connection of this kind."""
+        if kind:
+            self._privileged(connection, "HELLO of this kind")
+        if kind not in (0, ACTIVATOR, HOLDER, KDBUS_MONITOR):
+            raise Violation(f"said Hello with the kdbus flags {message.kdbus}")
+        if message.policy and kind not in (ACTIVATOR, HOLDER):
+            raise Violation("brought policy, and is of no kind to do so")
+        if kind == ACTIVATOR:
+            if not names.is_bus_name(message.name) or message.name[0] == ":":
+                raise Violation(f"said Hello as the activator of {message.name!r}")
+            if message.name == BUS_NAME:
+                raise Refused(INVALID_ARGS, f"{BUS_NAME} is the bus's own")
+            if message.name in self.registry.activators:
+                raise Refused(FILE_EXISTS, f"{message.name} has an activator already")
+
+    def _set_policy(self, connection: Connection, policy: tuple[PolicyEntry, ...]) -> None:
+        if connection.kdbus is None or not connection.kdbus & HOLDER:
+            raise Violation("set policy, and is no policy holder")
+        self.name_policy.set(connection, connection.id, policy)
+        self._outside.append(NamePolicyChanged(connection.id, policy))
 
     def _request_name(self, connection: Connection, name: str, flags: int) -> int:
         if not names.is_bus_name(name):
@@ -316,6 +384,10 @@ class Bus:
                 ACCESS_DENIED,
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
             )
+        assert connection.credentials is not None
+        if not self.name_policy.may_own(connection.credentials, name):
+            self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
+            raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
         limit = self._limits["max_names_per_connection"]
         if len(connection.names) + 1 >= limit:  # the unique name counts
             raise Refused(
@@ -471,6 +543,7 @@ class Bus:
             kdbus=tuple(
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
+            policies=tuple(self.name_policy.entries.items()),
         )
 
     def size(self) -> int:
@@ -574,3 +647,9 @@ def _queue(change: Change) -> QueueChanged:
 
 def _details(queue: QueueChanged) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return queue.waiting, queue.claims, queue.activator
+
+
+def _about(about: bytes) -> bytes:
+    if len(about) > MAX_ABOUT:
+        raise Violation(f"says {len(about)} bytes of its client")
+    return about

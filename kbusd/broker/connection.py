@@ -23,6 +23,7 @@ class Connection:
     """`worker` is the supervisor's number for the process, `id` the N of the unique name :1.N."""
 
     __slots__ = (
+        "about",
         "complaints",
         "credentials",
         "id",
@@ -46,6 +47,7 @@ class Connection:
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
         self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
+        self.about = b""  # what its worker tells others who ask
         self.monitor: tuple[str, ...] | None = None
         self.names: list[str] = []  # owned or waited for, in the order in which they were asked
         self.matches: dict[MatchRule, list[str]] = {}  # with the texts by which it was added

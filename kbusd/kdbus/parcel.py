@@ -20,8 +20,16 @@ _FLAGS = abi.MSG_EXPECT_REPLY | abi.MSG_NO_AUTO_START | abi.MSG_SIGNAL
 _U64 = 1 << 64
 
 
+class Faked(msgspec.Struct, frozen=True, array_like=True):
+    """What a privileged client pretends to be (HELLO); None is not told. Only believed of one."""
+
+    creds: tuple[int, int, int, int, int, int, int, int] | None = None
+    pids: tuple[int, int, int] | None = None
+    label: bytes | None = None
+
+
 class About(msgspec.Struct, frozen=True, array_like=True):
-    """What the sender's process says of itself; None is not known."""
+    """What the sender's process says of itself; None is not known. `offered`: ATTACH flags."""
 
     tid: int = 0
     tid_comm: bytes | None = None
@@ -29,6 +37,9 @@ class About(msgspec.Struct, frozen=True, array_like=True):
     exe: bytes | None = None
     cmdline: bytes | None = None
     description: bytes | None = None
+    ppid: int = 0
+    offered: int = 0
+    faked: Faked | None = None
 
 
 class Parcel(msgspec.Struct, frozen=True, array_like=True):
@@ -36,7 +47,8 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True):
 
     The vectors' bytes travel beside it, one after another, and the descriptors of memfds and then
     those of the message. `filter`: generation and bits. `offered`: the ATTACH flags that the sender
-    grants. `sent`: CLOCK_MONOTONIC and CLOCK_REALTIME in ns."""
+    grants. `sent`: CLOCK_MONOTONIC and CLOCK_REALTIME in ns. `origin`: who sent it to an activator or
+    to a former owner of `dst_name`, which passes it on (port.Known, encoded)."""
 
     flags: int
     priority: int
@@ -51,6 +63,7 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True):
     offered: int = 0
     sent: tuple[int, int] = (0, 0)
     about: bytes = b""
+    origin: bytes = b""
 
     @property
     def is_reply(self) -> bool:
@@ -140,9 +153,13 @@ def decode_about(raw: bytes) -> About:
         about = _decode_about(raw) if raw else About()
     except msgspec.MsgspecError as error:
         raise ParcelError(f"metadata that does not decode: {error}") from None
-    if not 0 <= about.tid < 1 << 31:
-        raise ParcelError(f"the thread {about.tid}")
-    texts = (about.tid_comm, about.pid_comm, about.exe, about.description)
+    faked = about.faked or Faked()
+    numbers = (*(faked.creds or ()), *(faked.pids or ()), about.offered)
+    if not 0 <= about.tid < 1 << 31 or not 0 <= about.ppid < 1 << 31:
+        raise ParcelError(f"the thread {about.tid} of a child of {about.ppid}")
+    if not all(0 <= each < _U64 for each in numbers):
+        raise ParcelError("metadata with numbers that there are not")
+    texts = (about.tid_comm, about.pid_comm, about.exe, about.description, faked.label)
     if any(text is not None and (b"\0" in text or len(text) > 4096) for text in texts):
         raise ParcelError("metadata that is no string")
     if about.cmdline is not None and len(about.cmdline) > 4096:

@@ -119,11 +119,20 @@ class Database:
         """Forget the entries of an owner that is gone."""
         self.replace(owner, ())
 
+    def has(self, name: str) -> bool:
+        """Whether there is an entry for it."""
+        return self._find(name) is not None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _find(self, name: str) -> tuple[Hashable, tuple[Access, ...]] | None:
+        entry = self._entries.get((name, False))
+        return entry or self._entries.get((name.rpartition(".")[0], True))
+
     def query(self, subject: Subject, name: str) -> int:
         """The highest access that `subject` has to `name`, or NOTHING."""
-        entry = self._entries.get((name, False))
-        if entry is None:
-            entry = self._entries.get((name.rpartition(".")[0], True))
+        entry = self._find(name)
         if entry is None:
             return NOTHING
         granted = (each.access for each in entry[1] if _is_for(each, subject))

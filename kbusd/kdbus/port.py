@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import msgspec
 
 from kbusd.kdbus import bloom, metadata
-from kbusd.kdbus.parcel import Parcel
+from kbusd.kdbus.parcel import Faked, Parcel
+from kbusd.kdbus.policy import Entry
 from kbusd.kdbus.waits import Wait
 
 
@@ -46,6 +47,17 @@ class Known(msgspec.Struct, frozen=True):
     kdbus: bool = True
 
 
+class Joining(msgspec.Struct, frozen=True):
+    """Who is to be a connection: HELLO flags, the name of an activator, the policy it brings along."""
+
+    flags: int = 0
+    name: str = ""
+    policy: tuple[Entry, ...] = ()
+    description: bytes | None = None
+    offered: int = 0
+    faked: Faked | None = None
+
+
 class Memory(Protocol):
     """What the client maps."""
 
@@ -69,6 +81,10 @@ class Bus(Protocol):
     def flags(self) -> int:
         """Those of BUS_MAKE."""
 
+    @property
+    def sees_pids(self) -> bool:
+        """Whether the client's pid namespace is that of the pids which the bus knows."""
+
     def clock(self) -> tuple[int, int]:
         """CLOCK_MONOTONIC and CLOCK_REALTIME in nanoseconds."""
 
@@ -78,8 +94,23 @@ class Bus(Protocol):
     def creator(self) -> metadata.Metadata:
         """Who made the bus."""
 
-    async def connect(self, caller: Caller, description: bytes | None) -> tuple[int, bytes]:
-        """Be a connection of the bus; its id, and what its process says of itself (About)."""
+    async def connect(self, caller: Caller, who: Joining) -> tuple[int, bytes]:
+        """Be a connection of the bus; its id, and what its process says of itself (About).
+
+        Raises Errno: EPERM for a kind that is for the privileged, EEXIST if another connection is
+        the name's activator or has brought policy for it."""
+
+    def is_privileged(self, uid: int) -> bool:
+        """Whether this user owns the bus, or is root."""
+
+    async def set_policy(self, policy: tuple[Entry, ...]) -> None:
+        """Of a policy holder. Raises Errno EEXIST."""
+
+    async def describe(self, about: bytes) -> None:
+        """What is to be told to those who ask about this connection (About)."""
+
+    async def about(self, id: int) -> bytes:
+        """What a connection has said of itself (About); it may have said anything."""
 
     def leave(self) -> None:
         """The connection ends."""
@@ -100,6 +131,18 @@ class Bus(Protocol):
         """Have somebody started who takes an unowned name; the owner, None if nobody could be.
 
         May take as long as a service likes: raises Interrupted if the caller gets a signal."""
+
+    def activator(self, name: str) -> int:
+        """Who has a name when nobody else has it; 0 is nobody."""
+
+    async def collect(self, activator: int, name: str) -> None:
+        """A name was taken from its activator: wait until what had been sent to it has moved."""
+
+    def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
+        """Pass on a message of `source` to the new owner of a name; False if he can't have it."""
+
+    def moved(self, to: Known, name: str) -> None:
+        """That was all that had been sent to this name."""
 
     def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""

@@ -29,9 +29,9 @@ from kbusd.kdbus.calls import Call, Calls
 from kbusd.kdbus.commands import SPECS, Spec
 from kbusd.kdbus.errors import Errno, Poke
 from kbusd.kdbus.handle import State
-from kbusd.kdbus.parcel import Parcel
+from kbusd.kdbus.parcel import Faked, Parcel
 from kbusd.kdbus.pool import KERNEL_USER, Pool, Quota, Slice
-from kbusd.kdbus.port import Bus, Caller, Known
+from kbusd.kdbus.port import Bus, Caller, Joining, Known
 from kbusd.kdbus.queue import Queue
 from kbusd.kdbus.waits import Interrupted, Wait
 
@@ -39,6 +39,7 @@ PAGE = 4096
 MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
 PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
+_SPECIAL = abi.HELLO_ACTIVATOR | abi.HELLO_POLICY_HOLDER | abi.HELLO_MONITOR
 WRITABLE = select.POLLOUT | select.POLLWRNORM
 HUNG_UP = select.POLLERR | select.POLLHUP
 Part = bytes | int | message.Memfd
@@ -56,7 +57,8 @@ class Entry:
     """A message in the pool. `expects` is what its sender waits for: (id, cookie).
 
     `fds` are its descriptors in the order of its items, `fds_at` where their numbers belong in the slice, and
-    `counted` those that its sender answers for; `incomplete`: it had some that were not kept."""
+    `counted` those that its sender answers for; `incomplete`: it had some that were not kept. `kept`: all of
+    it, if it was sent to a name that may go from or to an activator."""
 
     slice: Slice
     user: int
@@ -66,6 +68,7 @@ class Entry:
     counted: int = 0
     incomplete: bool = False
     expects: tuple[int, int] | None = None
+    kept: tuple[Known, Parcel, Sequence[bytes | int]] | None = None
 
 
 async def fetch(caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
@@ -88,6 +91,7 @@ class Session:
         self.id = 0
         self.arrived = 0
         """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
+        self.kind = 0  # Hello.kind
         self._owner = owner
         self._custom = custom
         self._entering = False
@@ -126,7 +130,7 @@ class Session:
         """Carry out a command whose struct is at `address` and begins with `data`.
 
         Raises Errno, whose pokes are relative to `address`, or Interrupted."""
-        handle.check(command, self.state, owner=self._owner)
+        handle.check(command, self.state, self.kind, self._owner)
         spec = SPECS[command]
         whole = await fetch(caller, spec, address, data)
         pokes: tuple[Poke, ...]
@@ -164,11 +168,11 @@ class Session:
                     with _writing(pokes):
                         pokes += commands.list_result(*self._show(self._list(listed.value)))
             case abi.CMD_CONN_INFO:
-                pokes = self._info(whole)
+                pokes = await self._info(whole)
             case abi.CMD_BUS_CREATOR_INFO:
                 pokes = self._creator(whole)
             case _:
-                pokes = self._update(whole)
+                pokes = await self._update(whole)
         return Done(_at(address, pokes))
 
     async def _hello(self, caller: Caller, whole: bytes) -> tuple[Poke, ...]:
@@ -179,18 +183,16 @@ class Session:
         with _writing(decoded.pokes):
             owner = self._owner and not self._custom
             admitted = commands.check_hello(hello, owner, self._custom, PAGE)
-            if hello.kind or hello.creds or hello.pids or hello.label is not None:
-                raise Errno(errno.EOPNOTSUPP, "special connections and faked metadata are missing")
             if self._entering:
                 raise Errno(errno.EBADFD, "HELLO while another one is carried out")
             memory = self.bus.make_pool(hello.pool_size)
             self._entering = True
             try:
-                id, about = await self.bus.connect(caller, hello.description)
+                id, about = await self.bus.connect(caller, _joining(hello, admitted))
             finally:
                 self._entering = False
             self.id, self._about, self._memory = id, about, memory
-            self.state = State.CONNECTION
+            self.state, self.kind = State.CONNECTION, hello.kind
             self._pool = Pool(hello.pool_size)
             self._quota = Quota(self._pool)
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
@@ -278,9 +280,15 @@ class Session:
         if wanted is None:
             return decoded.pokes
         with _writing(decoded.pokes):
-            waited = any(each.name == wanted.name for each in self.bus.held(self.id))
+            before = self.bus.owner(wanted.name)
+            held = self.bus.held(self.id)
+            waited = any(each.name == wanted.name for each in held)
+            if len(held) >= abi.MAX_NAMES and not waited:
+                raise Errno(errno.E2BIG, f"the connection has {len(held)} names")
             result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
             flags = ownership.acquired(result, wanted.flags, waited)
+            if before is not None and before == self.bus.activator(wanted.name):
+                await self.bus.collect(before, wanted.name)
         return (*decoded.pokes, commands.return_flags(flags))
 
     async def _release(self, whole: bytes) -> tuple[Poke, ...]:
@@ -327,7 +335,7 @@ class Session:
         )
         return message.name_list(everybody, flags)
 
-    def _info(self, whole: bytes) -> tuple[Poke, ...]:
+    async def _info(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_conn_info(whole)
         asked = decoded.value
         if asked is None:
@@ -341,10 +349,15 @@ class Session:
             known = self.bus.find(id or 0)
             if known is None:
                 raise Errno(errno.ENXIO, f"there is no connection {id}")
-            own = known.id == self.id
-            about = parcels.decode_about(self._about if own else b"")
-            offered = self._attach_send if own else 0
-            mask = metadata.granted(offered, asked.attach_flags, False) & ~abi.ATTACH_TIMESTAMP
+            if asked.name is not None and asked.id not in (0, known.id):
+                raise Errno(errno.ESRCH, f"{asked.name} is not owned by {asked.id}")
+            raw = self._about if known.id == self.id else await self.bus.about(known.id)
+            try:
+                about = parcels.decode_about(raw)
+            except parcels.ParcelError:
+                about = parcels.About()
+            mask = metadata.granted(about.offered, asked.attach_flags, False)
+            mask &= ~abi.ATTACH_TIMESTAMP
             items = metadata.build_items(self._metadata(known, about), mask)
             data = message.info(known.id, known.flags, items)
             return decoded.pokes + commands.info_result(*self._show(data))
@@ -358,12 +371,18 @@ class Session:
             data = message.bus_info(0, self.bus.flags, self.bus.name, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
-    def _update(self, whole: bytes) -> tuple[Poke, ...]:
-        decoded = commands.decode_update(whole, 0)
+    async def _update(self, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_update(whole, self.kind)
         update = decoded.value
         if update is not None:
-            if update.attach_send is not None:
-                self._attach_send = update.attach_send
+            with _writing(decoded.pokes):
+                if update.policy is not None:
+                    await self.bus.set_policy(update.policy)
+                if update.attach_send is not None:
+                    about = parcels.decode_about(self._about)
+                    about = msgspec.structs.replace(about, offered=update.attach_send)
+                    self._attach_send, self._about = update.attach_send, parcels.encode(about)
+                    await self.bus.describe(self._about)
             if update.attach_recv is not None:
                 self._attach_recv = update.attach_recv
         return decoded.pokes
@@ -468,13 +487,17 @@ class Session:
                 raise Errno(errno.EREMCHG, f"{name} is owned by {owner}, not by {id}")
             id = owner
         known = self.bus.find(id)
-        if known is None:
-            raise Errno(errno.ENXIO, f"there is no connection {id}")
+        if known is None or (name is None and known.flags & _SPECIAL):
+            raise Errno(errno.ENXIO, f"there is no ordinary connection {id}")
+        if known.flags & abi.HELLO_ACTIVATOR and found.header.flags & abi.MSG_NO_AUTO_START:
+            raise Errno(errno.EADDRNOTAVAIL, f"nobody but an activator owns {name}")
         return known
 
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
     ) -> Entry | None:
+        if sync and parcel.reply_or_timeout <= self.bus.clock()[0]:
+            raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
         self._calls.add(call)
         wait: Wait[Entry] = Wait()
@@ -531,29 +554,67 @@ class Session:
         Raises Errno, which is for the sender; and ParcelError, if that is not an honest one. What
         was sent to all is lost in silence if it has no room."""
         broadcast = parcel.dst_id == abi.DST_ID_BROADCAST
+        if self.kind == abi.HELLO_MONITOR:
+            self._try_enqueue(source, parcel, parts, seqnum, ())
+            return
+        if self.kind == abi.HELLO_POLICY_HOLDER or (self.kind and parcel.dst_name is None):
+            raise Errno(errno.ENXIO, f"connection {self.id} is no ordinary one")
         if parcel.flags & abi.MSG_SIGNAL:
             filter = parcels.filter_of(parcel)
             signal = match.Signal(source.id, parcel.dst_id, source.names, filter)
             if not self._matches.admits(signal):
                 return
         if parcel.fds and not self._accept_fd:
-            raise Errno(errno.ECOMM, f"connection {self.id} does not accept descriptors")
+            self._refuse_fds(source, parcel)
+            return
         if parcel.is_reply:
             self._receive_reply(source, parcel, parts, seqnum, fds)
             return
         most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
         if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
             raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
-        try:
-            entry = self._enqueue(source, parcel, parts, seqnum, fds)
-        except Errno:
-            if broadcast:
-                self._lose()
+        if broadcast or parcel.flags & abi.MSG_SIGNAL or parcel.origin:
+            entry = self._try_enqueue(source, parcel, parts, seqnum, fds)
+            if entry is None:
                 return
-            raise
+        else:
+            entry = self._enqueue(source, parcel, parts, seqnum, fds)
+        if parcel.dst_name is not None and self.bus.activator(parcel.dst_name):
+            # A memfd is not kept: the bus hands it over as bytes where there is an activator.
+            whole = [part for part in parts if not isinstance(part, message.Memfd)]
+            entry.kept = source, parcel, whole
         if parcel.flags & abi.MSG_EXPECT_REPLY:
             entry.expects = source.id, parcel.cookie
             self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
+
+    def _refuse_fds(self, source: Known, parcel: Parcel) -> None:
+        """We take no descriptors. Raises Errno ECOMM, for the sender; one that we wait for hears
+        EREMOTEIO, and nobody hears of a signal."""
+        if parcel.flags & abi.MSG_SIGNAL:
+            return
+        text = f"connection {self.id} does not accept descriptors"
+        if parcel.is_reply:
+            wait = self._waiting.get(self._calls.take(source.id, parcel.reply_or_timeout))
+            if wait is not None:
+                wait.fail(Errno(errno.EREMOTEIO, text))
+        raise Errno(errno.ECOMM, text)
+
+    def _try_enqueue(
+        self,
+        source: Known,
+        parcel: Parcel,
+        parts: Sequence[Part],
+        seqnum: int,
+        fds: Sequence[int],
+    ) -> Entry | None:
+        """The same for what its sender is not told of if it has no room; our client is, but of a signal
+        to it alone."""
+        try:
+            return self._enqueue(source, parcel, parts, seqnum, fds)
+        except Errno:
+            if not parcel.flags & abi.MSG_SIGNAL or parcel.dst_id == abi.DST_ID_BROADCAST:
+                self._lose()
+            return None
 
     def _receive_reply(
         self,
@@ -670,21 +731,39 @@ class Session:
         self.arrived += 1
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        """What may be told of a connection."""
+        """What may be told of a connection. There are no pids for one in a namespace of its own."""
+        told = self._told(known, about)
+        if self.bus.sees_pids or told.pids is None:
+            return told
+        return msgspec.structs.replace(told, pids=metadata.Pids(0, 0, 0))
+
+    def _told(self, known: Known, about: parcels.About) -> metadata.Metadata:
+        if about.faked is not None and self.bus.is_privileged(known.uid):
+            faked = about.faked
+            return metadata.Metadata(
+                creds=None if faked.creds is None else metadata.Creds(*faked.creds),
+                pids=None if faked.pids is None else metadata.Pids(*faked.pids),
+                label=faked.label,
+                names=self._owned(known.id),
+                description=about.description,
+            )
+        tid, ppid = about.tid or known.pids.tid, about.ppid or known.pids.ppid
         return metadata.Metadata(
             creds=known.creds,
-            pids=msgspec.structs.replace(known.pids, tid=about.tid or known.pids.tid),
+            pids=msgspec.structs.replace(known.pids, tid=tid, ppid=ppid),
             groups=known.groups,
             tid_comm=about.tid_comm,
             pid_comm=about.pid_comm,
             exe=about.exe,
             cmdline=about.cmdline,
             label=known.label,
-            names=tuple(
-                each for each in self.bus.held(known.id) if not each.flags & abi.NAME_IN_QUEUE
-            ),
+            names=self._owned(known.id),
             description=about.description,
         )
+
+    def _owned(self, id: int) -> tuple[metadata.OwnedName, ...]:
+        held = self.bus.held(id)
+        return tuple(each for each in held if not each.flags & abi.NAME_IN_QUEUE)
 
     # -- what the bus announces ----------------------------------------------------------------
 
@@ -694,8 +773,47 @@ class Session:
         """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have."""
         kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
         change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
-        if self.state == State.CONNECTION and self._matches.announces(change):
+        if old and new and self.bus.activator(name) in (old, new):
+            self._calls.pass_on(name, old, new)
+            if old == self.id:
+                self._move(name, new)
+        if self._hears(change):
             self._notice(message.announce_name(change, old_flags, new_flags))
+
+    def _hears(self, change: match.Notification) -> bool:
+        if self.state != State.CONNECTION:
+            return False
+        return self.kind == abi.HELLO_MONITOR or self._matches.announces(change)
+
+    def _move(self, name: str, new: int) -> None:
+        """A name went from its activator to an owner, or back: so does what was sent to it and nobody
+        has received yet (kdbus_conn_move_messages)."""
+        to = self.bus.find(new)
+        for ticket, entry in self._queue:
+            if entry.kept is None or entry.kept[1].dst_name != name:
+                continue
+            source, parcel, parts = entry.kept
+            self._unqueue(ticket)
+            self._pool.release(entry.slice)
+            if parcel.flags & abi.MSG_EXPECT_REPLY:
+                self._owed.get(source.id, {}).pop(parcel.cookie, None)
+            data = b"".join(part for part in parts if isinstance(part, bytes))
+            passed = msgspec.structs.replace(
+                parcel,
+                dst_id=new,
+                parts=tuple(
+                    (parcels.ZEROES, part, 0)
+                    if isinstance(part, int)
+                    else (parcels.BYTES, len(part), 0)
+                    for part in parts
+                ),
+                fds=0,
+            )
+            done = to is not None and self.bus.forward(to, source, passed, data)
+            if not done and parcel.flags & abi.MSG_EXPECT_REPLY:
+                self.bus.forsake(source.id, parcel.cookie)
+        if to is not None:
+            self.bus.moved(to, name)
 
     def id_added(self, id: int, flags: int) -> None:
         """A connection is new; `flags` are its HELLO flags."""
@@ -713,7 +831,7 @@ class Session:
         self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
     def _id_changed(self, change: match.IdChange, flags: int) -> None:
-        if self.state == State.CONNECTION and self._matches.announces(change):
+        if self._hears(change):
             self._notice(message.announce_id(change, flags))
 
     def forsaken(self, callee: int, cookie: int) -> None:
@@ -763,6 +881,13 @@ class Session:
                 self._calls.remove(call)
                 wait.fail(Errno(errno.ETIMEDOUT, f"no reply to the call {call.cookie} in time"))
 
+    def give_back(self) -> None:
+        """The file is closed: names go back to their activators, and what was not received with them."""
+        for each in self.bus.held(self.id):
+            activator = self.bus.activator(each.name)
+            if each.flags & abi.NAME_PRIMARY and activator not in (0, self.id):
+                self._move(each.name, activator)
+
     def end(self) -> None:
         """The connection ends: BYEBYE, or its file is closed. What it still owed is forsaken."""
         if self.state != State.CONNECTION:
@@ -773,6 +898,25 @@ class Session:
         for _, entry in self._queue:
             self._let_go(entry)
         self.bus.leave()
+
+
+def _joining(hello: commands.Hello, admitted: commands.Admitted) -> Joining:
+    creds, pids = hello.creds, hello.pids
+    faked = None
+    if creds is not None or pids is not None or hello.label is not None:
+        faked = Faked(
+            None if creds is None else msgspec.structs.astuple(creds),
+            None if pids is None else msgspec.structs.astuple(pids),
+            hello.label,
+        )
+    return Joining(
+        hello.flags,
+        (hello.name or "") if hello.kind == abi.HELLO_ACTIVATOR else "",
+        admitted.policy,
+        hello.description,
+        admitted.attach_send,
+        faked,
+    )
 
 
 class _writing:

@@ -87,10 +87,14 @@ class MonitorAttached(Entry, frozen=True, tag="O"):
     """The connection became a monitor; it lost its names and its match rules before this entry.
 
     Implies NameOwnerChanged(":1.id", ":1.id", ""): its unique name is nobody's from here on. The
-    connection stays until its ConnectionRemoved, which then implies no change of a name."""
+    connection stays until its ConnectionRemoved, which then implies no change of a name.
+
+    `kdbus`: the HELLO flags of one that is a monitor from the beginning; no ConnectionAdded was before,
+    and no name changes."""
 
     id: int
     rules: tuple[str, ...]
+    kdbus: int | None = None
 
 
 class ActivatableChanged(Entry, frozen=True, tag="A"):
@@ -105,6 +109,22 @@ class PolicyChanged(Entry, frozen=True, tag="P"):
     generation: int
 
 
+class PolicyEntry(msgspec.Struct, frozen=True, array_like=True):
+    """Who may do what with `name`, or with the names directly below it (kdbus.policy(7)): kind of
+    user, access, uid or gid."""
+
+    name: str
+    wildcard: bool
+    accesses: tuple[tuple[int, int, int], ...]
+
+
+class NamePolicyChanged(Entry, frozen=True, tag="K"):
+    """The policy that a kdbus connection brings along; it goes with it."""
+
+    id: int
+    entries: tuple[PolicyEntry, ...]
+
+
 LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
@@ -115,6 +135,7 @@ LogEntry = (
     | MonitorAttached
     | ActivatableChanged
     | PolicyChanged
+    | NamePolicyChanged
 )
 
 
@@ -133,6 +154,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     policy_generation: int
     queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
+    policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -147,9 +169,13 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 class Hello(Request, frozen=True, tag="hello"):
     """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot.
 
-    `kdbus` as in ConnectionAdded. It says how the worker wants to be spoken to, and grants nothing."""
+    `kdbus` as in ConnectionAdded. With the flags of a monitor, an activator of `name`, or a holder of
+    `policy` it is for the privileged only. `about` as in Describe."""
 
     kdbus: int | None = None
+    name: str = ""
+    policy: tuple[PolicyEntry, ...] = ()
+    about: bytes = b""
 
 
 class RequestName(Request, frozen=True, tag="request_name"):
@@ -214,6 +240,24 @@ class Statistics(Request, frozen=True, tag="stats"):
     """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
 
 
+class SetPolicy(Request, frozen=True, tag="set_policy"):
+    """Of a kdbus policy holder: its policy from now on. Reply: None. Failure FileExists."""
+
+    policy: tuple[PolicyEntry, ...]
+
+
+class Describe(Request, frozen=True, tag="describe"):
+    """What the worker says of its client to whoever asks (kdbus/parcel.py, About). Reply: None."""
+
+    about: bytes
+
+
+class AskAbout(Request, frozen=True, tag="about"):
+    """What the worker of a connection says of its client; it may say anything. Reply: bytes."""
+
+    id: int
+
+
 class Introduce(Request, frozen=True, tag="introduce"):
     """Make this worker and `peer` known to each other.
 
@@ -268,6 +312,9 @@ WorkerMessage = (
     | FetchSnapshot
     | FetchPolicy
     | Statistics
+    | SetPolicy
+    | Describe
+    | AskAbout
     | Introduce
     | Introduced
     | Stuck

@@ -91,6 +91,7 @@ _CHANGES = frozenset(
         entries.NameOwnerChanged,
         entries.QueueChanged,
         entries.MonitorAttached,
+        entries.NamePolicyChanged,
         entries.PolicyChanged,
     )
 )
@@ -674,6 +675,9 @@ class Engine:
             self.asking.ask(entries.FetchPolicy(0), self._new_policy)
         elif kind is entries.ConnectionRemoved:
             self._peer_left(entry.id)
+        elif kind is entries.NameOwnerChanged:
+            if entry.old and entry.activator == entry.old and entry.new:
+                self.calls.pass_on(entry.old, entry.new)
         elif kind is entries.MonitorAttached:
             if entry.id == self.id:
                 self.monitor = True

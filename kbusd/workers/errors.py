@@ -9,6 +9,7 @@ from __future__ import annotations
 ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
 ADT_AUDIT_DATA_UNKNOWN = "org.freedesktop.DBus.Error.AdtAuditDataUnknown"
 FAILED = "org.freedesktop.DBus.Error.Failed"
+FILE_EXISTS = "org.freedesktop.DBus.Error.FileExists"
 INCONSISTENT_MESSAGE = "org.freedesktop.DBus.Error.InconsistentMessage"
 INVALID_ARGS = "org.freedesktop.DBus.Error.InvalidArgs"
 LIMITS_EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"

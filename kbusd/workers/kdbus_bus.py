@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel
+from kbusd.kdbus import policy as policies
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
 from kbusd.kdbus.payload import Message, PayloadError
-from kbusd.kdbus.port import Caller, Known, Memory
+from kbusd.kdbus.port import Caller, Joining, Known, Memory
 from kbusd.kdbus.session import Part, Session
 from kbusd.kdbus.waits import Wait
 from kbusd.policy.decide import ClientPolicy
@@ -35,7 +36,7 @@ from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
 from kbusd.workers.replica import BUS_ID, Connection, Replica
-from kbusd.workers.routing import SIGNAL, Decision, Router
+from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Decision, Router
 
 if TYPE_CHECKING:
     from kbusd.workers.kdbus_device import Device
@@ -57,14 +58,63 @@ _ERRNOS = {
     errors.NAME_HAS_NO_OWNER: errno.ESRCH,
     errors.NO_REPLY: errno.ECONNRESET,
     errors.TIMED_OUT: errno.ETIMEDOUT,
+    errors.FILE_EXISTS: errno.EEXIST,
 }
 _NAMES = {errors.LIMITS_EXCEEDED: errno.E2BIG}
 _decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
 _encode = parcel.encode
+_encode_known = msgspec.msgpack.Encoder().encode
+_decode_known = msgspec.msgpack.Decoder(Known).decode
 
 
 class DeviceRouter(Router):
-    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel."""
+    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel, and what policy
+    holders say must allow it, too. `owner`: of the bus."""
+
+    owner = 0
+    _policies: tuple[object, policies.Database] = (None, policies.Database())
+
+    def _may_send(
+        self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
+    ) -> str | None:
+        refusal = super()._may_send(envelope, receiver, names, fds)
+        connections = self.replica.connections
+        if refusal is None and receiver in connections:
+            me = connections[self.replica.me]
+            refusal = self._may_talk(envelope, me, connections[receiver])
+        return refusal
+
+    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
+        refusal = super().admit(envelope, sender, fds)
+        if refusal is None:
+            refusal = self._may_talk(envelope, sender, self.replica.connections[self.replica.me])
+        return refusal
+
+    def _may_talk(self, envelope: Envelope, sender: Connection, receiver: Connection) -> str | None:
+        """What the policy of kdbus clients says (kdbus/policy.py): of a signal, its receiver must be
+        allowed to talk to its sender, of a call the other way round. Names of which it says nothing
+        do not count, unless it speaks of another one of the same connection."""
+        if envelope.type in (RETURN, ERROR) or not self.replica.policies:
+            return None
+        asker, asked = (receiver, sender) if envelope.type == SIGNAL else (sender, receiver)
+        uid = asker.credentials.uid
+        if uid in (0, self.owner) or uid == asked.credentials.uid:
+            return None
+        database = self._database()
+        names = [name for name in asked.names if database.has(name)]
+        who = subject(asker.credentials)
+        if not names or any(database.query(who, name) >= abi.POLICY_TALK for name in names):
+            return None
+        return f"policy does not let {asker.name} (uid {uid}) talk to the owner of {min(names)}"
+
+    def _database(self) -> policies.Database:
+        known = dict(self.replica.policies)
+        if self._policies[0] != known:
+            database = policies.Database()
+            for id, brought in known.items():
+                database.replace(id, map(as_entry, brought))
+            self._policies = known, database
+        return self._policies[1]
 
     def _broadcast(
         self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
@@ -95,7 +145,8 @@ class DeviceRouter(Router):
     def is_open(self, sender: Connection, receiver: Connection) -> bool:
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
-            self.policy.of(sender.credentials).allows_everything_to_send
+            not self.replica.policies
+            and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
         )
 
@@ -110,7 +161,7 @@ class Port:
         self.name = name
         self.uuid = bytes.fromhex(context.guid)
         self.bloom = BLOOM
-        self.hello_flags = 0
+        self.hello = entries.Hello(0, 0)
         if context.bus.system:
             self.flags = abi.MAKE_ACCESS_WORLD
         if context.maker is not None:
@@ -120,6 +171,7 @@ class Port:
         self._serial = 0
         self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
         self._parcels: dict[int, tuple[Wait[None], int]] = {}  # by token; and until when
+        self._collecting: dict[str, tuple[Wait[None], int]] = {}  # by name; and until when
         self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
         self._sent: dict[int, tuple[int, int, int]] = {}  # D-Bus calls: callee, cookie, deadline
         self._watched: dict[int, Callable[[], None]] = {}
@@ -130,6 +182,10 @@ class Port:
         self.session: Session
 
     # -- the session's side (kbusd/kdbus/port.py) ----------------------------------------------
+
+    @property
+    def sees_pids(self) -> bool:
+        return self.device.sees_pids
 
     def clock(self) -> tuple[int, int]:
         return time.monotonic_ns(), time.time_ns()
@@ -146,10 +202,60 @@ class Port:
             pids=metadata.Pids(bus.pid, bus.pid, 0),
         )
 
-    async def connect(self, caller: Caller, description: bytes | None) -> tuple[int, bytes]:
-        about = await self.device.about(caller, description)
+    async def connect(self, caller: Caller, who: Joining) -> tuple[int, bytes]:
+        about = parcel.encode(await self.device.about(caller, who))
+        self.hello = entries.Hello(0, who.flags, who.name, as_brought(who.policy), about)
         await self._call_bus("Hello", "", b"")
-        return self._replica.me, parcel.encode(about)
+        return self._replica.me, about
+
+    def is_privileged(self, uid: int) -> bool:
+        return uid in (0, self._context.bus.owner)
+
+    async def set_policy(self, policy: tuple[policies.Entry, ...]) -> None:
+        await self._ask(entries.SetPolicy(0, as_brought(policy)))
+
+    async def describe(self, about: bytes) -> None:
+        await self._ask(entries.Describe(0, about))
+
+    async def about(self, id: int) -> bytes:
+        said = await self._ask(entries.AskAbout(0, id))
+        return said if isinstance(said, bytes) else b""
+
+    async def _ask(self, request: entries.Request) -> Any:
+        """Ask the broker. Raises Errno."""
+        wait: Wait[Any] = Wait()
+
+        def then(answer: entries.Reply | entries.Failure, _: list[int]) -> None:
+            if isinstance(answer, entries.Failure):
+                wait.fail(_Refused(answer.error, answer.message))
+            else:
+                wait.done(answer.value)
+
+        self.engine.ask(request, then)
+        return await wait
+
+    def activator(self, name: str) -> int:
+        return self._replica.activators.get(name, 0)
+
+    async def collect(self, activator: int, name: str) -> None:
+        wait: Wait[None] = Wait()
+        self._collecting[name] = wait, time.monotonic_ns() + STALLED_NS
+        try:
+            await wait
+        finally:
+            del self._collecting[name]
+
+    def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
+        mine = self._replica.connections.get(self._replica.me)
+        if not to.kdbus or mine is None or not self.is_privileged(mine.credentials.uid):
+            return False  # nobody would believe us whose message it is
+        sent = msgspec.structs.replace(parcel, origin=_encode_known(source))
+        self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
+        return True
+
+    def moved(self, to: Known, name: str) -> None:
+        if to.kdbus:
+            self.engine.send_ack(to.id, 0, 0, b"moved:" + name.encode())
 
     def leave(self) -> None:
         self.engine.end()
@@ -208,6 +314,7 @@ class Port:
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         memfds = _memfds(parcel, fds)
+        self._show(parcel, data, fds)
         if not to.kdbus:
             whole = _join(parcel, data, memfds)
             await self._send_dbus(to, parcel, whole, fds[len(memfds) :])
@@ -218,6 +325,8 @@ class Port:
         if not router.is_open(connections[self._replica.me], connections[to.id]):
             refusal = router.refusal(what.facts(_destination(to, parcel)), to.id, parcel.fds)
             if refusal is not None:
+                if parcel.flags & abi.MSG_SIGNAL:
+                    return  # nobody hears of it (kdbus_conn_unicast)
                 raise Errno(errno.EPERM, refusal)
         self._copy_to_monitors(what, _destination(to, parcel))
         if to.id == self._replica.me:
@@ -238,6 +347,7 @@ class Port:
         what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
         facts = what.facts(None)
         raw = _encode(parcel)
+        self._show(parcel, data, fds)
         for id in self.engine_router.kdbus_subscribers(facts, 0):
             if id != self._replica.me:
                 self.engine.send_parcel(id, 0, raw, data, tuple(fds))
@@ -246,6 +356,11 @@ class Port:
                 self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
         if what.message is not None:
             await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
+
+    def _show(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """To kdbus monitors, which see it even if nobody else does."""
+        for id in self._replica.kdbus_monitors:
+            self.engine.send_parcel(id, 0, _encode(parcel), data, tuple(fds))
 
     async def _send_dbus(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """To a D-Bus client, or to nobody if the payload is not a D-Bus message."""
@@ -327,10 +442,16 @@ class Port:
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
         self.engine_router = DeviceRouter(replica, policy, say)
+        self.engine_router.owner = self._context.bus.owner
         return self.engine_router
 
     def requests(self) -> bool:
         return self.device.requests(self.engine.catch_up)
+
+    def closed(self) -> None:
+        """The file is closed."""
+        if self._replica.me:
+            self.session.give_back()
 
     def turn(self, drained: bool) -> None:
         """Once in a round of the engine; `drained`: nothing of ours waits in its input."""
@@ -346,6 +467,9 @@ class Port:
                 if until <= now:
                     del self._sent[serial]
                     self.engine.forget(serial)
+        for wait, until in list(self._collecting.values()):
+            if until <= now:
+                wait.done(None)
         for token, (wait, until) in list(self._parcels.items()):
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
@@ -357,7 +481,7 @@ class Port:
         """Milliseconds until `turn` has something to do by itself; -1: nothing."""
         if self.device.line.queue:
             return 1
-        times = [until for _, until in self._parcels.values()]
+        times = [until for _, until in (*self._parcels.values(), *self._collecting.values())]
         deadline = self.session.deadline()
         if deadline is not None:
             times.append(deadline)
@@ -403,7 +527,12 @@ class Port:
             waiting[0].done(None)
 
     def call_dropped(self, peer: int, note: bytes) -> None:
-        if len(note) == layout.U64.size:
+        kind, _, name = note.partition(b":")
+        if kind == b"moved":
+            waiting = self._collecting.get(name.decode("latin-1"))
+            if waiting is not None:
+                waiting[0].done(None)
+        elif len(note) == layout.U64.size:
             self.session.forsaken(peer, layout.U64.unpack(note)[0])
 
     def parcel(self, peer: Any, raw: bytes, data: bytes, fds: tuple[int, ...], stamp: int) -> int:
@@ -415,6 +544,11 @@ class Port:
         connection: Connection | None = peer.connection or connections.get(peer.id)
         if connection is None:
             raise ParcelError("a parcel that is older than its connection")
+        if self.session.kind == abi.HELLO_MONITOR:
+            self._receive(_known(connection), connection, found, data, fds, stamp)
+            return 0
+        if found.origin:
+            return self._forwarded(connection, found, data, stamp)
         if found.dst_id not in (me, abi.DST_ID_BROADCAST):
             raise ParcelError(f"a parcel for {found.dst_id} came to {me}")
         router = self.engine_router
@@ -431,6 +565,45 @@ class Port:
             return error.errno
         return 0
 
+    def _forwarded(self, connection: Connection, found: Parcel, data: bytes, stamp: int) -> int:
+        """A message that somebody sent to a name of which we are the new owner, or the activator. Whose
+        it was is the word of the privileged alone."""
+        me, name = self._replica.me, found.dst_name or ""
+        has_part = me in (self._replica.names.get(name), self._replica.activators.get(name))
+        trusted = self.is_privileged(connection.credentials.uid)
+        if not has_part or not trusted or found.dst_id != me or found.is_reply or found.fds:
+            raise ParcelError(f"passes on a message that was sent to {name!r}")
+        try:
+            source = _decode_known(found.origin)
+            self.session.receive(source, found, parcel.split(found, data), stamp)
+        except msgspec.MsgspecError as error:
+            raise ParcelError(f"passes on a message of {error}") from None
+        except Errno as error:
+            return error.errno
+        return 0
+
+    def copied(
+        self,
+        sender: int,
+        envelope: Envelope,
+        flags: int,
+        serial: int,
+        reply_serial: int,
+        body: bytes,
+        stamp: int,
+    ) -> None:
+        """A copy for our client as a monitor, of what a D-Bus client or the bus sends."""
+        connection = self._replica.connections.get(sender)
+        if connection is not None and connection.kdbus is not None:
+            return  # its worker sends us the parcel
+        known = THE_BUS if connection is None else _known(connection)
+        try:
+            wire_body.check_body(body, envelope.signature.encode(), envelope.big_endian, 0)
+        except WireError:
+            return
+        to = self._replica.owner(envelope.destination) if envelope.destination else 0
+        self._arrived(known, envelope, flags, serial, reply_serial, body, 0, stamp, to)
+
     def _receive(
         self,
         source: Known,
@@ -442,7 +615,8 @@ class Port:
     ) -> None:
         memfds = _memfds(found, fds)
         attached = self.device.attached is not None
-        as_they_are = attached and self.session.kept + len(memfds) <= MAX_KEPT
+        moves = found.dst_name is not None and self.activator(found.dst_name)
+        as_they_are = attached and not moves and self.session.kept + len(memfds) <= MAX_KEPT
         filled = iter(memfds)
         whole: list[Part] = []
         for (kind, _, _), part in zip(found.parts, parcel.split(found, data), strict=True):
@@ -490,8 +664,9 @@ class Port:
         body: bytes,
         fds: tuple[int, ...],
         stamp: int,
+        to: int | None = None,
     ) -> str | None:
-        """Into the pool as kdbus has it. Returns why not, if not."""
+        """Into the pool as kdbus has it, as sent to us or `to` another. Returns why not, if not."""
         try:
             found, data = kdbus_payload.arrived(
                 envelope,
@@ -501,7 +676,7 @@ class Port:
                 body,
                 len(fds),
                 f":1.{known.id}",
-                self._replica.me,
+                self._replica.me if to is None else max(to, 0),
                 self.clock(),
                 self.bloom,
             )
@@ -534,7 +709,7 @@ class Port:
                     self.session.id_added(id, kdbus or 0)
             case entries.ConnectionRemoved(id) if self._went is not None:
                 self.session.id_removed(id, self._went.kdbus or 0)
-            case entries.MonitorAttached(id):
+            case entries.MonitorAttached(id, _, None):
                 self.session.id_removed(id, 0)
 
     # -- inside --------------------------------------------------------------------------------
@@ -630,6 +805,35 @@ def _creator(maker: entries.Maker) -> metadata.Metadata:
     }
     told = {name: value for flag, (name, value) in known.items() if maker.order.attach & flag}
     return msgspec.structs.replace(metadata.Metadata(), **told)
+
+
+THE_BUS = Known(
+    0, metadata.NO_ID, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(0, 0, 0), (), None
+)
+
+
+def as_brought(policy: Iterable[policies.Entry]) -> tuple[entries.PolicyEntry, ...]:
+    """Policy, as the broker takes it."""
+    return tuple(
+        entries.PolicyEntry(
+            each.name,
+            each.wildcard,
+            tuple((access.kind, access.access, access.id) for access in each.accesses),
+        )
+        for each in policy
+    )
+
+
+def as_entry(entry: entries.PolicyEntry) -> policies.Entry:
+    """The same as kdbus has it."""
+    accesses = tuple(policies.Access(*each) for each in entry.accesses)
+    return policies.Entry(entry.name, entry.wildcard, accesses)
+
+
+def subject(credentials: entries.Credentials) -> policies.Subject:
+    """Who asks policy."""
+    groups = frozenset(credentials.groups)
+    return policies.Subject(credentials.uid, credentials.gid, groups)
 
 
 def _known(connection: Connection) -> Known:

@@ -27,7 +27,7 @@ from kbusd.kdbus.commands import SPECS, BusMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.parcel import About, encode
-from kbusd.kdbus.port import Caller
+from kbusd.kdbus.port import Caller, Joining
 from kbusd.kdbus.session import Done, Session, fetch
 from kbusd.kdbus.waits import Interrupted, Wait
 from kbusd.rings import entries, memfd
@@ -101,17 +101,22 @@ class Request:
             raise Errno(number, error.text) from None
         return taken
 
-    async def about(self, description: bytes | None) -> About:
+    async def about(self, who: Joining) -> About:
         """What /proc says of the caller, as far as it could have chosen that itself."""
         files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
+        status = files.get("status", b"")
+        self._device.sees_pids = _levels(status) <= 1
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
             self.tid,
             tid_comm=comm,
-            pid_comm=comm if _status(files.get("status", b""), b"Tgid") == self.tid else None,
+            pid_comm=comm if _status(status, b"Tgid") == self.tid else None,
             exe=files.get("exe", b"")[:4096] or None,
             cmdline=files.get("cmdline", b"")[:4096] or None,
-            description=description,
+            description=who.description,
+            ppid=_status(status, b"PPid"),
+            offered=who.offered,
+            faked=who.faked,
         )
 
     async def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
@@ -148,6 +153,7 @@ class Device:
         self._pool: Pool | None = None
         self.held: dict[int, Request] = {}
         self._asked: dict[int, Wait[Any]] = {}
+        self.sees_pids = True  # of the namespace in which the supervisor is
         self._polled = False
         self._told = (0, 0)  # what the last poll was told: events, and how many had arrived
 
@@ -292,10 +298,10 @@ class Device:
             self._pool.hand(self.attached)
         return self._pool
 
-    async def about(self, caller: Caller, description: bytes | None) -> About:
+    async def about(self, caller: Caller, who: Joining) -> About:
         """Of the process that waits in a request that is held."""
         assert isinstance(caller, Request)
-        return await caller.about(description)
+        return await caller.about(who)
 
     def nudge(self) -> None:
         """Wake who polls, if there is more to tell than they were told."""
@@ -412,3 +418,11 @@ def _status(text: bytes, key: bytes) -> int:
         if name == key and value.strip().isdigit():
             return int(value)
     return 0
+
+
+def _levels(status: bytes) -> int:
+    """In how many pid namespaces a process has a number, from the supervisor's on (proc(5), NSpid)."""
+    for line in status.split(b"\n"):
+        if line.startswith(b"NSpid:"):
+            return len(line.split()) - 1
+    return 1

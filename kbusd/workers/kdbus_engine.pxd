@@ -14,5 +14,6 @@ cdef class DeviceEngine(DBusSocket):
     cdef void flush(self) except *
     cdef void relieve(self) except *
     cdef void hand_over(self, Peer peer, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void show(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
     cdef void _parcel(self, Peer peer, FrameHead *head, const uint8_t *payload) except *

@@ -31,6 +31,7 @@ PARCEL = cython.declare(cython.int, 9)
 ACK = cython.declare(cython.int, 10)
 LARGE = cython.declare(cython.int, 4)
 BULK = cython.declare(cython.int, 7)
+COPY = cython.declare(cython.int, 5)
 READY = cython.declare(cython.int, 2)
 
 WATCHED = cython.declare(cython.uint, 16)  # and above: a descriptor of our client's, by its number
@@ -80,6 +81,7 @@ class DeviceEngine(DBusSocket):
     def from_client(self, events) -> cython.void:
         """The supervisor passes on requests, or says that the file is closed."""
         if events & (EPOLLIN | EPOLLHUP | EPOLLERR) and not self.front.requests():
+            self.front.closed()
             self.client_left()
 
     def other(self, source) -> cython.void:
@@ -137,8 +139,12 @@ class DeviceEngine(DBusSocket):
 
     def ask_for_driver(self, action):
         if type(action.request) is entries.Hello:
-            action = action._replace(request=entries.Hello(0, self.front.hello_flags))
+            action = action._replace(request=self.front.hello)
         DBusSocket.ask_for_driver(self, action)
+
+    def ask(self, request, then) -> None:
+        """Ask the broker; `then(answer, fds)` is called with its Reply or Failure."""
+        self.asking.ask(request, then)
 
     def send_parcel(self, id: int, token: int, raw: bytes, data: bytes, fds: tuple) -> None:
         """A parcel to the worker of the kdbus connection `id`. With a token `parcel_answered` is called,
@@ -216,6 +222,16 @@ class DeviceEngine(DBusSocket):
     def take_descriptors(self, on: bool) -> None:
         """Whether our client gets messages with descriptors."""
         self.unix_fds = on
+
+    def show(self, template, head, body, fds) -> cython.void:
+        """A copy for our client as a monitor. What kdbus clients send, it gets as they sent it."""
+        close_all(fds)
+        if head.kind == COPY:
+            data = _bytes(body, head.body_length)
+            facts = envelopes.decode(template.raw)
+            self.front.copied(
+                head.aux, facts, head.flags, head.serial, head.reply_serial, data, head.stamp
+            )
 
     # -- from the bus --------------------------------------------------------------------------
 

@@ -27,7 +27,9 @@ from kbusd.rings.entries import (
     MatchRemoved,
     MonitorAttached,
     NameOwnerChanged,
+    NamePolicyChanged,
     PolicyChanged,
+    PolicyEntry,
     QueueChanged,
     Snapshot,
 )
@@ -267,6 +269,8 @@ class Replica:
         self.queues: dict[str, tuple[int, ...]] = {}  # who waits, of names that somebody waits for
         self.claims: dict[str, tuple[int, ...]] = {}  # flags, of names where they are not all 0
         self.activators: dict[str, int] = {}
+        self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
+        self.kdbus_monitors: set[int] = set()
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
@@ -288,7 +292,9 @@ class Replica:
         self.queues = {}
         self.claims = {}
         self.activators = {}
+        self.policies = dict(snapshot.policies)
         self.monitors = {}
+        self.kdbus_monitors = set()
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
         self.position = snapshot.position
@@ -306,7 +312,7 @@ class Replica:
         for id, rule in snapshot.matches:
             self._add_match(id, rule)
         for id, rules in snapshot.monitors:
-            self._attach_monitor(id, rules)
+            self._attach_monitor(id, rules, kdbus.get(id))
         self.matches_version += 1
         self.my_version += 1
         self.monitors_version += 1
@@ -327,8 +333,11 @@ class Replica:
                 self._add_match(id, rule)
             case MatchRemoved(id, rule):
                 self._remove_match(id, rule)
-            case MonitorAttached(id, rules):
-                self._attach_monitor(id, rules)
+            case MonitorAttached(id, rules, flags):
+                self._attach_monitor(id, rules, flags)
+            case NamePolicyChanged(id, policy):
+                self._connection(id)
+                self.policies[id] = policy
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
@@ -345,6 +354,7 @@ class Replica:
     def _remove_connection(self, id: int) -> None:
         if id in self.monitors:
             del self.monitors[id]
+            self.kdbus_monitors.discard(id)
             self.monitors_version += 1
             return
         connection = self._connection(id)
@@ -355,6 +365,7 @@ class Replica:
         for watch in connection.matches:
             self._release(id, watch)
         del self.connections[id]
+        self.policies.pop(id, None)
         if self._index is not None and connection.name in self._index.senders:
             self.matches_version += 1
         if connection.name in self._mine.senders:
@@ -439,7 +450,7 @@ class Replica:
             if self._index is not None:
                 self._index.discard(watch)
 
-    def _attach_monitor(self, id: int, rules: tuple[str, ...]) -> None:
+    def _attach_monitor(self, id: int, rules: tuple[str, ...], kdbus: int | None) -> None:
         connection = self.connections.get(id)
         if connection is not None:
             if connection.names or connection.waits_for or connection.matches:
@@ -449,6 +460,8 @@ class Replica:
             self.monitors[id] = tuple(eavesdropping(parse(rule)) for rule in rules)
         except ValueError as error:
             raise ReplicaError(f"match rule of monitor {id}: {error}") from None
+        if kdbus is not None:
+            self.kdbus_monitors.add(id)
         self.monitors_version += 1
 
     def _connection(self, id: int) -> Connection:

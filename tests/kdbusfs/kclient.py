@@ -68,7 +68,7 @@ class Message:
 class KdbusClient:
     """One open node, and with `hello` a connection."""
 
-    def __init__(self, path: str, hello: bool = True, **how: int) -> None:
+    def __init__(self, path: str, hello: bool = True, **how: Any) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self.id = 0
         if hello:
@@ -112,16 +112,36 @@ class KdbusClient:
         finally:
             os.close(memfd)
 
-    def hello(self, flags: int = 0, send: int = 0, recv: int = 0, size: int = POOL) -> None:
+    def hello(
+        self, flags: int = 0, send: int = 0, recv: int = 0, size: int = POOL,
+        chain: tuple[bytes, ...] = (),
+    ) -> None:  # fmt: skip
         if stat.S_ISCHR(os.fstat(self.fd).st_mode):
             self.attach()
         fixed = struct.pack("=9Q", flags, 0, send, recv, 0, 0, size, 0, 0) + bytes(16)
-        got = self.do(abi.CMD_HELLO, fixed)
+        got = self.do(abi.CMD_HELLO, fixed, *chain)
         self.id, _, offset, length = struct.unpack_from("=4Q", got, 48)
         self.uuid = got[80:96]
         self.pool = self.map(size)
         (self.bloom,) = items.split(self.pool[offset : offset + length], 0)
+        if not flags & abi.HELLO_POLICY_HOLDER:  # which has no FREE
+            self.free(offset)
+
+    def update(self, *chain: bytes) -> None:
+        self.do(abi.CMD_UPDATE, bytes(16), *chain)
+
+    def info(self, id: int = 0, name: str = "", flags: int = abi.ATTACH_ALL) -> dict[int, bytes]:
+        """CONN_INFO: the items by type."""
+        fixed = struct.pack("=6Q", 0, 0, id, flags, 0, 0)
+        chain = [items.string(abi.ITEM_NAME, name)] if name else []
+        got = self.do(abi.CMD_CONN_INFO, fixed, *chain)
+        offset, size = struct.unpack_from("=2Q", got, 40)
+        (_, self.found, self.found_flags) = layout.INFO.unpack(
+            self.pool[offset : offset + layout.INFO.size]
+        )
+        found = items.split(self.pool[offset : offset + size], layout.INFO.size)
         self.free(offset)
+        return {item.type: item.data for item in found}
 
     def free(self, offset: int) -> None:
         self.do(abi.CMD_FREE, struct.pack("=3Q", 0, 0, offset))

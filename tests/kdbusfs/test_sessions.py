@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from kbusd.kdbus import abi, items, layout
-from tests.kdbusfs.test_clients import KdbusBus, fails
+from tests.bus.daemon import STRICT_POLICY
+from tests.kdbusfs.kclient import LIBC, KdbusClient
+from tests.kdbusfs.test_clients import (
+    EXPECT,
+    KdbusBus,
+    answer,
+    call,
+    fails,
+    text,
+    to_name,
+)
 
 # Mounting takes root; where we are not, the tests run in the guest.
 pytestmark = [] if os.geteuid() == 0 else [pytest.mark.guest]
@@ -16,11 +27,14 @@ pytestmark = [] if os.geteuid() == 0 else [pytest.mark.guest]
 LISTED = abi.LIST_NAMES | abi.LIST_QUEUED | abi.LIST_ACTIVATORS
 PRIMARY, IN_QUEUE = abi.NAME_PRIMARY, abi.NAME_IN_QUEUE
 NAME = "com.example.Name"
+CLONE_NEWPID = 0x20000000
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[KdbusBus]:
-    bus = KdbusBus("kdbusfs")
+    # One that users may open whom its policy then lets in.
+    connect = '<policy context="default"><allow user="*"/></policy>'
+    bus = KdbusBus("kdbusfs", type_="system", policy=STRICT_POLICY + connect)
     yield bus
     bus.stop()
 
@@ -78,3 +92,277 @@ def test_a_connection_hears_itself_if_its_matches_say_so(bus: KdbusBus) -> None:
         got = each.recv()
         assert (got.src, got.payload) == (a.id, b"to all")
         assert not each.readable()
+
+
+# -- activators --------------------------------------------------------------------------------
+
+OWN, TALK = abi.POLICY_OWN, abi.POLICY_TALK
+USER, WORLD = abi.POLICY_ACCESS_USER, abi.POLICY_ACCESS_WORLD
+AUTO = abi.MSG_NO_AUTO_START
+
+
+def brought(name: str, *accesses: tuple[int, int, int]) -> tuple[bytes, ...]:
+    """The items of a policy."""
+    packed = (layout.POLICY_ACCESS.pack(*each) for each in accesses)
+    return (
+        items.string(abi.ITEM_NAME, name),
+        *(items.build(abi.ITEM_POLICY_ACCESS, each) for each in packed),
+    )
+
+
+def activator(bus: KdbusBus, *accesses: tuple[int, int, int], name: str = NAME) -> KdbusClient:
+    return bus.kdbus(flags=abi.HELLO_ACTIVATOR, chain=brought(name, *accesses))
+
+
+def test_an_activator_has_a_name_while_nobody_else_has(bus: KdbusBus) -> None:
+    watcher = bus.kdbus()
+    for kind in (abi.ITEM_NAME_ADD, abi.ITEM_NAME_CHANGE, abi.ITEM_NAME_REMOVE):
+        watcher.add_match(any_name(kind))
+    a, b, d = activator(bus), bus.kdbus(), bus.connect()
+    held = abi.NAME_ACTIVATOR | PRIMARY
+    assert b.entries(abi.LIST_ACTIVATORS) == [(a.id, NAME, held)]
+    assert b.entries(abi.LIST_NAMES) == []
+    assert a.id not in b.list(abi.LIST_UNIQUE)
+    assert d.driver("GetNameOwner", "s", [NAME]) == [f":1.{a.id}"]
+    assert fails(lambda: b.send(0, b"x", to_name(NAME), flags=AUTO)) == "EADDRNOTAVAIL"
+    assert fails(lambda: b.send(a.id, b"x")) == "ENXIO"
+    assert fails(lambda: activator(bus)) == "EEXIST"
+    for number in range(3):
+        b.send(0, b"%d" % number, to_name(NAME), cookie=number)
+    assert a.readable(5)
+    b.acquire(NAME)  # whoever asks replaces an activator
+    assert [b.recv().payload for _ in range(3)] == [b"0", b"1", b"2"]
+    assert not a.readable()
+    assert b.entries(LISTED) == [
+        (a.id, NAME, abi.NAME_ACTIVATOR | IN_QUEUE),
+        (b.id, NAME, PRIMARY),
+    ]
+    d.request_name(NAME, 0)  # waits
+    b.release(NAME)
+    d.driver("ReleaseName", "s", [NAME])
+    a.close()
+    seen = []
+    for _ in range(5):
+        ((kind, data),) = ((i.type, i.data) for i in watcher.recv().items)
+        old, old_flags, new, new_flags = layout.NAME_CHANGE.unpack_from(data)
+        seen.append((kind, old, old_flags, new, new_flags))
+    add, change, remove = abi.ITEM_NAME_ADD, abi.ITEM_NAME_CHANGE, abi.ITEM_NAME_REMOVE
+    other = int(d.name[3:])
+    assert seen == [
+        (add, 0, 0, a.id, held),
+        (change, a.id, held, b.id, PRIMARY),
+        (change, b.id, PRIMARY, other, PRIMARY | abi.NAME_QUEUE),
+        (change, other, PRIMARY | abi.NAME_QUEUE, a.id, held),
+        (remove, a.id, held, 0, 0),
+    ]
+
+
+def test_what_nobody_received_goes_back_to_the_activator(bus: KdbusBus) -> None:
+    a, b, c = activator(bus), bus.kdbus(), bus.kdbus()
+    b.acquire(NAME)
+    c.send(0, b"by name", to_name(NAME))
+    c.send(b.id, b"by id")
+    b.release(NAME)
+    got = a.recv()
+    assert (got.payload, got.src) == (b"by name", c.id)
+    assert b.recv().payload == b"by id" and not b.readable()
+    c.send(0, b"again", to_name(NAME))
+    c.close()  # a sender need not be there any more
+    b.acquire(NAME)
+    assert b.readable(5)
+    b.close()  # without having read it
+    assert a.recv().payload == b"again"
+
+
+def test_calls_to_an_activator_are_answered_by_the_service(bus: KdbusBus) -> None:
+    a, b, c, d = activator(bus), bus.kdbus(), bus.kdbus(), bus.connect()
+    until = time.monotonic_ns() + 60_000_000_000
+    c.send(0, b"ask", to_name(NAME), flags=EXPECT, reply=until, cookie=7)
+    serial = d.send_call(NAME, "/x", "com.example.I", "Do")
+    deadline = time.monotonic() + 5
+    while a.entries(LISTED) and not a.readable(0.1):
+        assert time.monotonic() < deadline
+    d.driver("GetId")  # its call is on the way
+    b.acquire(NAME)
+    asked = {message.src: message for message in (b.recv(), b.recv())}
+    b.send(c.id, b"answer", reply=7)
+    assert c.recv().payload == b"answer"
+    other = int(d.name[3:])
+    b.send(other, answer(asked[other], "s", text("done")), reply=asked[other].cookie)
+    assert d.wait_reply(serial).args == ["done"]
+
+
+def test_only_the_privileged_are_more_than_ordinary(bus: KdbusBus) -> None:
+    def unprivileged(**how: object) -> Callable[[], object]:
+        return lambda: bus.kdbus(**how)
+
+    kinds = (abi.HELLO_ACTIVATOR, abi.HELLO_POLICY_HOLDER, abi.HELLO_MONITOR)
+    creds = items.build(abi.ITEM_CREDS, layout.CREDS.pack(*[0] * 8))
+
+    def child() -> None:
+        for kind in kinds:
+            chain = () if kind == abi.HELLO_MONITOR else brought("com.example.No")
+            assert fails(unprivileged(flags=kind, chain=chain)) == "EPERM"
+        assert fails(unprivileged(chain=(creds,))) == "EPERM"
+        bus.kdbus()
+
+    as_nobody(child)
+
+
+def as_nobody(do: Callable[[], None], uid: int = 65534) -> None:
+    """Do it in a process of an ordinary user."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            do()
+        except BaseException as error:  # noqa: BLE001  (it would run the rest of the tests)
+            print(f"in the child: {error!r}", flush=True)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# -- policy ------------------------------------------------------------------------------------
+
+
+def test_a_policy_holder_says_who_owns_and_who_talks(bus: KdbusBus) -> None:
+    holder = bus.kdbus(flags=abi.HELLO_POLICY_HOLDER, chain=brought(NAME, (USER, TALK, 1)))
+    owner = bus.kdbus()
+    owner.acquire(NAME)
+    assert fails(lambda: holder.send(owner.id, b"x")) == "ENOTSUP"  # EOPNOTSUPP
+    assert fails(lambda: owner.send(holder.id, b"x")) == "ENXIO"
+    again = brought(NAME, (WORLD, OWN, 0))
+    assert fails(lambda: bus.kdbus(flags=abi.HELLO_POLICY_HOLDER, chain=again)) == "EEXIST"
+
+    def stranger() -> None:
+        client = bus.kdbus()
+        assert fails(lambda: client.send(owner.id, b"x")) == "EPERM"
+        assert fails(lambda: client.send(0, b"x", to_name(NAME))) == "EPERM"
+        assert fails(lambda: client.acquire(NAME)) == "EPERM"
+        client.acquire("com.example.Other")
+        client.add_match()
+        owner.send(abi.DST_ID_BROADCAST, b"hidden", signal_filter(), flags=abi.MSG_SIGNAL)
+        assert not client.readable(0.2)
+
+    as_nobody(stranger)
+    as_nobody(lambda: bus.kdbus().send(owner.id, b"of uid 1"), uid=1)
+    assert owner.recv().payload == b"of uid 1"
+    holder.update(*brought(NAME, (WORLD, TALK, 0)))
+    as_nobody(lambda: bus.kdbus().send(owner.id, b"of anybody"))
+    assert owner.recv().payload == b"of anybody"
+    assert fails(lambda: owner.update(*brought(NAME))) == "ENOTSUP"
+    holder.close()
+
+    def free() -> None:
+        client = bus.kdbus()
+        deadline = time.monotonic() + 5
+        while client.list(abi.LIST_UNIQUE).get(holder.id) is not None:
+            assert time.monotonic() < deadline
+        client.send(owner.id, b"nobody says anything")
+
+    as_nobody(free)
+    assert owner.recv().payload == b"nobody says anything"
+
+
+# -- monitors ----------------------------------------------------------------------------------
+
+
+def test_a_monitor_sees_everything_and_is_seen_by_nobody(bus: KdbusBus) -> None:
+    watcher = bus.kdbus()
+    for kind in (abi.ITEM_ID_ADD, abi.ITEM_ID_REMOVE):
+        watcher.add_match(items.build(kind, layout.ID_CHANGE.pack(abi.MATCH_ID_ANY, 0)))
+    monitor = bus.kdbus(flags=abi.HELLO_MONITOR, recv=abi.ATTACH_ALL)
+    for refused in (
+        lambda: monitor.send(watcher.id, b"x"),
+        lambda: monitor.acquire(NAME),
+        lambda: monitor.add_match(),
+        monitor.byebye,
+    ):
+        assert fails(refused) == "ENOTSUP"
+    assert monitor.id not in watcher.list(abi.LIST_UNIQUE)
+    assert not watcher.readable()
+    a, b, d = bus.kdbus(), bus.kdbus(), bus.connect()
+    d.add_match("type='signal'")
+    a.send(b.id, b"no D-Bus message", cookie=99)
+    a.send(int(d.name[3:]), call("FromKdbus", flags=1), cookie=1)
+    d.send_call(f":1.{b.id}", "/x", "com.example.I", "FromDBus")
+    b.recv(), b.recv()
+    seen = {}
+    deadline = time.monotonic() + 5
+    while len(seen) < 3 and time.monotonic() < deadline:
+        got = monitor.recv()
+        for mark in (b"no D-Bus message", b"FromKdbus", b"FromDBus"):
+            if mark in got.payload:
+                assert mark not in seen
+                seen[mark] = got.src, got.dst
+                assert got.item(abi.ITEM_CREDS) is not None
+    other = int(d.name[3:])
+    assert seen == {
+        b"no D-Bus message": (a.id, b.id),
+        b"FromKdbus": (a.id, other),
+        b"FromDBus": (other, b.id),
+    }
+    monitor.close()
+
+
+# -- what is told of a connection --------------------------------------------------------------
+
+
+def test_anybody_learns_what_a_connection_lets_know(bus: KdbusBus) -> None:
+    description = items.string(abi.ITEM_CONN_DESCRIPTION, "the-one")
+    a = bus.kdbus(send=abi.ATTACH_ALL, chain=(description,))
+    b = bus.kdbus()
+    a.acquire(NAME)
+    found = b.info(name=NAME)
+    assert b.found == a.id
+    assert layout.PIDS.unpack(found[abi.ITEM_PIDS]) == (os.getpid(), os.getpid(), os.getppid())
+    assert found[abi.ITEM_CONN_DESCRIPTION] == b"the-one\0"
+    assert found[abi.ITEM_EXE] == os.readlink("/proc/self/exe").encode() + b"\0"
+    assert found[abi.ITEM_OWNED_NAME][8:] == NAME.encode() + b"\0"
+    assert abi.ITEM_TIMESTAMP not in found
+    flags = items.build(abi.ITEM_ATTACH_FLAGS_SEND, layout.U64.pack(0))
+    a.update(flags)
+    assert abi.ITEM_EXE not in b.info(a.id)
+    assert abi.ITEM_EXE not in a.info(a.id)
+    assert fails(lambda: b.info(b.id, NAME)) == "ESRCH"
+    assert fails(lambda: b.info(name="no.such.name")) == "ESRCH"
+    assert fails(lambda: b.info(1 << 40)) == "ENXIO"
+    assert fails(lambda: b.info()) == "EINVAL"
+
+
+def test_the_privileged_may_pretend(bus: KdbusBus) -> None:
+    creds, pids = tuple(range(1000, 1008)), (11, 12, 13)
+    a = bus.kdbus(
+        send=abi.ATTACH_ALL,
+        chain=(
+            items.build(abi.ITEM_CREDS, layout.CREDS.pack(*creds)),
+            items.build(abi.ITEM_PIDS, layout.PIDS.pack(*pids)),
+            items.string(abi.ITEM_SECLABEL, "a:b:c"),
+        ),
+    )
+    b = bus.kdbus(recv=abi.ATTACH_ALL)
+    a.send(b.id, b"x")
+    message = b.recv()
+    told = {item.type: item.data for item in message.items}
+    for found in (b.info(a.id), told):
+        assert layout.CREDS.unpack(found[abi.ITEM_CREDS]) == creds
+        assert layout.PIDS.unpack(found[abi.ITEM_PIDS]) == pids
+        assert found[abi.ITEM_SECLABEL] == b"a:b:c\0"
+        assert abi.ITEM_EXE not in found and abi.ITEM_AUXGROUPS not in found
+
+
+def test_one_in_another_pid_namespace_learns_no_pids(bus: KdbusBus) -> None:
+    a = bus.kdbus()
+    child = os.fork()
+    if child == 0:
+        assert LIBC.unshare(CLONE_NEWPID) == 0
+        inner = os.fork()  # the first in the new namespace
+        if inner == 0:
+            pids = bus.kdbus().info(a.id)[abi.ITEM_PIDS]
+            os._exit(layout.PIDS.unpack(pids) != (0, 0, 0))
+        os._exit(os.waitpid(inner, 0)[1] != 0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert layout.PIDS.unpack(bus.kdbus().info(a.id)[abi.ITEM_PIDS])[0] == os.getpid()

@@ -57,15 +57,20 @@ class Life(RuleBasedStateMachine):
 
     def active(self, pick: int) -> Connection | None:
         connection = self.one(pick)
-        return None if connection.monitor is not None else connection
+        return None if connection.monitor is not None or connection.kdbus else connection
 
-    @rule()
-    def connect(self) -> None:
+    @rule(activates=st.none() | NAMES)
+    def connect(self, activates: str | None) -> None:
+        if activates in self.world.bus.registry.activators:
+            activates = None
         self.worker += 1
         self.world.bus.worker_started(self.worker, 1)
         self.world.bus.assigned(self.worker, credentials(self.worker, 0))
         self.alive.append(self.world.bus.connections[self.worker])
-        self.ask(self.alive[-1], e.Hello(1))
+        policy = (e.PolicyEntry(activates, False, ((3, 1, 0),)),) if activates else ()
+        taken = any(policy == other for other in self.world.bus.name_policy.entries.values())
+        hello = e.Hello(1, 2, activates, () if taken else policy) if activates else e.Hello(1)
+        self.ask(self.alive[-1], hello)
 
     @precondition(lambda self: self.alive)
     @rule(pick=PICK)
@@ -134,15 +139,19 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def everyone_knows_his_names(self) -> None:
         registry = self.world.bus.registry
-        for name in registry.queues:
+        for name in registry.queues.keys() | registry.activators.keys():
             waiters = registry.waiters(name)
-            assert waiters
+            if not waiters:
+                waiters = [registry.activators[name]]
             assert len(set(waiters)) == len(waiters)
             assert all(each.names.count(name) == 1 for each in waiters)
             assert set(waiters) <= set(self.alive)
             assert self.follower.owners(name) == [each.id for each in waiters]
         for each in self.alive:
-            assert all(each in registry.waiters(name) for name in each.names)
+            assert all(
+                each in registry.waiters(name) or registry.activators[name] is each
+                for name in each.names
+            )
 
     @invariant()
     def side_sockets_are_held_for_open_introductions_only(self) -> None:
@@ -167,6 +176,9 @@ def view(replica: Replica) -> dict[str, Any]:
         "names": replica.names,
         "owned": {id: each.names for id, each in replica.connections.items()},
         "queues": replica.queues,
+        "claims": replica.claims,
+        "activators": replica.activators,
+        "policies": replica.policies,
         "waits_for": {id: each.waits_for for id, each in replica.connections.items()},
         "matches": {
             id: sorted(watch.text for watch in each.matches)
@@ -184,6 +196,8 @@ def hostile_requests() -> st.SearchStrategy[e.Request]:
     """Any request that decodes, with any values in it."""
     numbers = st.integers(-(1 << 63), (1 << 63) - 1)
     text = st.text(max_size=300) | NAMES | RULES | st.sampled_from([":1.1", ":1.2", ":1.³"])
+    access = st.tuples(st.integers(0, 4), st.integers(-1, 3), numbers | st.integers(-1, 3))
+    entry = st.builds(e.PolicyEntry, text, st.booleans(), st.lists(access, max_size=3).map(tuple))
     kinds = {
         str: text,
         int: numbers | st.integers(-2, 4),
@@ -191,6 +205,8 @@ def hostile_requests() -> st.SearchStrategy[e.Request]:
         bool: st.booleans(),
         dict[str, str]: st.dictionaries(text, text, max_size=5),
         tuple[str, ...]: st.lists(text, max_size=5).map(tuple),
+        bytes: st.binary(max_size=20) | st.just(bytes(1 << 15)),
+        tuple[e.PolicyEntry, ...]: st.lists(entry, max_size=2).map(tuple),
     }
     requests = []
     for kind in e.WorkerMessage.__args__:

@@ -650,3 +650,62 @@ def test_matches_without_number_are_refused(pair: tuple[Client, Client]) -> None
 
 def test_errors_name_the_system_error() -> None:
     assert str(Errno(errno.ENXIO, "x")) == f"x ({os.strerror(errno.ENXIO)})"
+
+
+def test_a_signal_to_one_who_has_no_room_is_nobodys_trouble(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    b.add_match()
+    with refused("ENOBUFS"):
+        for cookie in range(abi.MAX_MESSAGES_PER_USER):
+            a.send(b.id, cookie=cookie)
+    a.send(b.id, bits(abi.ITEM_BLOOM_FILTER, 0), flags=abi.MSG_SIGNAL)
+    a.send(b.id, bits(abi.ITEM_BLOOM_FILTER, 0), items.build(abi.ITEM_FDS, bytes(4)), flags=4)
+    b.recv()
+    assert b.dropped == 0
+
+
+def test_a_synchronous_call_whose_time_is_over_is_not_sent(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    with refused("ETIMEDOUT"):
+        a.end(a.call(b.id, timeout=0, sync=True))
+    assert not readable(b)
+
+
+def test_a_reply_with_descriptors_that_nobody_takes_ends_the_call(
+    pair: tuple[Client, Client],
+) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=5, sync=True)
+    with refused("ECOMM"):
+        b.send(a.id, items.build(abi.ITEM_FDS, bytes(4)), reply=5)
+    with refused("EREMOTEIO"):
+        a.end(run)
+
+
+def test_a_connection_has_so_many_names(world: World) -> None:
+    a, b = world.client(), world.client()
+    for number in range(abi.MAX_NAMES):
+        a.acquire(f"a.b{number}")
+    with refused("E2BIG"):
+        a.acquire("a.c")
+    with refused("EALREADY"):
+        a.acquire("a.b0")
+    a.release("a.b0")
+    a.acquire("a.c")
+    b.acquire("a.b0")
+
+
+def test_only_some_commands_are_for_every_kind_of_connection(world: World) -> None:
+    holder, monitor = world.client(hello=False), world.client(hello=False)
+    for client, kind in ((holder, abi.HELLO_POLICY_HOLDER), (monitor, abi.HELLO_MONITOR)):
+        client.hello()
+        client.session.kind = kind
+        for command in (abi.CMD_BYEBYE, abi.CMD_SEND, abi.CMD_NAME_ACQUIRE, abi.CMD_MATCH_ADD):
+            with refused("ENOTSUP"):
+                client.do(command, b"")
+        assert client.list(abi.LIST_UNIQUE)
+    for command in (abi.CMD_RECV, abi.CMD_FREE):
+        with refused("ENOTSUP"):
+            holder.do(command, b"")
+    with refused("EAGAIN"):
+        monitor.recv()

@@ -7,13 +7,16 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from kbusd.kdbus import abi, bloom, items, layout, match, metadata, ownership, waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
 from kbusd.kdbus.message import Memfd
 from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, encode, split
-from kbusd.kdbus.port import Known
+from kbusd.kdbus.policy import Entry
+from kbusd.kdbus.port import Joining, Known
 from kbusd.kdbus.session import Done, Session
 from kbusd.kdbus.waits import Interrupted, Wait
 
@@ -116,6 +119,8 @@ class Port:
         self.handed: list[tuple[int, tuple[int, ...]]] = []
         self.watched: dict[int, Callable[[], None]] = {}
 
+    sees_pids = True
+
     def clock(self) -> tuple[int, int]:
         return self.world.now, self.world.now + 7
 
@@ -126,13 +131,41 @@ class Port:
     def creator(self) -> metadata.Metadata:
         return metadata.Metadata(creds=metadata.Creds(*[1000] * 8))
 
-    async def connect(self, caller: object, description: bytes | None) -> tuple[int, bytes]:
+    async def connect(self, caller: object, who: Joining) -> tuple[int, bytes]:
         await self.world.turn()
         self.id = 1 + max(self.world.ports, default=0)
         for port in self.world.ports.values():
             port.session.id_added(self.id, 0)
         self.world.ports[self.id] = self
-        return self.id, encode(About(9, b"thread", b"main", description=description))
+        about = About(9, b"thread", b"main", description=who.description, offered=who.offered)
+        self.said = encode(msgspec.structs.replace(about, faked=who.faked))
+        return self.id, self.said
+
+    def is_privileged(self, uid: int) -> bool:
+        return uid == 0
+
+    async def set_policy(self, policy: tuple[Entry, ...]) -> None:
+        await self.world.turn()
+        self.policy = policy
+
+    async def describe(self, about: bytes) -> None:
+        self.said = about
+
+    async def about(self, id: int) -> bytes:
+        await self.world.turn()
+        return self.world.ports[id].said
+
+    def activator(self, name: str) -> int:
+        return 0
+
+    async def collect(self, activator: int, name: str) -> None:
+        raise AssertionError("nobody activates")
+
+    def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
+        raise AssertionError("nobody activates")
+
+    def moved(self, to: Known, name: str) -> None:
+        raise AssertionError("nobody activates")
 
     def leave(self) -> None:
         self.world.remove(self.id)

@@ -7,17 +7,21 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from kbusd.kdbus import abi, parcel, payload
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.metadata import Creds, Pids
 from kbusd.kdbus.parcel import BYTES, MEMFD, Parcel, ParcelError
+from kbusd.kdbus.port import Known
 from kbusd.rings import memfd
-from kbusd.rings.entries import ConnectionAdded, Credentials
+from kbusd.rings.entries import ConnectionAdded, Credentials, NameOwnerChanged
 from kbusd.workers.kdbus_bus import Port
 from kbusd.workers.replica import Replica
 
 ME, PEER = 1, 2
+OWNER = 500
 
 
 class Policy:
@@ -39,6 +43,8 @@ class Policy:
 class Received:
     """A session that only takes messages."""
 
+    kind = 0
+
     def __init__(self) -> None:
         self.messages: list[tuple[int, list[Any]]] = []
 
@@ -48,14 +54,16 @@ class Received:
         self.messages.append((source.id, parts))
 
 
-def port(policy: Policy) -> tuple[Port, Received]:
-    context: Any = SimpleNamespace(guid="0" * 32, bus=SimpleNamespace(system=False), maker=None)
+def port(policy: Policy, peer: int = 1000 + PEER) -> tuple[Port, Received]:
+    bus = SimpleNamespace(system=False, owner=OWNER)
+    context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None)
     made = Port(context, "0-test", SimpleNamespace())
     made.device = SimpleNamespace(attached=None)  # type: ignore[assignment]
     replica = Replica()
     replica.me = ME
     for id in (ME, PEER):
-        replica.apply(ConnectionAdded(id, Credentials(1000 + id, 1000, 50), 0))
+        uid = peer if id == PEER else 1000 + id
+        replica.apply(ConnectionAdded(id, Credentials(uid, 1000, 50), 0))
     made.make_router(replica, policy, lambda _: None)  # type: ignore[arg-type]
     session = made.session = Received()  # type: ignore[assignment]
     return made, session
@@ -126,3 +134,31 @@ def test_what_the_session_refuses_is_told_to_the_sender() -> None:
 
     session.receive = refuse  # type: ignore[method-assign]
     assert give(bus, message()) == errno.ENOBUFS
+
+
+@pytest.mark.parametrize("peer", [0, OWNER])
+def test_an_activator_passes_on_what_was_sent_to_its_name_and_nothing_else(peer: int) -> None:
+    bus, session = port(Policy(), peer)
+    bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
+    given = message((BYTES, 2, 0))
+    source = Known(77, 5, frozenset(), Creds(*[5] * 8), Pids(1, 1, 0), (), None)
+    passed = msgspec.structs.replace(given, origin=msgspec.msgpack.encode(source), dst_name="a.b")
+    assert give(bus, passed, b"ab") == 0
+    assert session.messages == [(77, [b"ab"])]
+    changes = {"dst_name": "a.c", "origin": b"?", "reply_or_timeout": 3, "dst_id": PEER}
+    for name, value in changes.items():
+        with pytest.raises(ParcelError):
+            give(bus, msgspec.structs.replace(passed, **{name: value}), b"ab")
+    assert len(session.messages) == 1
+
+
+def test_nobody_else_says_whose_a_message_was() -> None:
+    bus, session = port(Policy())
+    bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
+    source = Known(77, 5, frozenset(), Creds(*[5] * 8), Pids(1, 1, 0), (), None)
+    passed = msgspec.structs.replace(
+        message(), origin=msgspec.msgpack.encode(source), dst_name="a.b"
+    )
+    with pytest.raises(ParcelError):
+        give(bus, passed)
+    assert not session.messages

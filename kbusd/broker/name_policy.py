@@ -1,0 +1,77 @@
+"""The policy that kdbus's policy holders and activators bring along (kdbus.policy(7)): who has which.
+
+Only the privileged may bring any, and what their workers say of it is checked here: a worker can do no
+more with it than its client could. Who may own a name is decided here; who may talk to its owner is
+decided by the workers, who learn of it by the log.
+"""
+
+from __future__ import annotations
+
+from kbusd.broker.connection import Connection
+from kbusd.broker.refusal import FILE_EXISTS, Refused, Violation
+from kbusd.kdbus import abi, policy
+from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.names import is_pattern
+from kbusd.rings.entries import Credentials, PolicyEntry
+
+MAX_ACCESSES = 2048  # of one entry; a command is 32 KiB at most
+
+
+class NamePolicy:
+    """Entries by connection."""
+
+    def __init__(self, owner: int) -> None:
+        self._owner = owner
+        self._database = policy.Database()
+        self.entries: dict[int, tuple[PolicyEntry, ...]] = {}  # by connection
+
+    def set(self, connection: Connection, id: int, entries: tuple[PolicyEntry, ...]) -> None:
+        """Give a connection, which is to be known as `id`, these entries instead of those it had.
+
+        Raises Refused if somebody else has one of them; Violation."""
+        _check(entries)
+        try:
+            self._database.replace(connection, map(as_entry, entries))
+        except Errno as error:
+            raise Refused(FILE_EXISTS, error.text) from None
+        self.entries.pop(id, None)
+        if entries:
+            self.entries[id] = entries
+
+    def remove(self, connection: Connection) -> None:
+        """The connection is gone."""
+        if self.entries.pop(connection.id, None) is not None:
+            self._database.remove(connection)
+
+    def may_own(self, credentials: Credentials, name: str) -> bool:
+        """Whether a client may own a name: anybody may, as long as nobody brings policy for it."""
+        if credentials.uid in (0, self._owner) or not self._database.has(name):
+            return True
+        return self._database.query(subject(credentials), name) >= abi.POLICY_OWN
+
+
+def as_entry(entry: PolicyEntry) -> policy.Entry:
+    """As kdbus has it."""
+    accesses = tuple(policy.Access(*each) for each in entry.accesses)
+    return policy.Entry(entry.name, entry.wildcard, accesses)
+
+
+def subject(credentials: Credentials) -> policy.Subject:
+    """Who asks."""
+    return policy.Subject(credentials.uid, credentials.gid, frozenset(credentials.groups))
+
+
+def _check(entries: tuple[PolicyEntry, ...]) -> None:
+    for entry in entries:
+        kinds = (abi.POLICY_ACCESS_USER, abi.POLICY_ACCESS_GROUP, abi.POLICY_ACCESS_WORLD)
+        sane = all(
+            kind in kinds
+            and abi.POLICY_SEE <= access <= abi.POLICY_OWN
+            and 0 <= id <= policy.MAX_ID
+            for kind, access, id in entry.accesses
+        )
+        text = entry.name + ".*" * entry.wildcard
+        if not is_pattern(text) or not sane or len(entry.accesses) > MAX_ACCESSES:
+            raise Violation(f"brought policy for {text!r} that kdbus does not have")
+    if len(entries) > 1:
+        raise Violation(f"brought policy for {len(entries)} names")
