@@ -602,7 +602,7 @@ class Port:
         except WireError:
             return
         to = self._replica.owner(envelope.destination) if envelope.destination else 0
-        self._arrived(known, envelope, flags, serial, reply_serial, body, 0, stamp, to)
+        self._arrived(known, envelope, flags, serial, reply_serial, body, (), stamp, to)
 
     def _receive(
         self,

@@ -393,7 +393,7 @@ class ControlPort:
     async def make_bus(self, caller: Caller, order: BusMake) -> None:
         """Raises Errno."""
         assert isinstance(caller, Request)
-        about = encode(await caller.about(None))
+        about = encode(await caller.about(Joining()))
         bloom = order.bloom.size, order.bloom.n_hash
         asked = entries.MakeBus(
             caller.unique, order.name, order.flags, bloom, order.creator_flags, about

@@ -40,7 +40,7 @@ class KdbusBus(Bus):
         self.opened: list[KdbusClient] = []
         options = {"kdbusfs": f"--kdbusfs={self.mount}", "cuse": f"--cuse={below}"}
         super().__init__(options=[options[each] for each in transports], **shape)
-        name = f"{os.geteuid()}-session/bus"
+        name = f"{os.geteuid()}-{shape.get('type_', 'session')}/bus"
         roots = {"kdbusfs": self.mount, "cuse": os.path.join("/dev/kdbus", below)}
         self.nodes = [f"{roots[each]}/{name}" for each in transports]
         self.node = self.nodes[0]

@@ -49,7 +49,7 @@ class Received:
         self.messages: list[tuple[int, list[Any]]] = []
 
     def receive(
-        self, source: Any, found: Parcel, parts: list[Any], stamp: int, fds: tuple[int, ...]
+        self, source: Any, found: Parcel, parts: list[Any], stamp: int, fds: tuple[int, ...] = ()
     ) -> None:
         self.messages.append((source.id, parts))
 
