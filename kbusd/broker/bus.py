@@ -14,7 +14,7 @@ client may try and not get raises Refused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
@@ -30,7 +30,7 @@ from kbusd.broker.refusal import (
     Refused,
     Violation,
 )
-from kbusd.broker.registry import Change, Claim, Registry
+from kbusd.broker.registry import Change, Registry
 from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
@@ -311,7 +311,7 @@ class Bus:
             )
         code, change = self.registry.request(connection, name, flags)
         self._owner_changed(change)
-        self._peak("names", len(self.registry.queues))
+        self._peak("names", len(self.registry))
         self._peak("names_each", len(connection.names))
         return code
 
@@ -418,6 +418,7 @@ class Bus:
         connections: list[tuple[int, Credentials]] = []
         matches: list[tuple[int, str]] = []
         monitors: list[tuple[int, tuple[str, ...]]] = []
+        names = tuple(self.registry.states())
         for id, connection in self.by_id.items():
             assert connection.credentials is not None
             connections.append((id, connection.credentials))
@@ -429,16 +430,12 @@ class Bus:
             position=position,
             stamp=stamp,
             connections=tuple(connections),
-            names=tuple((name, queue[0].connection.id) for name, queue in self._queues()),
+            names=tuple((each.name, each.new.id) for each in names if each.new is not None),
             matches=tuple(matches),
             monitors=tuple(monitors),
             activatable=self.activation.names,
             policy_generation=self.generation,
-            queues=tuple(
-                (name, tuple(claim.connection.id for claim in queue[1:]))
-                for name, queue in self._queues()
-                if len(queue) > 1
-            ),
+            queues=tuple(each for each in map(_queue, names) if any(_details(each))),
             kdbus=tuple(
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
@@ -446,7 +443,7 @@ class Bus:
 
     def size(self) -> int:
         """About how many entries a snapshot has."""
-        return len(self.by_id) + len(self.registry.queues) + self.matches.count
+        return len(self.by_id) + len(self.registry) + self.matches.count
 
     def statistics(self) -> dict[str, int]:
         """Numbers for Debug.Stats; the first are named as dbus-daemon names them."""
@@ -456,7 +453,7 @@ class Bus:
                 each.id == NOT_YET and each.credentials is not None
                 for each in self.connections.values()
             ),
-            "BusNames": len(self.registry.queues) + len(self.by_id) - len(self.monitors),
+            "BusNames": len(self.registry) + len(self.by_id) - len(self.monitors),
             "PeakBusNames": self._peaks["names"],
             "PeakBusNamesPerConnection": self._peaks["names_each"],
             "MatchRules": self.matches.count,
@@ -473,9 +470,6 @@ class Bus:
 
     def _is_owned(self, name: str) -> bool:
         return self.registry.owner(name) is not None
-
-    def _queues(self) -> Collection[tuple[str, list[Claim]]]:
-        return self.registry.queues.items()
 
     def _configure(self, configuration: Configuration) -> None:
         self._limits = configuration.limits
@@ -509,18 +503,20 @@ class Bus:
         if change is None:
             return
         name, old, new = change.name, change.old, change.new
-        waiting = tuple(each.id for each in change.waiting)
+        after = _queue(change)
         if old is new:
-            self._outside.append(QueueChanged(name, waiting))
+            self._outside.append(after)
             return
         self._outside.append(
-            NameOwnerChanged(name, old.id if old else NOBODY, new.id if new else NOBODY, waiting)
+            NameOwnerChanged(
+                name, old.id if old else NOBODY, new.id if new else NOBODY, *_details(after)
+            )
         )
         self._wake(each for each in (old, new) if each is not None)
         args = (name, old.unique_name if old else "", new.unique_name if new else "")
         self._wake(self.matches.watching(OWNER_CHANGED, args))
         self._wake(self.monitors)
-        if new is not None:
+        if new is not None and new is not change.activator:
             self.activation.took_name(name)
 
     def _activatable_changed(self) -> None:
@@ -534,3 +530,15 @@ class Bus:
 
     def _peak(self, what: str, value: int) -> None:
         self._peaks[what] = max(self._peaks[what], value)
+
+
+def _queue(change: Change) -> QueueChanged:
+    """A name as it is now, for the log."""
+    waiting = tuple(each.id for each in change.waiting)
+    activator = NOBODY if change.activator is None else change.activator.id
+    claims = change.claims if any(change.claims) else ()
+    return QueueChanged(change.name, waiting, claims, activator)
+
+
+def _details(queue: QueueChanged) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    return queue.waiting, queue.claims, queue.activator

@@ -8,6 +8,8 @@ specification, "Message Bus Names", where it is silent those of dbus-daemon 1.14
    to the head of the waiters, or leaves if it said DO_NOT_QUEUE.
 3. Otherwise an asker with DO_NOT_QUEUE gets 3 and loses its place, if it waited.
 4. Otherwise it waits (2): at the head if it said REPLACE_EXISTING, else where it was or last.
+5. An activator (kdbus.connection(7)) stands behind all claims: it has the name while there are none.
+   A name has one activator at most, a connection is that of one name at most.
 
 Nothing here decides *whether* a connection may have a name but the number of its names; the
 caller asks policy. Changes of a queue are returned, for the log.
@@ -15,6 +17,7 @@ caller asks policy. Changes of a queue are returned, for the log.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kbusd.broker.connection import Connection
@@ -22,6 +25,8 @@ from kbusd.broker.connection import Connection
 ALLOW_REPLACEMENT = 1
 REPLACE_EXISTING = 2
 DO_NOT_QUEUE = 4
+
+_TOLD = ALLOW_REPLACEMENT | DO_NOT_QUEUE  # REPLACE_EXISTING is over when it is asked
 
 PRIMARY_OWNER = 1
 IN_QUEUE = 2
@@ -44,12 +49,18 @@ class Claim:
 @dataclass(frozen=True, slots=True)
 class Change:
     """A name passed from `old` to `new`, None is nobody; or these are the same and only its queue
-    is another. `waiting` has those who wait for it now, the next owner first."""
+    is another. `waiting` has those who wait for it now, the next owner first; `claims` the flags of
+    the owner and of those, if he is not the `activator`."""
 
     name: str
     old: Connection | None
     new: Connection | None
     waiting: tuple[Connection, ...] = ()
+    claims: tuple[int, ...] = ()
+    activator: Connection | None = None
+
+
+_State = tuple[list[tuple[Connection, int]], Connection | None]
 
 
 class Registry:
@@ -57,18 +68,37 @@ class Registry:
 
     def __init__(self) -> None:
         self.queues: dict[str, list[Claim]] = {}
+        self.activators: dict[str, Connection] = {}
+
+    def __len__(self) -> int:
+        """How many names somebody owns."""
+        return len(self.queues.keys() | self.activators.keys())
 
     def owner(self, name: str) -> Connection | None:
         queue = self.queues.get(name)
-        return queue[0].connection if queue else None
+        return queue[0].connection if queue else self.activators.get(name)
 
     def waiters(self, name: str) -> list[Connection]:
-        """The owner and those who wait, in order; empty for a name that nobody owns."""
+        """The owner and those who wait, in order, without the activator."""
         return [claim.connection for claim in self.queues.get(name, ())]
+
+    def activate(self, connection: Connection, name: str) -> Change | None:
+        """Make a connection the activator of a name that has none."""
+        before = self._state(name)
+        self.activators[name] = connection
+        connection.names.append(name)
+        return self._change(name, before)
+
+    def states(self) -> Iterator[Change]:
+        """Each name that somebody owns, as if it had just become so."""
+        for name in self.queues.keys() | self.activators.keys():
+            change = self._change(name, ([], None))
+            assert change is not None
+            yield change
 
     def request(self, connection: Connection, name: str, flags: int) -> tuple[int, Change | None]:
         """RequestName; returns its result code and what changed."""
-        before = self.waiters(name)
+        before = self._state(name)
         queue = self.queues.setdefault(name, [])
         code = self._request(name, queue, connection, flags)
         return code, self._change(name, before)
@@ -88,7 +118,7 @@ class Registry:
             return PRIMARY_OWNER
         if flags & DO_NOT_QUEUE:
             if mine is not None:
-                self._leave(name, queue, mine)
+                self._leave(name, mine)
             return EXISTS
         if mine is None:
             mine = Claim(connection, flags)
@@ -102,13 +132,16 @@ class Registry:
 
     def release(self, connection: Connection, name: str) -> tuple[int, Change | None]:
         """ReleaseName; returns its result code and what changed."""
-        queue = self.queues.get(name)
-        if queue is None:
+        before = self._state(name)
+        if self.activators.get(name) is connection:
+            del self.activators[name]
+            connection.names.remove(name)
+            return RELEASED, self._change(name, before)
+        if self.owner(name) is None:
             return NON_EXISTENT, None
-        before = self.waiters(name)
-        for claim in queue:
+        for claim in self.queues.get(name, ()):
             if claim.connection is connection:
-                self._leave(name, queue, claim)
+                self._leave(name, claim)
                 return RELEASED, self._change(name, before)
         return NOT_OWNER, None
 
@@ -132,16 +165,34 @@ class Registry:
             queue.remove(old)
             old.connection.names.remove(name)
 
-    def _leave(self, name: str, queue: list[Claim], claim: Claim) -> None:
+    def _leave(self, name: str, claim: Claim) -> None:
+        queue = self.queues[name]
         queue.remove(claim)
         claim.connection.names.remove(name)
         if not queue:
             del self.queues[name]
 
-    def _change(self, name: str, before: list[Connection]) -> Change | None:
-        """What there is to say of a name whose owner and waiters were `before`."""
-        after = self.waiters(name)
+    def _state(self, name: str) -> _State:
+        claims = self.queues.get(name, ())
+        told = [(claim.connection, claim.flags & _TOLD) for claim in claims]
+        return told, self.activators.get(name)
+
+    def _change(self, name: str, before: _State) -> Change | None:
+        """What there is to say of a name of which this was so."""
+        after = self._state(name)
         if after == before:
             return None
-        old, new = before[0] if before else None, after[0] if after else None
-        return Change(name, old, new, tuple(after[1:]))
+        claims, activator = after
+        return Change(
+            name,
+            _owner(before),
+            _owner(after),
+            tuple(connection for connection, _ in claims[1:]),
+            tuple(flags for _, flags in claims),
+            activator,
+        )
+
+
+def _owner(state: _State) -> Connection | None:
+    claims, activator = state
+    return claims[0][0] if claims else activator

@@ -272,6 +272,8 @@ def name_list(connections: Iterable[Listed], flags: int) -> bytes:
     for connection in connections:
         if connection.flags & abi.HELLO_MONITOR:
             continue
+        if connection.flags & abi.HELLO_ACTIVATOR and not flags & abi.LIST_ACTIVATORS:
+            continue
         shown = [name for name in connection.names if _is_listed(name.flags, flags)]
         for name in shown:
             found.append(info(connection.id, connection.flags, metadata.owned_name(name)))

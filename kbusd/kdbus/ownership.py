@@ -6,11 +6,8 @@ terms say DO_NOT_QUEUE. What remains different:
 
 - An asker with REPLACE_EXISTING that can't replace and queues waits at the head of the queue, as
   dbus-daemon has it; in kdbus it waited at the end.
-- One that waits and asks again without QUEUE leaves the queue and gets EEXIST; in kdbus it got
-  success without any flag that would say so.
-- An activator (a connection that holds a name until somebody serves it) is not known to D-Bus. It is a
-  claim behind all others, with flags of its own (ACTIVATOR); there is one a name, and one name each.
-  Messages for a name move from the activator to the new owner, and what is left back again.
+- An activator (a connection that holds a name until somebody serves it) is not known to D-Bus: to its
+  clients it is an owner like others.
 """
 
 from __future__ import annotations
@@ -44,12 +41,19 @@ def claim_flags(flags: int, primary: bool) -> int:
     )
 
 
+def activator_flags(primary: bool) -> int:
+    """The same of a name's activator."""
+    return abi.NAME_ACTIVATOR | (abi.NAME_PRIMARY if primary else abi.NAME_IN_QUEUE)
+
+
 def acquired(result: int, flags: int, waited: bool) -> int:
     """NAME_ACQUIRE's return flags, for RequestName's result.
 
-    `flags` are those that were asked for; `waited`: the asker was in the queue before. Raises Errno
-    EEXIST if the name is somebody else's.
+    `flags` are those that were asked for; `waited`: the asker was in the queue before. Raises Errno:
+    EEXIST if the name is somebody else's, EALREADY if it is the asker's.
     """
+    if result == _ALREADY_OWNER:
+        raise Errno(errno.EALREADY, "the name is the asker's already; it has the new flags")
     if result == _EXISTS:
         raise Errno(errno.EEXIST, "the name has an owner")
     is_new = result == _PRIMARY_OWNER or (result == _IN_QUEUE and not waited)

@@ -101,6 +101,9 @@ class Bus(Protocol):
 
         May take as long as a service likes: raises Interrupted if the caller gets a signal."""
 
+    def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
+        """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""
+
     def find(self, id: int) -> Known | None: ...
     def everybody(self) -> Iterable[Known]: ...
 

@@ -11,7 +11,6 @@ trusts nothing; what another connection sent is for the bus to check, which hand
 Source: kdbus.connection(7), kdbus.message(7), ipc/kdbus/connection.c. What differs:
 - No descriptor can be put into the client: a message's are told as incomplete (-1), and a memfd's bytes
   are handed over as a vector.
-- The flags of other connections' names are not known; they are shown as PRIMARY.
 """
 
 from __future__ import annotations
@@ -79,7 +78,6 @@ class Session:
         self._matches = match.Matches()
         # Of matches about signals (True), and about what the bus announces (False).
         self._cookies: dict[bool, list[int]] = {True: [], False: []}
-        self._names: dict[str, int] = {}  # NAME flags of names owned or waited for
         self._calls = Calls()
         self._waiting: dict[Call, Wait[Slice]] = {}  # those in a synchronous SEND
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
@@ -234,14 +232,9 @@ class Session:
         if wanted is None:
             return decoded.pokes
         with _writing(decoded.pokes):
-            waited = bool(self._names.get(wanted.name, 0) & abi.NAME_IN_QUEUE)
+            waited = any(each.name == wanted.name for each in self.bus.held(self.id))
             result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
-            try:
-                flags = ownership.acquired(result, wanted.flags, waited)
-            except Errno:
-                self._names.pop(wanted.name, None)
-                raise
-            self._names[wanted.name] = flags & ~abi.NAME_ACQUIRED
+            flags = ownership.acquired(result, wanted.flags, waited)
         return (*decoded.pokes, commands.return_flags(flags))
 
     async def _release(self, whole: bytes) -> tuple[Poke, ...]:
@@ -249,7 +242,6 @@ class Session:
         if decoded.value is not None:
             with _writing(decoded.pokes):
                 ownership.check_released(await self.bus.release(decoded.value))
-                self._names.pop(decoded.value, None)
         return decoded.pokes
 
     async def _add_match(self, whole: bytes) -> tuple[Poke, ...]:
@@ -284,18 +276,10 @@ class Session:
 
     def _list(self, flags: int) -> bytes:
         everybody = (
-            message.Listed(
-                known.id,
-                known.flags,
-                tuple(self._owned(known.id, name) for name in sorted(known.names)),
-            )
+            message.Listed(known.id, known.flags, self.bus.held(known.id))
             for known in self.bus.everybody()
         )
         return message.name_list(everybody, flags)
-
-    def _owned(self, id: int, name: str) -> metadata.OwnedName:
-        flags = self._names.get(name, 0) if id == self.id else 0
-        return metadata.OwnedName(name, flags | abi.NAME_PRIMARY)
 
     def _info(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_conn_info(whole)
@@ -616,22 +600,22 @@ class Session:
             exe=about.exe,
             cmdline=about.cmdline,
             label=known.label,
-            names=tuple(self._owned(known.id, name) for name in sorted(known.names)),
+            names=tuple(
+                each for each in self.bus.held(known.id) if not each.flags & abi.NAME_IN_QUEUE
+            ),
             description=about.description,
         )
 
     # -- what the bus announces ----------------------------------------------------------------
 
-    def name_changed(self, name: str, old: int, new: int) -> None:
-        """A name went from one connection to another; 0 is nobody."""
+    def name_changed(
+        self, name: str, old: int, new: int, old_flags: int = 0, new_flags: int = 0
+    ) -> None:
+        """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have."""
         kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
         change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
-        if new == self.id and name in self._names:
-            waited = self._names[name] & ~abi.NAME_IN_QUEUE
-            self._names[name] = waited | abi.NAME_PRIMARY
         if self.state == State.CONNECTION and self._matches.announces(change):
-            flags = abi.NAME_PRIMARY
-            self._notice(message.announce_name(change, flags * bool(old), flags * bool(new)))
+            self._notice(message.announce_name(change, old_flags, new_flags))
 
     def id_added(self, id: int, flags: int) -> None:
         """A connection is new; `flags` are its HELLO flags."""

@@ -46,19 +46,27 @@ class ConnectionRemoved(Entry, frozen=True, tag="c"):
 
 
 class NameOwnerChanged(Entry, frozen=True, tag="N"):
-    """A well-known name changed its primary owner; 0 is nobody. `waiting`: its queue from now on."""
+    """A well-known name changed its primary owner; 0 is nobody. `waiting`: its queue from now on.
+
+    `claims`: RequestName's flags of its owner, then of those who wait, if any are set. `activator`: who has the name
+    when nobody else has it (kdbus.connection(7)), 0 for nobody; if it is `new`, there are no claims."""
 
     name: str
     old: int
     new: int
     waiting: tuple[int, ...] = ()
+    claims: tuple[int, ...] = ()
+    activator: int = 0
 
 
 class QueueChanged(Entry, frozen=True, tag="Q"):
-    """Those who wait for a well-known name while its owner stays, the next owner first."""
+    """Those who wait for a well-known name while its owner stays, the next owner first; and what else
+    NameOwnerChanged says of a name."""
 
     name: str
     waiting: tuple[int, ...]
+    claims: tuple[int, ...] = ()
+    activator: int = 0
 
 
 class MatchAdded(Entry, frozen=True, tag="M"):
@@ -113,7 +121,7 @@ LogEntry = (
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     """The state of the bus at `position` of the control log; replaying from there catches up.
 
-    `queues` has the names that somebody waits for, as QueueChanged tells it."""
+    `queues` has each name that somebody owns, as QueueChanged tells it."""
 
     position: int
     stamp: int
@@ -123,7 +131,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     monitors: tuple[tuple[int, tuple[str, ...]], ...]
     activatable: tuple[str, ...]
     policy_generation: int
-    queues: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kbusd.kdbus import abi, bloom, layout, metadata, parcel
+from kbusd.kdbus import abi, bloom, layout, metadata, ownership, parcel
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
@@ -78,11 +78,7 @@ class DeviceRouter(Router):
     def kdbus_subscribers(self, envelope: Envelope, fds: int) -> list[int]:
         """The kdbus connections that a signal is to be offered to; their sessions ask their matches."""
         ids, _ = self.replica.subscribers(SIGNAL, self.replica.me, None, None, None, None, tuple)
-        return [
-            id
-            for id in ids
-            if id != self.replica.me and self.is_kdbus(id) and not self.refusal(envelope, id, fds)
-        ]
+        return [id for id in ids if self.is_kdbus(id) and not self.refusal(envelope, id, fds)]
 
     def refusal(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
         """Why our client may not send this to another kdbus connection; None: it may."""
@@ -124,6 +120,7 @@ class Port:
         self._watched: dict[int, Callable[[], None]] = {}
         self._entry: entries.LogEntry | None = None
         self._went: Connection | None = None
+        self._had = 0  # NAME flags of the owner before the entry
         self.device: Device
         self.session: Session
 
@@ -178,6 +175,23 @@ class Port:
             raise Errno(errno.ESRCH, error.text) from None
         return self.owner(name)
 
+    def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
+        replica = self._replica
+        connection = replica.connections.get(id)
+        if connection is None:
+            return ()
+        names = {*connection.names, *connection.waits_for}
+        names.update(name for name, activator in replica.activators.items() if activator == id)
+        return tuple(metadata.OwnedName(name, self._flags(name, id)) for name in sorted(names))
+
+    def _flags(self, name: str, id: int) -> int:
+        """NAME flags of a name that this connection has some part in."""
+        replica = self._replica
+        primary = replica.names.get(name) == id
+        if replica.activators.get(name) == id:
+            return ownership.activator_flags(primary)
+        return ownership.claim_flags(replica.claim(name, id), primary)
+
     def find(self, id: int) -> Known | None:
         connection = self._replica.connections.get(id)
         return None if connection is None else _known(connection)
@@ -217,7 +231,11 @@ class Port:
         facts = what.facts(None)
         raw = _encode(parcel)
         for id in self.engine_router.kdbus_subscribers(facts, 0):
-            self.engine.send_parcel(id, 0, raw, data, tuple(fds))
+            if id != self._replica.me:
+                self.engine.send_parcel(id, 0, raw, data, tuple(fds))
+            else:
+                own = self._replica.connections[id]
+                self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
         if what.message is not None:
             await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
 
@@ -472,14 +490,18 @@ class Port:
         """The engine is about to take in an entry of the log."""
         self._entry = _decode_entry(raw)
         self._went = None
-        if isinstance(self._entry, entries.ConnectionRemoved):
-            self._went = self._replica.connections.get(self._entry.id)
+        match self._entry:
+            case entries.ConnectionRemoved(id):
+                self._went = self._replica.connections.get(id)
+            case entries.NameOwnerChanged(name, old):
+                self._had = self._flags(name, old) if old else 0
 
     def after_entry(self) -> None:
         """It has: tell the session what that means."""
         match self._entry:
             case entries.NameOwnerChanged(name, old, new):
-                self.session.name_changed(name, old, new)
+                has = self._flags(name, new) if new else 0
+                self.session.name_changed(name, old, new, self._had, has)
             case entries.ConnectionAdded(id, _, kdbus):
                 if id != self._replica.me:
                     self.session.id_added(id, kdbus or 0)

@@ -40,6 +40,7 @@ SIGNAL = 4
 
 Arguments = Sequence[str | None]
 _K = TypeVar("_K")
+_V = TypeVar("_V")
 
 _BUS_NAMES = (BUS_NAME,)
 _NO_NAMES: frozenset[str] = frozenset()
@@ -243,6 +244,14 @@ def _decrement(counts: dict[_K, int], key: _K) -> None:
         del counts[key]
 
 
+def _keep(where: dict[str, _V], name: str, value: _V) -> None:
+    """What is not there takes no room."""
+    if value:
+        where[name] = value
+    else:
+        where.pop(name, None)
+
+
 class Replica:
     """The state of the bus as far as the log has been read.
 
@@ -256,6 +265,8 @@ class Replica:
         self.connections: dict[int, Connection] = {}
         self.names: dict[str, int] = {}
         self.queues: dict[str, tuple[int, ...]] = {}  # who waits, of names that somebody waits for
+        self.claims: dict[str, tuple[int, ...]] = {}  # flags, of names where they are not all 0
+        self.activators: dict[str, int] = {}
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
@@ -274,6 +285,8 @@ class Replica:
         self.connections = {}
         self.names = {}
         self.queues = {}
+        self.claims = {}
+        self.activators = {}
         self.monitors = {}
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
@@ -286,8 +299,8 @@ class Replica:
             self._add_connection(id, credentials, kdbus.get(id))
         for name, owner in snapshot.names:
             self._change_owner(name, NOBODY, owner)
-        for name, waiting in snapshot.queues:
-            self._change_queue(name, waiting)
+        for each in snapshot.queues:
+            self._change_queue(each.name, each.waiting, each.claims, each.activator)
         for id, rule in snapshot.matches:
             self._add_match(id, rule)
         for id, rules in snapshot.monitors:
@@ -303,11 +316,11 @@ class Replica:
                 self._add_connection(id, credentials, kdbus)
             case ConnectionRemoved(id):
                 self._remove_connection(id)
-            case NameOwnerChanged(name, old, new, waiting):
+            case NameOwnerChanged(name, old, new, waiting, claims, activator):
                 self._change_owner(name, old, new)
-                self._change_queue(name, waiting)
-            case QueueChanged(name, waiting):
-                self._change_queue(name, waiting)
+                self._change_queue(name, waiting, claims, activator)
+            case QueueChanged(name, waiting, claims, activator):
+                self._change_queue(name, waiting, claims, activator)
             case MatchAdded(id, rule):
                 self._add_match(id, rule)
             case MatchRemoved(id, rule):
@@ -363,7 +376,9 @@ class Replica:
         if self.monitors:
             self.monitors_version += 1
 
-    def _change_queue(self, name: str, waiting: tuple[int, ...]) -> None:
+    def _change_queue(
+        self, name: str, waiting: tuple[int, ...], claims: tuple[int, ...], activator: int
+    ) -> None:
         owner = self.names.get(name)
         if waiting and (owner is None or owner in waiting or len(set(waiting)) < len(waiting)):
             raise ReplicaError(f"{name} has an owner {owner} and a queue {waiting}")
@@ -375,6 +390,8 @@ class Replica:
             connection.waits_for |= {name}
         if waiting:
             self.queues[name] = waiting
+        _keep(self.claims, name, claims if any(claims) else ())
+        _keep(self.activators, name, activator)
 
     def _add_match(self, id: int, text: str) -> None:
         connection = self._connection(id)
@@ -476,6 +493,12 @@ class Replica:
         """The owner of a name and those who wait for it, in order; empty if nobody owns it."""
         owner = self.owner(name)
         return [] if owner is None else [owner, *self.queues.get(name, ())]
+
+    def claim(self, name: str, id: int) -> int:
+        """The flags with which a connection asked for a name that it owns or waits for."""
+        claims, owners = self.claims.get(name, ()), self.owners(name)
+        at = owners.index(id) if id in owners else len(claims)
+        return claims[at] if at < len(claims) else 0
 
     def match_rules(self) -> int:
         """How many match rules there are on the bus."""

@@ -162,15 +162,22 @@ class KdbusClient:
 
     def list(self, flags: int) -> dict[int, list[str]]:
         """The names of each connection that LIST shows."""
+        found: dict[int, list[str]] = {}
+        for id, name, _ in self.entries(flags):
+            found.setdefault(id, []).extend([name] if name else [])
+        return found
+
+    def entries(self, flags: int) -> list[tuple[int, str, int]]:
+        """What LIST shows: connection, name or "", NAME flags."""
         got = self.do(abi.CMD_LIST, struct.pack("=4Q", flags, 0, 0, 0))
         offset, size = struct.unpack_from("=2Q", got, 24)
-        found: dict[int, list[str]] = {}
+        found: list[tuple[int, str, int]] = []
         at = offset
         while at < offset + size:
             length, id, _ = layout.INFO.unpack(self.pool[at : at + layout.INFO.size])
-            names = found.setdefault(id, [])
-            for item in items.split(self.pool[at : at + length], layout.INFO.size):
-                names.append(item.data[8:-1].decode())
+            names = items.split(self.pool[at : at + length], layout.INFO.size)
+            found += [(id, n.data[8:-1].decode(), *layout.U64.unpack(n.data[:8])) for n in names]
+            found += [] if names else [(id, "", 0)]
             at += length
         self.free(offset)
         return found

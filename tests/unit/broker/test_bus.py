@@ -146,7 +146,7 @@ def test_replacing_an_owner_that_allows_it() -> None:
     a, b = world.client(1), world.client(2)
     world.ask(a, e.RequestName(2, "a.b", 1))
     assert world.ask(b, e.RequestName(2, "a.b", 2)) == [
-        ("log", e.NameOwnerChanged("a.b", 1, 2, (1,))),
+        ("log", e.NameOwnerChanged("a.b", 1, 2, (1,), (0, 1))),
         (2, e.Reply(2, 1)),
     ]
 
@@ -158,7 +158,7 @@ def test_who_waits_stands_in_the_log() -> None:
     world.ask(b, e.RequestName(2, "a.b", 0))
     assert world.ask(c, e.RequestName(2, "a.b", 2))[0] == ("log", e.QueueChanged("a.b", (3, 2)))
     assert world.ask(c, e.RequestName(3, "a.b", 0)) == [(3, e.Reply(3, 2))]  # nothing changed
-    assert world.bus.snapshot(0, 0).queues == (("a.b", (3, 2)),)
+    assert world.bus.snapshot(0, 0).queues == (e.QueueChanged("a.b", (3, 2)),)
     assert world.ask(b, e.RequestName(3, "a.b", 4))[0] == ("log", e.QueueChanged("a.b", (3,)))
     world.events.clear()
     world.bus.gone(3)
@@ -475,7 +475,7 @@ def test_snapshot_tells_the_whole_state() -> None:
         monitors=(),
         activatable=(),
         policy_generation=0,
-        queues=(("a.b", (2,)),),
+        queues=(e.QueueChanged("a.b", (2,)),),
     )
 
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from kbusd.kdbus import abi, bloom, items, layout, match, metadata, waits
+from kbusd.kdbus import abi, bloom, items, layout, match, metadata, ownership, waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
@@ -18,6 +18,7 @@ from kbusd.kdbus.waits import Interrupted, Wait
 
 FILTER = 8  # bytes
 POOL = 1 << 16
+PRIMARY = abi.NAME_PRIMARY
 SECOND = 1_000_000_000
 REQUEST_QUEUED = 2
 
@@ -43,6 +44,7 @@ class World:
         self.now = SECOND
         self.ports: dict[int, Port] = {}
         self.queues: dict[str, list[int]] = {}
+        self.asked: dict[tuple[str, int], int] = {}  # RequestName's flags
         self.services: dict[str, Client] = {}
         self.hold = False
         self.held: list[Wait[None]] = []
@@ -67,7 +69,13 @@ class World:
 
     def change(self, name: str, old: int, new: int) -> None:
         for port in list(self.ports.values()):
-            port.session.name_changed(name, old, new)
+            port.session.name_changed(
+                name, old, new, PRIMARY * bool(old), self.flags(name, new) if new else 0
+            )
+
+    def flags(self, name: str, id: int) -> int:
+        """NAME flags of who owns or waits."""
+        return ownership.claim_flags(self.asked[name, id], self.queues[name][0] == id)
 
     def remove(self, id: int) -> None:
         self.ports.pop(id, None)
@@ -128,6 +136,8 @@ class Port:
     async def acquire(self, name: str, flags: int) -> int:
         await self.world.turn()
         queue = self.world.queues.setdefault(name, [])
+        if not queue or queue[0] == self.id or not flags & 4:
+            self.world.asked[name, self.id] = flags
         if not queue:
             queue.append(self.id)
             self.world.change(name, 0, self.id)
@@ -163,6 +173,13 @@ class Port:
             self.world.services[name].acquire(name)
         return self.owner(name)
 
+    def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
+        return tuple(
+            metadata.OwnedName(name, self.world.flags(name, id))
+            for name, queue in sorted(self.world.queues.items())
+            if id in queue
+        )
+
     def find(self, id: int) -> Known | None:
         port = self.world.ports.get(id)
         if port is None:
@@ -181,7 +198,7 @@ class Port:
     async def publish(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         await self.world.turn()
         for port in self.world.ports.values():
-            if port.subscribed[True] and port is not self:
+            if port.subscribed[True]:
                 self._hand(port, parcel, data, fds)
 
     def _hand(self, port: Port, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
