@@ -28,6 +28,7 @@ from kbusd.kdbus.calls import Call, Calls
 from kbusd.kdbus.commands import SPECS, Spec
 from kbusd.kdbus.errors import Errno, Poke
 from kbusd.kdbus.handle import State
+from kbusd.kdbus.names import is_well_known
 from kbusd.kdbus.parcel import Parcel
 from kbusd.kdbus.pool import KERNEL_USER, Pool, Quota, Slice
 from kbusd.kdbus.port import Bus, Caller, Known
@@ -241,6 +242,8 @@ class Session:
         decoded = commands.decode_name_release(whole)
         if decoded.value is not None:
             with _writing(decoded.pokes):
+                if not is_well_known(decoded.value):  # the registry would not look for it
+                    raise Errno(errno.ESRCH, f"{decoded.value!r} is nobody's")
                 ownership.check_released(await self.bus.release(decoded.value))
         return decoded.pokes
 

@@ -597,7 +597,7 @@ def _known(connection: Connection) -> Known:
         uid,
         connection.names,
         metadata.Creds(uid, uid, uid, uid, gid, gid, gid, gid),
-        metadata.Pids(credentials.pid, credentials.pid, 0),
+        metadata.Pids(credentials.pid, credentials.pid, credentials.parent),
         credentials.groups,
         label or None,
         connection.kdbus or 0,
