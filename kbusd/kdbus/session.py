@@ -190,8 +190,6 @@ class Session:
             with _writing(decoded.pokes):
                 if len(self._queue):
                     raise Errno(errno.EBUSY, "BYEBYE with messages in the queue")
-                if self._waiting:
-                    raise Errno(errno.EBUSY, "BYEBYE while a reply is waited for")
             self.end()
         return decoded.pokes
 

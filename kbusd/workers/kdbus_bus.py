@@ -13,6 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -114,7 +115,8 @@ class Port:
         self._context = context
         self._serial = 0
         self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
-        self._parcels: dict[int, tuple[Wait[None], int]] = {}  # by token; and until when
+        self._parcels: dict[int, tuple[int, Wait[None], int]] = {}  # by token: to, until when
+        self._met: set[int] = set()  # kdbus connections that have answered a parcel of ours
         self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
         self._sent: dict[int, tuple[int, int, int]] = {}  # D-Bus calls: callee, cookie, deadline
         self._watched: dict[int, Callable[[], None]] = {}
@@ -216,12 +218,19 @@ class Port:
             own = self._replica.connections[to.id]
             self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
             return
+        await self._await_parcel(self._send_parcel(to.id, _encode(parcel), data, fds))
+
+    def _send_parcel(self, id: int, raw: bytes, data: bytes, fds: Sequence[int]) -> int:
+        """Returns the token that its answer will have; to be awaited."""
         token = self._next()
-        wait: Wait[None] = Wait()
-        self._parcels[token] = wait, time.monotonic_ns() + STALLED_NS
-        self.engine.send_parcel(to.id, token, _encode(parcel), data, tuple(fds))
+        self._parcels[token] = id, Wait(), time.monotonic_ns() + STALLED_NS
+        self.engine.send_parcel(id, token, raw, data, tuple(fds))
+        return token
+
+    async def _await_parcel(self, token: int) -> None:
+        """Raises Errno, if the receiver's worker does not take it, or Interrupted."""
         try:
-            await wait
+            await self._parcels[token][1]
         finally:
             del self._parcels[token]
 
@@ -230,14 +239,25 @@ class Port:
         what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
         facts = what.facts(None)
         raw = _encode(parcel)
+        first = []
         for id in self.engine_router.kdbus_subscribers(facts, 0):
-            if id != self._replica.me:
+            if id in self._met:
                 self.engine.send_parcel(id, 0, raw, data, tuple(fds))
+            elif id != self._replica.me:
+                # Rings are not there yet: without an answer, SEND would end before it can be received.
+                first.append(self._send_parcel(id, raw, data, fds))
             else:
                 own = self._replica.connections[id]
                 self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
         if what.message is not None:
             await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
+        try:
+            while first:
+                with suppress(Errno):  # a signal that somebody does not get is no error
+                    await self._await_parcel(first.pop())
+        finally:
+            for token in first:
+                del self._parcels[token]
 
     async def _send_dbus(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """To a D-Bus client, or to nobody if the payload is not a D-Bus message."""
@@ -325,7 +345,7 @@ class Port:
                 if until <= now:
                     del self._sent[serial]
                     self.engine.forget(serial)
-        for token, (wait, until) in list(self._parcels.items()):
+        for token, (_, wait, until) in list(self._parcels.items()):
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
@@ -336,7 +356,7 @@ class Port:
         """Milliseconds until `turn` has something to do by itself; -1: nothing."""
         if self.device.line.queue:
             return 1
-        times = [until for _, until in self._parcels.values()]
+        times = [until for _, _, until in self._parcels.values()]
         deadline = self.session.deadline()
         if deadline is not None:
             times.append(deadline)
@@ -355,7 +375,7 @@ class Port:
                 called.fail(_failure(error, body))
             return
         if serial in self._parcels:
-            self._parcels[serial][0].fail(_failure(error or "", body))
+            self._parcels[serial][1].fail(_failure(error or "", body))
             return
         sending = self._sending.get(serial)
         if sending is not None:
@@ -376,10 +396,13 @@ class Port:
         waiting = self._parcels.get(token)
         if waiting is None:
             return
+        id, wait, _ = waiting
+        if id in self._replica.connections:
+            self._met.add(id)
         if code:
-            waiting[0].fail(Errno(code, "the receiver's worker refused it"))
+            wait.fail(Errno(code, "the receiver's worker refused it"))
         else:
-            waiting[0].done(None)
+            wait.done(None)
 
     def call_dropped(self, peer: int, note: bytes) -> None:
         if len(note) == layout.U64.size:
@@ -493,6 +516,7 @@ class Port:
         match self._entry:
             case entries.ConnectionRemoved(id):
                 self._went = self._replica.connections.get(id)
+                self._met.discard(id)
             case entries.NameOwnerChanged(name, old):
                 self._had = self._flags(name, old) if old else 0
 
