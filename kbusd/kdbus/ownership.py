@@ -19,7 +19,7 @@ from kbusd.kdbus.errors import Errno
 
 # D-Bus Specification, "org.freedesktop.DBus.RequestName" and "ReleaseName".
 _ALLOW_REPLACEMENT, _REPLACE_EXISTING, _DO_NOT_QUEUE = 1, 2, 4
-_PRIMARY_OWNER, _IN_QUEUE, _EXISTS, _ALREADY_OWNER = 1, 2, 3, 4
+_PRIMARY_OWNER, _IN_QUEUE, _EXISTS = 1, 2, 3
 _RELEASED, _NON_EXISTENT, _NOT_OWNER = 1, 2, 3
 
 
@@ -49,11 +49,9 @@ def activator_flags(primary: bool) -> int:
 def acquired(result: int, flags: int, waited: bool) -> int:
     """NAME_ACQUIRE's return flags, for RequestName's result.
 
-    `flags` are those that were asked for; `waited`: the asker was in the queue before. Raises Errno:
-    EEXIST if the name is somebody else's, EALREADY if it is the asker's.
+    `flags` are those that were asked for; `waited`: the asker was in the queue before. A name that is
+    the asker's already has the new flags, and lacks ACQUIRED. Raises Errno EEXIST if it is another's.
     """
-    if result == _ALREADY_OWNER:
-        raise Errno(errno.EALREADY, "the name is the asker's already; it has the new flags")
     if result == _EXISTS:
         raise Errno(errno.EEXIST, "the name has an owner")
     is_new = result == _PRIMARY_OWNER or (result == _IN_QUEUE and not waited)

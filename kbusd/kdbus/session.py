@@ -29,6 +29,7 @@ from kbusd.kdbus.calls import Call, Calls
 from kbusd.kdbus.commands import SPECS, Spec
 from kbusd.kdbus.errors import Errno, Poke
 from kbusd.kdbus.handle import State
+from kbusd.kdbus.names import is_well_known
 from kbusd.kdbus.parcel import Faked, Parcel
 from kbusd.kdbus.pool import KERNEL_USER, Pool, Quota, Slice
 from kbusd.kdbus.port import Bus, Caller, Joining, Known
@@ -207,8 +208,6 @@ class Session:
             with _writing(decoded.pokes):
                 if len(self._queue):
                     raise Errno(errno.EBUSY, "BYEBYE with messages in the queue")
-                if self._waiting:
-                    raise Errno(errno.EBUSY, "BYEBYE while a reply is waited for")
             self.end()
         return decoded.pokes
 
@@ -295,6 +294,8 @@ class Session:
         decoded = commands.decode_name_release(whole)
         if decoded.value is not None:
             with _writing(decoded.pokes):
+                if not is_well_known(decoded.value):  # the registry would not look for it
+                    raise Errno(errno.ESRCH, f"{decoded.value!r} is nobody's")
                 ownership.check_released(await self.bus.release(decoded.value))
         return decoded.pokes
 

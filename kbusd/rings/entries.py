@@ -20,6 +20,7 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     pid: int
     groups: tuple[int, ...] = ()
     label: bytes = b""
+    parent: int = 0  # its parent's pid, where /proc was read for it anyway
 
 
 # -- the control log -------------------------------------------------------------------------

@@ -36,14 +36,14 @@ def ids(request: bytes) -> tuple[int, int, int]:
 def credentials(request: bytes) -> Credentials:
     """The same with its process, groups and security label; the request is held."""
     uid, gid, tid = ids(request)
-    process, label = 0, b""
+    process, parent, label = 0, 0, b""
     groups: tuple[int, ...] = ()
     with suppress(OSError, ValueError):
         fields = _status(tid)
-        process = int(fields[b"Tgid"])
+        process, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
         groups = tuple(int(each) for each in fields[b"Groups"].split())
         label = _read(tid, "attr/current").rstrip(b"\0\n")
-    return Credentials(uid, gid, process, groups, label)
+    return Credentials(uid, gid, process, groups, label, parent)
 
 
 def descriptors(tid: int, numbers: Sequence[int], ours: Set[int]) -> Iterator[int]:

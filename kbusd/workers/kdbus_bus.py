@@ -13,6 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -170,8 +171,9 @@ class Port:
         self._context = context
         self._serial = 0
         self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
-        self._parcels: dict[int, tuple[Wait[None], int]] = {}  # by token; and until when
+        self._parcels: dict[int, tuple[int, Wait[None], int]] = {}  # by token: to, until when
         self._collecting: dict[str, tuple[Wait[None], int]] = {}  # by name; and until when
+        self._met: set[int] = set()  # kdbus connections that have answered a parcel of ours
         self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
         self._sent: dict[int, tuple[int, int, int]] = {}  # D-Bus calls: callee, cookie, deadline
         self._watched: dict[int, Callable[[], None]] = {}
@@ -333,12 +335,19 @@ class Port:
             own = self._replica.connections[to.id]
             self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
             return
+        await self._await_parcel(self._send_parcel(to.id, _encode(parcel), data, fds))
+
+    def _send_parcel(self, id: int, raw: bytes, data: bytes, fds: Sequence[int]) -> int:
+        """Returns the token that its answer will have; to be awaited."""
         token = self._next()
-        wait: Wait[None] = Wait()
-        self._parcels[token] = wait, time.monotonic_ns() + STALLED_NS
-        self.engine.send_parcel(to.id, token, _encode(parcel), data, tuple(fds))
+        self._parcels[token] = id, Wait(), time.monotonic_ns() + STALLED_NS
+        self.engine.send_parcel(id, token, raw, data, tuple(fds))
+        return token
+
+    async def _await_parcel(self, token: int) -> None:
+        """Raises Errno, if the receiver's worker does not take it, or Interrupted."""
         try:
-            await wait
+            await self._parcels[token][1]
         finally:
             del self._parcels[token]
 
@@ -348,14 +357,25 @@ class Port:
         facts = what.facts(None)
         raw = _encode(parcel)
         self._show(parcel, data, fds)
+        first = []
         for id in self.engine_router.kdbus_subscribers(facts, 0):
-            if id != self._replica.me:
+            if id in self._met:
                 self.engine.send_parcel(id, 0, raw, data, tuple(fds))
+            elif id != self._replica.me:
+                # Rings are not there yet: without an answer, SEND would end before it can be received.
+                first.append(self._send_parcel(id, raw, data, fds))
             else:
                 own = self._replica.connections[id]
                 self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
         if what.message is not None:
             await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
+        try:
+            while first:
+                with suppress(Errno):  # a signal that somebody does not get is no error
+                    await self._await_parcel(first.pop())
+        finally:
+            for token in first:
+                del self._parcels[token]
 
     def _show(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """To kdbus monitors, which see it even if nobody else does."""
@@ -470,7 +490,7 @@ class Port:
         for wait, until in list(self._collecting.values()):
             if until <= now:
                 wait.done(None)
-        for token, (wait, until) in list(self._parcels.items()):
+        for token, (_, wait, until) in list(self._parcels.items()):
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
@@ -481,7 +501,8 @@ class Port:
         """Milliseconds until `turn` has something to do by itself; -1: nothing."""
         if self.device.line.queue:
             return 1
-        times = [until for _, until in (*self._parcels.values(), *self._collecting.values())]
+        times = [until for _, _, until in self._parcels.values()]
+        times += [until for _, until in self._collecting.values()]
         deadline = self.session.deadline()
         if deadline is not None:
             times.append(deadline)
@@ -500,7 +521,7 @@ class Port:
                 called.fail(_failure(error, body))
             return
         if serial in self._parcels:
-            self._parcels[serial][0].fail(_failure(error or "", body))
+            self._parcels[serial][1].fail(_failure(error or "", body))
             return
         sending = self._sending.get(serial)
         if sending is not None:
@@ -521,10 +542,13 @@ class Port:
         waiting = self._parcels.get(token)
         if waiting is None:
             return
+        id, wait, _ = waiting
+        if id in self._replica.connections:
+            self._met.add(id)
         if code:
-            waiting[0].fail(Errno(code, "the receiver's worker refused it"))
+            wait.fail(Errno(code, "the receiver's worker refused it"))
         else:
-            waiting[0].done(None)
+            wait.done(None)
 
     def call_dropped(self, peer: int, note: bytes) -> None:
         kind, _, name = note.partition(b":")
@@ -695,6 +719,7 @@ class Port:
         match self._entry:
             case entries.ConnectionRemoved(id):
                 self._went = self._replica.connections.get(id)
+                self._met.discard(id)
             case entries.NameOwnerChanged(name, old):
                 self._had = self._flags(name, old) if old else 0
 
@@ -845,7 +870,7 @@ def _known(connection: Connection) -> Known:
         uid,
         connection.names,
         metadata.Creds(uid, uid, uid, uid, gid, gid, gid, gid),
-        metadata.Pids(credentials.pid, credentials.pid, 0),
+        metadata.Pids(credentials.pid, credentials.pid, credentials.parent),
         credentials.groups,
         label or None,
         connection.kdbus or 0,

@@ -71,7 +71,7 @@ def test_everybody_sees_who_owns_and_who_waits_and_how(bus: KdbusBus) -> None:
             (int(d.name[3:]), NAME, waiting),
         ]
         assert [entry[0] for entry in each.entries(abi.LIST_NAMES)] == [a.id]
-    assert fails(lambda: a.acquire(NAME)) == "EALREADY"
+    assert a.acquire(NAME) == PRIMARY  # nothing acquired
     assert b.entries(abi.LIST_NAMES) == [(a.id, NAME, PRIMARY)]  # the new flags hold
     b.add_match(any_name(abi.ITEM_NAME_CHANGE))
     a.release(NAME)
@@ -92,6 +92,31 @@ def test_a_connection_hears_itself_if_its_matches_say_so(bus: KdbusBus) -> None:
         got = each.recv()
         assert (got.src, got.payload) == (a.id, b"to all")
         assert not each.readable()
+
+
+def test_a_broadcast_has_arrived_when_send_returns(bus: KdbusBus) -> None:
+    for _ in range(5):  # each is the first contact of two workers
+        a, b = bus.kdbus(), bus.kdbus()
+        b.add_match()
+        a.send(abi.DST_ID_BROADCAST, bytes(1000), signal_filter(), flags=abi.MSG_SIGNAL)
+        assert fails(b.byebye) == "EBUSY"
+        assert len(b.recv().payload) == 1000
+        b.byebye()
+
+
+def test_a_message_tells_its_senders_parent(bus: KdbusBus) -> None:
+    a, b = bus.kdbus(send=abi.ATTACH_PIDS), bus.kdbus(recv=abi.ATTACH_PIDS)
+    a.send(b.id, b"")
+    pids = b.recv().item(abi.ITEM_PIDS)
+    assert pids
+    assert layout.PIDS.unpack(pids) == (os.getpid(), os.getpid(), os.getppid())
+
+
+def test_no_name_is_released_that_nobody_can_have(bus: KdbusBus) -> None:
+    a = bus.kdbus()
+    for name in ("com", ".com.example", "com.example.*"):
+        assert fails(lambda name=name: a.release(name)) == "ESRCH"
+        assert fails(lambda name=name: a.acquire(name)) == "EINVAL"
 
 
 # -- activators --------------------------------------------------------------------------------

@@ -399,6 +399,14 @@ def test_a_synchronous_call_waits_for_its_reply(pair: tuple[Client, Client]) -> 
         a.free(offset)
 
 
+def test_byebye_ends_a_synchronous_call(pair: tuple[Client, Client]) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=True)
+    a.do(abi.CMD_BYEBYE, b"")
+    with refused("ECONNRESET"):
+        a.end(run)
+
+
 @pytest.mark.parametrize("sync", [False, True])
 def test_a_call_that_is_not_answered_in_time(pair: tuple[Client, Client], sync: bool) -> None:
     a, b = pair
