@@ -696,8 +696,7 @@ def test_a_connection_has_so_many_names(world: World) -> None:
         a.acquire(f"a.b{number}")
     with refused("E2BIG"):
         a.acquire("a.c")
-    with refused("EALREADY"):
-        a.acquire("a.b0")
+    a.acquire("a.b0")  # its own, again
     a.release("a.b0")
     a.acquire("a.c")
     b.acquire("a.b0")
