@@ -65,6 +65,7 @@ PIPE_LEAST = cython.declare(cython.size_t, 32768)  # what is shorter is copied a
 # What our client's socket holds once large bodies are sent to it, or as much as net.core.wmem_max
 # allows; the kernel doubles it. It wakes us less often to send on.
 SEND_BUFFER = cython.declare(cython.int, 524288)
+WIDE_LEAST = cython.declare(cython.size_t, 32 * 524288)  # of max_outgoing_bytes
 MAX_MESSAGE = cython.declare(cython.size_t, 128 << 20)  # D-Bus specification, "Message Protocol"
 # Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
 UNCOUNTED = cython.declare(cython.size_t, 131072)
@@ -330,9 +331,10 @@ class DBusSocket(Engine):
                 self.peers.drop(peer, "took back a body that it had announced")
 
     def _widen(self) -> cython.void:
-        """Our client gets large bodies."""
+        """Our client gets large bodies. Not where the limit of what may wait for it is small: no share
+        counts what its socket holds."""
         size: cython.int = SEND_BUFFER
-        if not self.widened:
+        if not self.widened and self.max_outgoing >= WIDE_LEAST:
             self.widened = True
             setsockopt(
                 self.client, SOL_SOCKET, SO_SNDBUF, cython.address(size), cython.sizeof(cython.int)
