@@ -18,9 +18,8 @@ from kbusd.broker.outside import Outside
 from kbusd.broker.refusal import Violation
 from kbusd.rings.entries import Probe
 
-ANSWER_SECONDS = (
-    2.5  # an honest worker answers within milliseconds, on a busy machine within a second
-)
+# An honest worker answers within milliseconds, on a busy machine within a second.
+ANSWER_SECONDS = 2.5
 ROUNDS = 2  # the first may have passed while the broker itself had no processor
 REST_SECONDS = 1.0  # for whoever has just answered
 

@@ -16,8 +16,6 @@ import msgspec
 from kbusd.ctl import workers
 from kbusd.sandbox import inforce, profiles
 
-_NAMESPACES = {"net": "net", "ipc": "ipc", "uts": "uts", "cgroup": "cgroup", "mount": "mnt"}
-
 
 class Finding(msgspec.Struct, frozen=True):
     """One confinement of one kind of process. `on`: None if nobody can tell."""

@@ -107,9 +107,8 @@ class Session:
         self._waiting: dict[Call, Wait[Entry]] = {}  # those in a synchronous SEND
         self.kept = 0
         """Descriptors in the queue."""
-        self._installing: dict[
-            int, tuple[int, ...]
-        ] = {}  # by slice: where numbers are to be written
+        # By slice: where numbers are to be written.
+        self._installing: dict[int, tuple[int, ...]] = {}
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
 
     @property

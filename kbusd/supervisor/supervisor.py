@@ -83,9 +83,8 @@ class Supervisor:
     `read` starts the process that reads the configuration, whose errors go to the descriptor that
     it is given; it returns the process's id and the memfd with the outcome."""
 
-    spares = (
-        4  # workers; a connect costs a hand-over while these last, forking one takes about 2 ms
-    )
+    spares = 4
+    """Workers that wait: a connect costs a hand-over while they last; forking one takes about 2 ms."""
 
     def __init__(
         self,
@@ -141,7 +140,8 @@ class Supervisor:
         while not self.spare:
             self._turn(0.5)
             if self.exit_status is not None or time.monotonic() > deadline:
-                raise StartError("no worker got ready; see the lines above")
+                why = f"a process of the bus ended, or {START_SECONDS:.0f} s were not enough"
+                raise StartError(f"no worker got ready: {why}; see the lines above")
 
     def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
         """Start another process of the bus; returns our end of its line, whose other is its 3."""
@@ -302,7 +302,6 @@ class Supervisor:
                 self.incomplete[worker.number] = credentials.uid
                 with client, suppress(OSError):
                     worker.line.send(entries.Client(credentials), [client.fileno()])
-                    os.sched_yield()  # on our core it would wait until we sleep
             else:
                 client(worker, credentials)
 

@@ -46,9 +46,8 @@ def main(
     os.write(locked, b"1")
     os.close(locked)
     serve(context, engine, hand_over, line)
-    os._exit(
-        0
-    )  # the kernel takes it all back at once, and copies no page to find out what there is
+    # The kernel takes it all back at once, and copies no page to find out what there is.
+    os._exit(0)
 
 
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
@@ -64,7 +63,7 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
             if device.bus:
                 kdbus_device.serve(context, engine, device, hand_over.sock, line)
             else:
-                line.close()  # nor here
+                line.close()  # it has nothing to say to the broker
                 kdbus_device.serve_control(device, hand_over.sock)
         case entries.Tree() as start, []:
             from kbusd.workers import tree
