@@ -31,7 +31,8 @@ class NamePolicy:
         Raises Refused if somebody else has one of them; Violation."""
         _check(entries)
         try:
-            self._database.replace(connection, map(as_entry, entries))
+            brought = [policy.Entry.of(each.name, each.wildcard, each.accesses) for each in entries]
+            self._database.replace(connection, brought)
         except Errno as error:
             raise Refused(FILE_EXISTS, error.text) from None
         self.entries.pop(id, None)
@@ -47,18 +48,8 @@ class NamePolicy:
         """Whether a client may own a name: anybody may, as long as nobody brings policy for it."""
         if credentials.uid in (0, self._owner) or not self._database.has(name):
             return True
-        return self._database.query(subject(credentials), name) >= abi.POLICY_OWN
-
-
-def as_entry(entry: PolicyEntry) -> policy.Entry:
-    """As kdbus has it."""
-    accesses = tuple(policy.Access(*each) for each in entry.accesses)
-    return policy.Entry(entry.name, entry.wildcard, accesses)
-
-
-def subject(credentials: Credentials) -> policy.Subject:
-    """Who asks."""
-    return policy.Subject(credentials.uid, credentials.gid, frozenset(credentials.groups))
+        who = policy.Subject.of(credentials.uid, credentials.gid, credentials.groups)
+        return self._database.query(who, name) >= abi.POLICY_OWN
 
 
 def _check(entries: tuple[PolicyEntry, ...]) -> None:

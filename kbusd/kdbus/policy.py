@@ -47,6 +47,11 @@ class Entry(msgspec.Struct, frozen=True):
     wildcard: bool
     accesses: tuple[Access, ...]
 
+    @classmethod
+    def of(cls, name: str, wildcard: bool, accesses: Iterable[tuple[int, int, int]]) -> Entry:
+        """From plain numbers, as processes tell each other."""
+        return cls(name, wildcard, tuple(Access(*each) for each in accesses))
+
 
 class Subject(msgspec.Struct, frozen=True):
     """Who asks: effective ids, and whether it may do as it likes (rule 2 above)."""
@@ -55,6 +60,11 @@ class Subject(msgspec.Struct, frozen=True):
     egid: int
     groups: frozenset[int] = frozenset()
     owner: bool = False
+
+    @classmethod
+    def of(cls, uid: int, gid: int, groups: Iterable[int]) -> Subject:
+        """One who is not privileged."""
+        return cls(uid, gid, frozenset(groups))
 
 
 def parse(items: Iterable[Item], most: int | None, wildcards: bool) -> tuple[Entry, ...]:

@@ -103,7 +103,8 @@ class DeviceRouter(Router):
             return None
         database = self._database()
         names = [name for name in asked.names if database.has(name)]
-        who = subject(asker.credentials)
+        asks = asker.credentials
+        who = policies.Subject.of(asks.uid, asks.gid, asks.groups)
         if not names or any(database.query(who, name) >= abi.POLICY_TALK for name in names):
             return None
         return f"policy does not let {asker.name} (uid {uid}) talk to the owner of {min(names)}"
@@ -113,7 +114,13 @@ class DeviceRouter(Router):
         if self._policies[0] != known:
             database = policies.Database()
             for id, brought in known.items():
-                database.replace(id, map(as_entry, brought))
+                database.replace(
+                    id,
+                    [
+                        policies.Entry.of(each.name, each.wildcard, each.accesses)
+                        for each in brought
+                    ],
+                )
             self._policies = known, database
         return self._policies[1]
 
@@ -847,18 +854,6 @@ def as_brought(policy: Iterable[policies.Entry]) -> tuple[entries.PolicyEntry, .
         )
         for each in policy
     )
-
-
-def as_entry(entry: entries.PolicyEntry) -> policies.Entry:
-    """The same as kdbus has it."""
-    accesses = tuple(policies.Access(*each) for each in entry.accesses)
-    return policies.Entry(entry.name, entry.wildcard, accesses)
-
-
-def subject(credentials: entries.Credentials) -> policies.Subject:
-    """Who asks policy."""
-    groups = frozenset(credentials.groups)
-    return policies.Subject(credentials.uid, credentials.gid, groups)
 
 
 def _known(connection: Connection) -> Known:

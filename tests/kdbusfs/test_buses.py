@@ -11,7 +11,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,14 +37,7 @@ def root(shared: KdbusBus) -> Iterator[Path]:
     """Where the tree is."""
     yield Path(shared.node).parents[1]
     shared.close_clients()
-    until(lambda: not made(Path(shared.node).parents[1]))
-
-
-def until(holds: object) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "not within 10 s"
-        time.sleep(0.01)
+    procs.eventually(lambda: not made(Path(shared.node).parents[1]), "its buses end")
 
 
 def made(root: Path) -> list[str]:
@@ -196,10 +188,10 @@ def test_a_bus_ends_with_the_file_that_made_it(root: Path, shared: KdbusBus) -> 
             client.send(client.id, b"x")
         assert caught.value.errno == errno.ESHUTDOWN
         client.close()
-    until(lambda: made(root) == [])
+    procs.eventually(lambda: made(root) == [], "the bus is gone")
     with pytest.raises(FileNotFoundError):
         os.open(root / f"{UID}-brief" / "bus", os.O_RDWR)
-    until(lambda: not any(map(procs.alive, ours)))
+    procs.eventually(lambda: not any(map(procs.alive, ours)), "so are its processes")
     with Maker(root).make(f"{UID}-brief"):  # the name is free again
         pass
 
@@ -217,7 +209,7 @@ def test_a_bus_ends_with_the_process_that_made_it(root: Path) -> None:
         assert process.stdout.readline() == b"made\n"
         assert made(root) == [f"{UID}-killed"]
         process.kill()
-    until(lambda: made(root) == [])
+    procs.eventually(lambda: made(root) == [], "the bus is gone")
 
 
 def test_a_dead_broker_ends_its_own_bus_only(root: Path, shared: KdbusBus) -> None:
@@ -231,7 +223,7 @@ def test_a_dead_broker_ends_its_own_bus_only(root: Path, shared: KdbusBus) -> No
             ]
             assert len(brokers) == 2
             os.kill(min(brokers), signal.SIGKILL)
-            until(lambda: made(root) == [f"{UID}-b"])
+            procs.eventually(lambda: made(root) == [f"{UID}-b"], "the bus is gone")
             b.send(b.id, b"still here")
             assert b.recv().payload == b"still here"
             with shared.kdbus() as client:
@@ -246,5 +238,6 @@ def test_many_buses_come_and_go(root: Path, shared: KdbusBus) -> None:
             for number in range(5):
                 stack.enter_context(Maker(root).make(f"{UID}-many{number}"))
             assert len(made(root)) == 5
-        until(lambda: made(root) == [])
-    until(lambda: len(os.listdir(f"/proc/{shared.pid}/fd")) <= before + 2)
+        procs.eventually(lambda: made(root) == [], "the bus is gone")
+    fds = f"/proc/{shared.pid}/fd"
+    procs.eventually(lambda: len(os.listdir(fds)) <= before + 2, "no descriptor is left")

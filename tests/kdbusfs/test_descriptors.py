@@ -44,12 +44,6 @@ def shared(request: pytest.FixtureRequest) -> Iterator[KdbusBus]:
 
 
 @pytest.fixture
-def bus(shared: KdbusBus) -> Iterator[KdbusBus]:
-    yield shared
-    shared.close_clients()
-
-
-@pytest.fixture
 def opened(bus: KdbusBus) -> Iterator[Callable[..., Connection]]:
     """Opens connections, which are closed at the end."""
     made: list[Connection] = []

@@ -59,12 +59,6 @@ def shared() -> Iterator[KdbusBus]:
     started.stop()
 
 
-@pytest.fixture
-def bus(shared: KdbusBus) -> Iterator[KdbusBus]:
-    yield shared
-    shared.close_clients()
-
-
 def refused(bus: Bus, *options: str, become: tuple[str, ...] = ()) -> str:
     """What a kbusd with these options says that does not start."""
     command = [*become, *daemon_command(), f"--config-file={bus.config}", "--nofork", *options]

@@ -39,12 +39,6 @@ def shared() -> Iterator[KdbusBus]:
     bus.stop()
 
 
-@pytest.fixture
-def bus(shared: KdbusBus) -> Iterator[KdbusBus]:
-    yield shared
-    shared.close_clients()
-
-
 def signal_filter() -> bytes:
     """A bloom filter that no mask stands against."""
     return items.build(abi.ITEM_BLOOM_FILTER, bytes(8 + 64))
