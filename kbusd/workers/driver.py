@@ -84,6 +84,11 @@ NO_REPLY_EXPECTED = 1
 MAX_UNFINISHED = 128  # calls of one client; each may hold a match rule or a name
 
 _MAX_U32 = 0xFFFFFFFF
+# What says only that it was done is left out if no reply is wanted, as dbus-daemon has it: of
+# ReloadConfig it is said all the same.
+_UNANSWERED = frozenset(
+    ("AddMatch", "BecomeMonitor", "Ping", "RemoveMatch", "UpdateActivationEnvironment")
+)
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 
 
@@ -244,7 +249,8 @@ class Driver:
         return self._return(call, *result)
 
     def _return(self, call: Call, signature: str = "", *values: Any) -> list[Action]:
-        if call.flags & NO_REPLY_EXPECTED:
+        """Values are sent to those who want no reply, too, as dbus-daemon does."""
+        if call.flags & NO_REPLY_EXPECTED and call.destination and call.member in _UNANSWERED:
             return []
         return [Return(call.serial, signature, _serialise(signature, values))]
 

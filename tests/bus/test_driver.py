@@ -242,6 +242,49 @@ def test_call_to_the_driver_that_wants_no_reply(bus: Bus) -> None:
     assert [m.member for m in client.drain()] == ["C"]
 
 
+UNANSWERED: list[tuple[str, str, str, tuple[Any, ...]]] = [
+    ("", "AddMatch", "s", ("type='signal'",)),
+    ("", "RemoveMatch", "s", ("type='signal'",)),
+    ("", "UpdateActivationEnvironment", "a{ss}", ({},)),
+    (".Peer", "Ping", "", ()),
+]
+ANSWERED: list[tuple[str, str, str, tuple[Any, ...]]] = [
+    ("", "GetId", "", ()),
+    ("", "RequestName", "su", ("test.Unwanted", 0)),
+    ("", "ReleaseName", "s", ("test.Unwanted",)),
+    ("", "NameHasOwner", "s", (DRIVER,)),
+    ("", "GetConnectionCredentials", "s", (DRIVER,)),
+    ("", "ReloadConfig", "", ()),
+    (".Peer", "GetMachineId", "", ()),
+    (".Introspectable", "Introspect", "", ()),
+    (".Properties", "Get", "ss", (DRIVER, "Features")),
+    (".Debug.Stats", "GetStats", "", ()),
+]
+
+
+@pytest.mark.parametrize(
+    ("interface", "member", "signature", "args", "answered"),
+    [(*call, False) for call in UNANSWERED] + [(*call, True) for call in ANSWERED],
+)
+def test_values_are_sent_to_those_who_want_no_reply(
+    bus: Bus, interface: str, member: str, signature: str, args: tuple[Any, ...], answered: bool
+) -> None:
+    """What has no value to tell is left unanswered; ReloadConfig is not."""
+    client = bus.connect()
+    client.add_match("type='signal'")
+    flags = w.NO_REPLY_EXPECTED
+    where = DRIVER, DRIVER_PATH, DRIVER + interface
+    unwanted = client.send_call(*where, member, signature, args, flags=flags)
+    wanted = client.send_call(DRIVER, DRIVER_PATH, DRIVER, "GetId")
+    serials = []
+    while not serials or serials[-1] != wanted:
+        message = client.read()
+        if message.type != w.SIGNAL:
+            assert message.type == w.RETURN
+            serials.append(message.reply_serial)
+    assert serials == ([unwanted, wanted] if answered else [wanted])
+
+
 def test_reply_of_the_driver_wants_no_reply(bus: Bus) -> None:
     client = bus.connect()
     serial = client.send_call(DRIVER, DRIVER_PATH, DRIVER, "GetId")
