@@ -138,7 +138,7 @@ def test_who_wants_no_reply_gets_values_and_errors_and_no_acknowledgement() -> N
     client = join(make())
     (names,) = client.call("ListNames", flags=NO_REPLY)
     assert names.kind == "method_return"
-    assert client.call("AddMatch", "s", ("type='signal'",), flags=NO_REPLY) == []
+    assert client.call("AddMatch", "s", ("type='error'",), flags=NO_REPLY) == []
     (unknown,) = client.call("Foo", flags=NO_REPLY)
     assert unknown.kind == "error"
     (bogus,) = client.call("AddMatch", "s", ("bogus",), flags=NO_REPLY)
