@@ -419,6 +419,8 @@ class Bus:
 
     def _add_match(self, connection: Connection, rule: str) -> None:
         limit = self._limits["max_match_rules_per_connection"]
+        if parse(rule).eavesdrop:
+            self._privileged(connection, "AddMatch")
         self.matches.add(connection, rule, limit)
         self._outside.append(MatchAdded(connection.id, rule))
         self._peak("matches", self.matches.count)

@@ -364,6 +364,13 @@ class DBusSocket(Engine):
             raise Gone(f"does not read what it monitors: {self._what_waits()}")
         self._emit(template, head, body, fds, None)
 
+    def overhear(self, template, head, body, fds) -> cython.void:
+        """A copy for our client who eavesdrops: what waits of them, it asked for. Raises HostilePeer."""
+        before: cython.size_t = self.output.pending
+        self._emit(template, head, body, fds, None)
+        if self._crowded():
+            self._count_own(self.output.pending - before + head.fds * self.fd_cost)
+
     def _emit(
         self,
         template: Template,

@@ -289,8 +289,8 @@ class Driver:
             method = interface.methods.get(call.member)
             if method is None:
                 continue
-            if method.privileged and self.credentials.uid not in (0, self.bus.owner):
-                raise Refusal(errors.ACCESS_DENIED, self._not_privileged(call.member))
+            if method.privileged:
+                self._check_privilege(call.member)
             if not (canonical or method.anywhere):
                 raise Refusal(
                     errors.ACCESS_DENIED,
@@ -309,12 +309,18 @@ class Driver:
             f"{BUS_NAME} does not understand message {call.member}",
         )
 
-    def _not_privileged(self, member: str) -> str:
+    def _check_privilege(self, member: str) -> None:
+        """Raises Refusal unless the client is root's or the bus's owner's."""
         uid, pid, label = self.credentials.uid, self.credentials.pid, self.credentials.label
+        if uid in (0, self.bus.owner):
+            return
         who = f"uid={uid} pid={pid}"
         if label:
             who += f' label="{_text(label)}"'
-        return f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}"
+        raise Refusal(
+            errors.ACCESS_DENIED,
+            f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}",
+        )
 
     def _carry_out(self, call: Call) -> Ask | tuple[Any, ...]:
         """Answer from the replica, or ask the broker. Raises Refusal."""
@@ -349,7 +355,8 @@ class Driver:
                 listed = (name for name in self.replica.activatable if name != BUS_NAME)
                 return "as", [BUS_NAME, *listed]
             case "AddMatch", [str(rule)]:
-                _check_rule(rule)
+                if _check_rule(rule).eavesdrop:
+                    self._check_privilege(call.member)
                 return self._ask(call, AddMatch(0, rule))
             case "RemoveMatch", [str(rule)]:
                 _check_rule(rule)
@@ -660,9 +667,9 @@ def _check_release(name: str) -> None:
         )
 
 
-def _check_rule(text: str) -> None:
+def _check_rule(text: str) -> match.MatchRule:
     try:
-        match.parse(text)
+        return match.parse(text)
     except match.MatchError as error:
         raise Refusal(error.error, str(error)) from None
 
