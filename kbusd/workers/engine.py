@@ -401,7 +401,7 @@ class Engine:
         head.serial = header.serial
         head.reply_serial = header.reply_serial
         head.body_length = header.body_length
-        if route.eavesdroppers is not None:
+        if route.eavesdroppers is not None and not route.to_bus:
             self._let_overhear(
                 route.eavesdroppers, cython.address(head), route.envelope, body, fds
             )
@@ -453,9 +453,13 @@ class Engine:
             if self.peers.me in route.subscribers:
                 self._to_myself(route.envelope, cython.address(head), body, fds)
         elif route.to_bus:
-            self._call_bus(
+            done = self._call_bus(
                 route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
             )
+            if route.eavesdroppers is not None and done:
+                self._let_overhear(
+                    route.eavesdroppers, cython.address(head), route.envelope, body, fds
+                )
         elif route.to_self:
             if header.type == CALL and not header.flags & WANTS_NO_REPLY:
                 self.calls.open(header.serial, self.id)
@@ -509,24 +513,25 @@ class Engine:
     # -- the bus itself ------------------------------------------------------------------------
 
     def _call_bus(self, route: Route, type, serial, flags, body):
+        """False if it has failed already."""
         facts = route.facts
         if type != CALL:
-            return  # the bus expects no signals and no replies
-        self._act_and_note(
-            self.driver.call(
-                drivers.Call(
-                    serial,
-                    flags,
-                    facts.path,
-                    facts.interface,
-                    facts.member,
-                    facts.signature,
-                    body,
-                    facts.big_endian,
-                    facts.destination,
-                )
+            return True  # the bus expects no signals and no replies
+        actions = self.driver.call(
+            drivers.Call(
+                serial,
+                flags,
+                facts.path,
+                facts.interface,
+                facts.member,
+                facts.signature,
+                body,
+                facts.big_endian,
+                facts.destination,
             )
         )
+        self._act_and_note(actions)
+        return not (actions and isinstance(actions[0], drivers.Error))
 
     def _act_and_note(self, actions):
         self.act(actions)
@@ -541,7 +546,6 @@ class Engine:
         )
 
     def _answer_driver(self, token, answer, fds):
-        head: FrameHead
         snapshot = memfd.read(fds[0]) if fds else b""
         try:
             actions = self.driver.answer(token, answer, snapshot)
@@ -550,12 +554,22 @@ class Engine:
         if snapshot and not self.loaded:
             self._loaded()
             self._inbound()  # the snapshot may be older than a monitor
-            if self.replica.monitors and self.hello is not None:
-                facts, raw = self.hello
-                source: cython.p_char = raw
-                memcpy(cython.address(head), source, cython.sizeof(FrameHead))
-                self.monitors.copy(facts, cython.address(head), b"", (), self.id)
+            if (self.monitored or self.overheard) and self.hello is not None:
+                self._tell_of_hello(*self.hello)
         self._act_and_note(actions)
+
+    def _tell_of_hello(self, facts, raw):
+        """Before it was answered we did not know who watches."""
+        head: FrameHead
+        source: cython.p_char = raw
+        memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+        if self.monitored:
+            self.monitors.copy(facts, cython.address(head), b"", (), self.id)
+        decision = self.router.decide(facts, 0, 0, tuple)
+        if decision.eavesdroppers:
+            watching = tuple([self.peers.peer(id) for id in decision.eavesdroppers])
+            envelope = envelopes.encode(facts)
+            self._let_overhear(watching, cython.address(head), envelope, cython.NULL, ())
 
     def _look_who_watches(self):
         """Monitors and eavesdroppers have to be looked at only if there are some."""

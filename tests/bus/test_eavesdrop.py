@@ -67,6 +67,11 @@ def test_sees_calls_to_the_bus_but_not_what_it_says_to_one(bus: Bus, nosy: RawCl
     seen = nosy.drain(client)
     assert {m.member for m in seen} == {"GetId", "RequestName", "NameOwnerChanged"}
     assert len(seen) == 3
+    with pytest.raises(BusError):
+        client.driver("NoSuchMethod")
+    assert nosy.drain(client) == []
+    newcomer = bus.connect()
+    assert nosy.wait_call("Hello").sender == newcomer.name
 
 
 def test_gets_what_is_its_own_once(bus: Bus, nosy: RawClient) -> None:
