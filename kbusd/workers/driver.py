@@ -16,7 +16,7 @@ the caller's business, owning names is the broker's.
 Order. While `busy`, an earlier call of the client has not taken effect yet: the caller must hold
 back what the client sends to others. Calls to the driver may go on coming in until `full`: those
 that read wait here until they can see what came before. StartServiceByName is never waited for,
-as it may take as long as a service likes.
+as it may take as long as a service likes, nor is what another worker has to be asked.
 
 Reference: D-Bus specification, "Message Bus Messages"; texts, and what the specification leaves
 open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py compares them).
@@ -41,6 +41,7 @@ from kbusd.rings.entries import (
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
+    CountConnection,
     Credentials,
     Failure,
     Hello,
@@ -426,7 +427,8 @@ class Driver:
             case "GetStats", []:
                 return self._ask(call, Statistics(0))
             case "GetConnectionStats", [str(name)]:
-                return "a{sv}", self._connection_statistics(name)
+                request = CountConnection(0, self._counted(name))
+                return self._ask(call, request, held=False)
             case "GetAllMatchRules", []:
                 return "a{sas}", statistics.match_rules(self.replica)
             case "GetMachineId", []:
@@ -506,7 +508,8 @@ class Driver:
                 errors.UNKNOWN_PROPERTY, f'Property "{interface}.{member}" not found'
             ) from None
 
-    def _connection_statistics(self, name: str) -> dict[str, tuple[str, Any]]:
+    def _counted(self, name: str) -> int:
+        """Whose statistics are wanted. Raises Refusal."""
         if name == BUS_NAME:
             raise Refusal(
                 errors.INVALID_ARGS,
@@ -514,7 +517,7 @@ class Driver:
             )
         connection = self._connection(name, "statistics")
         assert connection is not None
-        return statistics.of_connection(connection)
+        return connection.id
 
     # -- the broker's answers ----------------------------------------------------------------
 
@@ -558,6 +561,13 @@ class Driver:
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
                 return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))
+            case CountConnection(id=id):
+                reported = msgspec.convert(value, dict[str, int])
+                connection = self.replica.connections.get(id)
+                if connection is None:  # it has gone meanwhile
+                    refusal = _nobody("statistics", unique_name(id))
+                    return self._error(call, refusal.name, refusal.text)
+                return self._return(call, "a{sv}", statistics.of_connection(connection, reported))
             case _:
                 return self._return(call)
 

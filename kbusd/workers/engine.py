@@ -660,6 +660,8 @@ class Engine:
             self.peers.withdrawn(message.peer)
         elif kind is entries.Probe:
             self.asking.line.send(entries.Running(0))
+        elif kind is entries.Count:
+            self.asking.line.send(entries.Counted(0, *self.count()))
 
     # -- from the bus --------------------------------------------------------------------------
 
@@ -1029,6 +1031,10 @@ class Engine:
 
     def error(self, reply_serial: int, name: str, text: str) -> None:
         """Our client's message `reply_serial` has failed."""
+        raise NotImplementedError
+
+    def count(self) -> tuple:
+        """What waits from the client and for it (entries.Queued)."""
         raise NotImplementedError
 
     def tidy_client(self) -> cython.bint:

@@ -234,6 +234,17 @@ def test_statistics_count_what_is_there() -> None:
     assert reply.body[0]["UniqueName"] == ("s", ":1.1")
     assert reply.body[0]["MatchRules"] == ("u", 1)
     assert reply.body[0]["BusNames"] == ("u", 2)
+    assert reply.body[0]["PeakIncomingBytes"] == ("u", 1)  # the word of worker 1 (model.py)
+
+
+def test_statistics_of_one_who_has_gone_before_they_were_counted() -> None:
+    model = make()
+    a, b = join(model), join(model)
+    serial = b.send("GetConnectionStats", "s", (":1.1",), interface=STATS)
+    model.broker.gone(a.worker)
+    model.run()
+    (reply,) = (seen for seen in b.taken() if seen.reply_serial == serial)
+    assert (reply.kind, reply.member) == ("error", "org.freedesktop.DBus.Error.NameHasNoOwner")
 
 
 # -- the log -------------------------------------------------------------------------------------
