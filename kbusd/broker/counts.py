@@ -35,7 +35,9 @@ class Counts:
         self._outside = outside
         self._open: dict[int, Question] = {}  # by worker
 
-    def ask(self, asker: Connection, request: int, asked: Connection, known: dict[str, int]) -> None:
+    def ask(
+        self, asker: Connection, request: int, asked: Connection, known: dict[str, int]
+    ) -> None:
         """Have `request` answered with `known` and what the worker of `asked` counts. Raises Refused."""
         if asker.waiting >= MAX_WAITING:
             raise Refused(LIMITS_EXCEEDED, f"{asker} waits for too much at once")
@@ -50,16 +52,19 @@ class Counts:
         """It has answered; perhaps too late, then nobody asks any more."""
         question = self._open.pop(connection.worker, None)
         if question is not None:
-            numbers = {**_named("Incoming", message.incoming), **_named("Outgoing", message.outgoing)}
+            numbers = {
+                **_named("Incoming", message.incoming),
+                **_named("Outgoing", message.outgoing),
+            }
             self._answer(question, numbers)
 
     def gone(self, connection: Connection) -> None:
         """It asks no more, and answers no more."""
         for question in self._open.values():
             question.askers = [each for each in question.askers if each[0] is not connection]
-        question = self._open.pop(connection.worker, None)
-        if question is not None:
-            self._answer(question, {})
+        unanswered = self._open.pop(connection.worker, None)
+        if unanswered is not None:
+            self._answer(unanswered, {})
 
     def deadline(self) -> float | None:
         """When `tick` has something to do."""

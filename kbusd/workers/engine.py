@@ -173,6 +173,8 @@ class Engine:
             self.asking.line.flush()
         except (Gone, OSError):
             pass
+        # Our client's names are free from here on; that this process ends takes a while longer.
+        self.asking.line.close()
 
     def _loop(self) -> cython.void:
         events: epoll_event[8]
@@ -402,9 +404,7 @@ class Engine:
         head.reply_serial = header.reply_serial
         head.body_length = header.body_length
         if route.eavesdroppers is not None and not route.to_bus:
-            self._let_overhear(
-                route.eavesdroppers, cython.address(head), route.envelope, body, fds
-            )
+            self._let_overhear(route.eavesdroppers, cython.address(head), route.envelope, body, fds)
         if self.monitored:
             head.stamp = self.clock.next()
             content: bytes = _bytes(body, header.body_length)

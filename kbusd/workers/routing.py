@@ -119,7 +119,11 @@ class Router:
         return Decision(tuple(targets), broadcast=True, depends=depends, refusals=tuple(refusals))
 
     def _overheard(
-        self, decision: Decision, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
+        self,
+        decision: Decision,
+        envelope: Envelope,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
     ) -> Decision:
         """With those who see a message besides the one whom it goes to. What policy keeps from them is
         not logged: nobody sent it to them."""
@@ -137,9 +141,7 @@ class Router:
             id
             for id in ids
             if id not in decision.targets
-            and self._may_overhear(
-                replica.connections[id], self.policy, envelope, replica.me, fds
-            )
+            and self._may_overhear(replica.connections[id], self.policy, envelope, replica.me, fds)
         )
         return decision._replace(eavesdroppers=ids, depends=decision.depends or depends)
 
@@ -173,7 +175,11 @@ class Router:
         depends on its arguments."""
         replica = self.replica
         me = replica.connections.get(replica.me)
-        if me is None or envelope.destination is None or replica.owner(envelope.destination) == me.id:
+        if (
+            me is None
+            or envelope.destination is None
+            or replica.owner(envelope.destination) == me.id
+        ):
             return False, False
         ids, depends = replica.overhearing(
             envelope.type,

@@ -147,9 +147,7 @@ def test_descriptors_go_to_whoever_takes_them(bus: Bus, nosy: RawClient) -> None
 
 def test_sees_what_is_sent_to_a_service_once_it_runs(start_bus: Callable[..., Bus]) -> None:
     bus = start_bus()
-    (bus.services / "late.service").write_text(
-        "[D-BUS Service]\nName=test.Late\nExec=/bin/false\n"
-    )
+    (bus.services / "late.service").write_text("[D-BUS Service]\nName=test.Late\nExec=/bin/false\n")
     client, nosy, service = bus.connect(), bus.connect(), bus.connect()
     service.driver("ReloadConfig")
     nosy.add_match("eavesdrop='true',interface='test.I'")
