@@ -250,7 +250,8 @@ class Supervisor:
             case entries.Kill(number, reason), []:
                 if (worker := self.workers.get(number)) is not None:
                     self.journal.warn(f"ending {worker}: {reason}")
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # the zygote has reaped it already
+                        signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
             case entries.ReloadWanted(), []:
