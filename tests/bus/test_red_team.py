@@ -287,3 +287,58 @@ def test_memory_that_can_be_cut_off_is_not_taken(red_bus: RedBus, victims: Victi
     red = red_bus.attack("unsealed_ring", victims.id(victims.callee))
     assert red.heard() is True
     red.close()
+
+
+FRAMES = range(12)  # kinds: what there is in kbusd/rings/frame.pxd, and more
+COPIES = (1, 5)
+
+
+def test_it_speaks_in_nobody_else_s_name(red_bus: RedBus, victims: Victims) -> None:
+    monitor = victims.monitor
+    monitor.driver("BecomeMonitor", "asu", ([], 0), interface="org.freedesktop.DBus.Monitoring")
+    liars = set()
+    # Those for the monitor first: its worker's journal has no room for more lines a second.
+    for client, kinds in ((monitor, COPIES), (victims.callee, FRAMES)):
+        victim = victims.id(client)
+        for kind in kinds:
+            for claimed in (None, 0, -1, victims.id(victims.caller)):
+                red = red_bus.attack("forge_one", victim, kind, claimed)
+                liars.add(f":1.{red.heard()}")
+                assert red.heard() == "written"
+                red.close()
+    red = red_bus.attack("answer_oneself", victims.id(monitor))
+    liars.add(f":1.{red.heard()}")
+    assert red.heard() == "written"
+    told = victims.callee.drain(victims.caller)
+    assert {m.sender for m in told} <= liars
+    assert {m.member for m in told} == {"Signal"}, "it can send what its client could, no reply"
+    victims.caller.signal("/", "a.b", "End")
+    seen = []
+    while (message := monitor.read()).member != "End":
+        seen.append(message)
+    red.close()
+    forged = [m for m in seen if m.args == ["evil.own"]]
+    assert {m.sender in liars for m in forged} == {True, False}
+    # Of the bus it can tell a monitor nothing but answers to its own client: a known gap.
+    assert {m.destination for m in forged if m.sender not in liars} <= liars
+    red_bus.logs("a frame of kind")
+    red_bus.logs(f"a copy of a message of {victims.caller.name}")
+    red_bus.logs("a copy of what the bus is to have said to None")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_in_its_rings_costs_it_its_peer(red_bus: RedBus, victims: Victims, seed: int) -> None:
+    red = red_bus.attack("scribble", victims.id(victims.callee), seed)
+    me = red.heard()
+    assert red.all() == [True, "done"]
+    red.close()
+    red_bus.logs(f"{victims.callee.name}: dropped :1.{me}: ")
+
+
+def test_bells_that_ring_all_day_hold_nobody_up(red_bus: RedBus, victims: Victims) -> None:
+    red = red_bus.attack("ring_all_day", victims.id(victims.callee), 1.0)
+    assert red.heard() == "now"
+    for _ in range(20):
+        victims.go_on()
+    assert red.heard() == "rang"
+    red.close()

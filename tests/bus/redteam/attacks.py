@@ -24,6 +24,8 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from kbusd.cuse import replies
+from kbusd.kdbus.parcel import Parcel
 from kbusd.rings import entries, envelope
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
@@ -429,46 +431,51 @@ def lie_to_broker(taken: Taken, seed: int, each: int, start: int, hello: bool) -
 # -- other workers -----------------------------------------------------------------------------
 
 SIGNAL, CALL, RETURN, ERROR = 4, 1, 2, 3
-_LONGEST = 30_000
+COPY, PARCEL = 5, 9
+_EVIL = struct.pack("<I", 8) + b"evil.own\0"
 
 
-def forge(taken: Taken, victim: int, bus: str) -> None:
-    """Write frames of every kind to somebody's worker that claim to be others' or the bus's; a new
-    introduction is made for each that makes it drop us, by a new worker: tells after each how it went."""
-    taken.say(taken.hello())
+def forge_one(taken: Taken, victim: int, kind: int, sender: int | None) -> None:
+    """Frames of this kind that say to be from `sender`, None is ourselves: signals, and replies that
+    somebody may wait for."""
+    me = taken.hello()
+    taken.say(me)
     peer = taken.introduce(victim)
-    if isinstance(peer, str):
-        taken.say(peer)
-        return
-    named = Envelope(
-        SIGNAL, False, f":1.{victim}", "/org/freedesktop/DBus", bus, "NameAcquired", None, "s"
-    )
-    body = struct.pack("<I", 8) + b"evil.own\0"
-    for kind in range(12):
-        for claimed in (0, 1, (1 << 64) - 1, victim):
-            peer.write(kind, named, body, serial=7, aux=claimed)
-    taken.say("written")
-    taken.hold()
-
-
-def forge_one(taken: Taken, victim: int, kind: int, sender: int) -> None:
-    """One frame of this kind that says to be from `sender`: a reply of the bus, and a signal."""
-    taken.say(taken.hello())
-    peer = taken.introduce(victim)
-    if isinstance(peer, str):
-        taken.say(peer)
-        return
-    body = struct.pack("<I", 8) + b"evil.own\0"
-    aux = sender & _FAILED
+    assert isinstance(peer, Peer), peer
+    aux = (me if sender is None else sender) & _FAILED
     for facts in (
         Envelope(SIGNAL, False, None, "/x", "evil.Forged", "Signal", None, "s"),
         Envelope(SIGNAL, False, f":1.{victim}", "/x", "evil.Forged", "Signal", None, "s"),
     ):
-        peer.write(kind, facts, body, serial=7, aux=aux)
+        peer.write(kind, facts, _EVIL, serial=7, aux=aux)
     answer = Envelope(RETURN, False, f":1.{victim}", None, None, None, None, "s")
     for serial in range(1, 6):
-        peer.write(kind, answer, body, serial=8, reply_serial=serial, aux=aux)
+        peer.write(kind, answer, _EVIL, serial=8, reply_serial=serial, aux=aux)
     taken.say("written")
+    taken.hold()
+
+
+def answer_oneself(taken: Taken, monitor: int) -> None:
+    """Show a monitor an answer of the bus to our own client."""
+    me = taken.hello()
+    taken.say(me)
+    peer = taken.introduce(monitor)
+    assert isinstance(peer, Peer), peer
+    answer = Envelope(RETURN, False, f":1.{me}", None, None, None, None, "s")
+    peer.write(COPY, answer, _EVIL, serial=8, reply_serial=1, aux=_FAILED)
+    taken.say("written")
+    taken.hold()
+
+
+def forge_parcel(taken: Taken, victim: int, name: str, origin: list[Any] | None) -> None:
+    """A kdbus message to the owner of a name, which somebody else is to have sent."""
+    me = taken.hello()
+    peer = taken.introduce(victim)
+    assert isinstance(peer, Peer), peer
+    raw = b"" if origin is None else msgspec.msgpack.encode(origin)
+    sent = Parcel(0, 0, victim, 0x1234, me, 0, ((0, 4, 0),), dst_name=name, origin=raw)
+    peer.write(PARCEL, msgspec.msgpack.encode(sent), b"evil", serial=7)
+    taken.say(me)
     taken.hold()
 
 
@@ -485,35 +492,28 @@ def spoil_peer(taken: Taken, victim: int) -> None:
         taken.say(errno.errorcode[error.errno or 0])
 
 
-def scribble(taken: Taken, victim: int, seed: int, what: str) -> None:
-    """Fill our own shared memory with noise while the peer reads it."""
-    taken.hello()
+def scribble(taken: Taken, victim: int, seed: int) -> None:
+    """Write noise into our own rings while the peer reads them: heads, envelopes, positions."""
+    taken.say(taken.hello())
     peer = taken.introduce(victim)
     assert isinstance(peer, Peer), peer
-    fd = {
-        "ring": peer.ring.fileno(),
-        "broadcast": peer.broadcast.fileno(),
-        "status": peer.status.fd,
-    }
     chance = random.Random(seed)
-    memory = _writable(os.fstat(fd[what]).st_size, fd[what], peer)
-    facts = Envelope(SIGNAL, False, f":1.{victim}", "/x", "evil.Forged", "Signal", None, "")
-    taken.say("now")
-    for _ in range(200):
-        if memory is not None:
-            for _ in range(64):
-                at = chance.randrange(0, 4096, 8)
-                memory[at : at + 8] = chance.randbytes(8)
-        with suppress(Exception):
-            peer.write(1, facts, chance.randbytes(64), serial=7)
-        peer.wake()
-    taken.say(peer.dropped() if what == "ring" else True)
-
-
-def _writable(size: int, fd: int, peer: Peer) -> Any:
-    """Our own mapping, which was there before the seal: found by the address that the maker keeps."""
-    del size, fd, peer
-    return None
+    for _ in range(50):
+        peer.write(
+            chance.randrange(256),
+            chance.randbytes(chance.choice((0, 1, 40, 300))),
+            chance.randbytes(chance.choice((0, 8, 4000))),
+            flags=chance.randrange(256),
+            fds=chance.choice((0, 0, 1, 65535)),
+            serial=chance.choice((0, 7, (1 << 32) - 1)),
+            reply_serial=chance.choice((0, 1, 2, (1 << 32) - 1)),
+            aux=chance.choice((0, 1, _FAILED, 1 << 63, 1 << 62)),
+        )
+    for slot in peer.slots:
+        peer.status.publish(slot, chance.choice(_NUMBERS) & _FAILED)
+        peer.status.publish_bulk(slot, chance.choice(_NUMBERS) & _FAILED)
+    peer.wake()
+    taken.say(peer.dropped())
 
 
 def unsealed_ring(taken: Taken, victim: int) -> None:
@@ -573,3 +573,47 @@ def become_monitor(taken: Taken) -> None:
 def hello_as(taken: Taken, flags: int) -> None:
     """Say Hello as a kdbus client of a kind that is for the privileged, or of none."""
     taken.say(taken.hello(kdbus=flags, name="a.b" if flags == 2 else ""))
+
+
+# -- the supervisor ----------------------------------------------------------------------------
+
+
+def lie_of_device(line: Line, unique: int, order: list[int]) -> NoReturn:
+    """One lie of the worker of an open file, in the name of the request that it holds or of none; then
+    answers how many there are, if it still can."""
+    _lie(line, unique, order, entries.FromDeviceWorker, lambda count: replies.ioctl(unique, count))
+
+
+def lie_of_tree(line: Line, unique: int, order: list[int]) -> NoReturn:
+    """The same of the tree, which answers that there is no such name."""
+    _lie(line, unique, order, entries.FromTree, lambda _: replies.failure(unique, errno.ENOENT))
+
+
+def _lie(line: Line, unique: int, order: list[int], union: Any, answer: Any) -> NoReturn:
+    seed, each, number = order
+    try:
+        all_lies = lies(union, seed, each)
+        lie = all_lies[number % len(all_lies)]
+        chance = random.Random(number)
+        fds = [chance.choice((0, 1, line.fileno())) for _ in range(chance.choice((0, 0, 1, 4)))]
+        if isinstance(lie, bytes):
+            line.sock.send(lie, socket.MSG_NOSIGNAL)
+        else:
+            if hasattr(lie, "unique") and chance.random() < 0.7:
+                lie = msgspec.structs.replace(lie, unique=unique)
+            if isinstance(lie, entries.Answered) and chance.random() < 0.7:
+                made = struct.pack("=IiQ", *_head(chance, unique)) + chance.randbytes(24)
+                lie = entries.Answered(made)
+            if isinstance(lie, entries.Pool):
+                fds = [chance.choice((0, line.fileno(), os.memfd_create("pool")))]
+            _say_if_it_fits(line, lie, fds)
+        line.send(entries.Answered(answer(len(all_lies))))
+    finally:
+        os._exit(0)
+
+
+def _head(chance: random.Random, unique: int) -> tuple[int, int, int]:
+    """Of an answer: its length, an errno, which request."""
+    length = chance.choice((40, 40, 40, 16, 0, 1 << 20))
+    number = chance.choice((0, -2, 1, -512, -(1 << 31)))
+    return length, number, chance.choice((unique, unique, unique + 2, 0))
