@@ -4,20 +4,25 @@ nobody else. The attacks are in redteam/attacks.py; what a worker has in its han
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
+from kbusd.rings import entries
+from tests.kdbusfs.kclient import Buffer, ioctl
+from tests.kdbusfs.test_clients import KdbusBus, fails
+
 from .conftest import _running
 from .daemon import OPEN_POLICY, Bus
 from .procs import eventually
 from .rawclient import Disconnected, RawClient, RawSocket
-from .redteam import zygote
+from .redteam import attacks, zygote
 
 pytestmark = pytest.mark.kbusd_only
 NOBODY = 65534
@@ -83,7 +88,7 @@ class RedBus(Bus):
         return Red(self, name, *arguments)
 
     def logs(self, text: str) -> None:
-        eventually(lambda: text in self.log(), f"the log says {text!r}; it says:\n{self.log()}")
+        eventually(lambda: text in self.log(), f"the log says {text!r}")
 
 
 @pytest.fixture(scope="module")
@@ -342,3 +347,123 @@ def test_bells_that_ring_all_day_hold_nobody_up(red_bus: RedBus, victims: Victim
         victims.go_on()
     assert red.heard() == "rang"
     red.close()
+
+
+# -- kdbus: the supervisor, and the workers of files -----------------------------------------------
+
+MOUNTED = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
+SEED, EACH = 20261126, 12
+
+
+class RedFiles(KdbusBus, RedBus):
+    """The same with files of kdbus."""
+
+    def lie(self, number: int) -> str | int:
+        """Have the worker of a file lie to the supervisor; what its client gets of it."""
+        fd = os.open(self.node, os.O_RDWR)
+        try:
+            order = Buffer(json.dumps([SEED, EACH, number]).encode().ljust(4096, b"\0"))
+            return ioctl(fd, zygote.IOCTL, order.address)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        finally:
+            os.close(fd)
+
+    def lie_of_tree(self, number: int) -> str:
+        """The same of the tree."""
+        return fails(lambda: os.stat(f"{self.mount}/red-{SEED}-{EACH}-{number}"))
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+@pytest.fixture(scope="module")
+def red_files() -> Iterator[RedFiles]:
+    env = {**os.environ, "PYTHONPATH": str(zygote.PLACE)}
+    policy = OPEN_POLICY.replace("</policy>", '<allow user="*"/></policy>')
+    bus = RedFiles("kdbusfs", daemon=zygote.COMMAND, env=env, policy=policy)
+    _running.append(bus)
+    yield bus
+    bus.stop()
+
+
+@pytest.fixture
+def talkers(red_files: RedFiles) -> Iterator[Callable[[], None]]:
+    """Two kdbus clients that go on, and a D-Bus client; to be called for a round of theirs."""
+    a, b, victims = red_files.kdbus(), red_files.kdbus(), Victims(red_files)
+
+    def go_on() -> None:
+        a.send(b.id, b"payload", cookie=7)
+        got = b.recv()
+        assert (got.src, got.payload) == (a.id, b"payload")
+        assert not a.readable() and not b.readable()
+        victims.go_on()
+
+    go_on()
+    try:
+        yield go_on
+        go_on()
+        assert "Traceback" not in red_files.log()
+    finally:
+        victims.close()
+        red_files.close_clients()
+
+
+@MOUNTED
+def test_the_supervisor_survives_every_lie_of_a_file_s_worker(
+    red_files: RedFiles, talkers: Callable[[], None]
+) -> None:
+    said = [red_files.lie(0)]
+    before = red_files.descriptors()
+    count = len(attacks.lies(entries.FromDeviceWorker, SEED, EACH))
+    for number in range(1, count):
+        said.append(red_files.lie(number))
+        if number % 20 == 0:
+            talkers()
+    assert set(said) <= {count, "ECONNRESET", "ENOENT", "EPERM", "EIO", "ENOTCONN"}, said
+    assert "ECONNRESET" in said
+    red_files.logs("meddled with request")
+    red_files.logs("a record does not decode")
+    eventually(lambda: red_files.descriptors() <= before, "it keeps no descriptor of the liars'")
+
+
+@MOUNTED
+def test_the_supervisor_survives_every_lie_of_the_tree(
+    red_files: RedFiles, talkers: Callable[[], None]
+) -> None:
+    count = len(attacks.lies(entries.FromTree, SEED, EACH))
+    for number in range(count):
+        assert red_files.lie_of_tree(number) in ("ENOENT", "EIO", "ECONNRESET", "EPERM"), number
+    assert os.stat(red_files.node).st_uid == os.geteuid()
+    assert os.listdir(red_files.mount)
+
+
+@MOUNTED
+def test_a_parcel_is_nobody_else_s(red_files: RedFiles, talkers: Callable[[], None]) -> None:
+    victim, other = red_files.kdbus(), red_files.kdbus()
+    victim.acquire("evil.Name")
+    known = [other.id, 0, [], [0] * 8, [0] * 3, [], None, 0, True]
+    for origin in (None, known, [(1 << 64) - 1, *known[1:]], ["x"]):
+        with somebody_else():
+            red = red_files.attack("forge_parcel", victim.id, "evil.Name", origin)
+        me = red.heard()
+        if origin is None:
+            got = victim.recv()
+            assert (got.src, got.payload) == (me, b"evil")
+        else:
+            red_files.logs(f"dropped :1.{me}: passes on a message that was sent to 'evil.Name'")
+        red.close()
+    assert not victim.readable()
+    # Root's worker would be believed; but what no message can have, is refused all the same.
+    for origin in (
+        [(1 << 64) - 1, *known[1:]],
+        [-1, *known[1:]],
+        ["x"],
+        [other.id, -5, *known[2:]],
+    ):
+        red = red_files.attack("forge_parcel", victim.id, "evil.Name", origin)
+        red.heard()
+        red.close()
+    other.send(victim.id, b"still there")
+    while (got := victim.recv()).src != other.id or got.payload != b"still there":
+        pass
