@@ -542,25 +542,22 @@ def ring_all_day(taken: Taken, victim: int, seconds: float) -> None:
     taken.say("rang")
 
 
-def hoard_descriptors_in_flight(taken: Taken, most: int) -> None:
+def hoard_descriptors_in_flight(taken: Taken) -> None:
     """Put descriptors on the way that nobody takes: the kernel counts them by user, ours and others'."""
     taken.hello()
     given = array.array("i", [0] * 253)
     count = 0
     try:
-        while count < most:
+        while True:
             taken.client.sendmsg(
-                [b"\n"],
+                [b"x"],
                 [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)],
                 socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
             )
             count += 253
-    except OSError as error:
-        taken.line.send(
-            entries.Leaving(0, f"{count} in flight: {errno.errorcode[error.errno or 0]}")
-        )
-    while True:
-        time.sleep(1)
+    except OSError as error:  # told by the log: who reads what we say takes them
+        os.write(2, f"{count} in flight: {errno.errorcode[error.errno or 0]}\n".encode())
+    wait(taken.client, select.POLLHUP)
 
 
 def become_monitor(taken: Taken) -> None:
