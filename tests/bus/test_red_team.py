@@ -195,7 +195,7 @@ def test_what_the_broker_gives_can_only_be_read(red_bus: RedBus, victims: Victim
 
 def test_memory_ends_at_its_limit(red_bus: RedBus, victims: Victims) -> None:
     red = red_bus.attack("exhaust_memory")
-    private, shared = said = red.heard()  # MiB: [limits.data] and [limits.as] of its profile
+    private, shared = red.heard()  # MiB: [limits.data] and [limits.as] of its profile
     assert private < 4 << 10 and shared < 16 << 10
     red.close()
 
