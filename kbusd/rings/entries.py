@@ -523,10 +523,11 @@ FromLauncher = LaunchEnded | Looked
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
     """supervisor -> zygote. Fork one worker, locked down, and answer Forked; `hurry`: spare ones get
-    few, and there is no time for a rehearsal."""
+    few, and there is no time for a rehearsal; `files`: for a file of kdbus or the tree."""
 
     worker: int
     hurry: bool = False
+    files: bool = False
 
 
 class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):

@@ -190,6 +190,8 @@ class Engine:
                 for serial in self.calls.late():
                     self.error(serial, NO_REPLY, NO_REPLY_TIMEOUT)
             self.peers.bells()
+            if self.peers.unmet:
+                self.peers.give_up()
             while self.peers.lost:
                 self._answer_for_the_lost()
                 self.peers.bells()
