@@ -12,7 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 ENFORCE = Path("/sys/fs/selinux/enforce")
 _REFUSAL = re.compile(
@@ -46,6 +46,8 @@ class Refusals:
                 line = os.read(self._log, 8192).decode(errors="replace")
             except BlockingIOError:
                 return
+            except BrokenPipeError as error:
+                raise AssertionError("refusals were lost; take them more often") from error
             if found := _REFUSAL.search(line):
                 who, what, target, kind = found.group("who", "what", "target", "kind")
                 yield Refusal(_type(who), frozenset(what.split()), _type(target), kind, line)
@@ -73,8 +75,24 @@ def permissive() -> Iterator[None]:
         ENFORCE.write_text(before)
 
 
+def become(label: str) -> None:
+    """Change our own label; by the policy it is not for a test to choose."""
+    _attribute("current", label)
+
+
+def _attribute(name: str, value: str) -> None:
+    fd = os.open(f"/proc/thread-self/attr/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
 class Inhabitant:
     """A process in `domain` that waits, and then does `act`."""
+
+    everyone: ClassVar[set[int]] = set()
+    """The processes of all of these that there were."""
 
     def __init__(self, domain: str, act: Callable[[], object]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [_GO])
@@ -83,6 +101,7 @@ class Inhabitant:
             self.pid = os.fork()
             if self.pid == 0:
                 self._live(domain, act, writer)
+            self.everyone.add(self.pid)
             os.close(writer)
             os.read(reader, 1)
             os.close(reader)
@@ -91,9 +110,7 @@ class Inhabitant:
     def _live(domain: str, act: Callable[[], object], ready: int) -> None:
         status = 255
         try:
-            fd = os.open("/proc/thread-self/attr/current", os.O_WRONLY)
-            os.write(fd, context(domain).encode())
-            os.close(fd)
+            become(context(domain))
             os.write(ready, b"1")
             os.close(ready)
             signal.sigwait([_GO])
@@ -126,9 +143,8 @@ def attempt(domain: str, act: Callable[[], object]) -> int:
 @contextmanager
 def sockets_labelled(label: str) -> Iterator[None]:
     """Sockets that are made meanwhile have this label: so a client can be anybody's."""
-    path = Path("/proc/thread-self/attr/sockcreate")
-    path.write_text(label)
+    _attribute("sockcreate", label)
     try:
         yield
     finally:
-        path.write_text("\n")
+        _attribute("sockcreate", "\n")

@@ -72,7 +72,7 @@ def policy(*modules: Path) -> Path:
                 _run("cp", "-a", f"/var/lib/selinux/{DEBIAN}", f"{root}/var/lib/selinux")
             else:
                 wanted += sorted(Path("/usr/share/selinux", DEBIAN).glob("*.pp.bz2"))
-            _run("semodule", "-p", str(root), "-s", DEBIAN, "-n", "-i", *map(str, wanted))
+            _run("semodule", "-p", str(root), "-s", DEBIAN, "-n", "-D", "-i", *map(str, wanted))
             shutil.rmtree(root / "var")
     return place / "root"
 
@@ -99,13 +99,17 @@ def _make_disk(new: Path, packages: list[str]) -> None:
     for each in ("bin", "sbin", "lib", "lib64"):
         (tree / "usr" / each).mkdir(parents=True)
         (tree / each).symlink_to(f"usr/{each}")
+    (tree / "var").mkdir()
+    (tree / "var/run").symlink_to("/run")
     for name in EMPTY:
         (tree / name).mkdir(parents=True, exist_ok=True)
     for source in {os.path.dirname(each) for each in paths if each.endswith(".py")}:
         if os.path.isdir(compiled := f"{source}/__pycache__"):
             paths += [compiled, *(f"{compiled}/{name}" for name in os.listdir(compiled))]
     # So that each comes once, and at its place in there.
-    paths = [f"{os.path.realpath(os.path.dirname(each))}/{os.path.basename(each)}" for each in paths]
+    paths = [
+        f"{os.path.realpath(os.path.dirname(each))}/{os.path.basename(each)}" for each in paths
+    ]
     found = [each for each in dict.fromkeys(paths) if os.path.lexists(each)]
     archive = new / "archive"
     taken = ("-cf", str(archive), "--no-recursion", "-C", "/", "--null", "-T", "-")
@@ -118,8 +122,7 @@ def _make_disk(new: Path, packages: list[str]) -> None:
         file.truncate(DISK_BYTES)
     _run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", str(tree), str(disk))
     commands = "".join(
-        f'ea_set "{path}" security.selinux {label}\n'
-        f'sif "{path}" uid 0\nsif "{path}" gid 0\n'
+        f'ea_set "{path}" security.selinux {label}\nsif "{path}" uid 0\nsif "{path}" gid 0\n'
         for path, label in labels
     )
     _run("debugfs", "-w", "-f", "-", str(disk), text=commands)
@@ -137,7 +140,7 @@ def _labels(tree: Path) -> Iterator[tuple[str, str]]:
     command = ("xargs", "-0", "matchpathcon", "-f", contexts, "/")
     for line in _run(*command, text="\0".join(paths)).splitlines():
         path, _, label = line.partition("\t")
-        if label.startswith("system_u"):
+        if ":object_r:" in label:
             yield path, label
 
 

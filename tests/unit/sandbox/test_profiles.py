@@ -13,9 +13,9 @@ import pytest
 
 from kbusd.sandbox import profiles
 from kbusd.sandbox.compile import compile_profile, conditions
-from kbusd.sandbox.selinux import enabled as selinux_enabled
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import judge
+from kbusd.sandbox.selinux import enabled as selinux_enabled
 
 WHY = 'why = "for the test"\n'
 
