@@ -6,6 +6,9 @@ labelled as the real Debian policy has it. In the guest kbusd is copied to where
 
 Both are kept in build/guest, and made anew when something that they are made of changes. Needs no
 privilege but for reading Debian's compiled policy modules, which only root may; others compile them anew.
+
+`python -m tests.guest.labelled` writes anew what a worker may do by either variant of the policy
+(selinux/worker*.rules), for you to look at what has changed.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ from pathlib import Path
 
 from .machine import HERE, REPOSITORY, Machine, Unbootable
 
-KIND = "selinux"
+KIND, STRICT = "selinux", "selinux-strict"  # of a test's marker
 KEPT = REPOSITORY / "build" / "guest"
 SOURCES = REPOSITORY / "selinux"
+RULES = {"worker.rules": False, "worker-strict.rules": True}
 DEBIAN = "default"  # the name of Debian's policy
 PACKAGES = (
     "coreutils", "dash", "dbus-bin", "dbus-system-bus-common", "grep", "libc-bin", "libcap2", "libglib2.0-bin", "libseccomp2", "mount",
@@ -34,16 +38,16 @@ BESIDES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/machine-id",
 EMPTY = ("dev", "mnt", "proc", "root", "run", "sys", "tmp", "var/lib", "var/tmp")
 LEFT_OUT = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/selinux/")
 DISK_BYTES = 600 << 20  # sparse
-TOOLS = ("mke2fs", "debugfs", "semodule", "make", "checkmodule")
+TOOLS = ("mke2fs", "debugfs", "semodule", "make", "checkmodule", "sesearch")
 
 
-def machine(job: str, files: dict[str, str]) -> Machine:
+def machine(job: str, files: dict[str, str], strict: bool = False) -> Machine:
     """Boots it, to run `job` as an unconfined root. Raises Unbootable."""
     for tool in TOOLS:
         if not shutil.which(tool, path=_path()):
             raise Unbootable(f"there is no {tool}; as root: make check installs what it needs")
     KEPT.mkdir(parents=True, exist_ok=True)
-    disk, store = _disk(), policy()
+    disk, store = _disk(), policy(strict)
     _run(sys.executable, "-m", "compileall", "-q", str(REPOSITORY / "kbusd"))
     words = (REPOSITORY, sysconfig.get_path("platlib"), store)
     files = files | {"set-up": (HERE / "labelled.sh").read_text()}
@@ -51,30 +55,42 @@ def machine(job: str, files: dict[str, str]) -> Machine:
     return Machine(f"{before} || exit\n{job}", files=files, image=disk)
 
 
-def policy(*modules: Path) -> Path:
-    """The root of a policy store with Debian's policy and kbus, checked as strictly as semodule can."""
-    sources = [SOURCES / f"kbus.{each}" for each in ("te", "fc", "if")] + [*modules]
-    key = _key([_versions(["selinux-policy-default"]), *(each.read_text() for each in sources)])
-    place = KEPT / f"policy-{key}"
+def policy(strict: bool = False) -> Path:
+    """The root of a policy store with Debian's policy and ours. Every assertion of the policy is checked; of
+    the strict variant only what can't be asserted is (selinux/Makefile)."""
+    sources = [SOURCES / name for name in ("Makefile", "kbus.te", "kbus.fc", "kbus.if")]
+    versions = _versions(["selinux-policy-default", "selinux-policy-dev"])
+    key = _key([versions, *(each.read_text() for each in (*sources, Path(__file__)))])
+    kind = STRICT if strict else KIND
+    place = KEPT / f"{kind}-policy-{key}"
     if not place.exists():
-        with _making("policy-", place) as new:
+        with _making(f"{kind}-policy-", place) as new:
             _run("cp", *map(str, sources), str(new))
-            _run("make", "-sC", str(new), "-f", "/usr/share/selinux/devel/Makefile", "kbus.pp")
+            _run("make", "-sC", str(new), "strict" if strict else "all")
             root = new / "root"
             for each in ("etc/selinux", "var/lib/selinux"):
                 (root / each).mkdir(parents=True)
             _run("cp", "-a", f"/etc/selinux/{DEBIAN}", "/etc/selinux/config", f"{root}/etc/selinux")
             (root / "etc/selinux/semanage.conf").write_text(
-                "module-store = direct\nexpand-check = 1\n"
+                f"module-store = direct\nexpand-check = {int(not strict)}\n"
             )
-            wanted = [new / "kbus.pp"]
+            wanted = [new / ("strict/kbus.cil" if strict else "kbus.pp")]
             if os.access(f"/var/lib/selinux/{DEBIAN}", os.X_OK):
                 _run("cp", "-a", f"/var/lib/selinux/{DEBIAN}", f"{root}/var/lib/selinux")
             else:
                 wanted += sorted(Path("/usr/share/selinux", DEBIAN).glob("*.pp.bz2"))
-            _run("semodule", "-p", str(root), "-s", DEBIAN, "-n", "-D", "-i", *map(str, wanted))
+            # -D: refusals that a policy keeps quiet about are told, too.
+            install = ("semodule", "-p", str(root), "-s", DEBIAN, "-n", "-D", "-i")
+            _run(*install, *map(str, wanted))
             shutil.rmtree(root / "var")
     return place / "root"
+
+
+def rules(strict: bool) -> str:
+    """All that a worker may do, a rule a line."""
+    (binary,) = policy(strict).glob("etc/selinux/default/policy/policy.*")
+    found = _run("sesearch", "-A", "-s", "kbusd_worker_t", str(binary)).splitlines()
+    return "".join(f"{line}\n" for line in sorted(found) if line)
 
 
 def _disk() -> Path:
@@ -213,3 +229,9 @@ def _run(*command: str, text: str = "") -> str:
         words = " ".join(command)[:200]
         raise Unbootable(f"{words}: status {done.returncode}: {done.stderr[-2000:]}")
     return done.stdout
+
+
+if __name__ == "__main__":
+    KEPT.mkdir(parents=True, exist_ok=True)
+    for name, strict in RULES.items():
+        (SOURCES / name).write_text(rules(strict))

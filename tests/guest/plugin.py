@@ -23,6 +23,7 @@ from . import inside, labelled
 from .machine import Machine, Unbootable, command_line
 
 BOOT_SECONDS = 60.0  # and for collecting; on an idle machine it is 3
+KINDS = ("", labelled.KIND, labelled.STRICT)
 SLACK_SECONDS = 30.0  # beyond a test's own limit, after which it ends itself
 DEATHS = 3  # so many guests may die
 POLL_SECONDS = 0.02
@@ -76,8 +77,9 @@ class Guest:
         root = str(self.config.rootpath)
         job = command_line(["python", "-m", "tests.guest.inside", root], root)
         files = {inside.TESTS: json.dumps([item.nodeid for item in items])}
-        if self.kind == labelled.KIND:
-            self.machine = labelled.machine(job + " </dev/null\n", files)
+        if self.kind:
+            strict = self.kind == labelled.STRICT
+            self.machine = labelled.machine(job + " </dev/null\n", files, strict)
         else:
             self.machine = Machine(job + " </dev/null\n", files=files)
 
@@ -132,7 +134,7 @@ _GUESTS = pytest.StashKey[dict[str, Guest]]()
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "guest: runs in a virtual machine (docs/guest.md)")
     if not in_guest:
-        config.stash[_GUESTS] = {kind: Guest(config, kind) for kind in ("", labelled.KIND)}
+        config.stash[_GUESTS] = {kind: Guest(config, kind) for kind in KINDS}
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
