@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.name_policy import NamePolicy
@@ -38,6 +39,7 @@ from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
+    AddEndpoint,
     AddMatch,
     AskAbout,
     BecomeMonitor,
@@ -52,6 +54,7 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
+    ListEndpoints,
     MatchAdded,
     MatchRemoved,
     MonitorAttached,
@@ -62,6 +65,7 @@ from kbusd.rings.entries import (
     QueueChanged,
     ReleaseName,
     ReloadConfig,
+    RemoveEndpoint,
     RemoveMatch,
     Reply,
     Request,
@@ -118,10 +122,12 @@ class Bus:
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner)
+        self.endpoints = Endpoints(outside)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
         self._reload_asked = False
+        self._reload_again = False
         self._next_id = 1  # 0 is nobody
         self._per_uid: Counter[int] = Counter()
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
@@ -144,18 +150,34 @@ class Bus:
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
 
+    def ready(self) -> None:
+        """The supervisor hears us from now on."""
+        self.endpoints.configure(self._configured.endpoints)
+
+    def reload(self) -> None:
+        """The admin wants the configuration read again."""
+        self._reload_again = self._reload_asked
+        self._read_configuration()
+
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
         if configuration is not None:
-            before = self.activation.names
+            before, sockets = self.activation.names, self._configured.sockets
             self._configure(configuration)
+            moved = [
+                each.name
+                for each in configuration.endpoints
+                if sockets.get(each.name) != configuration.sockets.get(each.name)
+            ]
+            self._close(self.endpoints.configure(configuration.endpoints, moved))
             self.generation += 1
             self._outside.append(PolicyChanged(self.generation))
             if self.activation.names != before:
                 self._activatable_changed()
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
-        if self._reloading:
+        again, self._reload_again = self._reload_again, False
+        if self._reloading or again:
             self._read_configuration()
         for connection, request in waiting:
             connection.waiting -= 1
@@ -181,6 +203,7 @@ class Bus:
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
+        self._close(self.endpoints.gone(connection))
         self.matches.remove_all(connection)
         self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
@@ -219,6 +242,7 @@ class Bus:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
+        self.endpoints.check(connection, message)
 
     def _dispatch(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
         value: object = None
@@ -274,6 +298,17 @@ class Bus:
                 return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
+            case AddEndpoint():
+                self._privileged(connection, "Add")
+                self.endpoints.add(connection, message)
+                return
+            case RemoveEndpoint():
+                self._privileged(connection, "Remove")
+                self.endpoints.remove(message.name)
+                self._close([message.name])
+            case ListEndpoints():
+                self._privileged(connection, "List")
+                value = self.endpoints.list()
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
@@ -449,7 +484,8 @@ class Bus:
             return
         assert asker.policy is not None and peer.policy is not None
         # What SELinux says of the two labels (send_msg) belongs here, too.
-        if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
+        reaches = asker.policy.may_reach(peer.policy, asker.names, peer.names)
+        if not reaches or not self.endpoints.may_meet(asker, peer):
             text = f"{asker} may not send anything to {peer}: no rule allows it"
             self._complain(asker, text)
             raise Refused(ACCESS_DENIED, text)
@@ -544,6 +580,7 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
+            endpoints=self.endpoints.entries(),
         )
 
     def size(self) -> int:
@@ -576,7 +613,16 @@ class Bus:
     def _is_owned(self, name: str) -> bool:
         return self.registry.owner(name) is not None
 
+    def _close(self, endpoints: Iterable[str]) -> None:
+        """End the connections of those who came by these."""
+        for connection in self.connections.values():
+            credentials = connection.credentials
+            if credentials is not None and credentials.endpoint in endpoints:
+                reason = f"its endpoint {credentials.endpoint} is gone"
+                self._outside.kill(connection.worker, reason)
+
     def _configure(self, configuration: Configuration) -> None:
+        self._configured = configuration
         self._limits = configuration.limits
         self._policy = configuration.policy
         self._policies.clear()

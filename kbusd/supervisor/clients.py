@@ -24,15 +24,15 @@ _SO_PEERGROUPS = 59
 _MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
 
 
-def credentials_of(client: socket.socket) -> Credentials:
-    """Who is at the other end. Raises OSError."""
+def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
+    """Who is at the other end, having come by `endpoint`. Raises OSError."""
     fd = client.fileno()
     pid, uid, gid = struct.unpack("iII", kernel.getsockopt(fd, socket.SO_PEERCRED, 12))
     groups = array("I", kernel.getsockopt(fd, _SO_PEERGROUPS, _MOST))
     label = b""
     with suppress(OSError):  # where no security module labels sockets
         label = kernel.getsockopt(fd, _SO_PEERSEC, _MOST).rstrip(b"\0")
-    return Credentials(uid, gid, pid, tuple(groups), label)
+    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint)
 
 
 class Clients:

@@ -36,7 +36,8 @@ from kbusd.policy.decide import ClientPolicy
 from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
 from kbusd.rings.line import LineError, close_all
-from kbusd.workers import decisions
+from kbusd.wire import body as wire_body
+from kbusd.workers import behind, decisions
 from kbusd.workers import driver as drivers
 from kbusd.workers.activation import Activating, Held
 from kbusd.workers.asking import Asking
@@ -91,6 +92,7 @@ _CHANGES = frozenset(
         entries.NameOwnerChanged,
         entries.QueueChanged,
         entries.MonitorAttached,
+        entries.EndpointChanged,
         entries.NamePolicyChanged,
         entries.PolicyChanged,
     )
@@ -144,7 +146,14 @@ class Engine:
         self.credentials = credentials
         policy = self._take_policy()
         self.router = self.make_router(policy)
-        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
+        if credentials.endpoint:
+            self.sight = behind.Sight(self.replica, credentials.endpoint)
+            self.router.sight = self.sight
+            self.driver = behind.BehindDriver(
+                self.replica, self.context.bus, credentials, self.sight
+            )
+        else:
+            self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
         self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
         self.waiting.watch(client, CLIENT, EPOLLIN)
@@ -305,6 +314,8 @@ class Engine:
         route: Route
         if not self.loaded or header.type == SIGNAL or self.monitor or self.replica.monitors:
             return None
+        if self._looks():  # the body must be here to decide
+            return None
         if not self._up_to_date():
             return None
         route = self._route(data, header, cython.NULL)
@@ -314,6 +325,11 @@ class Engine:
         if bulk is not None:
             self.tidy_later()
         return bulk
+
+    def _looks(self) -> cython.bint:
+        """Whether what our client may call depends on the arguments."""
+        sight = self.sight
+        return sight is not None and sight.looks_at_args
 
     def _are_met(self, route) -> cython.bint:
         """Whether all whom a message concerns are introduced."""
@@ -355,7 +371,7 @@ class Engine:
             header.reply_serial_at,
             header.flags,
             header.unix_fds,
-            _bytes(body, header.body_length) if header.type == SIGNAL else b"",
+            _bytes(body, header.body_length) if header.type == SIGNAL or self._looks() else b"",
             header.endian == 66,
         )
         if route.depends:
@@ -555,7 +571,13 @@ class Engine:
 
     def _send_held(self, held, head):
         """Send a message that was held; its destination may have an owner now."""
-        decision = self.router.decide(held.envelope, NO_AUTO_START, len(held.fds), tuple)
+        facts = held.envelope
+        decision = self.router.decide(
+            facts,
+            NO_AUTO_START,
+            len(held.fds),
+            lambda: wire_body.match_arguments(held.body, facts.signature, facts.big_endian),
+        )
         if decision.error is not None:
             self.error(head.serial, decision.error[0], decision.error[1])
             return

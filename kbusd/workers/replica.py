@@ -17,11 +17,13 @@ from typing import TypeVar
 
 import msgspec
 
+from kbusd.policy import endpoints
 from kbusd.rings.entries import (
     ActivatableChanged,
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    EndpointChanged,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -272,6 +274,7 @@ class Replica:
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
         self.kdbus_monitors: set[int] = set()
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
+        self.endpoints: dict[str, endpoints.View] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
         self.position = 0  # in the log, of the snapshot that was loaded last
@@ -293,6 +296,9 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
+        self.endpoints = {}
+        for name, policy in snapshot.endpoints:
+            self._change_endpoint(name, policy)
         self.monitors = {}
         self.kdbus_monitors = set()
         self.activatable = snapshot.activatable
@@ -338,10 +344,21 @@ class Replica:
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
+            case EndpointChanged(name, said):
+                self._change_endpoint(name, said)
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
+
+    def _change_endpoint(self, name: str, policy: bytes) -> None:
+        if not policy:
+            self.endpoints.pop(name, None)
+            return
+        try:
+            self.endpoints[name] = endpoints.View(endpoints.decode(policy))
+        except endpoints.EndpointError as error:
+            raise ReplicaError(f"endpoint {name}: {error}") from None
 
     def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
@@ -485,6 +502,10 @@ class Replica:
         """The connection behind a name, None for nobody and for the bus itself."""
         id = self.owner(name)
         return None if id is None else self.connections.get(id)
+
+    def view(self, name: str) -> endpoints.View:
+        """What an endpoint lets through."""
+        return self.endpoints.get(name) or endpoints.nothing(name)
 
     def sender_names(self, id: int) -> Sequence[str]:
         """All names that `sender=` in a match rule may use for the connection."""
