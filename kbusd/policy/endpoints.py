@@ -155,16 +155,13 @@ def _rule(line: str, word: str, text: str) -> Rule:
         member = "" if member == "*" else member
         if not _MEMBER.fullmatch(interface) or (member and not _MEMBER.fullmatch(member)):
             raise EndpointError(f'{line}: "{method}" is neither INTERFACE.MEMBER nor INTERFACE.*')
-    subtree = False
-    if path is None:
-        path = ""
+    subtree = path is not None and path.endswith("/*")
+    if path is None or path == "/*":
+        path, subtree = "", False
     else:
-        subtree = path.endswith("/*")
-        path = path.removesuffix("/*") or "/"
+        path = path.removesuffix("/*")
         if not _PATH.fullmatch(path):
             raise EndpointError(f'{line}: "{path}" is not an object path')
-    if path == "/" and subtree:
-        path, subtree = "", False
     return Rule(
         word.endswith("broadcast"),
         not word.startswith("deny"),

@@ -34,6 +34,7 @@ class Model:
         self.snapshots: list[bytes] = []
         self.launches: list[int] = []
         self.reloading = False
+        self.listening: list[tuple[str, ...]] = []
         self.clients: list[ModelClient] = []
         self.broker = Bus(self, configuration, "unix:path=/nowhere", bus.owner)
 
@@ -44,7 +45,10 @@ class Model:
 
     def run(self) -> None:
         """Pass everything on until nothing is left to do."""
-        while self.sent or self.launches or self.reloading:
+        while self.sent or self.launches or self.reloading or self.listening:
+            if self.listening:
+                names = self.listening.pop(0)
+                self.broker.endpoints.listening({name: f"unix:path=/{name}" for name in names})
             if self.reloading:
                 self.reloading = False
                 self.broker.reconfigure(self.configuration)
@@ -83,6 +87,9 @@ class Model:
 
     def reload(self) -> None:
         self.reloading = True
+
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        self.listening.append(endpoints)
 
     def launch(self, launch: Launch) -> None:
         self.launches.append(launch.job)
