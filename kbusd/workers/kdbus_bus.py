@@ -577,6 +577,8 @@ class Port:
         connection: Connection | None = peer.connection or connections.get(peer.id)
         if connection is None:
             raise ParcelError("a parcel that is older than its connection")
+        if connection.credentials.endpoint:
+            raise ParcelError("a parcel of a D-Bus client, past its endpoint")
         if self.session.kind == abi.HELLO_MONITOR:
             self._receive(_known(connection), connection, found, data, fds, stamp)
             return 0
