@@ -242,7 +242,11 @@ class Bus:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
-        self.endpoints.check(connection, message)
+        try:
+            self.endpoints.check(connection, message)
+        except Refused as refused:  # an honest worker does not ask
+            self._complain(connection, f"the worker of {connection}: {refused.text}")
+            raise
 
     def _dispatch(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
         value: object = None

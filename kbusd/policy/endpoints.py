@@ -30,7 +30,7 @@ RULE_WORDS = ("call", "broadcast", "deny-call", "deny-broadcast")
 
 MAX_LINES = 512
 MAX_LINE = 1024
-MAX_TEXT = 64 << 10
+MAX_TEXT = 16 << 10  # every worker has it of every endpoint
 
 _NAME = re.compile(r"[A-Za-z_-][A-Za-z0-9_-]*(\.[A-Za-z_-][A-Za-z0-9_-]*)*")
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")

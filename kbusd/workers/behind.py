@@ -215,7 +215,7 @@ class BehindDriver(Driver):
         return actions
 
     def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
-        if not self.sight.sees(name):
+        if not self.sight.sees(name) and self.me not in (old, new):
             return []
         if not name.startswith(":"):
             self.sight.meet(old)

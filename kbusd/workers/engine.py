@@ -174,6 +174,8 @@ class Engine:
         except EOFError:
             return  # the broker is gone: the bus ends
         self.peers.broadcast.end()
+        if self.peers.silent is not None:
+            self.peers.silent.end()
         try:
             self.flush()
             self.asking.line.send(entries.Leaving(0, reason))

@@ -274,7 +274,8 @@ class Replica:
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
         self.kdbus_monitors: set[int] = set()
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
-        self.endpoints: dict[str, endpoints.View] = {}
+        self.endpoints: dict[str, bytes] = {}
+        self._views: dict[str, endpoints.View] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
         self.position = 0  # in the log, of the snapshot that was loaded last
@@ -296,9 +297,8 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
-        self.endpoints = {}
-        for name, policy in snapshot.endpoints:
-            self._change_endpoint(name, policy)
+        self.endpoints = dict(snapshot.endpoints)
+        self._views = {}
         self.monitors = {}
         self.kdbus_monitors = set()
         self.activatable = snapshot.activatable
@@ -345,20 +345,14 @@ class Replica:
                 self._connection(id)
                 self.policies[id] = policy
             case EndpointChanged(name, said):
-                self._change_endpoint(name, said)
+                self._views.pop(name, None)
+                self.endpoints.pop(name, None)
+                if said:
+                    self.endpoints[name] = said
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
-
-    def _change_endpoint(self, name: str, policy: bytes) -> None:
-        if not policy:
-            self.endpoints.pop(name, None)
-            return
-        try:
-            self.endpoints[name] = endpoints.View(endpoints.decode(policy))
-        except endpoints.EndpointError as error:
-            raise ReplicaError(f"endpoint {name}: {error}") from None
 
     def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
@@ -504,8 +498,15 @@ class Replica:
         return None if id is None else self.connections.get(id)
 
     def view(self, name: str) -> endpoints.View:
-        """What an endpoint lets through."""
-        return self.endpoints.get(name) or endpoints.nothing(name)
+        """What an endpoint lets through; read when somebody asks, as most workers never do."""
+        view = self._views.get(name)
+        if view is None:
+            try:
+                view = endpoints.View(endpoints.decode(self.endpoints[name]))
+            except (KeyError, endpoints.EndpointError):
+                view = endpoints.nothing(name)
+            self._views[name] = view
+        return view
 
     def sender_names(self, id: int) -> Sequence[str]:
         """All names that `sender=` in a match rule may use for the connection."""

@@ -612,3 +612,20 @@ def test_a_command_behind_an_endpoint_of_its_own(place: Place) -> None:
     assert '"t.Talk"' in done.stdout and "t.Hidden" not in done.stdout
     assert kbusctl(place, "run", "--", "sh", "-c", "exit 7").returncode == 7
     assert "run-" not in kbusctl(place, "list").stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["gdbus", "call", "--session", "--dest", DRIVER, "--object-path", "/", "--method"]
+        + [f"{DRIVER}.ListNames"],
+        ["busctl", "--user", "--acquired", "--no-legend", "list"],
+    ],
+    ids=["gdbus", "busctl"],
+)
+def test_other_programs_behind_one(place: Place, command: list[str]) -> None:
+    place.owner("t.Talk")
+    place.owner("t.Hidden")
+    done = kbusctl(place, "run", "--talk=t.Talk", "--", *command)
+    assert done.returncode == 0, done.stderr
+    assert "t.Talk" in done.stdout and "t.Hidden" not in done.stdout

@@ -206,6 +206,7 @@ def test_what_the_worker_may_ask(message: e.Request, refused: str | None) -> Non
         assert isinstance(answers[0][1], e.Reply)
     else:
         assert error(answers[0]) == refused
+        assert "the worker of :1.1" in one.words[-1]  # an honest one does not ask
 
 
 def test_whom_it_gets_to_know() -> None:
