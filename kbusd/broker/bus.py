@@ -72,6 +72,7 @@ from kbusd.rings.entries import (
     RequestName,
     Running,
     SetPolicy,
+    Share,
     Snapshot,
     StartService,
     Statistics,
@@ -129,7 +130,7 @@ class Bus:
         self._reload_asked = False
         self._reload_again = False
         self._next_id = 1  # 0 is nobody
-        self._per_uid: Counter[int] = Counter()
+        self._per_uid: Counter[Share] = Counter()
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
@@ -199,7 +200,7 @@ class Bus:
             return
         del self.by_id[connection.id]
         assert connection.credentials is not None
-        self._leave_user(connection.credentials.uid)
+        self._leave_user(connection.credentials)
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
@@ -349,6 +350,14 @@ class Bus:
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
             )
+        if (
+            credentials.endpoint
+            and self._per_uid[credentials.share] >= self._limits["max_connections_per_user"] // 2
+        ):
+            raise Refused(
+                LIMITS_EXCEEDED,
+                f"Half of the connections that UID {uid} may have came by one endpoint already",
+            )
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
@@ -360,7 +369,7 @@ class Bus:
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
-        self._per_uid[uid] += 1
+        self._per_uid.update({uid, credentials.share})
         self.by_id[connection.id] = connection
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
@@ -644,10 +653,13 @@ class Bus:
             )
         return policy
 
-    def _leave_user(self, uid: int) -> None:
-        self._per_uid[uid] -= 1
-        if not self._per_uid[uid]:
-            del self._per_uid[uid]
+    def _leave_user(self, credentials: Credentials) -> None:
+        uid = credentials.uid
+        for each in {uid, credentials.share}:
+            self._per_uid[each] -= 1
+            if not self._per_uid[each]:
+                del self._per_uid[each]
+        if uid not in self._per_uid:
             self._policies = {key: each for key, each in self._policies.items() if key[0] != uid}
 
     def _release(self, connection: Connection, names: Iterable[str]) -> None:

@@ -82,6 +82,8 @@ def _beside(type_: str, addresses: Sequence[Address]) -> str:
     by custom; "" if there is nothing to go by."""
     own = [each.value for each in addresses if each.kind == "path"]
     runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if type_ == "kdbus":
+        return ""  # a bus that a program makes has no sockets
     if own:
         return f"{os.path.abspath(own[0])}."
     if type_ == "system":

@@ -11,6 +11,9 @@ from typing import Any
 
 import msgspec
 
+Share = int | tuple[int, str]
+"""A user, or those of him behind one endpoint: they must not keep him from the bus."""
+
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
@@ -22,6 +25,11 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     label: bytes = b""
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
+
+    @property
+    def share(self) -> Share:
+        """Whose share of the bus's places it takes."""
+        return (self.uid, self.endpoint) if self.endpoint else self.uid
 
 
 # -- the control log -------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Supervisor:
         self.forking = 0
         self.numbers = count(1)  # of workers
         self.clients = Clients()
-        self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
+        self.incomplete: dict[int, entries.Share] = {}  # worker -> of whom no Hello has come
         self.pause_until = 0.0
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
@@ -294,7 +294,7 @@ class Supervisor:
                 self.pause_until = time.monotonic() + RETRY_SECONDS
             return
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
-        if self.clients.of[credentials.uid] < limit:
+        if self.clients.of[credentials.share] < limit:
             client.setblocking(False)  # for the worker, which may not change it
             self.clients.add(credentials, client)
             return
@@ -311,16 +311,16 @@ class Supervisor:
             hasty = isinstance(client, socket)
             self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty))
             if isinstance(client, socket):
-                self.incomplete[worker.number] = credentials.uid
+                self.incomplete[worker.number] = credentials.share
                 with client, suppress(OSError):
                     worker.line.send(entries.Client(credentials), [client.fileno()])
             else:
                 client(worker, credentials)
 
-    def _may_have_a_worker(self, uid: int) -> bool:
-        """No uid takes more than half of what is left of the places for those without a Hello."""
+    def _may_have_a_worker(self, share: entries.Share) -> bool:
+        """Nobody takes more than half of what is left of the places for those without a Hello."""
         free = self.settings.limits["max_incomplete_connections"] - len(self.incomplete)
-        return list(self.incomplete.values()).count(uid) < free
+        return list(self.incomplete.values()).count(share) < free
 
     def _refill(self) -> None:
         room = self.max_workers - len(self.workers)
@@ -337,7 +337,7 @@ class Supervisor:
         if reason:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
-            self.clients.of[worker.client.uid] -= 1
+            self.clients.of[worker.client.share] -= 1
         else:
             self.spare.remove(worker)
             self._lose()

@@ -239,3 +239,22 @@ def test_one_that_is_no_more_takes_nobody() -> None:
     one.bus.assigned(1, e.Credentials(1000, 1000, 1, endpoint="gone"))
     (answer,) = one.ask(one.bus.connections[1], e.Hello(5))
     assert error(answer) == "AccessDenied"
+
+
+def test_those_behind_one_do_not_keep_their_user_from_the_bus() -> None:
+    one = world(APP, limits={"max_connections_per_user": 6})
+
+    def hello(worker: int, endpoint: str) -> Any:
+        one.bus.worker_started(worker, 9000 + worker)
+        one.bus.assigned(worker, e.Credentials(1000, 1000, worker, endpoint=endpoint))
+        return one.ask(one.bus.connections[worker], e.Hello(5))[-1]
+
+    for worker in (1, 2, 3):
+        assert isinstance(hello(worker, "app")[1], e.Reply)
+    assert error(hello(4, "app")) == "LimitsExceeded"
+    assert isinstance(hello(5, "")[1], e.Reply)
+    one.bus.gone(1)
+    assert isinstance(hello(6, "app")[1], e.Reply)
+    for worker in (2, 3, 5, 6):
+        one.bus.gone(worker)
+    assert not one.bus._per_uid
