@@ -151,8 +151,7 @@ class Sight:
         if not self.sees(name):
             return _nobody(name, flags)
         if envelope.type in (RETURN, ERROR):
-            # Whether it was asked, the receiver's worker knows. Who has asked, the client has met.
-            return None if owner in self._met else _nobody(name, flags)
+            return None  # whether it was asked, the receiver's worker knows
         view = self._replica.view(self._endpoint)
         if owner is None:
             names: Sequence[str] = (name,)

@@ -18,7 +18,7 @@ from jeepney.low_level import (  # type: ignore[import-untyped]
 from kbusd.broker.bus import Bus
 from kbusd.policy.configuration import Configuration
 from kbusd.rings.entries import BrokerMessage, Credentials, Launch, LogEntry
-from kbusd.workers import driver
+from kbusd.workers import behind, driver
 from kbusd.workers.replica import Replica
 from tests.unit.workers.reference import Seen
 
@@ -134,7 +134,14 @@ class ModelClient:
         self.seen: list[Seen] = []
         model.broker.worker_started(worker, 1)
         model.broker.assigned(worker, credentials)
-        self.driver = driver.Driver(Replica(), model.facts, credentials)
+        replica = Replica()
+        if credentials.endpoint:
+            sight = behind.Sight(replica, credentials.endpoint)
+            self.driver: driver.Driver = behind.BehindDriver(
+                replica, model.facts, credentials, sight
+            )
+        else:
+            self.driver = driver.Driver(replica, model.facts, credentials)
 
     def catch_up(self) -> None:
         while self.position is not None and self.position < len(self.model.log):

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kbusd.policy import endpoints
+from kbusd.policy.configuration import DEFAULT_LIMITS, Configuration
 from kbusd.policy.decide import ClientPolicy
 from kbusd.policy.rules import OWN, RECEIVE, SEND, USER, Policy, Rule
 from kbusd.rings import entries as e
 from kbusd.rings.envelope import Envelope
 from kbusd.workers.behind import Sight
+from kbusd.workers.driver import Bus
 from kbusd.workers.replica import Replica
 from kbusd.workers.routing import ACCESS_DENIED, CALL, ERROR, RETURN, SIGNAL, Router
+from tests.unit.workers.model import Model, ModelClient
 
 APP, OTHER, HIDDEN = 1, 2, 3
 EVERYTHING = Policy(
@@ -166,3 +171,87 @@ def test_who_is_seen() -> None:
     ]
     app.replica.apply(e.NameOwnerChanged("t.Other", OTHER, HIDDEN))
     assert sees(":1.3") and not sees(":1.2")
+
+
+# -- the driver, while names come and go ---------------------------------------------------------
+
+NAMES = ("t.See", "t.Talk.Below", "t.Hidden", "t.Talk.Secret", "t.Own")
+VIEW = endpoints.parse("app", ["see=t.See", "talk=t.Talk.*", "hide=t.Talk.Secret", "own=t.Own"])
+FACTS = Bus("0" * 32, "0" * 32, owner=0, pid=1)
+acts = st.tuples(
+    st.integers(0, 2),
+    st.sampled_from(("RequestName", "ReleaseName", "leave")),
+    st.sampled_from(NAMES),
+)
+
+
+class Bystanders:
+    """A bus with three clients, and the app; what the app was told of names is in `told`."""
+
+    def __init__(self) -> None:
+        configuration = Configuration(
+            type="session", limits=DEFAULT_LIMITS, policy=EVERYTHING, endpoints=(VIEW,)
+        )
+        self.model = Model(configuration, FACTS)
+        self.model.broker.ready()
+        self.model.run()
+        self.others = [self.join() for _ in range(3)]
+        self.app = self.join("app")
+        self.app.call("AddMatch", "s", ("type='signal'",))
+        self.told: dict[str, str] = {}
+        self.shown = {"org.freedesktop.DBus", self.app.driver.name}
+
+    def join(self, endpoint: str = "") -> ModelClient:
+        client = self.model.connect(e.Credentials(1000, 1000, 1, endpoint=endpoint))
+        client.call("Hello")
+        return client
+
+    def do(self, who: int, act: str, name: str) -> None:
+        client = self.others[who]
+        if act == "leave":
+            client.position = None  # it reads no more of the log
+            self.model.broker.gone(client.worker)
+            self.model.run()
+            self.others[who] = self.join()
+        elif act == "RequestName":
+            client.call(act, "su", (name, 3))
+        else:
+            client.call(act, "s", (name,))
+        self.app.catch_up()
+        for seen in self.app.taken():
+            if seen.member == "NameOwnerChanged":
+                changed, _, new = seen.body
+                self.told[changed] = new
+                self.shown |= {each for each in seen.body if each.startswith(":")}
+
+    def ask(self, member: str, *args: str) -> object:
+        (answer,) = self.app.call(member, "s" * len(args), args)
+        return answer.body[0] if answer.kind == "method_return" else None
+
+
+@given(st.lists(acts, max_size=12))
+def test_what_it_is_told_is_what_there_is_and_nothing_of_the_rest(
+    all: list[tuple[int, str, str]],
+) -> None:
+    scene = Bystanders()
+    for act in all:
+        scene.do(*act)
+        owners = scene.model.broker.registry
+        for name in NAMES:
+            owner = owners.owner(name)
+            visible = name in ("t.See", "t.Talk.Below", "t.Own") and owner is not None
+            assert scene.ask("NameHasOwner", name) is visible
+            expected = owner.unique_name if visible and owner is not None else None
+            assert scene.ask("GetNameOwner", name) == expected
+            assert scene.told.get(name, "") == (expected or "")
+            if expected is not None:
+                scene.shown.add(expected)
+        listed = scene.ask("ListNames")
+        assert isinstance(listed, list)
+        assert {name for name in listed if name[0] == "t"} == {
+            name for name, owner in scene.told.items() if owner and name[0] == "t"
+        }
+        assert {name for name in listed if name[0] == ":"} <= scene.shown
+        present = {f":1.{id}" for id in scene.model.broker.by_id}
+        for name in present:
+            assert scene.ask("NameHasOwner", name) is (name in listed)
