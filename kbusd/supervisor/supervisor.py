@@ -247,9 +247,9 @@ class Supervisor:
                 self._start_launcher()
                 self._start_zygote()
             case entries.Kill(number, reason), []:
-                if (worker := self.workers.get(number)) is not None:
-                    self.journal.warn(f"ending {worker}: {reason}")
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                with suppress(KeyError, ProcessLookupError):  # it has ended already
+                    self.journal.warn(f"ending {self.workers[number]}: {reason}")
+                    signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
             case entries.ReloadWanted(), []:
