@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kbusd.kdbus import abi
-from tests.bus.rawclient import RawClient
+from tests.bus.rawclient import RawClient, RawSocket
 from tests.kdbusfs.kclient import KdbusClient
 from tests.kdbusfs.test_buses import Maker
 from tests.kdbusfs.test_clients import answer, text
@@ -40,6 +40,20 @@ def make(root: str, name: str) -> Any:
             return {"payload": two.recv().payload.decode(), "names": names}
 
 
+def claim(address: str, identity: str) -> Any:
+    """What comes of a claimed identity (hexadecimal), and who the bus says that this is."""
+    raw = RawSocket(address)
+    raw.write(b"\0")
+    answer = raw.line(b"AUTH EXTERNAL " + identity.encode()).split()[0].decode()
+    raw.close()
+    if answer != "OK":
+        return {"answer": answer}
+    client = RawClient(address)
+    (uid,) = client.driver("GetConnectionUnixUser", "s", [client.name])
+    client.close()
+    return {"answer": answer, "uid": uid}
+
+
 def try_open(node: str) -> Any:
     """The errno of it."""
     try:
@@ -50,6 +64,6 @@ def try_open(node: str) -> Any:
 
 
 if __name__ == "__main__":
-    do = {"both": both, "make": make, "open": try_open}[sys.argv[1]]
+    do = {"both": both, "claim": claim, "make": make, "open": try_open}[sys.argv[1]]
     outcome = do(*sys.argv[2:])
     print(outcome if isinstance(outcome, str) else json.dumps(outcome))
