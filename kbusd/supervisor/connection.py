@@ -26,6 +26,7 @@ from kbusd.rings import entries
 from kbusd.rings.line import LineError, close_all
 from kbusd.supervisor import caller, reach
 from kbusd.supervisor.device import Devices
+from kbusd.supervisor.domains import Domain
 from kbusd.supervisor.holder import Holder, Worker
 
 FAIR = 64  # messages of one worker before it is somebody else's turn
@@ -43,8 +44,9 @@ class Connection:
     transport = "fuse"
     open_flags = 0  # FOPEN
 
-    def __init__(self, devices: Devices, where: str, fuse: int) -> None:
+    def __init__(self, devices: Devices, where: str, fuse: int, domain: Domain) -> None:
         self.devices = devices
+        self.domain = domain
         self.host = devices.host
         self.where = where
         self.fuse = fuse
@@ -68,10 +70,11 @@ class Connection:
         _, request = self.held.get(opened.unique, (None, b""))
         if not request:
             return  # it was interrupted meanwhile
-        if (clients := self.devices.queues.get(opened.bus)) is None:
-            self.fail(opened.unique, errno.ESHUTDOWN)
-            return
+        clients = self.devices.clients_of(self.domain, opened.bus)
         credentials = caller.credentials(request)
+        if clients is None or self.domain.inside(credentials.uid) is None:
+            self.fail(opened.unique, errno.ESHUTDOWN if clients is None else errno.EACCES)
+            return
         limit = self.host.settings.limits["max_connections_per_user"]
         if clients.of[credentials.uid] < limit:
             clients.add(credentials, partial(self._employ, opened))
@@ -90,7 +93,7 @@ class Connection:
         file = Holder(
             worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.slow
         )
-        file.bus, file.endpoint = opened.bus, opened.endpoint
+        file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
         self.files[file.number] = file
         device = entries.Device(
             credentials, opened.bus, opened.endpoint, opened.flags, self.transport
@@ -265,7 +268,7 @@ class Connection:
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):
                     reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
-            case entries.MakeBus(unique), [] if holder.bus == "":
+            case entries.MakeBus(unique), [] if holder.bus == self.domain.prefix:
                 creator = caller.credentials(self.request_of(holder, unique, abi.IOCTL))
                 self.devices.call(partial(self.host.make, holder, creator, message))
             case _:

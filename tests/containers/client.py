@@ -11,7 +11,7 @@ from typing import Any
 
 from kbusd.kdbus import abi
 from tests.bus.rawclient import RawClient, RawSocket
-from tests.kdbusfs.kclient import KdbusClient
+from tests.kdbusfs.kclient import KdbusClient, Message
 from tests.kdbusfs.test_buses import Maker
 from tests.kdbusfs.test_clients import answer, text
 
@@ -26,18 +26,32 @@ def both(address: str, node: str) -> Any:
         server.send(asked.src, answer(asked, "s", text("pong")), reply=asked.cookie)
         (said,) = client.wait_reply(serial).args
         client.close()
-        creds = asked.item(abi.ITEM_CREDS) or b""
-        return {"called": said, "uid": int.from_bytes(creds[:4], sys.byteorder)}
+        return {"called": said, "uid": uid_of(asked)}
 
 
 def make(root: str, name: str) -> Any:
-    """Make a bus, and send a message on it."""
-    with Maker(Path(root)).make(name):
+    """Make a bus, and send a message on it: who does receivers say that we are, and whose is the node?"""
+    maker = Maker(Path(root))
+    try:
+        maker.make(name)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    with maker:
         node = f"{root}/{name}/bus"
-        with KdbusClient(node) as one, KdbusClient(node) as two:
+        with KdbusClient(node) as one, KdbusClient(node, recv=abi.ATTACH_CREDS) as two:
             one.send(two.id, b"hello")
-            names = sorted(each for each in os.listdir(root) if each.endswith("-mine"))
-            return {"payload": two.recv().payload.decode(), "names": names}
+            message = two.recv()
+            return {
+                "payload": message.payload.decode(),
+                "names": sorted(each for each in os.listdir(root) if each.endswith("-mine")),
+                "uid": uid_of(message),
+                "owner": os.stat(node).st_uid,
+            }
+
+
+def uid_of(message: Message) -> int:
+    """Its sender's."""
+    return int.from_bytes((message.item(abi.ITEM_CREDS) or b"")[:4], sys.byteorder)
 
 
 def claim(address: str, identity: str) -> Any:
@@ -66,4 +80,4 @@ def try_open(node: str) -> Any:
 if __name__ == "__main__":
     do = {"both": both, "claim": claim, "make": make, "open": try_open}[sys.argv[1]]
     outcome = do(*sys.argv[2:])
-    print(outcome if isinstance(outcome, str) else json.dumps(outcome))
+    print(json.dumps(outcome))

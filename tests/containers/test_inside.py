@@ -52,10 +52,15 @@ def test_every_process_is_confined_and_none_is_the_host_s_root(box: Inside) -> N
 
 def test_another_user_of_the_container_is_not_let_in_to_its_session(box: Inside) -> None:
     done = box.python("tests.containers.client", "open", "/run/kdbus/0-session/bus", user=1000)
-    assert done.stdout.strip() == "EACCES", done.stderr
+    assert json.loads(done.stdout) == "EACCES", done.stderr
 
 
 def test_a_user_of_the_container_makes_a_bus_of_his_own(box: Inside) -> None:
     done = box.python("tests.containers.client", "make", "/run/kdbus", "1000-mine", user=1000)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"payload": "hello", "names": ["1000-mine"]}
+    assert json.loads(done.stdout) == {
+        "payload": "hello",
+        "names": ["1000-mine"],
+        "uid": 1000,
+        "owner": 1000,
+    }
