@@ -31,9 +31,8 @@ def both(address: str, node: str) -> Any:
 
 def make(root: str, name: str) -> Any:
     """Make a bus, and send a message on it: who does receivers say that we are, and whose is the node?"""
-    maker = Maker(Path(root))
     try:
-        maker.make(name)
+        maker = Maker(Path(root)).make(name)
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     with maker:
