@@ -35,9 +35,9 @@ _GROUPS = "root:x:0:\nmessagebus:x:107:\nuser:x:1000:\n"
 
 
 class Container:
-    """One that runs. `config`: lines to add to its configuration; `id_map` off: privileged."""
+    """One that runs, or will `begin` to. `config`: lines to add to its configuration; `first`: its root."""
 
-    def __init__(self, config: str = "", *, first: int = FIRST) -> None:
+    def __init__(self, config: str = "", *, first: int = FIRST, begin: bool = True) -> None:
         _want_cgroups()
         self.directory = Path(tempfile.mkdtemp(prefix="kbt-lxc-", dir="/tmp"))
         self.directory.chmod(0o755)
@@ -49,12 +49,20 @@ class Container:
         os.mknod(fuse, 0o020666, os.makedev(10, 229))
         fuse.chmod(0o666)  # where there is no udev, the host's is root's alone
         self.config = self.directory / self.name / "config"
-        self.config.write_text(
-            self.base() + config + bind(fuse, "dev/fuse", "create=file,optional")
-        )
+        self.config.write_text(self.base() + config)
+        # What is included last is mounted last.
+        last = f"lxc.include = {self.config}\n" + bind(fuse, "dev/fuse", "create=file,optional")
+        (self.directory / "whole").write_text(last)
         self.started: list[subprocess.Popen[bytes]] = []
+        self.process: subprocess.Popen[bytes] | None = None
+        if begin:
+            self.begin()
+
+    def begin(self) -> None:
+        """Start it."""
         command = ["/usr/bin/setpriv", "--pdeathsig", "KILL", "/usr/bin/lxc-start"]
         command += ["-F", "-n", self.name, "-P", str(self.directory)]
+        command += ["-f", str(self.directory / "whole")]
         command += ["-l", "NOTICE", "-o", str(self.directory / "log")]
         null = subprocess.DEVNULL
         self.process = subprocess.Popen(command, env=LXC, stdin=null, stderr=null)
@@ -100,8 +108,7 @@ class Container:
             os.chown(path, self.first, self.first, follow_symlinks=False)
 
     def _is_up(self) -> bool:
-        said = self.log() if self.process.poll() is not None else ""
-        assert self.process.poll() is None, f"the container ended: {said}"
+        assert self.process and self.process.poll() is None, f"it has ended: {self.log()}"
         return (self.root / "run/up").exists()
 
     def log(self) -> str:
@@ -153,14 +160,14 @@ class Container:
 
     def stop(self) -> None:
         """Kill it, and remove it."""
-        if self.process.poll() is None:
+        if self.process and self.process.poll() is None:
             command = ["/usr/bin/lxc-stop", "-k", "-n", self.name, "-P", str(self.directory)]
             subprocess.run(command, env=LXC, check=False, timeout=SECONDS, capture_output=True)
-        try:
-            self.process.wait(SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            try:
+                self.process.wait(SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         for process in self.started:
             process.kill()
             process.wait()
