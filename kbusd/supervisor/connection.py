@@ -43,6 +43,7 @@ class Connection:
 
     transport = "fuse"
     open_flags = 0  # FOPEN
+    taken_away = False  # by us
 
     def __init__(self, devices: Devices, where: str, fuse: int, domain: Domain) -> None:
         self.devices = devices
@@ -118,7 +119,8 @@ class Connection:
             self.request(bytes(memoryview(buffer)[:size]))
         except OSError as error:
             if error.errno == errno.ENODEV and self.where:
-                self.host.journal.warn(f"{self.where} was taken away; restart to have it back")
+                if not self.taken_away:
+                    self.host.journal.warn(f"{self.where} was taken away; restart to have it back")
                 self.ended()
                 return False
             # ENOENT, EAGAIN: it was taken back.

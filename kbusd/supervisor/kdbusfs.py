@@ -74,6 +74,7 @@ class Mount(Connection):
 
     def leave(self) -> None:
         """Unmount, and cut off who has a file open; the connection ends when the last has closed it."""
+        self.taken_away = True
         unmount(self.where)
         for file in tuple(self.files.values()):
             file.cut()

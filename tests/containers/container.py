@@ -27,6 +27,7 @@ IN_GUEST = "KBUSD_GUEST" in os.environ
 # Without newuidmap, which LXC prefers and which asks /etc/subuid, root writes the maps by himself.
 LXC = {"PATH": "/nowhere"}
 INSIDE = {"PATH": f"{BIN}:/usr/sbin:/usr/bin", "HOME": "/root"}
+DEBIANS = "common", "userns"  # what its template includes for an unprivileged container
 _CONTROLLERS = "devices", "freezer", "pids"
 _USERS = (
     "root:x:0:0::/root:/bin/sh\nmessagebus:x:100:107::/:/bin/false\nuser:x:1000:1000::/:/bin/sh\n"
@@ -75,7 +76,8 @@ class Container:
     def base(self) -> str:
         ids = "".join(f"lxc.idmap = {kind} 0 {self.first} {COUNT}\n" for kind in "ug")
         return (
-            f"lxc.uts.name = box\nlxc.rootfs.path = dir:{self.root}\nlxc.init.cmd = /init\n{ids}"
+            "".join(f"lxc.include = /usr/share/lxc/config/{each}.conf\n" for each in DEBIANS)
+            + f"lxc.uts.name = box\nlxc.rootfs.path = dir:{self.root}\nlxc.init.cmd = /init\n{ids}"
             "lxc.net.0.type = empty\nlxc.mount.auto = proc:mixed\nlxc.autodev = 1\n"
             + bind("/usr", "usr", "ro")
             + bind(TREE, str(TREE)[1:], "ro")

@@ -87,8 +87,13 @@ def test_without_a_kbusd_that_has_domains_it_says_so(box: Container, tmp_path: P
     if any(ctl._has_domains(pid) for pid in ctl.workers.running()):
         pytest.skip("a kbusd of this machine has domains")
     options = f"--lxcpath={box.directory}", f"--domains={tmp_path}", f"--mounts={tmp_path}/mounts"
+    rules = f"lxc.include = {PACKAGING}/device-rules.conf"
+    made = box.config.parent / "kbusd.conf"
     done = kbusctl("add", box.name, *options)
-    assert done.returncode == 0
+    assert done.returncode == 0 and rules not in made.read_text()
+    box.config.write_text(box.config.read_text() + "lxc.cgroup.devices.deny = a\n")
+    assert kbusctl("add", box.name, *options).returncode == 0
+    assert rules in made.read_text().splitlines()
     assert "start it so" in done.stderr
     assert (tmp_path / box.name).read_text() == f"{FIRST} {COUNT} {tmp_path}/mounts/{box.name}\n"
 

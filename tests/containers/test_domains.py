@@ -151,6 +151,7 @@ def test_domains_come_and_go_while_the_bus_runs(host: Host) -> None:
     assert child.hear() == "cut off"
     child.wait()
     procs.eventually(lambda: not os.path.ismount(third), "it is unmounted")
+    assert "taken away" not in host.log()
     assert (host.place / "box" / "control").exists()
 
 
