@@ -77,10 +77,11 @@ class Connection:
             self.fail(opened.unique, errno.ESHUTDOWN if clients is None else errno.EACCES)
             return
         limit = self.host.settings.limits["max_connections_per_user"]
-        if clients.of[credentials.uid] < limit:
+        why = self.domain.full(clients.of)
+        if not why and clients.of[credentials.uid] < limit:
             clients.add(credentials, partial(self._employ, opened))
             return
-        why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"
+        why = why or f"uid {credentials.uid} has {limit} connections (max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
         self.fail(opened.unique, errno.EMFILE)
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 import msgspec
 
 from kbusd.rings.entries import Node
 
+MAX_CONNECTIONS = 1024  # of all users of a domain; of each there may be as many as the policy says
 DOMAINS = "/etc/kbusd/domains"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
 _FILE = re.compile(rb"\s*(\d{1,10})\s+(\d{1,10})(?:\s+(/\S+))?\s*")
@@ -44,6 +46,13 @@ class Domain(msgspec.Struct, frozen=True):
     def inside(self, uid: int) -> int | None:
         """What its users call the host's `uid`; None: nobody in it."""
         return uid - self.first if 0 <= uid - self.first < self.count else None
+
+    def full(self, of: Mapping[int, int]) -> str:
+        """Why its users may have no more connections, given how many each user has; "": they may."""
+        there = sum(many for uid, many in of.items() if self.inside(uid) is not None)
+        if self.name and there >= MAX_CONNECTIONS:
+            return f"domain {self.name} has {there} connections"
+        return ""
 
     def local(self, node: Node) -> Node | None:
         """As it is called in it; None: it is not in it."""

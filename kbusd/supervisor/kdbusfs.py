@@ -69,6 +69,7 @@ class Mount(Connection):
     def stop(self) -> None:
         """Unmount."""
         if self.where:
+            self.taken_away = True
             unmount(self.where)
             self.where = ""
 

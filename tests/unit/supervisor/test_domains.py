@@ -11,7 +11,7 @@ import pytest
 from kbusd.rings.entries import Node
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.device import Devices
-from kbusd.supervisor.domains import HOST, Domain, DomainError, read
+from kbusd.supervisor.domains import HOST, MAX_CONNECTIONS, Domain, DomainError, read
 
 BOX = Domain("box", 100_000, 65_536)
 
@@ -24,6 +24,14 @@ def test_its_users_are_called_as_in_the_container() -> None:
     found = [BOX.inside(uid) for uid in (0, 99_999, 100_000, 165_535, 165_536)]
     assert found == [None, None, 0, 65_535, None]
     assert HOST.inside(0) == 0 and HOST.inside((1 << 32) - 2) == (1 << 32) - 2
+
+
+def test_its_users_together_have_a_limit() -> None:
+    of = {0: 5000, 99_999: 5000, 100_000: MAX_CONNECTIONS - 1}
+    assert BOX.full(of) == HOST.full(of) == ""
+    of[165_535] = 1
+    assert "domain box has 1024 connections" in BOX.full(of)
+    assert HOST.full(of) == ""
 
 
 def test_a_bus_is_in_one_domain_and_has_its_own_name_there() -> None:
