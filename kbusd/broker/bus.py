@@ -78,6 +78,7 @@ from kbusd.wire import names
 
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
+CLOSED = "kdbus"  # <type> of a bus on which nothing but kdbus's policy allows anything
 MAX_MONITOR_RULES = 512
 MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 ACTIVATOR, HOLDER, KDBUS_MONITOR = 2, 4, 8  # three of them
@@ -117,7 +118,7 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
-        self.name_policy = NamePolicy(owner)
+        self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read

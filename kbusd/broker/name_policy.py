@@ -2,7 +2,8 @@
 
 Only the privileged may bring any, and what their workers say of it is checked here: a worker can do no
 more with it than its client could. Who may own a name is decided here; who may talk to its owner is
-decided by the workers, who learn of it by the log.
+decided by the workers, who learn of it by the log. On a `closed` bus, one that a program has made, nothing
+else says who may own a name.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ MAX_ACCESSES = 2048  # of one entry; a command is 32 KiB at most
 class NamePolicy:
     """Entries by connection."""
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: int, closed: bool = False) -> None:
         self._owner = owner
+        self._closed = closed
         self._database = policy.Database()
         self.entries: dict[int, tuple[PolicyEntry, ...]] = {}  # by connection
 
@@ -45,11 +47,11 @@ class NamePolicy:
             self._database.remove(connection)
 
     def may_own(self, credentials: Credentials, name: str) -> bool:
-        """Whether a client may own a name: anybody may, as long as nobody brings policy for it."""
-        if credentials.uid in (0, self._owner) or not self._database.has(name):
-            return True
-        who = policy.Subject.of(credentials.uid, credentials.gid, credentials.groups)
-        return self._database.query(who, name) >= abi.POLICY_OWN
+        """Whether a client may own a name; on a bus that is not closed, anybody may for which nobody
+        brings policy."""
+        owner = credentials.uid in (0, self._owner)
+        who = policy.Subject.of(credentials.uid, credentials.gid, credentials.groups, owner)
+        return policy.View(self._database, None, self._closed).may_own(who, name)
 
 
 def _check(entries: tuple[PolicyEntry, ...]) -> None:

@@ -90,5 +90,10 @@ class Context(msgspec.Struct, frozen=True):
         )
         return cls(guid, bus, decoded, profile, log_fd, made)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing but kdbus's policy allows anything, as on buses that programs make."""
+        return self.configuration.type == "kdbus"
+
     def with_configuration(self, configuration: bytes) -> Context:
         return msgspec.structs.replace(self, configuration=_decode(configuration))

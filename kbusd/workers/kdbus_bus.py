@@ -36,6 +36,7 @@ from kbusd.wire import body as wire_body
 from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
+from kbusd.workers.name_policies import NamePolicies
 from kbusd.workers.replica import BUS_ID, Connection, Replica
 from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Decision, Router
 
@@ -70,10 +71,9 @@ _decode_known = msgspec.msgpack.Decoder(Known).decode
 
 class DeviceRouter(Router):
     """As every worker's; but kdbus subscribers of a broadcast get it as a parcel, and what policy
-    holders say must allow it, too. `owner`: of the bus."""
+    holders say (`names`) must allow it, too."""
 
-    owner = 0
-    _policies: tuple[object, policies.Database] = (None, policies.Database())
+    names: NamePolicies
 
     def _may_send(
         self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
@@ -92,37 +92,13 @@ class DeviceRouter(Router):
         return refusal
 
     def _may_talk(self, envelope: Envelope, sender: Connection, receiver: Connection) -> str | None:
-        """What the policy of kdbus clients says (kdbus/policy.py): of a signal, its receiver must be
-        allowed to talk to its sender, of a call the other way round. Names of which it says nothing
-        do not count, unless it speaks of another one of the same connection."""
-        if envelope.type in (RETURN, ERROR) or not self.replica.policies:
+        """Of a signal, its receiver must be allowed to talk to its sender, of a call the other way
+        round; a reply was asked for."""
+        if envelope.type in (RETURN, ERROR):
             return None
-        asker, asked = (receiver, sender) if envelope.type == SIGNAL else (sender, receiver)
-        uid = asker.credentials.uid
-        if uid in (0, self.owner) or uid == asked.credentials.uid:
-            return None
-        database = self._database()
-        names = [name for name in asked.names if database.has(name)]
-        asks = asker.credentials
-        who = policies.Subject.of(asks.uid, asks.gid, asks.groups)
-        if not names or any(database.query(who, name) >= abi.POLICY_TALK for name in names):
-            return None
-        return f"policy does not let {asker.name} (uid {uid}) talk to the owner of {min(names)}"
-
-    def _database(self) -> policies.Database:
-        known = dict(self.replica.policies)
-        if self._policies[0] != known:
-            database = policies.Database()
-            for id, brought in known.items():
-                database.replace(
-                    id,
-                    [
-                        policies.Entry.of(each.name, each.wildcard, each.accesses)
-                        for each in brought
-                    ],
-                )
-            self._policies = known, database
-        return self._policies[1]
+        if envelope.type == SIGNAL:
+            return self.names.refusal(receiver, sender)
+        return self.names.refusal(sender, receiver)
 
     def _broadcast(
         self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
@@ -153,7 +129,8 @@ class DeviceRouter(Router):
     def is_open(self, sender: Connection, receiver: Connection) -> bool:
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
-            not self.replica.policies
+            self.names.refusal(sender, receiver) is None
+            and self.names.refusal(receiver, sender) is None
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
         )
@@ -469,7 +446,8 @@ class Port:
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
         self.engine_router = DeviceRouter(replica, policy, say)
-        self.engine_router.owner = self._context.bus.owner
+        context = self._context
+        self.engine_router.names = NamePolicies(replica, context.bus.owner, context.closed)
         return self.engine_router
 
     def requests(self) -> bool:

@@ -96,6 +96,17 @@ def test_policy_says_who_may_own() -> None:
         world.ask(a, e.SetPolicy(9, (opened,)))
 
 
+def test_on_a_made_bus_what_no_policy_allows_is_denied() -> None:
+    world = World(type="kdbus")
+    other, owner = world.client(1, uid=7), world.client(2, uid=OWNER)
+    refused = world.ask(other, e.RequestName(2, "a.b", 0))[0][1]
+    assert isinstance(refused, e.Failure) and refused.error.endswith("AccessDenied")
+    assert world.ask(owner, e.RequestName(2, "a.c", 0))[-1] == (2, e.Reply(2, 1))
+    entry = e.PolicyEntry("a.b", False, ((USER, OWN, 7),))
+    join(world, 3, e.Hello(1, HOLDER, policy=(entry,)))
+    assert world.ask(other, e.RequestName(3, "a.b", 0))[-1] == (1, e.Reply(3, 1))
+
+
 def test_a_monitor_is_one_from_the_beginning() -> None:
     world = World()
     monitor = join(world, 1, e.Hello(1, MONITOR))

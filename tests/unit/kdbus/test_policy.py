@@ -124,6 +124,14 @@ def test_the_default_endpoint() -> None:
     assert view.may_see_name(BOB, "a.b") and view.may_see(BOB, [])
 
 
+def test_a_bus_with_another_policy_beside_this_one() -> None:
+    view = View(database(name("a.b"), access(USER, OWN, 1000)), None, closed=False)
+    assert view.may_own(BOB, "c.d") and not view.may_own(BOB, "a.b")
+    assert view.may_talk(BOB, 0, []) and view.may_talk(BOB, 0, ["c.d"])
+    assert not view.may_talk(BOB, 0, ["c.d", "a.b"])
+    assert view.may_talk(ALICE, 0, ["c.d", "a.b"])
+
+
 def test_a_custom_endpoint_only_takes_away() -> None:
     bus = database(name("a.b"), access(WORLD, OWN))
     own = database(

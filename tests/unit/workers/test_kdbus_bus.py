@@ -16,7 +16,13 @@ from kbusd.kdbus.metadata import Creds, Pids
 from kbusd.kdbus.parcel import BYTES, MEMFD, Parcel, ParcelError
 from kbusd.kdbus.port import Known
 from kbusd.rings import memfd
-from kbusd.rings.entries import ConnectionAdded, Credentials, NameOwnerChanged
+from kbusd.rings.entries import (
+    ConnectionAdded,
+    Credentials,
+    NameOwnerChanged,
+    NamePolicyChanged,
+    PolicyEntry,
+)
 from kbusd.workers.kdbus_bus import Port
 from kbusd.workers.replica import Replica
 
@@ -54,9 +60,9 @@ class Received:
         self.messages.append((source.id, parts))
 
 
-def port(policy: Policy, peer: int = 1000 + PEER) -> tuple[Port, Received]:
+def port(policy: Policy, peer: int = 1000 + PEER, closed: bool = False) -> tuple[Port, Received]:
     bus = SimpleNamespace(system=False, owner=OWNER)
-    context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None)
+    context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None, closed=closed)
     made = Port(context, "0-test", SimpleNamespace())
     made.device = SimpleNamespace(attached=None)  # type: ignore[assignment]
     replica = Replica()
@@ -162,3 +168,15 @@ def test_nobody_else_says_whose_a_message_was() -> None:
     with pytest.raises(ParcelError):
         give(bus, passed)
     assert not session.messages
+
+
+def test_on_a_made_bus_whom_no_policy_lets_talk_is_refused_by_the_receiver_too() -> None:
+    bus, session = port(Policy(), closed=True)
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    entry = PolicyEntry("a.b", False, ((abi.POLICY_ACCESS_WORLD, abi.POLICY_TALK, 0),))
+    replica = bus.engine_router.replica
+    replica.apply(NamePolicyChanged(PEER, (entry,)))
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    replica.apply(NameOwnerChanged("a.b", 0, ME))
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == 0
+    assert session.messages == [(PEER, [b"raw"])]
