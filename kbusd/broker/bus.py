@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.name_policy import NamePolicy
@@ -34,6 +35,7 @@ from kbusd.broker.refusal import (
     Violation,
 )
 from kbusd.broker.registry import Change, Registry
+from kbusd.kdbus.abi import POLICY_OWN, POLICY_TALK
 from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
@@ -45,6 +47,7 @@ from kbusd.rings.entries import (
     ConnectionRemoved,
     Credentials,
     Describe,
+    EndpointChanged,
     Failure,
     FetchPolicy,
     FetchSnapshot,
@@ -67,6 +70,7 @@ from kbusd.rings.entries import (
     Request,
     RequestName,
     Running,
+    SetEndpoint,
     SetPolicy,
     Snapshot,
     StartService,
@@ -119,6 +123,7 @@ class Bus:
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
+        self.endpoints = Endpoints()
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -135,15 +140,23 @@ class Bus:
     def worker_started(self, worker: int, pid: int) -> None:
         self.connections[worker] = Connection(worker, pid)
 
-    def assigned(self, worker: int, credentials: Credentials, hasty: bool = True) -> None:
+    def assigned(
+        self, worker: int, credentials: Credentials, hasty: bool = True, endpoint: int = 0
+    ) -> None:
         """The worker serves a client of these credentials from now on, who is to say Hello in time
-        if it is `hasty`."""
+        if it is `hasty`, and may be behind a custom endpoint."""
         connection = self.connections.get(worker)
         if connection is not None:
             connection.credentials = credentials
+            connection.endpoint = endpoint
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
+
+    def endpoint_made(self, worker: int) -> None:
+        """Its client has made a custom endpoint."""
+        if worker in self.connections:
+            self.endpoints.made(worker)
 
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
@@ -171,6 +184,8 @@ class Bus:
         if connection is None:
             return
         self.probes.gone(connection)
+        if self.endpoints.remove(worker):
+            self._outside.append(EndpointChanged(worker, ()))
         said = connection.last_word if connection.last_word is not None else reason
         if said:
             self._outside.say(f"disconnected {connection}: {said}")
@@ -214,7 +229,7 @@ class Bus:
         kind = type(message)
         if fds != _FDS.get(kind, 0):
             raise Violation(f"sent {fds} descriptors with {kind.__name__}")
-        if connection.id == NOT_YET and kind is not Hello and kind is not Leaving:
+        if connection.id == NOT_YET and kind not in (Hello, Leaving, SetEndpoint):
             raise Violation(f"sent {kind.__name__} before Hello")
         if (connection.kdbus or 0) & (ACTIVATOR | HOLDER) and kind in _FOR_ORDINARY:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
@@ -237,6 +252,8 @@ class Bus:
                 written = self.matches.remove(connection, message.rule)
                 self._outside.append(MatchRemoved(connection.id, written))
             case StartService():
+                if not self.endpoints.may(connection, POLICY_TALK, (message.name,)):
+                    raise Refused(ACCESS_DENIED, f"{connection} may not talk to {message.name}")
                 self.activation.start(connection, message)
                 return
             case Introduce():
@@ -275,11 +292,15 @@ class Bus:
                 return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
+            case SetEndpoint():
+                self.endpoints.set(connection, message.policy)
+                self._outside.append(EndpointChanged(connection.worker, message.policy))
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
                 asked = self.by_id.get(message.id)
-                value = b"" if asked is None else asked.about
+                seen = asked is not None and self.endpoints.may_see(connection, asked)
+                value = asked.about if asked is not None and seen else b""
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
@@ -330,7 +351,9 @@ class Bus:
             self._outside.append(MonitorAttached(connection.id, (), message.kdbus))
             self._outside.say(f"{connection} is a monitor")
         else:
-            self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
+            self._outside.append(
+                ConnectionAdded(connection.id, credentials, message.kdbus, connection.endpoint)
+            )
             name = connection.unique_name
             self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
             self._wake(self.monitors)
@@ -386,7 +409,9 @@ class Bus:
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
             )
         assert connection.credentials is not None
-        if not self.name_policy.may_own(connection.credentials, name):
+        custom = connection.endpoint != 0
+        allowed = self.endpoints.may(connection, POLICY_OWN, (name,))
+        if not allowed or not self.name_policy.may_own(connection.credentials, name, custom):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
         limit = self._limits["max_names_per_connection"]
@@ -473,7 +498,7 @@ class Bus:
     def _privileged(self, connection: Connection, what: str) -> None:
         assert connection.credentials is not None
         uid, pid = connection.credentials.uid, connection.credentials.pid
-        if uid not in (0, self._owner):
+        if uid not in (0, self._owner) or connection.endpoint:
             text = (
                 f"rejected attempt to call {what} by connection {connection.unique_name}"
                 f" (uid={uid} pid={pid}) with uid {uid}"
@@ -545,6 +570,8 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
+            behind=tuple((id, each.endpoint) for id, each in self.by_id.items() if each.endpoint),
+            endpoints=tuple(each for each in self.endpoints.entries.items() if each[1]),
         )
 
     def size(self) -> int:

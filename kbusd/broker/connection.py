@@ -26,6 +26,7 @@ class Connection:
         "about",
         "complaints",
         "credentials",
+        "endpoint",
         "id",
         "introduced",
         "introductions",
@@ -47,6 +48,7 @@ class Connection:
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
         self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
+        self.endpoint = 0  # custom endpoint of kdbus that it is behind (endpoints.py)
         self.about = b""  # what its worker tells others who ask
         self.monitor: tuple[str, ...] | None = None
         self.names: list[str] = []  # owned or waited for, in the order in which they were asked

@@ -42,6 +42,7 @@ PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
 _SPECIAL = abi.HELLO_ACTIVATOR | abi.HELLO_POLICY_HOLDER | abi.HELLO_MONITOR
 WRITABLE = select.POLLOUT | select.POLLWRNORM
+_ENDPOINTS = 1 << 33  # quotas by endpoint, above those by uid
 HUNG_UP = select.POLLERR | select.POLLHUP
 Part = bytes | int | message.Memfd
 """Of a payload that arrives: bytes, a number of zeroes, or a segment of a memfd of ours."""
@@ -93,7 +94,7 @@ class Session:
         self.arrived = 0
         """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
         self.kind = 0  # Hello.kind
-        self._owner = owner
+        self._owner = owner and not custom
         self._custom = custom
         self._entering = False
         self._about = b""
@@ -140,8 +141,13 @@ class Session:
             case abi.CMD_HELLO:
                 pokes = await self._hello(caller, whole)
             case abi.CMD_ENDPOINT_MAKE:
-                pokes = commands.decode_endpoint_make(whole).pokes
-                raise Errno(errno.EOPNOTSUPP, "custom endpoints can't be made yet", pokes)
+                pokes = await self._make_endpoint(caller, whole)
+            case abi.CMD_ENDPOINT_UPDATE:
+                changed = commands.decode_endpoint_update(whole)
+                pokes = changed.pokes
+                if changed.value is not None:
+                    with _writing(pokes):
+                        await self.bus.set_endpoint(changed.value)
             case abi.CMD_BYEBYE:
                 pokes = self._byebye(whole)
             case abi.CMD_RECV:
@@ -181,10 +187,9 @@ class Session:
         if hello is None:
             return decoded.pokes
         with _writing(decoded.pokes):
-            owner = self._owner and not self._custom
-            admitted = commands.check_hello(hello, owner, self._custom, PAGE)
+            admitted = commands.check_hello(hello, self._owner, self._custom, PAGE)
             if self._entering:
-                raise Errno(errno.EBADFD, "HELLO while another one is carried out")
+                raise Errno(errno.EBADFD, "HELLO while another command sets the file up")
             memory = self.bus.make_pool(hello.pool_size)
             self._entering = True
             try:
@@ -200,6 +205,22 @@ class Session:
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
             result = commands.hello_result(self.bus.flags, id, offset, size, self.bus.uuid)
         return decoded.pokes + result
+
+    async def _make_endpoint(self, caller: Caller, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_endpoint_make(whole)
+        if decoded.value is not None:
+            with _writing(decoded.pokes):
+                if self._entering:
+                    raise Errno(
+                        errno.EBADFD, "ENDPOINT_MAKE while another command sets the file up"
+                    )
+                self._entering = True
+                try:
+                    await self.bus.make_endpoint(caller, decoded.value)
+                finally:
+                    self._entering = False
+                self.state = State.ENDPOINT_OWNER
+        return decoded.pokes
 
     def _byebye(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_byebye(whole)
@@ -347,7 +368,7 @@ class Session:
                 if id is None:
                     raise Errno(errno.ESRCH, f"nobody owns {asked.name}")
             known = self.bus.find(id or 0)
-            if known is None:
+            if known is None or not self.bus.sees(known):
                 raise Errno(errno.ENXIO, f"there is no connection {id}")
             if asked.name is not None and asked.id not in (0, known.id):
                 raise Errno(errno.ESRCH, f"{asked.name} is not owned by {asked.id}")
@@ -487,11 +508,17 @@ class Session:
                 raise Errno(errno.EREMCHG, f"{name} is owned by {owner}, not by {id}")
             id = owner
         known = self.bus.find(id)
-        if known is None or (name is None and known.flags & _SPECIAL):
+        hidden = known is not None and not self.bus.sees(known) and not self._owes(found.header)
+        if known is None or hidden or (name is None and known.flags & _SPECIAL):
             raise Errno(errno.ENXIO, f"there is no ordinary connection {id}")
         if known.flags & abi.HELLO_ACTIVATOR and found.header.flags & abi.MSG_NO_AUTO_START:
             raise Errno(errno.EADDRNOTAVAIL, f"nobody but an activator owns {name}")
         return known
+
+    def _owes(self, header: message.Header) -> bool:
+        """Whether it answers a call, which somebody may have made whom our client does not see."""
+        asks = header.flags & (abi.MSG_EXPECT_REPLY | abi.MSG_SIGNAL)
+        return not asks and header.reply_or_timeout in self._owed.get(header.dst_id, {})
 
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
@@ -644,7 +671,8 @@ class Session:
         seqnum: int,
         fds: Sequence[int],
     ) -> Entry:
-        user = source.uid + 1
+        # Who is behind a custom endpoint shares the endpoint's part, not the user's.
+        user = _ENDPOINTS + source.endpoint if source.endpoint else source.uid + 1
         entry = self._place(source, parcel, parts, seqnum, fds, user, accounted=True)
         self._queue.push(entry, parcel.priority)
         self.arrived += 1
@@ -738,7 +766,7 @@ class Session:
         return msgspec.structs.replace(told, pids=metadata.Pids(0, 0, 0))
 
     def _told(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        if about.faked is not None and self.bus.is_privileged(known.uid):
+        if about.faked is not None and self.bus.is_privileged(known):
             faked = about.faked
             return metadata.Metadata(
                 creds=None if faked.creds is None else metadata.Creds(*faked.creds),
@@ -768,16 +796,23 @@ class Session:
     # -- what the bus announces ----------------------------------------------------------------
 
     def name_changed(
-        self, name: str, old: int, new: int, old_flags: int = 0, new_flags: int = 0
+        self,
+        name: str,
+        old: int,
+        new: int,
+        old_flags: int = 0,
+        new_flags: int = 0,
+        seen: bool = True,
     ) -> None:
-        """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have."""
+        """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have.
+        `seen`: our client may know."""
         kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
         change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
         if old and new and self.bus.activator(name) in (old, new):
             self._calls.pass_on(name, old, new)
             if old == self.id:
                 self._move(name, new)
-        if self._hears(change):
+        if seen and self._hears(change):
             self._notice(message.announce_name(change, old_flags, new_flags))
 
     def _hears(self, change: match.Notification) -> bool:
@@ -819,7 +854,7 @@ class Session:
         """A connection is new; `flags` are its HELLO flags."""
         self._id_changed(match.IdChange(abi.ITEM_ID_ADD, id), flags)
 
-    def id_removed(self, id: int, flags: int) -> None:
+    def id_removed(self, id: int, flags: int, seen: bool = True) -> None:
         """A connection is gone: it answers nobody, and waits for nothing."""
         for call in self._calls.drop(id):
             wait = self._waiting.get(call)
@@ -828,7 +863,8 @@ class Session:
             elif not call.interrupted:
                 self._no_reply(abi.ITEM_REPLY_DEAD, call.cookie)
         self._owed.pop(id, None)
-        self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
+        if seen:
+            self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
     def _id_changed(self, change: match.IdChange, flags: int) -> None:
         if self._hears(change):

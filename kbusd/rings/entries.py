@@ -33,11 +33,13 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 class ConnectionAdded(Entry, frozen=True, tag="C"):
     """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id").
 
-    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket."""
+    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket. `endpoint`: of the
+    custom endpoint that it is behind, 0 for none."""
 
     id: int
     credentials: Credentials
     kdbus: int | None = None
+    endpoint: int = 0
 
 
 class ConnectionRemoved(Entry, frozen=True, tag="c"):
@@ -126,6 +128,14 @@ class NamePolicyChanged(Entry, frozen=True, tag="K"):
     entries: tuple[PolicyEntry, ...]
 
 
+class EndpointChanged(Entry, frozen=True, tag="E"):
+    """The policy of a custom endpoint (kdbus.endpoint(7)); one of which nothing is said has none, which
+    allows nothing. Its number is that of the worker whose client has made it."""
+
+    endpoint: int
+    entries: tuple[PolicyEntry, ...]
+
+
 LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
@@ -137,6 +147,7 @@ LogEntry = (
     | ActivatableChanged
     | PolicyChanged
     | NamePolicyChanged
+    | EndpointChanged
 )
 
 
@@ -156,6 +167,8 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
+    behind: tuple[tuple[int, int], ...] = ()  # (id, endpoint)
+    endpoints: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -247,6 +260,13 @@ class SetPolicy(Request, frozen=True, tag="set_policy"):
     policy: tuple[PolicyEntry, ...]
 
 
+class SetEndpoint(Request, frozen=True, tag="set_endpoint"):
+    """Of a client that has made a custom endpoint, and is no connection: its policy from now on. Reply:
+    None. Failure FileExists: an entry comes twice."""
+
+    policy: tuple[PolicyEntry, ...]
+
+
 class Describe(Request, frozen=True, tag="describe"):
     """What the worker says of its client to whoever asks (kdbus/parcel.py, About). Reply: None."""
 
@@ -314,6 +334,7 @@ WorkerMessage = (
     | FetchPolicy
     | Statistics
     | SetPolicy
+    | SetEndpoint
     | Describe
     | AskAbout
     | Introduce
@@ -390,11 +411,12 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
     """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
-    Hello soon (limit auth_timeout)."""
+    Hello soon (limit auth_timeout); `endpoint`: what it is behind, as in ConnectionAdded."""
 
     worker: int
     credentials: Credentials
     hasty: bool = True
+    endpoint: int = 0
 
 
 class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):
@@ -413,7 +435,15 @@ class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigur
     are faulty and the configuration in force stays."""
 
 
-SupervisorMessage = WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured
+class EndpointMade(msgspec.Struct, frozen=True, array_like=True, tag="endpoint_made"):
+    """supervisor -> broker. The client of this worker has made a custom endpoint, and says its policy."""
+
+    worker: int
+
+
+SupervisorMessage = (
+    WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured | EndpointMade
+)
 
 
 class ReloadWanted(msgspec.Struct, frozen=True, array_like=True, tag="reload"):
@@ -695,7 +725,18 @@ class MakeBus(msgspec.Struct, frozen=True, array_like=True, tag="make_bus"):
     about: bytes  # kbusd/kdbus/parcel.py, About
 
 
-FromDeviceWorker = Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push | MakeBus
+class MakeEndpoint(msgspec.Struct, frozen=True, array_like=True, tag="make_endpoint"):
+    """-> supervisor, once, of a file of a bus's own node. The caller, whose the bus is, wants a custom
+    endpoint of it, which lives as long as the file. `flags`: of KDBUS_CMD_ENDPOINT_MAKE."""
+
+    unique: int
+    name: str
+    flags: int
+
+
+FromDeviceWorker = (
+    Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push | MakeBus | MakeEndpoint
+)
 
 
 class Maker(msgspec.Struct, frozen=True, array_like=True):

@@ -26,7 +26,7 @@ from kbusd.rings import entries
 from kbusd.rings.line import LineError, close_all
 from kbusd.supervisor import caller, reach
 from kbusd.supervisor.device import Devices
-from kbusd.supervisor.holder import Holder, Worker
+from kbusd.supervisor.holder import Holder, Opening, Worker
 
 FAIR = 64  # messages of one worker before it is somebody else's turn
 _HUNG_UP = select.POLLERR | select.POLLHUP
@@ -68,13 +68,14 @@ class Connection:
         _, request = self.held.get(opened.unique, (None, b""))
         if not request:
             return  # it was interrupted meanwhile
-        if (clients := self.devices.queues.get(opened.bus)) is None:
+        clients, endpoint = self.devices.queues.get(opened.bus), self.devices.endpoint(opened)
+        if clients is None or endpoint is None:
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
         credentials = caller.credentials(request)
         limit = self.host.settings.limits["max_connections_per_user"]
         if clients.of[credentials.uid] < limit:
-            clients.add(credentials, partial(self._employ, opened))
+            clients.add(credentials, Opening(partial(self._employ, opened), endpoint))
             return
         why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
@@ -98,6 +99,8 @@ class Connection:
         with suppress(OSError):
             file.send(device)
         self.hear(file)
+        if self.devices.endpoint(opened) is None:
+            file.cut()  # it went while the client waited
         reply = replies.opened(opened.unique, file.number, self.open_flags)
         if self.held.pop(opened.unique, None) is None or not self.write(reply):
             self._release(file)  # nobody waits for it any more
@@ -265,8 +268,8 @@ class Connection:
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):
                     reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
-            case entries.MakeBus(unique), [] if holder.bus == "":
-                creator = caller.credentials(self.request_of(holder, unique, abi.IOCTL))
+            case ((entries.MakeBus() | entries.MakeEndpoint()), []) if holder.may_make(message):
+                creator = caller.credentials(self.request_of(holder, message.unique, abi.IOCTL))
                 self.devices.call(partial(self.host.make, holder, creator, message))
             case _:
                 raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")

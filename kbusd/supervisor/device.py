@@ -58,6 +58,7 @@ class Devices:
         self.host = host
         self.transports: list[Transport] = []
         self.queues: dict[str, Clients] = {}  # by the bus whose node they open, "" for control
+        self.endpoints: dict[tuple[str, str], int] = {}  # custom ones, by bus and node
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
         self.slow: set[Holder] = set()  # whom we have more to say than they listen to
         self.bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -81,6 +82,12 @@ class Devices:
         """Take every device away. With the end of this process, whoever has one open gets ENOTCONN."""
         for transport in self.transports:
             transport.stop()
+
+    def endpoint(self, opened: entries.Opened) -> int | None:
+        """The number of a custom endpoint, 0 for another node; None if it is gone."""
+        if not opened.bus or opened.endpoint == "bus":
+            return 0
+        return self.endpoints.get((opened.bus, opened.endpoint))
 
     # -- any thread --------------------------------------------------------------------------------
 

@@ -297,7 +297,8 @@ class Supervisor:
             worker = self.spare.popleft()
             worker.client = credentials
             hasty = isinstance(client, socket)
-            self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty))
+            endpoint = getattr(client, "endpoint", 0)
+            self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty, endpoint))
             if isinstance(client, socket):
                 self.incomplete[worker.number] = credentials.uid
                 with client, suppress(OSError):

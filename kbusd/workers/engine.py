@@ -92,6 +92,7 @@ _CHANGES = frozenset(
         entries.QueueChanged,
         entries.MonitorAttached,
         entries.NamePolicyChanged,
+        entries.EndpointChanged,
         entries.PolicyChanged,
     )
 )
@@ -153,7 +154,8 @@ class Engine:
 
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
-        return Router(self.replica, policy, self.peers.say)
+        names = self.context.name_policies(self.replica)
+        return Router(self.replica, policy, self.peers.say, names)
 
     def run(self) -> None:
         """Serve the client until it goes."""
@@ -432,7 +434,10 @@ class Engine:
                 cython.address(head),
                 body,
                 fds,
-                self.everyone and not route.refusals,
+                self.everyone
+                and not route.refusals
+                and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
+                and not self.replica.endpoints,
             )
             if self.peers.me in route.subscribers:
                 self._to_myself(route.envelope, cython.address(head), body, fds)

@@ -20,6 +20,7 @@ import msgspec
 
 from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel
 from kbusd.kdbus import policy as policies
+from kbusd.kdbus.commands import EndpointMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
@@ -38,7 +39,7 @@ from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
 from kbusd.workers.name_policies import NamePolicies
 from kbusd.workers.replica import BUS_ID, Connection, Replica
-from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Decision, Router
+from kbusd.workers.routing import SIGNAL, Decision, Router
 
 if TYPE_CHECKING:
     from kbusd.workers.kdbus_device import Device
@@ -70,35 +71,9 @@ _decode_known = msgspec.msgpack.Decoder(Known).decode
 
 
 class DeviceRouter(Router):
-    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel, and what policy
-    holders say (`names`) must allow it, too."""
+    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel."""
 
     names: NamePolicies
-
-    def _may_send(
-        self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
-    ) -> str | None:
-        refusal = super()._may_send(envelope, receiver, names, fds)
-        connections = self.replica.connections
-        if refusal is None and receiver in connections:
-            me = connections[self.replica.me]
-            refusal = self._may_talk(envelope, me, connections[receiver])
-        return refusal
-
-    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
-        refusal = super().admit(envelope, sender, fds)
-        if refusal is None:
-            refusal = self._may_talk(envelope, sender, self.replica.connections[self.replica.me])
-        return refusal
-
-    def _may_talk(self, envelope: Envelope, sender: Connection, receiver: Connection) -> str | None:
-        """Of a signal, its receiver must be allowed to talk to its sender, of a call the other way
-        round; a reply was asked for."""
-        if envelope.type in (RETURN, ERROR):
-            return None
-        if envelope.type == SIGNAL:
-            return self.names.refusal(receiver, sender)
-        return self.names.refusal(sender, receiver)
 
     def _broadcast(
         self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
@@ -164,6 +139,7 @@ class Port:
         self._entry: entries.LogEntry | None = None
         self._went: Connection | None = None
         self._had = 0  # NAME flags of the owner before the entry
+        self._heard: set[int] = set()  # connections that our client knows of, behind its endpoint
         self.device: Device
         self.session: Session
 
@@ -194,11 +170,18 @@ class Port:
         await self._call_bus("Hello", "", b"")
         return self._replica.me, about
 
-    def is_privileged(self, uid: int) -> bool:
-        return uid in (0, self._context.bus.owner)
+    def is_privileged(self, who: Known | Connection) -> bool:
+        uid = who.uid if isinstance(who, Known) else who.credentials.uid
+        return uid in (0, self._context.bus.owner) and not who.endpoint
 
     async def set_policy(self, policy: tuple[policies.Entry, ...]) -> None:
         await self._ask(entries.SetPolicy(0, as_brought(policy)))
+
+    async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
+        await self.device.make_endpoint(caller, order)
+
+    async def set_endpoint(self, policy: tuple[policies.Entry, ...]) -> None:
+        await self._ask(entries.SetEndpoint(0, as_brought(policy)))
 
     async def describe(self, about: bytes) -> None:
         await self._ask(entries.Describe(0, about))
@@ -233,7 +216,7 @@ class Port:
 
     def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
         mine = self._replica.connections.get(self._replica.me)
-        if not to.kdbus or mine is None or not self.is_privileged(mine.credentials.uid):
+        if not to.kdbus or mine is None or not self.is_privileged(mine):
             return False  # nobody would believe us whose message it is
         sent = msgspec.structs.replace(parcel, origin=_encode_known(source))
         self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
@@ -261,10 +244,10 @@ class Port:
 
     def owner(self, name: str) -> int | None:
         id = self._replica.owner(name)
-        return None if id == BUS_ID else id
+        return None if id == BUS_ID or not self._sees_name(name) else id
 
     async def start_service(self, caller: Caller, name: str) -> int | None:
-        if name not in self._replica.activatable:
+        if name not in self._replica.activatable or not self._sees_name(name):
             return None
         text = wire_body.string(name)
         body = text + bytes(-len(text) % 4) + bytes(4)
@@ -281,6 +264,8 @@ class Port:
             return ()
         names = {*connection.names, *connection.waits_for}
         names.update(name for name, activator in replica.activators.items() if activator == id)
+        if id != replica.me:
+            names = set(filter(self._sees_name, names))
         return tuple(metadata.OwnedName(name, self._flags(name, id)) for name in sorted(names))
 
     def _flags(self, name: str, id: int) -> int:
@@ -295,8 +280,30 @@ class Port:
         connection = self._replica.connections.get(id)
         return None if connection is None else _known(connection)
 
+    def sees(self, who: Known) -> bool:
+        mine, other = self._mine, self._replica.connections.get(who.id)
+        if mine is None or other is None:
+            return True
+        return self.engine_router.names.sees(mine, other)
+
     def everybody(self) -> Iterable[Known]:
-        return map(_known, self._replica.connections.values())
+        return map(_known, filter(self._knows, list(self._replica.connections.values())))
+
+    @property
+    def _mine(self) -> Connection | None:
+        return self._replica.connections.get(self._replica.me)
+
+    def _sees_name(self, name: str) -> bool:
+        mine = self._mine
+        return mine is None or self.engine_router.names.sees_name(mine, name)
+
+    def _knows(self, who: Connection) -> bool:
+        """Whether our client may be told of a connection: behind a custom endpoint, of those that are
+        there, too, of those that it sees, and of those that it has heard of."""
+        mine = self._mine
+        if mine is None or not mine.endpoint or mine.endpoint == who.endpoint:
+            return True
+        return who.id in self._heard or self.engine_router.names.sees(mine, who)
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         memfds = _memfds(parcel, fds)
@@ -445,9 +452,9 @@ class Port:
     def make_router(
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
-        self.engine_router = DeviceRouter(replica, policy, say)
         context = self._context
-        self.engine_router.names = NamePolicies(replica, context.bus.owner, context.closed)
+        names = NamePolicies(replica, context.bus.owner, context.closed)
+        self.engine_router = DeviceRouter(replica, policy, say, names)
         return self.engine_router
 
     def requests(self) -> bool:
@@ -579,7 +586,7 @@ class Port:
         it was is the word of the privileged alone."""
         me, name = self._replica.me, found.dst_name or ""
         has_part = me in (self._replica.names.get(name), self._replica.activators.get(name))
-        trusted = self.is_privileged(connection.credentials.uid)
+        trusted = self.is_privileged(connection)
         if not has_part or not trusted or found.dst_id != me or found.is_reply or found.fds:
             raise ParcelError(f"passes on a message that was sent to {name!r}")
         try:
@@ -636,6 +643,7 @@ class Port:
                 whole.append(part)
         own = fds[len(memfds) :] if attached else ()
         self.session.receive(source, found, whole, stamp, own)
+        self._hear(source.id)
 
     def dbus_message(
         self,
@@ -691,6 +699,7 @@ class Port:
             )
             own = fds if self.device.attached is not None else ()
             self.session.receive(known, found, [data], stamp, own)
+            self._hear(known.id)
         except Errno as error:
             return f"The destination's queue does not take it: {error.text}"
         except GVariantError as error:
@@ -713,14 +722,23 @@ class Port:
         match self._entry:
             case entries.NameOwnerChanged(name, old, new):
                 has = self._flags(name, new) if new else 0
-                self.session.name_changed(name, old, new, self._had, has)
+                seen = self._sees_name(name)
+                self.session.name_changed(name, old, new, self._had, has, seen)
+                if seen and new:
+                    self._hear(new)
             case entries.ConnectionAdded(id, _, kdbus):
-                if id != self._replica.me:
+                if id != self._replica.me and self._knows(self._replica.connections[id]):
                     self.session.id_added(id, kdbus or 0)
             case entries.ConnectionRemoved(id) if self._went is not None:
-                self.session.id_removed(id, self._went.kdbus or 0)
+                self.session.id_removed(id, self._went.kdbus or 0, self._knows(self._went))
+                self._heard.discard(id)
             case entries.MonitorAttached(id, _, None):
                 self.session.id_removed(id, 0)
+
+    def _hear(self, id: int) -> None:
+        """Our client learns that there is this connection."""
+        if (mine := self._mine) is not None and mine.endpoint:
+            self._heard.add(id)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -848,6 +866,7 @@ def _known(connection: Connection) -> Known:
         label or None,
         connection.kdbus or 0,
         connection.kdbus is not None,
+        connection.endpoint,
     )
 
 

@@ -23,7 +23,7 @@ import msgspec
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
 from kbusd.kdbus import attach, layout, waits
-from kbusd.kdbus.commands import SPECS, BusMake
+from kbusd.kdbus.commands import SPECS, BusMake, EndpointMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.parcel import About, encode
@@ -297,6 +297,12 @@ class Device:
         if self.cuse and self.attached is not None:
             self._pool.hand(self.attached)
         return self._pool
+
+    async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
+        """Raises Errno."""
+        assert isinstance(caller, Request)
+        asked = entries.MakeEndpoint(caller.unique, order.name, order.flags)
+        await self.ask(caller.unique, asked)
 
     async def about(self, caller: Caller, who: Joining) -> About:
         """Of the process that waits in a request that is held."""

@@ -22,6 +22,7 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    EndpointChanged,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -75,15 +76,18 @@ class Watch:
 
 class Connection:
     """A client that has said Hello. `names` are those that it owns, `waits_for` those in whose queue
-    it is. `kdbus`: HELLO flags of one that came by a kdbus node."""
+    it is. `kdbus`: HELLO flags of one that came by a kdbus node; `endpoint`: which custom one it is behind."""
 
-    __slots__ = ("credentials", "id", "kdbus", "matches", "name", "names", "waits_for")
+    __slots__ = ("credentials", "endpoint", "id", "kdbus", "matches", "name", "names", "waits_for")
 
-    def __init__(self, id: int, credentials: Credentials, kdbus: int | None = None) -> None:
+    def __init__(
+        self, id: int, credentials: Credentials, kdbus: int | None = None, endpoint: int = 0
+    ) -> None:
         self.id = id
         self.name = unique_name(id)
         self.credentials = credentials
         self.kdbus = kdbus
+        self.endpoint = endpoint
         self.names: frozenset[str] = _NO_NAMES
         self.waits_for: frozenset[str] = _NO_NAMES
         self.matches: tuple[Watch, ...] = ()
@@ -246,12 +250,12 @@ def _decrement(counts: dict[_K, int], key: _K) -> None:
         del counts[key]
 
 
-def _keep(where: dict[str, _V], name: str, value: _V) -> None:
+def _keep(where: dict[_K, _V], key: _K, value: _V) -> None:
     """What is not there takes no room."""
     if value:
-        where[name] = value
+        where[key] = value
     else:
-        where.pop(name, None)
+        where.pop(key, None)
 
 
 class Replica:
@@ -270,6 +274,7 @@ class Replica:
         self.claims: dict[str, tuple[int, ...]] = {}  # flags, of names where they are not all 0
         self.activators: dict[str, int] = {}
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
+        self.endpoints: dict[int, tuple[PolicyEntry, ...]] = {}  # custom ones of kdbus
         self.kdbus_monitors: set[int] = set()
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.activatable: tuple[str, ...] = ()
@@ -293,6 +298,7 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
+        self.endpoints = dict(snapshot.endpoints)
         self.monitors = {}
         self.kdbus_monitors = set()
         self.activatable = snapshot.activatable
@@ -302,9 +308,9 @@ class Replica:
         self._index = None
         self._mine = MatchIndex()
         self._group_lists = {}
-        kdbus = dict(snapshot.kdbus)
+        kdbus, behind = dict(snapshot.kdbus), dict(snapshot.behind)
         for id, credentials in snapshot.connections:
-            self._add_connection(id, credentials, kdbus.get(id))
+            self._add_connection(id, credentials, kdbus.get(id), behind.get(id, 0))
         for name, owner in snapshot.names:
             self._change_owner(name, NOBODY, owner)
         for each in snapshot.queues:
@@ -320,8 +326,8 @@ class Replica:
     def apply(self, entry: LogEntry) -> None:
         """Take over one log entry. Raises ReplicaError if it contradicts the state."""
         match entry:
-            case ConnectionAdded(id, credentials, kdbus):
-                self._add_connection(id, credentials, kdbus)
+            case ConnectionAdded(id, credentials, kdbus, endpoint):
+                self._add_connection(id, credentials, kdbus, endpoint)
             case ConnectionRemoved(id):
                 self._remove_connection(id)
             case NameOwnerChanged(name, old, new, waiting, claims, activator):
@@ -338,18 +344,22 @@ class Replica:
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
+            case EndpointChanged(number, policy):
+                _keep(self.endpoints, number, policy)
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
 
-    def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
+    def _add_connection(
+        self, id: int, credentials: Credentials, kdbus: int | None, endpoint: int
+    ) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
             raise ReplicaError(f"connection {id} was added twice")
         groups = self._group_lists.setdefault(credentials.groups, credentials.groups)
         if groups is not credentials.groups:
             credentials = msgspec.structs.replace(credentials, groups=groups)
-        self.connections[id] = Connection(id, credentials, kdbus)
+        self.connections[id] = Connection(id, credentials, kdbus, endpoint)
 
     def _remove_connection(self, id: int) -> None:
         if id in self.monitors:

@@ -150,7 +150,8 @@ def main() -> None:
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     made = "made" in kinds
     maker = read_all(8) if made else b""
-    context = Context.make(guid, int(supervisor), read_all(4), workers, 7, maker)
+    kdbus = "kdbus" in kinds
+    context = Context.make(guid, int(supervisor), read_all(4), workers, 7, maker, kdbus)
     for fd in (4, 5, 6, 8) if made else (4, 5, 6):
         os.close(fd)
     for _ in range(REHEARSALS):

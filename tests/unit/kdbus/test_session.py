@@ -8,8 +8,11 @@ import struct
 
 import pytest
 
-from kbusd.kdbus import abi, items, layout
+from kbusd.kdbus import abi, items, layout, metadata
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.parcel import BYTES, Parcel
+from kbusd.kdbus.port import Known
+from kbusd.kdbus.session import Session
 from kbusd.kdbus.waits import Interrupted
 from tests.unit.kdbus.refused import refused
 from tests.unit.kdbus.world import POOL, SECOND, Client, Message, World, any_id, any_name, bits
@@ -716,3 +719,85 @@ def test_only_some_commands_are_for_every_kind_of_connection(world: World) -> No
             holder.do(command, b"")
     with refused("EAGAIN"):
         monitor.recv()
+
+
+# -- custom endpoints --------------------------------------------------------------------------
+
+
+def endpoint_make(client: Client, name: str = "1000-apps") -> bytes:
+    return client.do(abi.CMD_ENDPOINT_MAKE, b"", items.string(abi.ITEM_MAKE_NAME, name))
+
+
+def test_a_file_that_makes_an_endpoint_updates_it_and_nothing_else(world: World) -> None:
+    maker = world.client(hello=False)
+    maker.session = maker.port.session = Session(maker.port, owner=True)
+    policy = items.string(abi.ITEM_NAME, "a.b")
+    with refused("EBADFD"):
+        maker.do(abi.CMD_ENDPOINT_UPDATE, b"", policy)
+    endpoint_make(maker)
+    assert maker.port.made.name == "1000-apps"
+    maker.do(abi.CMD_ENDPOINT_UPDATE, b"", policy)
+    assert [each.name for each in maker.port.policy] == ["a.b"]
+    for again in (maker.hello, lambda: endpoint_make(maker), lambda: maker.acquire("a.b")):
+        with refused("EBADFD"):
+            again()
+
+
+@pytest.mark.parametrize("how", [{}, {"owner": True, "custom": True}])
+def test_an_endpoint_is_made_by_the_privileged_at_the_buss_own_node(
+    world: World, how: dict[str, bool]
+) -> None:
+    client = world.client(hello=False)
+    client.session = client.port.session = Session(client.port, **how)
+    with refused("EPERM"):
+        endpoint_make(client)
+
+
+def test_two_commands_do_not_set_a_file_up_at_once(world: World) -> None:
+    maker = world.client(hello=False)
+    maker.session = maker.port.session = Session(maker.port, owner=True)
+    world.hold = True
+    name = items.string(abi.ITEM_MAKE_NAME, "1000-apps")
+    run = maker.begin(abi.CMD_ENDPOINT_MAKE, maker.struct(abi.CMD_ENDPOINT_MAKE, b"", name))
+    for again in (maker.hello, lambda: endpoint_make(maker)):
+        with refused("EBADFD"):
+            again()
+    world.go()
+    maker.end(run)
+
+
+def test_whom_one_does_not_see_is_not_there_but_is_answered(world: World) -> None:
+    a, b = world.client(), world.client()
+    run = b.call(a.id, cookie=9)
+    b.end(run)
+    world.hidden.add(b.id)
+    with refused("ENXIO"):
+        a.send(b.id)
+    with refused("ENXIO"):
+        a.send(b.id, reply=8)
+    with refused("ENXIO"):
+        a.do(abi.CMD_CONN_INFO, struct.pack("=2Q", b.id, 0))
+    a.send(b.id, reply=9)
+    assert b.recv().reply == 9
+
+
+def test_who_is_behind_an_endpoint_has_the_endpoints_part_of_a_pool(world: World) -> None:
+    a = world.client()
+    one, two = (
+        Known(
+            n, 1000, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(1, 1, 0), (), None,
+            endpoint=end,
+        )
+        for n, end in ((50, 0), (51, 7))
+    )  # fmt: skip
+    found = Parcel(0, 0, a.id, abi.PAYLOAD_DBUS, 1, 0, ((BYTES, 8000, 0),))
+
+    def fill(source: Known) -> int:
+        for number in range(100):
+            try:
+                a.session.receive(source, found, [bytes(8000)], 7)
+            except Errno:
+                return number
+        return 100
+
+    assert fill(one) and fill(two) and not fill(one)

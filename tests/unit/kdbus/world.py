@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from kbusd.kdbus import abi, bloom, items, layout, match, metadata, ownership, waits
-from kbusd.kdbus.commands import SPECS
+from kbusd.kdbus.commands import SPECS, EndpointMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
 from kbusd.kdbus.message import Memfd
@@ -50,6 +50,7 @@ class World:
         self.queues: dict[str, list[int]] = {}
         self.asked: dict[tuple[str, int], int] = {}  # RequestName's flags
         self.services: dict[str, Client] = {}
+        self.hidden: set[int] = set()  # connections that nobody sees
         self.hold = False
         self.held: list[Wait[None]] = []
 
@@ -141,8 +142,19 @@ class Port:
         self.said = encode(msgspec.structs.replace(about, faked=who.faked))
         return self.id, self.said
 
-    def is_privileged(self, uid: int) -> bool:
-        return uid == 0
+    def is_privileged(self, who: Known) -> bool:
+        return who.uid == 0
+
+    async def make_endpoint(self, caller: object, order: EndpointMake) -> None:
+        await self.world.turn()
+        self.made = order
+
+    async def set_endpoint(self, policy: tuple[Entry, ...]) -> None:
+        await self.world.turn()
+        self.policy = policy
+
+    def sees(self, who: Known) -> bool:
+        return who.id not in self.world.hidden
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
         await self.world.turn()
