@@ -26,6 +26,7 @@ import msgspec
 from kbusd.kdbus import abi, layout, names
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
+from kbusd.kdbus.metadata import IdMap
 
 NOTHING = -1
 """Less than the access rights POLICY_SEE < POLICY_TALK < POLICY_OWN."""
@@ -104,6 +105,21 @@ def _parse_access(data: bytes) -> Access:
     if id > MAX_ID:
         raise Errno(errno.EINVAL, f"POLICY_ACCESS is for {id}, which is no uid or gid")
     return Access(kind, access, id)
+
+
+def outside(entries: Iterable[Entry], uids: IdMap, gids: IdMap) -> tuple[Entry, ...]:
+    """What somebody in a user namespace said, for all. Raises Errno EINVAL for an id that he has not."""
+
+    def of(access: Access) -> Access:
+        if access.kind == abi.POLICY_ACCESS_WORLD:
+            return access
+        ids = uids if access.kind == abi.POLICY_ACCESS_USER else gids
+        id = ids.outside(access.id)
+        if id is None:
+            raise Errno(errno.EINVAL, f"POLICY_ACCESS is for {access.id}, whom the caller has not")
+        return Access(access.kind, access.access, id)
+
+    return tuple(Entry(each.name, each.wildcard, tuple(map(of, each.accesses))) for each in entries)
 
 
 class Database:

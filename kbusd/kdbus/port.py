@@ -48,6 +48,11 @@ class Known(msgspec.Struct, frozen=True):
     flags: int = 0
     kdbus: bool = True
     endpoint: int = 0
+    caps: metadata.Caps | None = None
+    cgroup: bytes | None = None
+    audit: metadata.Audit | None = None
+    space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
+    inside: metadata.Pids = metadata.Pids(0, 0, 0)
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -88,6 +93,14 @@ class Bus(Protocol):
     def sees_pids(self) -> bool:
         """Whether the client's pid namespace is that of the pids which the bus knows."""
 
+    @property
+    def space(self) -> int:
+        """The client's pid namespace."""
+
+    @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        """The uids and gids of the client's user namespace."""
+
     def clock(self) -> tuple[int, int]:
         """CLOCK_MONOTONIC and CLOCK_REALTIME in nanoseconds."""
 
@@ -121,6 +134,9 @@ class Bus(Protocol):
 
     async def about(self, id: int) -> bytes:
         """What a connection has said of itself (About); it may have said anything."""
+
+    async def refreshed(self, caller: Caller, about: bytes) -> bytes:
+        """The same (About) with what holds for this caller now."""
 
     def leave(self) -> None:
         """The connection ends."""

@@ -38,6 +38,8 @@ from kbusd.kdbus.waits import Interrupted, Wait
 
 PAGE = 4096
 MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
+FRESH_NS = 100_000_000
+_OF_PROCESS = abi.ATTACH_TID_COMM | abi.ATTACH_PID_COMM | abi.ATTACH_EXE | abi.ATTACH_CMDLINE
 PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
 _SPECIAL = abi.HELLO_ACTIVATOR | abi.HELLO_POLICY_HOLDER | abi.HELLO_MONITOR
@@ -97,7 +99,8 @@ class Session:
         self._owner = owner and not custom
         self._custom = custom
         self._entering = False
-        self._about = b""
+        self._about = self._sent_about = b""
+        self._sender, self._fresh_until = 0, 0  # whom `_sent_about` is about, and until when
         self._accept_fd = False
         self._attach_send = self._attach_recv = 0
         self._queue: Queue[Entry] = Queue()
@@ -197,6 +200,8 @@ class Session:
             finally:
                 self._entering = False
             self.id, self._about, self._memory = id, about, memory
+            self._sent_about, self._sender = about, caller.tid
+            self._fresh_until = self.bus.clock()[0] + FRESH_NS
             self.state, self.kind = State.CONNECTION, hello.kind
             self._pool = Pool(hello.pool_size)
             self._quota = Quota(self._pool)
@@ -379,7 +384,7 @@ class Session:
                 about = parcels.About()
             mask = metadata.granted(about.offered, asked.attach_flags, False)
             mask &= ~abi.ATTACH_TIMESTAMP
-            items = metadata.build_items(self._metadata(known, about), mask)
+            items = metadata.build_items(self._metadata(known, about), mask, *self.bus.maps)
             data = message.info(known.id, known.flags, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
@@ -388,7 +393,7 @@ class Session:
         if decoded.value is None:
             return decoded.pokes
         with _writing(decoded.pokes):
-            items = metadata.build_items(self.bus.creator(), decoded.value)
+            items = metadata.build_items(self.bus.creator(), decoded.value, *self.bus.maps)
             data = message.bus_info(0, self.bus.flags, self.bus.name, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
@@ -403,6 +408,7 @@ class Session:
                     about = parcels.decode_about(self._about)
                     about = msgspec.structs.replace(about, offered=update.attach_send)
                     self._attach_send, self._about = update.attach_send, parcels.encode(about)
+                    self._fresh_until = 0
                     await self.bus.describe(self._about)
             if update.attach_recv is not None:
                 self._attach_recv = update.attach_recv
@@ -482,7 +488,8 @@ class Session:
             data = b"".join(await caller.copy(vectors)) if vectors else b""
             to = None if broadcast else await self._destination(caller, found)
             dst_id = header.dst_id if to is None else to.id
-            parcel = parcels.pack(found, self._attach_send, self.bus.clock(), self._about, dst_id)
+            about = await self._about_now(caller)
+            parcel = parcels.pack(found, self._attach_send, self.bus.clock(), about, dst_id)
             if to is None:
                 await self.bus.publish(parcel, data, fds)
             elif header.flags & abi.MSG_EXPECT_REPLY:
@@ -494,6 +501,20 @@ class Session:
         finally:
             self.bus.close(fds)
         return None
+
+    async def _about_now(self, caller: Caller) -> bytes:
+        """What is told of the thread that sends, which need not be the one that said HELLO, nor be called
+        as it was then. It is not asked for anew at each of many messages."""
+        now = self.bus.clock()[0]
+        if caller.tid != self._sender or now >= self._fresh_until:
+            if self._attach_send & _OF_PROCESS:
+                self._sent_about = await self.bus.refreshed(caller, self._about)
+            else:
+                about = parcels.decode_about(self._about)
+                about = msgspec.structs.replace(about, tid=caller.tid)
+                self._sent_about = parcels.encode(about)
+            self._sender, self._fresh_until = caller.tid, now + FRESH_NS
+        return self._sent_about
 
     async def _destination(self, caller: Caller, found: message.Message) -> Known:
         """Who is to get it (kdbus_pin_dst). Raises Errno: ESRCH, EADDRNOTAVAIL, EREMCHG, ENXIO."""
@@ -708,7 +729,7 @@ class Session:
             [_part(part) for part in parts],
             parcel.fds,
             parcel.dst_name,
-            attached=metadata.build_items(known, mask),
+            attached=metadata.build_items(known, mask, *self.bus.maps),
         )
         memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
         kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []
@@ -759,14 +780,22 @@ class Session:
         self.arrived += 1
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        """What may be told of a connection. There are no pids for one in a namespace of its own."""
+        """What may be told of a connection: pids as our client's namespace has them, if that is the
+        bus's own or the other's; else there are none."""
         told = self._told(known, about)
         if self.bus.sees_pids or told.pids is None:
             return told
-        return msgspec.structs.replace(told, pids=metadata.Pids(0, 0, 0))
+        pids = metadata.Pids(0, 0, 0)
+        if known.space and known.space == self.bus.space and not self._pretends(known, about):
+            tid = known.inside.pid if told.pids.tid == told.pids.pid else 0
+            pids = msgspec.structs.replace(known.inside, tid=tid)
+        return msgspec.structs.replace(told, pids=pids)
+
+    def _pretends(self, known: Known, about: parcels.About) -> bool:
+        return about.faked is not None and self.bus.is_privileged(known)
 
     def _told(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        if about.faked is not None and self.bus.is_privileged(known):
+        if about.faked is not None and self._pretends(known, about):
             faked = about.faked
             return metadata.Metadata(
                 creds=None if faked.creds is None else metadata.Creds(*faked.creds),
@@ -784,7 +813,10 @@ class Session:
             pid_comm=about.pid_comm,
             exe=about.exe,
             cmdline=about.cmdline,
+            cgroup=known.cgroup,
+            caps=known.caps,
             label=known.label,
+            audit=known.audit,
             names=self._owned(known.id),
             description=about.description,
         )

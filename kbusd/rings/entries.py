@@ -12,6 +12,22 @@ from typing import Any
 import msgspec
 
 
+class Process(msgspec.Struct, frozen=True, array_like=True):
+    """What /proc says of the process that has opened a kdbus file, as it was then (proc(5)).
+
+    `uids` and `gids`: real, effective, saved, of file systems. `caps`: inheritable, permitted, effective,
+    bounding. `audit`: login uid and session. `space`: its pid namespace; `pids`: what that calls it and
+    its parent, 0 where it does not see that."""
+
+    uids: tuple[int, int, int, int]
+    gids: tuple[int, int, int, int]
+    caps: tuple[int, int, int, int]
+    cgroup: bytes
+    audit: tuple[int, int] | None
+    space: int
+    pids: tuple[int, int]
+
+
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
 
@@ -21,6 +37,7 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[int, ...] = ()
     label: bytes = b""
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
+    process: Process | None = None  # likewise
 
 
 # -- the control log -------------------------------------------------------------------------

@@ -51,8 +51,21 @@ MAX_KEPT = 4096
 """Descriptors in the queue, above which memfds are kept as their bytes."""
 STALLED_NS = 2_000_000_000
 """How long a SEND waits to be told of what became of its message by a worker that does not run."""
+_NO_IDS = (metadata.NO_ID, (1 << 64) - 1)
 SIGNALS = "type='signal'"
 OWNERS = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged'"
+
+
+def _last_cap() -> int:
+    """The highest capability that the kernel has (capabilities(7)); read before lock-down."""
+    try:
+        with open("/proc/sys/kernel/cap_last_cap") as file:
+            return min(int(file.read()), 63)
+    except (OSError, ValueError):
+        return 40
+
+
+LAST_CAP = _last_cap()
 
 _ERRNOS = {
     errors.ACCESS_DENIED: errno.EPERM,
@@ -149,6 +162,14 @@ class Port:
     def sees_pids(self) -> bool:
         return self.device.sees_pids
 
+    @property
+    def space(self) -> int:
+        return self.device.space
+
+    @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        return self.device.maps
+
     def clock(self) -> tuple[int, int]:
         return time.monotonic_ns(), time.time_ns()
 
@@ -165,8 +186,11 @@ class Port:
         )
 
     async def connect(self, caller: Caller, who: Joining) -> tuple[int, bytes]:
-        about = parcel.encode(await self.device.about(caller, who))
-        self.hello = entries.Hello(0, who.flags, who.name, as_brought(who.policy), about)
+        found = await self.device.about(caller, who)
+        faked = found.faked and msgspec.structs.replace(found.faked, creds=self._faked(found.faked))
+        about = parcel.encode(msgspec.structs.replace(found, faked=faked))
+        brought = as_brought(policies.outside(who.policy, *self.maps))
+        self.hello = entries.Hello(0, who.flags, who.name, brought, about)
         await self._call_bus("Hello", "", b"")
         return self._replica.me, about
 
@@ -174,13 +198,33 @@ class Port:
         uid = who.uid if isinstance(who, Known) else who.credentials.uid
         return uid in (0, self._context.bus.owner) and not who.endpoint
 
+    def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
+        """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
+        if who.creds is None:
+            return None
+        ids = [
+            id if id in _NO_IDS else self.maps[at >= 4].outside(id)
+            for at, id in enumerate(who.creds)
+        ]
+        a, b, c, d, e, f, g, h = ids
+        if None in ids:
+            raise Errno(errno.EINVAL, "pretends to be who its namespace does not have")
+        return a, b, c, d, e, f, g, h  # type: ignore[return-value]
+
+    async def refreshed(self, caller: Caller, about: bytes) -> bytes:
+        before = parcel.decode_about(about)
+        who = Joining(description=before.description, offered=before.offered, faked=before.faked)
+        return parcel.encode(await self.device.about(caller, who))
+
     async def set_policy(self, policy: tuple[policies.Entry, ...]) -> None:
+        policy = policies.outside(policy, *self.maps)
         await self._ask(entries.SetPolicy(0, as_brought(policy)))
 
     async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
         await self.device.make_endpoint(caller, order)
 
     async def set_endpoint(self, policy: tuple[policies.Entry, ...]) -> None:
+        policy = policies.outside(policy, *self.maps)
         await self._ask(entries.SetEndpoint(0, as_brought(policy)))
 
     async def describe(self, about: bytes) -> None:
@@ -821,7 +865,7 @@ class _Lazy:
 def _creator(maker: entries.Maker) -> metadata.Metadata:
     """What a program that has made a bus lets others know of itself."""
     who, about = maker.credentials, parcel.decode_about(maker.order.about)
-    known = {
+    known: dict[int, tuple[str, object]] = {
         abi.ATTACH_CREDS: ("creds", metadata.Creds(*[who.uid] * 4, *[who.gid] * 4)),
         abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, 0)),
         abi.ATTACH_AUXGROUPS: ("groups", who.groups),
@@ -831,6 +875,14 @@ def _creator(maker: entries.Maker) -> metadata.Metadata:
         abi.ATTACH_CMDLINE: ("cmdline", about.cmdline),
         abi.ATTACH_SECLABEL: ("label", who.label or None),
     }
+    process = who.process
+    if process is not None:
+        known |= {
+            abi.ATTACH_CREDS: ("creds", metadata.Creds(*process.uids, *process.gids)),
+            abi.ATTACH_CAPS: ("caps", metadata.Caps(LAST_CAP, *process.caps)),
+            abi.ATTACH_CGROUP: ("cgroup", process.cgroup or None),
+            abi.ATTACH_AUDIT: ("audit", _audit(process)),
+        }
     told = {name: value for flag, (name, value) in known.items() if maker.order.attach & flag}
     return msgspec.structs.replace(metadata.Metadata(), **told)
 
@@ -856,6 +908,25 @@ def _known(connection: Connection) -> Known:
     credentials = connection.credentials
     uid, gid = credentials.uid, credentials.gid
     label = credentials.label.rstrip(b"\0")
+    process = credentials.process
+    if process is not None:
+        return Known(
+            connection.id,
+            uid,
+            connection.names,
+            metadata.Creds(*process.uids, *process.gids),
+            metadata.Pids(credentials.pid, credentials.pid, credentials.parent),
+            credentials.groups,
+            label or None,
+            connection.kdbus or 0,
+            connection.kdbus is not None,
+            connection.endpoint,
+            metadata.Caps(LAST_CAP, *process.caps),
+            process.cgroup or None,
+            _audit(process),
+            process.space,
+            metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
+        )
     return Known(
         connection.id,
         uid,
@@ -868,6 +939,13 @@ def _known(connection: Connection) -> Known:
         connection.kdbus is not None,
         connection.endpoint,
     )
+
+
+def _audit(process: entries.Process) -> metadata.Audit | None:
+    if process.audit is None:
+        return None
+    login, session = process.audit
+    return metadata.Audit(session, login)
 
 
 def _destination(to: Known, parcel: Parcel) -> str:

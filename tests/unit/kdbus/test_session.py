@@ -8,14 +8,24 @@ import struct
 
 import pytest
 
-from kbusd.kdbus import abi, items, layout, metadata
+from kbusd.kdbus import abi, items, layout, metadata, waits
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.parcel import BYTES, Parcel
 from kbusd.kdbus.port import Known
-from kbusd.kdbus.session import Session
+from kbusd.kdbus.session import FRESH_NS, Session
 from kbusd.kdbus.waits import Interrupted
 from tests.unit.kdbus.refused import refused
-from tests.unit.kdbus.world import POOL, SECOND, Client, Message, World, any_id, any_name, bits
+from tests.unit.kdbus.world import (
+    POOL,
+    SECOND,
+    Client,
+    Message,
+    Run,
+    World,
+    any_id,
+    any_name,
+    bits,
+)
 
 READABLE = 0x41
 
@@ -133,6 +143,74 @@ def test_a_message_comes_whole_with_who_sent_it(pair: tuple[Client, Client]) -> 
     assert not readable(b)
     with refused("EAGAIN"):
         b.recv()
+
+
+def test_who_sends_is_who_does_so_now(world: World) -> None:
+    a, b = world.client(send=abi.ATTACH_ALL), world.client(recv=abi.ATTACH_ALL)
+
+    def sent(tid: int = 9) -> tuple[bytes, int]:
+        """What is told of a message of this thread, which says HELLO as 9."""
+        run = Run(a.port)
+        message = a.message(b.id)
+        run.tid = tid
+        run.memory = {
+            a.STRUCT: a.struct(abi.CMD_SEND, layout.U64.pack(a.MESSAGE)),
+            a.MESSAGE: message,
+            a.PAYLOAD: a.payload,
+        }
+        waits.start(a.session.ioctl(run, abi.CMD_SEND, a.STRUCT, b""), run.ended)
+        a.end(run)
+        got = b.recv()
+        pids = layout.PIDS.unpack(got.all(abi.ITEM_PIDS)[0].data)
+        return got.all(abi.ITEM_TID_COMM)[0].data, pids[1]
+
+    assert sent() == (b"thread\0", 9)
+    a.port.comm = b"other"
+    assert sent(10) == (b"other\0", 10)
+    assert sent(9) == (b"other\0", 9)
+    a.port.comm = b"renamed"
+    asked = a.port.refreshes
+    assert [sent() for _ in range(5)] == [(b"other\0", 9)] * 5
+    assert a.port.refreshes == asked  # not at each
+    world.now += FRESH_NS
+    assert sent() == (b"renamed\0", 9)
+
+
+def test_who_offers_nothing_of_the_kind_is_not_looked_at(world: World) -> None:
+    a, b = world.client(), world.client(recv=abi.ATTACH_ALL)
+    for _ in range(3):
+        world.now += FRESH_NS
+        a.send(b.id)
+        assert layout.PIDS.unpack(b.recv().all(abi.ITEM_PIDS)[0].data)[1] == 9
+    assert a.port.refreshes == 0
+
+
+def test_ids_are_those_of_the_receivers_namespace(world: World) -> None:
+    a, b = world.client(uid=1000), world.client(recv=abi.ATTACH_ALL)
+    shifted = metadata.IdMap(((0, 1000, 1),))
+    b.port.maps = shifted, metadata.IdMap(())
+    a.send(b.id)
+    got = b.recv()
+    nobody = metadata.OVERFLOW_ID
+    creds = layout.CREDS.unpack(got.all(abi.ITEM_CREDS)[0].data)
+    assert creds == (0,) * 4 + (nobody,) * 4
+    assert got.all(abi.ITEM_AUXGROUPS)[0].data == layout.U64.pack(nobody) * 2
+    b.do(abi.CMD_CONN_INFO, struct.pack("=2Q", a.id, abi.ATTACH_ALL))
+
+
+@pytest.mark.parametrize(("space", "expected"), [(7, (5, 5, 1)), (8, (0, 0, 0)), (0, (0, 0, 0))])
+def test_pids_are_those_of_the_receivers_namespace_if_it_is_the_senders(
+    world: World, space: int, expected: tuple[int, int, int]
+) -> None:
+    b = world.client(recv=abi.ATTACH_ALL)
+    b.port.sees_pids, b.port.space = False, 7
+    source = Known(
+        50, 1000, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(900, 900, 800), (), None,
+        space=space, inside=metadata.Pids(5, 5, 1),
+    )  # fmt: skip
+    found = Parcel(0, 0, b.id, abi.PAYLOAD_DBUS, 1, 0, ((BYTES, 8, 0),))
+    b.session.receive(source, found, [bytes(8)], 7)
+    assert layout.PIDS.unpack(b.recv().all(abi.ITEM_PIDS)[0].data) == expected
 
 
 def test_metadata_is_what_the_sender_offers_and_the_receiver_asks_for(world: World) -> None:

@@ -14,7 +14,7 @@ from kbusd.kdbus.commands import SPECS, EndpointMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
 from kbusd.kdbus.message import Memfd
-from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, encode, split
+from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, decode_about, encode, split
 from kbusd.kdbus.policy import Entry
 from kbusd.kdbus.port import Joining, Known
 from kbusd.kdbus.session import Done, Session
@@ -118,9 +118,10 @@ class Port:
         self.attached = False  # whether it gets descriptors,
         self.takes = True  # and whether its socket takes them
         self.handed: list[tuple[int, tuple[int, ...]]] = []
+        self.refreshes, self.comm = 0, b"thread"
+        self.sees_pids, self.space = True, 0
+        self.maps = metadata.SAME, metadata.SAME
         self.watched: dict[int, Callable[[], None]] = {}
-
-    sees_pids = True
 
     def clock(self) -> tuple[int, int]:
         return self.world.now, self.world.now + 7
@@ -178,6 +179,12 @@ class Port:
 
     def moved(self, to: Known, name: str) -> None:
         raise AssertionError("nobody activates")
+
+    async def refreshed(self, caller: Run, about: bytes) -> bytes:
+        await self.world.turn()
+        self.refreshes += 1
+        known = decode_about(about)
+        return encode(msgspec.structs.replace(known, tid=caller.tid, tid_comm=self.comm))
 
     def leave(self) -> None:
         self.world.remove(self.id)
