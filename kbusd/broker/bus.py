@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.counts import Counts
 from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
@@ -30,6 +31,7 @@ from kbusd.broker.refusal import (
     FILE_EXISTS,
     INVALID_ARGS,
     LIMITS_EXCEEDED,
+    NAME_HAS_NO_OWNER,
     NO_MEMORY,
     Refused,
     Violation,
@@ -45,6 +47,8 @@ from kbusd.rings.entries import (
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
+    CountConnection,
+    Counted,
     Credentials,
     Describe,
     EndpointChanged,
@@ -100,6 +104,7 @@ _FOR_MONITORS = (
     Introduced,
     Stuck,
     Running,
+    Counted,
 )
 _FOR_ORDINARY = (RequestName, ReleaseName, AddMatch, BecomeMonitor)
 
@@ -118,6 +123,7 @@ class Bus:
         self.matches = Matches()
         self.introductions = Introductions(outside)
         self.probes = Probes(outside)
+        self.counts = Counts(outside)
         self.activation = Activation(outside, address, self._is_owned, self._read_configuration)
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
@@ -133,6 +139,7 @@ class Bus:
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
+        self._asked = {"bus": 0, "connection": 0}  # for statistics, so often
         self._configure(configuration)
 
     # -- the supervisor's word ------------------------------------------------------------------
@@ -186,6 +193,7 @@ class Bus:
         self.probes.gone(connection)
         if self.endpoints.remove(worker):
             self._outside.append(EndpointChanged(worker, ()))
+        self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
             self._outside.say(f"disconnected {connection}: {said}")
@@ -290,6 +298,12 @@ class Bus:
             case Running():
                 self.probes.running(connection)
                 return
+            case CountConnection():
+                self._count(connection, message)
+                return
+            case Counted():
+                self.counts.counted(connection, message)
+                return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
             case SetEndpoint():
@@ -345,6 +359,7 @@ class Bus:
         self._next_id += 1
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
+        self._peak_names(connection)
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
             self.monitors.add(connection)
@@ -423,8 +438,7 @@ class Bus:
             )
         code, change = self.registry.request(connection, name, flags)
         self._owner_changed(change)
-        self._peak("names", len(self.registry))
-        self._peak("names_each", len(connection.names))
+        self._peak_names(connection)
         return code
 
     def _release_name(self, connection: Connection, name: str) -> int:
@@ -445,10 +459,14 @@ class Bus:
 
     def _add_match(self, connection: Connection, rule: str) -> None:
         limit = self._limits["max_match_rules_per_connection"]
+        if parse(rule).eavesdrop:
+            self._privileged(connection, "AddMatch")
         self.matches.add(connection, rule, limit)
         self._outside.append(MatchAdded(connection.id, rule))
         self._peak("matches", self.matches.count)
-        self._peak("matches_each", sum(map(len, connection.matches.values())))
+        mine = sum(map(len, connection.matches.values()))
+        connection.peak_matches = max(connection.peak_matches, mine)
+        self._peak("matches_each", mine)
 
     def _become_monitor(self, connection: Connection, rules: tuple[str, ...]) -> None:
         self._privileged(connection, "BecomeMonitor")
@@ -521,6 +539,7 @@ class Bus:
         each = (
             self.introductions.deadline(),
             self.probes.deadline(),
+            self.counts.deadline(),
             self.activation.deadline(),
             self._hello_deadline(),
         )
@@ -534,6 +553,7 @@ class Bus:
         now = self._outside.now()
         self.introductions.tick(now)
         self.probes.tick(now)
+        self.counts.tick(now)
         self.activation.tick(now)
         while (deadline := self._hello_deadline()) is not None and deadline <= now:
             worker = next(iter(self._incomplete))
@@ -581,12 +601,13 @@ class Bus:
     def statistics(self) -> dict[str, int]:
         """Numbers for Debug.Stats; the first are named as dbus-daemon names them."""
         return {
+            "Serial": self._serial("bus"),
             "ActiveConnections": len(self.by_id),
             "IncompleteConnections": sum(
                 each.id == NOT_YET and each.credentials is not None
                 for each in self.connections.values()
             ),
-            "BusNames": len(self.registry) + len(self.by_id) - len(self.monitors),
+            "BusNames": self._names(),
             "PeakBusNames": self._peaks["names"],
             "PeakBusNamesPerConnection": self._peaks["names_each"],
             "MatchRules": self.matches.count,
@@ -598,6 +619,24 @@ class Bus:
             "PendingIntroductions": len(self.introductions),
             "PendingActivations": len(self.activation),
         }
+
+    def _count(self, asker: Connection, message: CountConnection) -> None:
+        asked = self.by_id.get(message.id)
+        if asked is None or asked.monitor is not None:
+            name = f":1.{message.id}"
+            raise Refused(
+                NAME_HAS_NO_OWNER, f"Could not get statistics of name '{name}': no such name"
+            )
+        known = {
+            "Serial": self._serial("connection"),
+            "PeakMatchRules": asked.peak_matches,
+            "PeakBusNames": asked.peak_names,
+        }
+        self.counts.ask(asker, message.request, asked, known)
+
+    def _serial(self, what: str) -> int:
+        self._asked[what] += 1
+        return self._asked[what] - 1
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -660,6 +699,16 @@ class Bus:
     def _wake(self, connections: Iterable[Connection]) -> None:
         for connection in connections:
             self._outside.wake(connection.worker)
+
+    def _names(self) -> int:
+        """How many names there are, unique ones included."""
+        return len(self.registry) + len(self.by_id) - len(self.monitors)
+
+    def _peak_names(self, connection: Connection) -> None:
+        mine = 1 + len(connection.names)
+        connection.peak_names = max(connection.peak_names, mine)
+        self._peak("names", self._names())
+        self._peak("names_each", mine)
 
     def _peak(self, what: str, value: int) -> None:
         self._peaks[what] = max(self._peaks[what], value)

@@ -39,7 +39,8 @@ SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
 class Decision(NamedTuple):
     """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
     `activate`: the name to be started first. `depends`: on the message's arguments, or each is logged.
-    `refusals`: why subscribers do not get a broadcast; only monitors are told."""
+    `refusals`: why subscribers do not get a broadcast; only monitors are told. `eavesdroppers`: who
+    sees a message that is addressed to another."""
 
     targets: tuple[int, ...] = ()
     broadcast: bool = False
@@ -47,6 +48,7 @@ class Decision(NamedTuple):
     error: tuple[str, str] | None = None
     activate: str | None = None
     refusals: tuple[str, ...] = ()
+    eavesdroppers: tuple[int, ...] = ()
 
 
 class Router:
@@ -76,6 +78,8 @@ class Router:
             self._say(decision.error[1])
         for refusal in decision.refusals:
             self._say(refusal)
+        if self.replica.eavesdroppers and decision.targets and not decision.broadcast:
+            decision = self._overheard(decision, envelope, fds, args)
         return decision._replace(depends=True) if self._noted else decision
 
     def _decide(
@@ -121,6 +125,82 @@ class Router:
             else:
                 refusals.append(refusal)
         return Decision(tuple(targets), broadcast=True, depends=depends, refusals=tuple(refusals))
+
+    def _overheard(
+        self,
+        decision: Decision,
+        envelope: Envelope,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
+    ) -> Decision:
+        """With those who see a message besides the one whom it goes to. What policy keeps from them is
+        not logged: nobody sent it to them."""
+        replica = self.replica
+        ids, depends = replica.overhearing(
+            envelope.type,
+            replica.me,
+            envelope.destination,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+        )
+        ids = tuple(
+            id
+            for id in ids
+            if id not in decision.targets
+            and self._may_overhear(replica.connections[id], self.policy, envelope, replica.me, fds)
+        )
+        return decision._replace(eavesdroppers=ids, depends=decision.depends or depends)
+
+    def _may_overhear(
+        self,
+        eavesdropper: Connection,
+        senders: policy.ClientPolicy,
+        envelope: Envelope,
+        sender: int,
+        fds: int,
+    ) -> bool:
+        """Whether policy lets it see what `sender` sends to another. A reply is none that it asked for."""
+        message = as_message(envelope, fds)
+        receivers = self.policy.of(eavesdropper.credentials)
+        names = self.replica.policy_names(eavesdropper.id)
+        return (
+            senders.can_send(message, names, requested_reply=False).allowed
+            and receivers.can_receive(
+                message, self.replica.policy_names(sender), False, eavesdropping=True
+            ).allowed
+        )
+
+    def admit_overheard(
+        self,
+        envelope: Envelope,
+        sender: Connection,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
+    ) -> tuple[bool, bool]:
+        """Whether our client may see what `sender` sends to another, and wants to; and whether that
+        depends on its arguments."""
+        replica = self.replica
+        me = replica.connections.get(replica.me)
+        if (
+            me is None
+            or envelope.destination is None
+            or replica.owner(envelope.destination) == me.id
+        ):
+            return False, False
+        ids, depends = replica.overhearing(
+            envelope.type,
+            sender.id,
+            envelope.destination,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+            only=me.id,
+        )
+        senders = self.policy.of(sender.credentials)
+        return bool(ids) and self._may_overhear(me, senders, envelope, sender.id, fds), depends
 
     def _unowned(self, envelope: Envelope, flags: int, fds: int) -> Decision:
         name = envelope.destination
