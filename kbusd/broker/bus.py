@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.counts import Counts
-from kbusd.broker.endpoints import Endpoints
+from kbusd.broker.custom_endpoints import CustomEndpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.name_policy import NamePolicy
@@ -50,8 +50,8 @@ from kbusd.rings.entries import (
     CountConnection,
     Counted,
     Credentials,
+    CustomChanged,
     Describe,
-    EndpointChanged,
     Failure,
     FetchPolicy,
     FetchSnapshot,
@@ -129,7 +129,7 @@ class Bus:
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
-        self.endpoints = Endpoints()
+        self.custom = CustomEndpoints()
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -148,14 +148,14 @@ class Bus:
         self.connections[worker] = Connection(worker, pid)
 
     def assigned(
-        self, worker: int, credentials: Credentials, hasty: bool = True, endpoint: int = 0
+        self, worker: int, credentials: Credentials, hasty: bool = True, custom: int = 0
     ) -> None:
         """The worker serves a client of these credentials from now on, who is to say Hello in time
         if it is `hasty`, and may be behind a custom endpoint."""
         connection = self.connections.get(worker)
         if connection is not None:
             connection.credentials = credentials
-            connection.endpoint = endpoint
+            connection.custom = custom
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
@@ -163,7 +163,7 @@ class Bus:
     def endpoint_made(self, worker: int) -> None:
         """Its client has made a custom endpoint."""
         if worker in self.connections:
-            self.endpoints.made(worker)
+            self.custom.made(worker)
 
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
@@ -191,8 +191,8 @@ class Bus:
         if connection is None:
             return
         self.probes.gone(connection)
-        if self.endpoints.remove(worker):
-            self._outside.append(EndpointChanged(worker, ()))
+        if self.custom.remove(worker):
+            self._outside.append(CustomChanged(worker, ()))
         self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
@@ -260,7 +260,7 @@ class Bus:
                 written = self.matches.remove(connection, message.rule)
                 self._outside.append(MatchRemoved(connection.id, written))
             case StartService():
-                if not self.endpoints.may(connection, POLICY_TALK, (message.name,)):
+                if not self.custom.may(connection, POLICY_TALK, (message.name,)):
                     raise Refused(ACCESS_DENIED, f"{connection} may not talk to {message.name}")
                 self.activation.start(connection, message)
                 return
@@ -307,13 +307,13 @@ class Bus:
             case SetPolicy():
                 self._set_policy(connection, message.policy)
             case SetEndpoint():
-                self.endpoints.set(connection, message.policy)
-                self._outside.append(EndpointChanged(connection.worker, message.policy))
+                self.custom.set(connection, message.policy)
+                self._outside.append(CustomChanged(connection.worker, message.policy))
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
                 asked = self.by_id.get(message.id)
-                seen = asked is not None and self.endpoints.may_see(connection, asked)
+                seen = asked is not None and self.custom.may_see(connection, asked)
                 value = asked.about if asked is not None and seen else b""
             case Leaving():
                 connection.last_word = message.reason[:512]
@@ -367,7 +367,7 @@ class Bus:
             self._outside.say(f"{connection} is a monitor")
         else:
             self._outside.append(
-                ConnectionAdded(connection.id, credentials, message.kdbus, connection.endpoint)
+                ConnectionAdded(connection.id, credentials, message.kdbus, connection.custom)
             )
             name = connection.unique_name
             self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
@@ -424,8 +424,8 @@ class Bus:
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
             )
         assert connection.credentials is not None
-        custom = connection.endpoint != 0
-        allowed = self.endpoints.may(connection, POLICY_OWN, (name,))
+        custom = connection.custom != 0
+        allowed = self.custom.may(connection, POLICY_OWN, (name,))
         if not allowed or not self.name_policy.may_own(connection.credentials, name, custom):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
@@ -516,7 +516,7 @@ class Bus:
     def _privileged(self, connection: Connection, what: str) -> None:
         assert connection.credentials is not None
         uid, pid = connection.credentials.uid, connection.credentials.pid
-        if uid not in (0, self._owner) or connection.endpoint:
+        if uid not in (0, self._owner) or connection.custom:
             text = (
                 f"rejected attempt to call {what} by connection {connection.unique_name}"
                 f" (uid={uid} pid={pid}) with uid {uid}"
@@ -590,8 +590,8 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
-            behind=tuple((id, each.endpoint) for id, each in self.by_id.items() if each.endpoint),
-            endpoints=tuple(each for each in self.endpoints.entries.items() if each[1]),
+            behind=tuple((id, each.custom) for id, each in self.by_id.items() if each.custom),
+            custom=tuple(each for each in self.custom.entries.items() if each[1]),
         )
 
     def size(self) -> int:

@@ -209,8 +209,8 @@ class Server:
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
                     self._bus.worker_started(worker, pid)
-                case Assigned(worker, credentials, hasty, endpoint):
-                    self._bus.assigned(worker, credentials, hasty, endpoint)
+                case Assigned(worker, credentials, hasty, custom):
+                    self._bus.assigned(worker, credentials, hasty, custom)
                 case EndpointMade(worker):
                     self._bus.endpoint_made(worker)
                 case WorkerGone(worker, reason):

@@ -35,7 +35,7 @@ class Caller(Protocol):
 
 
 class Known(msgspec.Struct, frozen=True):
-    """A connection as the bus knows it. `flags` are its HELLO flags; `kdbus`: it has a pool; `endpoint`: of the
+    """A connection as the bus knows it. `flags` are its HELLO flags; `kdbus`: it has a pool; `custom`: of the
     custom endpoint that it is behind, 0 for none."""
 
     id: int
@@ -47,7 +47,7 @@ class Known(msgspec.Struct, frozen=True):
     label: bytes | None
     flags: int = 0
     kdbus: bool = True
-    endpoint: int = 0
+    custom: int = 0
     caps: metadata.Caps | None = None
     cgroup: bytes | None = None
     audit: metadata.Audit | None = None

@@ -693,7 +693,7 @@ class Session:
         fds: Sequence[int],
     ) -> Entry:
         # Who is behind a custom endpoint shares the endpoint's part, not the user's.
-        user = _ENDPOINTS + source.endpoint if source.endpoint else source.uid + 1
+        user = _ENDPOINTS + source.custom if source.custom else source.uid + 1
         entry = self._place(source, parcel, parts, seqnum, fds, user, accounted=True)
         self._queue.push(entry, parcel.priority)
         self.arrived += 1

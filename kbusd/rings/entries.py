@@ -52,13 +52,13 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 class ConnectionAdded(Entry, frozen=True, tag="C"):
     """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id").
 
-    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket. `endpoint`: of the
-    custom endpoint that it is behind, 0 for none."""
+    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket. `custom`: of the
+    custom endpoint of kdbus that it is behind, 0 for none."""
 
     id: int
     credentials: Credentials
     kdbus: int | None = None
-    endpoint: int = 0
+    custom: int = 0
 
 
 class ConnectionRemoved(Entry, frozen=True, tag="c"):
@@ -147,7 +147,7 @@ class NamePolicyChanged(Entry, frozen=True, tag="K"):
     entries: tuple[PolicyEntry, ...]
 
 
-class EndpointChanged(Entry, frozen=True, tag="E"):
+class CustomChanged(Entry, frozen=True, tag="V"):
     """The policy of a custom endpoint (kdbus.endpoint(7)); one of which nothing is said has none, which
     allows nothing. Its number is that of the worker whose client has made it."""
 
@@ -166,7 +166,7 @@ LogEntry = (
     | ActivatableChanged
     | PolicyChanged
     | NamePolicyChanged
-    | EndpointChanged
+    | CustomChanged
 )
 
 
@@ -187,7 +187,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
     behind: tuple[tuple[int, int], ...] = ()  # (id, endpoint)
-    endpoints: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
+    custom: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -460,12 +460,12 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
     """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
-    Hello soon (limit auth_timeout); `endpoint`: what it is behind, as in ConnectionAdded."""
+    Hello soon (limit auth_timeout); `custom`: what it is behind, as in ConnectionAdded."""
 
     worker: int
     credentials: Credentials
     hasty: bool = True
-    endpoint: int = 0
+    custom: int = 0
 
 
 class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):

@@ -93,7 +93,7 @@ _CHANGES = frozenset(
         entries.QueueChanged,
         entries.MonitorAttached,
         entries.NamePolicyChanged,
-        entries.EndpointChanged,
+        entries.CustomChanged,
         entries.PolicyChanged,
     )
 )
@@ -455,7 +455,7 @@ class Engine:
                 self.everyone
                 and not route.refusals
                 and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
-                and not self.replica.endpoints,
+                and not self.replica.custom,
             )
             if self.peers.me in route.subscribers:
                 self._to_myself(route.envelope, cython.address(head), body, fds)

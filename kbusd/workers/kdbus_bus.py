@@ -196,7 +196,7 @@ class Port:
 
     def is_privileged(self, who: Known | Connection) -> bool:
         uid = who.uid if isinstance(who, Known) else who.credentials.uid
-        return uid in (0, self._context.bus.owner) and not who.endpoint
+        return uid in (0, self._context.bus.owner) and not who.custom
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -345,7 +345,7 @@ class Port:
         """Whether our client may be told of a connection: behind a custom endpoint, of those that are
         there, too, of those that it sees, and of those that it has heard of."""
         mine = self._mine
-        if mine is None or not mine.endpoint or mine.endpoint == who.endpoint:
+        if mine is None or not mine.custom or mine.custom == who.custom:
             return True
         return who.id in self._heard or self.engine_router.names.sees(mine, who)
 
@@ -781,7 +781,7 @@ class Port:
 
     def _hear(self, id: int) -> None:
         """Our client learns that there is this connection."""
-        if (mine := self._mine) is not None and mine.endpoint:
+        if (mine := self._mine) is not None and mine.custom:
             self._heard.add(id)
 
     # -- inside --------------------------------------------------------------------------------
@@ -920,7 +920,7 @@ def _known(connection: Connection) -> Known:
             label or None,
             connection.kdbus or 0,
             connection.kdbus is not None,
-            connection.endpoint,
+            connection.custom,
             metadata.Caps(LAST_CAP, *process.caps),
             process.cgroup or None,
             _audit(process),
@@ -937,7 +937,7 @@ def _known(connection: Connection) -> Known:
         label or None,
         connection.kdbus or 0,
         connection.kdbus is not None,
-        connection.endpoint,
+        connection.custom,
     )
 
 

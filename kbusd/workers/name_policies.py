@@ -30,7 +30,7 @@ class NamePolicies:
 
     def refusal(self, asker: Connection, asked: Connection) -> str | None:
         """Why one may not talk to the other; None: it may."""
-        if not self._closed and not self._replica.policies and not asker.endpoint:
+        if not self._closed and not self._replica.policies and not asker.custom:
             return None
         uid = asked.credentials.uid
         if self._view(asker).may_talk(self._subject(asker), uid, asked.names):
@@ -40,13 +40,13 @@ class NamePolicies:
 
     def sees_name(self, asker: Connection, name: str) -> bool:
         """Whether a name is there for a connection."""
-        if not asker.endpoint:
+        if not asker.custom:
             return True
         return self._view(asker).may_see_name(self._subject(asker), name)
 
     def sees(self, asker: Connection, other: Connection) -> bool:
         """Whether one is there for the other."""
-        if not asker.endpoint or asker.id == other.id:
+        if not asker.custom or asker.id == other.id:
             return True
         return self._view(asker).may_see(self._subject(asker), other.names)
 
@@ -60,11 +60,11 @@ class NamePolicies:
             self._bus = policy.Database()
             for id, entries in self._brought.items():
                 self._bus.replace(id, _read(entries))
-        custom = self._endpoint(asker.endpoint) if asker.endpoint else None
+        custom = self._endpoint(asker.custom) if asker.custom else None
         return policy.View(self._bus, custom, self._closed)
 
     def _endpoint(self, number: int) -> policy.Database:
-        entries = self._replica.endpoints.get(number)
+        entries = self._replica.custom.get(number)
         if entries is None:
             self._custom.pop(number, None)
             return _NOTHING

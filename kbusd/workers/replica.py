@@ -22,7 +22,7 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
-    EndpointChanged,
+    CustomChanged,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -76,18 +76,18 @@ class Watch:
 
 class Connection:
     """A client that has said Hello. `names` are those that it owns, `waits_for` those in whose queue
-    it is. `kdbus`: HELLO flags of one that came by a kdbus node; `endpoint`: which custom one it is behind."""
+    it is. `kdbus`: HELLO flags of one that came by a kdbus node; `custom`: endpoint of kdbus that it is behind."""
 
-    __slots__ = ("credentials", "endpoint", "id", "kdbus", "matches", "name", "names", "waits_for")
+    __slots__ = ("credentials", "custom", "id", "kdbus", "matches", "name", "names", "waits_for")
 
     def __init__(
-        self, id: int, credentials: Credentials, kdbus: int | None = None, endpoint: int = 0
+        self, id: int, credentials: Credentials, kdbus: int | None = None, custom: int = 0
     ) -> None:
         self.id = id
         self.name = unique_name(id)
         self.credentials = credentials
         self.kdbus = kdbus
-        self.endpoint = endpoint
+        self.custom = custom
         self.names: frozenset[str] = _NO_NAMES
         self.waits_for: frozenset[str] = _NO_NAMES
         self.matches: tuple[Watch, ...] = ()
@@ -279,7 +279,7 @@ class Replica:
         self.claims: dict[str, tuple[int, ...]] = {}  # flags, of names where they are not all 0
         self.activators: dict[str, int] = {}
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
-        self.endpoints: dict[int, tuple[PolicyEntry, ...]] = {}  # custom ones of kdbus
+        self.custom: dict[int, tuple[PolicyEntry, ...]] = {}  # custom ones of kdbus
         self.kdbus_monitors: set[int] = set()
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.eavesdroppers: dict[int, tuple[Watch, ...]] = {}  # and their rules that make them so
@@ -304,7 +304,7 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
-        self.endpoints = dict(snapshot.endpoints)
+        self.custom = dict(snapshot.custom)
         self.monitors = {}
         self.eavesdroppers = {}
         self.kdbus_monitors = set()
@@ -333,8 +333,8 @@ class Replica:
     def apply(self, entry: LogEntry) -> None:
         """Take over one log entry. Raises ReplicaError if it contradicts the state."""
         match entry:
-            case ConnectionAdded(id, credentials, kdbus, endpoint):
-                self._add_connection(id, credentials, kdbus, endpoint)
+            case ConnectionAdded(id, credentials, kdbus, custom):
+                self._add_connection(id, credentials, kdbus, custom)
             case ConnectionRemoved(id):
                 self._remove_connection(id)
             case NameOwnerChanged(name, old, new, waiting, claims, activator):
@@ -351,22 +351,22 @@ class Replica:
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
-            case EndpointChanged(number, policy):
-                _keep(self.endpoints, number, policy)
+            case CustomChanged(number, policy):
+                _keep(self.custom, number, policy)
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
 
     def _add_connection(
-        self, id: int, credentials: Credentials, kdbus: int | None, endpoint: int
+        self, id: int, credentials: Credentials, kdbus: int | None, custom: int
     ) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
             raise ReplicaError(f"connection {id} was added twice")
         groups = self._group_lists.setdefault(credentials.groups, credentials.groups)
         if groups is not credentials.groups:
             credentials = msgspec.structs.replace(credentials, groups=groups)
-        self.connections[id] = Connection(id, credentials, kdbus, endpoint)
+        self.connections[id] = Connection(id, credentials, kdbus, custom)
 
     def _remove_connection(self, id: int) -> None:
         if id in self.monitors:

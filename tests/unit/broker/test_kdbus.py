@@ -15,10 +15,10 @@ TALK, OWN = 1, 2
 
 
 def join(
-    world: World, worker: int, hello: e.Hello, uid: int = OWNER, endpoint: int = 0
+    world: World, worker: int, hello: e.Hello, uid: int = OWNER, custom: int = 0
 ) -> Connection:
     world.bus.worker_started(worker, 1)
-    world.bus.assigned(worker, credentials(worker, uid), endpoint=endpoint)
+    world.bus.assigned(worker, credentials(worker, uid), custom=custom)
     connection = world.bus.connections[worker]
     world.ask(connection, hello)
     return connection
@@ -156,8 +156,8 @@ def test_an_endpoint_says_what_who_is_behind_it_owns_and_sees() -> None:
     own = e.PolicyEntry("a.b", False, ((WORLD, OWN, 0),))
     see = e.PolicyEntry("c", True, ((USER, 0, OWNER),))
     maker = endpoint(world, own, see)
-    assert log(world) == [e.EndpointChanged(MADE, (own, see))]
-    inside = join(world, 1, e.Hello(1, 0), endpoint=MADE)
+    assert log(world) == [e.CustomChanged(MADE, (own, see))]
+    inside = join(world, 1, e.Hello(1, 0), custom=MADE)
     assert log(world)[-1] == e.ConnectionAdded(1, credentials(1, OWNER), 0, MADE)
     outside = join(world, 2, e.Hello(1, 0, about=b"of 2"))
     assert error(world, inside, e.RequestName(2, "a.b", 0)) == ""
@@ -168,11 +168,11 @@ def test_an_endpoint_says_what_who_is_behind_it_owns_and_sees() -> None:
     world.ask(outside, e.ReleaseName(7, "c.e"))
     assert world.ask(inside, e.AskAbout(8, 2)) == [(1, e.Reply(8, b""))]
     snapshot = world.bus.snapshot(0, 0)
-    assert (snapshot.behind, snapshot.endpoints) == (((1, MADE),), ((MADE, (own, see)),))
+    assert (snapshot.behind, snapshot.custom) == (((1, MADE),), ((MADE, (own, see)),))
     assert error(world, maker, e.SetEndpoint(9, (own, own))) == "FileExists"
     world.events.clear()
     world.bus.gone(MADE)
-    assert log(world) == [e.EndpointChanged(MADE, ())]
+    assert log(world) == [e.CustomChanged(MADE, ())]
     assert error(world, inside, e.RequestName(10, "a.b", 0)) == "AccessDenied"
 
 
@@ -182,8 +182,8 @@ def test_nobody_behind_an_endpoint_is_privileged(kind: int) -> None:
     any = e.PolicyEntry("a", True, ((WORLD, OWN, 0),))
     endpoint(world, any)
     hello = e.Hello(1, kind, "a.b" if kind == ACTIVATOR else "")
-    assert join(world, 1, hello, uid=0, endpoint=MADE).id == 0
-    inside = join(world, 2, e.Hello(1, 0), uid=0, endpoint=MADE)
+    assert join(world, 1, hello, uid=0, custom=MADE).id == 0
+    inside = join(world, 2, e.Hello(1, 0), uid=0, custom=MADE)
     assert error(world, inside, e.RequestName(2, "a.b", 0)) == "AccessDenied"  # the bus's policy
     assert error(world, inside, e.BecomeMonitor(3, ())) == "AccessDenied"
 

@@ -864,7 +864,7 @@ def test_who_is_behind_an_endpoint_has_the_endpoints_part_of_a_pool(world: World
     one, two = (
         Known(
             n, 1000, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(1, 1, 0), (), None,
-            endpoint=end,
+            custom=end,
         )
         for n, end in ((50, 0), (51, 7))
     )  # fmt: skip

@@ -13,7 +13,7 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
-    EndpointChanged,
+    CustomChanged,
     NameOwnerChanged,
     NamePolicyChanged,
     PolicyEntry,
@@ -156,9 +156,9 @@ def test_who_is_behind_an_endpoint_reaches_no_d_bus_client_unasked(
     bob.replica.apply(ConnectionAdded(CAROL, person(CAROL), 0, 7))
     assert not bob.takes(envelope(), CAROL)
     entry = PolicyEntry("com.bob", False, ((WORLD, TALK, 0),))
-    bob.replica.apply(EndpointChanged(7, (entry,)))
+    bob.replica.apply(CustomChanged(7, (entry,)))
     assert bob.takes(envelope(), CAROL)
-    bob.replica.apply(EndpointChanged(7, ()))
+    bob.replica.apply(CustomChanged(7, ()))
     assert not bob.takes(envelope(), CAROL)
     assert bob.sends(envelope(to=f":1.{CAROL}"))  # from outside it is a connection as others are
     bob.replica.apply(ConnectionRemoved(CAROL))

@@ -19,7 +19,7 @@ from kbusd.rings import memfd
 from kbusd.rings.entries import (
     ConnectionAdded,
     Credentials,
-    EndpointChanged,
+    CustomChanged,
     NameOwnerChanged,
     NamePolicyChanged,
     PolicyEntry,
@@ -194,9 +194,9 @@ def test_who_is_behind_an_endpoint_that_does_not_let_it_talk_is_refused(peer: in
     replica.apply(NameOwnerChanged("a.b", 0, ME))
     for access, number in ((abi.POLICY_SEE, errno.EPERM), (abi.POLICY_TALK, 0)):
         entry = PolicyEntry("a.b", False, ((abi.POLICY_ACCESS_WORLD, access, 0),))
-        replica.apply(EndpointChanged(5, (entry,)))
+        replica.apply(CustomChanged(5, (entry,)))
         assert give(bus, message((BYTES, 3, 0)), b"raw") == number
-    replica.apply(EndpointChanged(5, ()))
+    replica.apply(CustomChanged(5, ()))
     assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
     assert session.messages == [(PEER, [b"raw"])]
 

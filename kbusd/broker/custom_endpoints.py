@@ -19,7 +19,7 @@ from kbusd.rings.entries import PolicyEntry
 MAX_ENTRIES = 4096  # of one endpoint; a command is 32 KiB at most
 
 
-class Endpoints:
+class CustomEndpoints:
     """Policies by endpoint, whose number is that of its maker's worker."""
 
     def __init__(self) -> None:
@@ -51,9 +51,9 @@ class Endpoints:
 
     def may(self, connection: Connection, access: int, names: Iterable[str]) -> bool:
         """Whether a connection has this access to one of the names, as far as what it is behind goes."""
-        if not connection.endpoint:
+        if not connection.custom:
             return True
-        database = self._databases.get(connection.endpoint)
+        database = self._databases.get(connection.custom)
         who = connection.credentials
         if database is None or who is None:
             return False
