@@ -20,7 +20,9 @@ from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.counts import Counts
 from kbusd.broker.custom_endpoints import CustomEndpoints
+from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
+from kbusd.broker.labels import Labels
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.name_policy import NamePolicy
 from kbusd.broker.outside import Outside
@@ -42,6 +44,7 @@ from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
+    AddEndpoint,
     AddMatch,
     AskAbout,
     BecomeMonitor,
@@ -59,6 +62,7 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
+    ListEndpoints,
     MatchAdded,
     MatchRemoved,
     MonitorAttached,
@@ -69,6 +73,7 @@ from kbusd.rings.entries import (
     QueueChanged,
     ReleaseName,
     ReloadConfig,
+    RemoveEndpoint,
     RemoveMatch,
     Reply,
     Request,
@@ -76,6 +81,7 @@ from kbusd.rings.entries import (
     Running,
     SetEndpoint,
     SetPolicy,
+    Share,
     Snapshot,
     StartService,
     Statistics,
@@ -130,12 +136,15 @@ class Bus:
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
         self.custom = CustomEndpoints()
+        self.labels = Labels(outside)
+        self.endpoints = Endpoints(outside)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
         self._reload_asked = False
+        self._reload_again = False
         self._next_id = 1  # 0 is nobody
-        self._per_uid: Counter[int] = Counter()
+        self._per_uid: Counter[Share] = Counter()
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
@@ -165,24 +174,45 @@ class Bus:
         if worker in self.connections:
             self.custom.made(worker)
 
+    def ready(self) -> None:
+        """The supervisor hears us from now on."""
+        self.endpoints.configure(self._configured.endpoints)
+
+    def reload(self) -> None:
+        """The admin wants the configuration read again."""
+        self._reload_again = self._reload_asked
+        self._read_configuration()
+
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
         if configuration is not None:
-            before = self.activation.names
+            before, sockets = self.activation.names, self._configured.sockets
             self._configure(configuration)
+            moved = [
+                each.name
+                for each in configuration.endpoints
+                if sockets.get(each.name) != configuration.sockets.get(each.name)
+            ]
+            self._close(self.endpoints.configure(configuration.endpoints, moved))
             self.generation += 1
             self._outside.append(PolicyChanged(self.generation))
             if self.activation.names != before:
                 self._activatable_changed()
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
-        if self._reloading:
+        again, self._reload_again = self._reload_again, False
+        if self._reloading or again:
             self._read_configuration()
         for connection, request in waiting:
             connection.waiting -= 1
             answer = Reply(request) if configuration is not None else Failure(request, *FAULTY)
             self._outside.send(connection.worker, answer)
         self.activation.retry()
+
+    def labels_changed(self) -> None:
+        """Another SELinux policy, or mode, is in force."""
+        if self.labels.policy_changed():
+            self._outside.say("SELinux keeps other clients apart from now on")
 
     def gone(self, worker: int, reason: str = "") -> None:
         """The worker has ended or its line is closed. What it held passes on."""
@@ -201,16 +231,18 @@ class Bus:
             return
         del self.by_id[connection.id]
         assert connection.credentials is not None
-        self._leave_user(connection.credentials.uid)
+        self._leave_user(connection.credentials)
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
+        self._close(self.endpoints.gone(connection))
         self.matches.remove_all(connection)
         self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
         was_monitor = connection in self.monitors
         self.monitors.discard(connection)
         self._outside.append(ConnectionRemoved(connection.id))
+        self.labels.leave(connection.credentials.label)
         self._wake(self.introductions.gone(connection))
         if not was_monitor:
             name = connection.unique_name
@@ -243,6 +275,11 @@ class Bus:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
+        try:
+            self.endpoints.check(connection, message)
+        except Refused as refused:  # an honest worker does not ask
+            self._complain(connection, f"the worker of {connection}: {refused.text}")
+            raise
 
     def _dispatch(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
         value: object = None
@@ -309,6 +346,17 @@ class Bus:
             case SetEndpoint():
                 self.custom.set(connection, message.policy)
                 self._outside.append(CustomChanged(connection.worker, message.policy))
+            case AddEndpoint():
+                self._privileged(connection, "Add")
+                self.endpoints.add(connection, message)
+                return
+            case RemoveEndpoint():
+                self._privileged(connection, "Remove")
+                self.endpoints.remove(message.name)
+                self._close([message.name])
+            case ListEndpoints():
+                self._privileged(connection, "List")
+                value = self.endpoints.list()
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
@@ -336,6 +384,10 @@ class Bus:
                 ACCESS_DENIED,
                 f"A client of uid {credentials.uid} is not allowed to connect to this bus",
             )
+        if not self.labels.may_join(credentials.label):
+            label = credentials.label.decode(errors="replace")
+            self._outside.say(f"refused {connection}: SELinux (dbus send_msg) of label {label!r}")
+            raise Refused(ACCESS_DENIED, "An SELinux policy does not let it talk to this bus")
         uid = credentials.uid
         if len(self.by_id) >= self._limits["max_completed_connections"]:
             raise Refused(
@@ -345,6 +397,14 @@ class Bus:
             raise Refused(
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
+            )
+        if (
+            credentials.endpoint
+            and self._per_uid[credentials.share] >= self._limits["max_connections_per_user"] // 2
+        ):
+            raise Refused(
+                LIMITS_EXCEEDED,
+                f"Half of the connections that UID {uid} may have came by one endpoint already",
             )
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
@@ -357,9 +417,10 @@ class Bus:
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
-        self._per_uid[uid] += 1
+        self._per_uid.update({uid, credentials.share})
         self.by_id[connection.id] = connection
         self._peak_names(connection)
+        self.labels.join(credentials.label)
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
             self.monitors.add(connection)
@@ -429,6 +490,13 @@ class Bus:
         if not allowed or not self.name_policy.may_own(connection.credentials, name, custom):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
+        context = self._contexts.get(name)
+        target = None if context is None else context.encode()
+        if not self._outside.allows(connection.credentials.label, target, "acquire_svc"):
+            label = connection.credentials.label.decode(errors="replace")
+            why = f"SELinux does not let {label} acquire_svc of {context or 'the bus'}"
+            self._complain(connection, f"{connection} may not own {name}: {why}")
+            raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to an SELinux policy')
         limit = self._limits["max_names_per_connection"]
         if len(connection.names) + 1 >= limit:  # the unique name counts
             raise Refused(
@@ -492,11 +560,17 @@ class Bus:
         if peer is None or peer.monitor is not None or self.introductions.know(asker, peer):
             return
         assert asker.policy is not None and peer.policy is not None
-        # What SELinux says of the two labels (send_msg) belongs here, too.
-        if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
-            text = f"{asker} may not send anything to {peer}: no rule allows it"
-            self._complain(asker, text)
-            raise Refused(ACCESS_DENIED, text)
+        assert asker.credentials is not None and peer.credentials is not None
+        reaches = asker.policy.may_reach(peer.policy, asker.names, peer.names)
+        if not reaches or not self.endpoints.may_meet(asker, peer):
+            why = "no rule allows it"
+        elif not self.labels.may_ever_send(asker.credentials.label, peer.credentials.label):
+            why = "SELinux does not allow it"
+        else:
+            return
+        text = f"{asker} may not send anything to {peer}: {why}"
+        self._complain(asker, text)
+        raise Refused(ACCESS_DENIED, text)
 
     def _reload(self, connection: Connection, request: int) -> None:
         if connection.waiting >= MAX_WAITING:
@@ -592,6 +666,8 @@ class Bus:
             policies=tuple(self.name_policy.entries.items()),
             behind=tuple((id, each.custom) for id, each in self.by_id.items() if each.custom),
             custom=tuple(each for each in self.custom.entries.items() if each[1]),
+            apart=tuple(self.labels.apart.values()),
+            endpoints=self.endpoints.entries(),
         )
 
     def size(self) -> int:
@@ -643,9 +719,19 @@ class Bus:
     def _is_owned(self, name: str) -> bool:
         return self.registry.owner(name) is not None
 
+    def _close(self, endpoints: Iterable[str]) -> None:
+        """End the connections of those who came by these."""
+        for connection in self.connections.values():
+            credentials = connection.credentials
+            if credentials is not None and credentials.endpoint in endpoints:
+                reason = f"its endpoint {credentials.endpoint} is gone"
+                self._outside.kill(connection.worker, reason)
+
     def _configure(self, configuration: Configuration) -> None:
+        self._configured = configuration
         self._limits = configuration.limits
         self._policy = configuration.policy
+        self._contexts = configuration.selinux
         self._policies.clear()
         self.activation.configure(configuration)
         for connection in self.by_id.values():
@@ -661,10 +747,13 @@ class Bus:
             )
         return policy
 
-    def _leave_user(self, uid: int) -> None:
-        self._per_uid[uid] -= 1
-        if not self._per_uid[uid]:
-            del self._per_uid[uid]
+    def _leave_user(self, credentials: Credentials) -> None:
+        uid = credentials.uid
+        for each in {uid, credentials.share}:
+            self._per_uid[each] -= 1
+            if not self._per_uid[each]:
+                del self._per_uid[each]
+        if uid not in self._per_uid:
             self._policies = {key: each for key, each in self._policies.items() if key[0] != uid}
 
     def _release(self, connection: Connection, names: Iterable[str]) -> None:

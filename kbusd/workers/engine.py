@@ -37,7 +37,7 @@ from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
 from kbusd.rings.line import LineError, close_all
 from kbusd.wire import body as wire_body
-from kbusd.workers import decisions
+from kbusd.workers import behind, decisions
 from kbusd.workers import driver as drivers
 from kbusd.workers.activation import Activating, Held
 from kbusd.workers.asking import Asking
@@ -92,9 +92,11 @@ _CHANGES = frozenset(
         entries.NameOwnerChanged,
         entries.QueueChanged,
         entries.MonitorAttached,
+        entries.EndpointChanged,
         entries.NamePolicyChanged,
         entries.CustomChanged,
         entries.PolicyChanged,
+        entries.LabelApart,
     )
 )
 _RULES = frozenset((entries.MatchAdded, entries.MatchRemoved))
@@ -147,7 +149,14 @@ class Engine:
         self.credentials = credentials
         policy = self._take_policy()
         self.router = self.make_router(policy)
-        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
+        if credentials.endpoint:
+            self.sight = behind.Sight(self.replica, credentials.endpoint)
+            self.router.sight = self.sight
+            self.driver = behind.BehindDriver(
+                self.replica, self.context.bus, credentials, self.sight
+            )
+        else:
+            self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
         self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
         self.waiting.watch(client, CLIENT, EPOLLIN)
@@ -156,8 +165,9 @@ class Engine:
 
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
+        label = self.context.bus.label.decode(errors="replace")
         names = self.context.name_policies(self.replica)
-        return Router(self.replica, policy, self.peers.say, names)
+        return Router(self.replica, policy, self.peers.say, label, names)
 
     def run(self) -> None:
         """Serve the client until it goes."""
@@ -169,6 +179,8 @@ class Engine:
         except EOFError:
             return  # the broker is gone: the bus ends
         self.peers.broadcast.end()
+        if self.peers.silent is not None:
+            self.peers.silent.end()
         try:
             self.flush()
             self.asking.line.send(entries.Leaving(0, reason))
@@ -322,6 +334,8 @@ class Engine:
             return None
         if self.monitored or self.overheard:
             return None
+        if self._looks():  # the body must be here to decide
+            return None
         if not self._up_to_date():
             return None
         route = self._route(data, header, cython.NULL)
@@ -331,6 +345,11 @@ class Engine:
         if bulk is not None:
             self.tidy_later()
         return bulk
+
+    def _looks(self) -> cython.bint:
+        """Whether what our client may call depends on the arguments."""
+        sight = self.sight
+        return sight is not None and sight.looks_at_args
 
     def _are_met(self, route) -> cython.bint:
         """Whether all whom a message concerns are introduced."""
@@ -373,7 +392,9 @@ class Engine:
             header.reply_serial_at,
             header.flags,
             header.unix_fds,
-            _bytes(body, header.body_length) if header.type == SIGNAL or self.overheard else b"",
+            _bytes(body, header.body_length)
+            if header.type == SIGNAL or self.overheard or self._looks()
+            else b"",
             header.endian == 66,
         )
         if route.depends:
@@ -455,7 +476,8 @@ class Engine:
                 self.everyone
                 and not route.refusals
                 and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
-                and not self.replica.custom,
+                and not self.replica.custom
+                and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:
                 self._to_myself(route.envelope, cython.address(head), body, fds)

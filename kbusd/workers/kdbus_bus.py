@@ -119,6 +119,7 @@ class DeviceRouter(Router):
         return (
             self.names.refusal(sender, receiver) is None
             and self.names.refusal(receiver, sender) is None
+            and not self.replica.kept_apart(sender.id, receiver.id)
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
         )
@@ -497,8 +498,9 @@ class Port:
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
         context = self._context
+        label = context.bus.label.decode(errors="replace")
         names = NamePolicies(replica, context.bus.owner, context.closed)
-        self.engine_router = DeviceRouter(replica, policy, say, names)
+        self.engine_router = DeviceRouter(replica, policy, say, label, names)
         return self.engine_router
 
     def requests(self) -> bool:
@@ -604,6 +606,8 @@ class Port:
         connection: Connection | None = peer.connection or connections.get(peer.id)
         if connection is None:
             raise ParcelError("a parcel that is older than its connection")
+        if connection.credentials.endpoint:
+            raise ParcelError("a parcel of a D-Bus client, past its endpoint")
         if self.session.kind == abi.HELLO_MONITOR:
             self._receive(_known(connection), connection, found, data, fds, stamp)
             return 0

@@ -17,12 +17,15 @@ from typing import TypeVar
 
 import msgspec
 
+from kbusd.policy import endpoints
 from kbusd.rings.entries import (
     ActivatableChanged,
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
     CustomChanged,
+    EndpointChanged,
+    LabelApart,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -281,8 +284,12 @@ class Replica:
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
         self.custom: dict[int, tuple[PolicyEntry, ...]] = {}  # custom ones of kdbus
         self.kdbus_monitors: set[int] = set()
+        self.apart: dict[bytes, LabelApart] = {}  # labels that SELinux keeps from others
+        self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.eavesdroppers: dict[int, tuple[Watch, ...]] = {}  # and their rules that make them so
+        self.endpoints: dict[str, bytes] = {}
+        self._views: dict[str, endpoints.View] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
         self.position = 0  # in the log, of the snapshot that was loaded last
@@ -305,9 +312,12 @@ class Replica:
         self.activators = {}
         self.policies = dict(snapshot.policies)
         self.custom = dict(snapshot.custom)
+        self.endpoints = dict(snapshot.endpoints)
+        self._views = {}
         self.monitors = {}
         self.eavesdroppers = {}
         self.kdbus_monitors = set()
+        self._keep_apart(*snapshot.apart)
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
         self.position = snapshot.position
@@ -353,10 +363,44 @@ class Replica:
                 self.policies[id] = policy
             case CustomChanged(number, policy):
                 _keep(self.custom, number, policy)
+            case LabelApart():
+                self._keep_apart(*self.apart.values(), entry)
+            case EndpointChanged(name, said):
+                self._views.pop(name, None)
+                self.endpoints.pop(name, None)
+                if said:
+                    self.endpoints[name] = said
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
+
+    def _keep_apart(self, *entries: LabelApart) -> None:
+        """These hold, the last one of each label."""
+        latest = {each.label: each for each in entries}
+        self.apart = {label: each for label, each in latest.items() if each.to or each.of}
+        self.restrained = frozenset(
+            sender
+            for label, each in self.apart.items()
+            for sender in ((label, *each.of) if each.to else each.of)
+        )
+
+    def kept_apart(self, sender: int, receiver: int) -> tuple[bytes, bytes] | None:
+        """The labels of two connections if SELinux does not let the one send to the other. -1 is the bus
+        itself; of an id that is nobody's it says nothing."""
+        if not self.apart:
+            return None
+        labels = []
+        for id in (sender, receiver):
+            connection = self.connections.get(id)
+            if connection is None and id != BUS_ID:
+                return None
+            labels.append(connection.credentials.label if connection else b"")
+        one, other = labels
+        to, of = self.apart.get(one), self.apart.get(other)
+        if (to and other in to.to) or (of and one in of.of):
+            return one, other
+        return None
 
     def _add_connection(
         self, id: int, credentials: Credentials, kdbus: int | None, custom: int
@@ -438,7 +482,9 @@ class Replica:
                 self.my_version += 1
         watch.holders += (id,)
         connection.matches += (watch,)
-        if eavesdrops(watch.text) and watch.rule.eavesdrop:
+        # Who came by an endpoint sees what that shows him, and nothing that is for others.
+        inside = connection.credentials.endpoint or connection.custom
+        if eavesdrops(watch.text) and watch.rule.eavesdrop and not inside:
             self.eavesdroppers[id] = (*self.eavesdroppers.get(id, ()), watch)
 
     def _remove_match(self, id: int, text: str) -> None:
@@ -510,6 +556,17 @@ class Replica:
         """The connection behind a name, None for nobody and for the bus itself."""
         id = self.owner(name)
         return None if id is None else self.connections.get(id)
+
+    def view(self, name: str) -> endpoints.View:
+        """What an endpoint lets through; read when somebody asks, as most workers never do."""
+        view = self._views.get(name)
+        if view is None:
+            try:
+                view = endpoints.View(endpoints.decode(self.endpoints[name]))
+            except (KeyError, endpoints.EndpointError):
+                view = endpoints.nothing(name)
+            self._views[name] = view
+        return view
 
     def sender_names(self, id: int) -> Sequence[str]:
         """All names that `sender=` in a match rule may use for the connection."""

@@ -46,7 +46,7 @@ class Worker:
             self.replica.apply(ConnectionAdded(id, person(id)))
         self.replica.apply(NameOwnerChanged("com.bob", 0, BOB))
         names = NamePolicies(self.replica, 0, closed=False)
-        self.router = Router(self.replica, policy, self.log.append, names)
+        self.router = Router(self.replica, policy, self.log.append, names=names)
 
     def sends(self, message: Envelope) -> bool:
         return self.router.decide(message, 0, 0, lambda: ()).error is None
