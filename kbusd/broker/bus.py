@@ -63,6 +63,7 @@ from kbusd.rings.entries import (
     NamePolicyChanged,
     PolicyChanged,
     PolicyEntry,
+    ProcessOf,
     QueueChanged,
     ReleaseName,
     ReloadConfig,
@@ -141,12 +142,18 @@ class Bus:
     def worker_started(self, worker: int, pid: int) -> None:
         self.connections[worker] = Connection(worker, pid)
 
-    def assigned(self, worker: int, credentials: Credentials, hasty: bool = True) -> None:
+    def assigned(
+        self, worker: int, credentials: Credentials, hasty: bool = True, pidfd: int = -1
+    ) -> None:
         """The worker serves a client of these credentials from now on, who is to say Hello in time
-        if it is `hasty`."""
+        if it is `hasty`. `pidfd` is ours to close, -1 for none."""
         connection = self.connections.get(worker)
-        if connection is not None:
+        if connection is None:
+            if pidfd >= 0:
+                self._outside.close(pidfd)
+        else:
             connection.credentials = credentials
+            connection.pidfd = pidfd
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
@@ -176,6 +183,8 @@ class Bus:
         self._incomplete.pop(worker, None)
         if connection is None:
             return
+        if connection.pidfd >= 0:
+            self._outside.close(connection.pidfd)
         self.probes.gone(connection)
         self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
@@ -280,6 +289,11 @@ class Bus:
             case Running():
                 self.probes.running(connection)
                 return
+            case ProcessOf():
+                asked = self.by_id.get(message.id)
+                pidfds = [asked.pidfd] if asked is not None and asked.pidfd >= 0 else []
+                self._outside.send(connection.worker, Reply(message.request), pidfds)
+                return
             case CountConnection():
                 self._count(connection, message)
                 return
@@ -291,8 +305,8 @@ class Bus:
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
-                asked = self.by_id.get(message.id)
-                value = b"" if asked is None else asked.about
+                other = self.by_id.get(message.id)
+                value = b"" if other is None else other.about
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return

@@ -207,8 +207,8 @@ class Server:
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
                     self._bus.worker_started(worker, pid)
-                case Assigned(worker, credentials, hasty):
-                    self._bus.assigned(worker, credentials, hasty)
+                case Assigned(worker, credentials, hasty) if len(fds) <= 1:
+                    self._bus.assigned(worker, credentials, hasty, fds.pop() if fds else -1)
                 case WorkerGone(worker, reason):
                     self._forget(worker, reason)
                 case LauncherLine() if len(fds) == 1:
