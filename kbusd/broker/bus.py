@@ -20,6 +20,7 @@ from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.counts import Counts
 from kbusd.broker.introductions import RING_FDS, Introductions
+from kbusd.broker.labels import Labels
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.name_policy import NamePolicy
 from kbusd.broker.outside import Outside
@@ -125,6 +126,7 @@ class Bus:
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner)
+        self.labels = Labels(outside)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -177,6 +179,11 @@ class Bus:
             self._outside.send(connection.worker, answer)
         self.activation.retry()
 
+    def labels_changed(self) -> None:
+        """Another SELinux policy, or mode, is in force."""
+        if self.labels.policy_changed():
+            self._outside.say("SELinux keeps other clients apart from now on")
+
     def gone(self, worker: int, reason: str = "") -> None:
         """The worker has ended or its line is closed. What it held passes on."""
         connection = self.connections.pop(worker, None)
@@ -204,6 +211,7 @@ class Bus:
         was_monitor = connection in self.monitors
         self.monitors.discard(connection)
         self._outside.append(ConnectionRemoved(connection.id))
+        self.labels.leave(connection.credentials.label)
         self._wake(self.introductions.gone(connection))
         if not was_monitor:
             name = connection.unique_name
@@ -328,6 +336,10 @@ class Bus:
                 ACCESS_DENIED,
                 f"A client of uid {credentials.uid} is not allowed to connect to this bus",
             )
+        if not self.labels.may_join(credentials.label):
+            label = credentials.label.decode(errors="replace")
+            self._outside.say(f"refused {connection}: SELinux (dbus send_msg) of label {label!r}")
+            raise Refused(ACCESS_DENIED, "An SELinux policy does not let it talk to this bus")
         uid = credentials.uid
         if len(self.by_id) >= self._limits["max_completed_connections"]:
             raise Refused(
@@ -352,6 +364,7 @@ class Bus:
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
         self._peak_names(connection)
+        self.labels.join(credentials.label)
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
             self.monitors.add(connection)
@@ -417,6 +430,13 @@ class Bus:
         if not self.name_policy.may_own(connection.credentials, name):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
+        context = self._contexts.get(name)
+        target = None if context is None else context.encode()
+        if not self._outside.allows(connection.credentials.label, target, "acquire_svc"):
+            label = connection.credentials.label.decode(errors="replace")
+            why = f"SELinux does not let {label} acquire_svc of {context or 'the bus'}"
+            self._complain(connection, f"{connection} may not own {name}: {why}")
+            raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to an SELinux policy')
         limit = self._limits["max_names_per_connection"]
         if len(connection.names) + 1 >= limit:  # the unique name counts
             raise Refused(
@@ -480,11 +500,16 @@ class Bus:
         if peer is None or peer.monitor is not None or self.introductions.know(asker, peer):
             return
         assert asker.policy is not None and peer.policy is not None
-        # What SELinux says of the two labels (send_msg) belongs here, too.
+        assert asker.credentials is not None and peer.credentials is not None
         if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
-            text = f"{asker} may not send anything to {peer}: no rule allows it"
-            self._complain(asker, text)
-            raise Refused(ACCESS_DENIED, text)
+            why = "no rule allows it"
+        elif not self.labels.may_ever_send(asker.credentials.label, peer.credentials.label):
+            why = "SELinux does not allow it"
+        else:
+            return
+        text = f"{asker} may not send anything to {peer}: {why}"
+        self._complain(asker, text)
+        raise Refused(ACCESS_DENIED, text)
 
     def _reload(self, connection: Connection, request: int) -> None:
         if connection.waiting >= MAX_WAITING:
@@ -578,6 +603,7 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
+            apart=tuple(self.labels.apart.values()),
         )
 
     def size(self) -> int:
@@ -632,6 +658,7 @@ class Bus:
     def _configure(self, configuration: Configuration) -> None:
         self._limits = configuration.limits
         self._policy = configuration.policy
+        self._contexts = configuration.selinux
         self._policies.clear()
         self.activation.configure(configuration)
         for connection in self.by_id.values():

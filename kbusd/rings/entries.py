@@ -128,6 +128,18 @@ class NamePolicyChanged(Entry, frozen=True, tag="K"):
     entries: tuple[PolicyEntry, ...]
 
 
+class LabelApart(Entry, frozen=True, tag="L"):
+    """What SELinux refuses to connections of this label, in place of what was said of it before: sending
+    to those of `to`, getting anything from those of `of`. The empty label is the bus's own.
+
+    Stands before the first ConnectionAdded with the label; the labels in it are of connections that
+    are there."""
+
+    label: bytes
+    to: tuple[bytes, ...] = ()
+    of: tuple[bytes, ...] = ()
+
+
 LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
@@ -139,6 +151,7 @@ LogEntry = (
     | ActivatableChanged
     | PolicyChanged
     | NamePolicyChanged
+    | LabelApart
 )
 
 
@@ -158,6 +171,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
+    apart: tuple[LabelApart, ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -530,10 +544,11 @@ FromLauncher = LaunchEnded | Looked
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
     """supervisor -> zygote. Fork one worker, locked down, and answer Forked; `hurry`: spare ones get
-    few, and there is no time for a rehearsal."""
+    few, and there is no time for a rehearsal; `files`: for a file of kdbus or the tree."""
 
     worker: int
     hurry: bool = False
+    files: bool = False
 
 
 class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):

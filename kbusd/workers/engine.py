@@ -94,6 +94,7 @@ _CHANGES = frozenset(
         entries.MonitorAttached,
         entries.NamePolicyChanged,
         entries.PolicyChanged,
+        entries.LabelApart,
     )
 )
 _RULES = frozenset((entries.MatchAdded, entries.MatchRemoved))
@@ -155,7 +156,8 @@ class Engine:
 
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
-        return Router(self.replica, policy, self.peers.say)
+        label = self.context.bus.label.decode(errors="replace")
+        return Router(self.replica, policy, self.peers.say, label)
 
     def run(self) -> None:
         """Serve the client until it goes."""
@@ -190,6 +192,8 @@ class Engine:
                 for serial in self.calls.late():
                     self.error(serial, NO_REPLY, NO_REPLY_TIMEOUT)
             self.peers.bells()
+            if self.peers.unmet:
+                self.peers.give_up()
             while self.peers.lost:
                 self._answer_for_the_lost()
                 self.peers.bells()
@@ -448,7 +452,9 @@ class Engine:
                 cython.address(head),
                 body,
                 fds,
-                self.everyone and not route.refusals,
+                self.everyone
+                and not route.refusals
+                and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:
                 self._to_myself(route.envelope, cython.address(head), body, fds)

@@ -22,6 +22,7 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    LabelApart,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -276,6 +277,8 @@ class Replica:
         self.activators: dict[str, int] = {}
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
         self.kdbus_monitors: set[int] = set()
+        self.apart: dict[bytes, LabelApart] = {}  # labels that SELinux keeps from others
+        self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.eavesdroppers: dict[int, tuple[Watch, ...]] = {}  # and their rules that make them so
         self.activatable: tuple[str, ...] = ()
@@ -302,6 +305,7 @@ class Replica:
         self.monitors = {}
         self.eavesdroppers = {}
         self.kdbus_monitors = set()
+        self._keep_apart(*snapshot.apart)
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
         self.position = snapshot.position
@@ -345,10 +349,39 @@ class Replica:
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
+            case LabelApart():
+                self._keep_apart(*self.apart.values(), entry)
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
+
+    def _keep_apart(self, *entries: LabelApart) -> None:
+        """These hold, the last one of each label."""
+        latest = {each.label: each for each in entries}
+        self.apart = {label: each for label, each in latest.items() if each.to or each.of}
+        self.restrained = frozenset(
+            sender
+            for label, each in self.apart.items()
+            for sender in ((label, *each.of) if each.to else each.of)
+        )
+
+    def kept_apart(self, sender: int, receiver: int) -> tuple[bytes, bytes] | None:
+        """The labels of two connections if SELinux does not let the one send to the other. -1 is the bus
+        itself; of an id that is nobody's it says nothing."""
+        if not self.apart:
+            return None
+        labels = []
+        for id in (sender, receiver):
+            connection = self.connections.get(id)
+            if connection is None and id != BUS_ID:
+                return None
+            labels.append(connection.credentials.label if connection else b"")
+        one, other = labels
+        to, of = self.apart.get(one), self.apart.get(other)
+        if (to and other in to.to) or (of and one in of.of):
+            return one, other
+        return None
 
     def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
         if id < 0 or id in self.connections or id in self.monitors:

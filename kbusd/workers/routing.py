@@ -53,10 +53,15 @@ class Router:
     and what a rule with log="true" allows."""
 
     def __init__(
-        self, replica: Replica, client_policy: policy.ClientPolicy, say: Callable[[str], None]
+        self,
+        replica: Replica,
+        client_policy: policy.ClientPolicy,
+        say: Callable[[str], None],
+        bus_label: str = "",
     ) -> None:
         self.replica = replica
         self.policy = client_policy
+        self.bus_label = bus_label
         self._say = say
         self._noted = False
 
@@ -223,6 +228,8 @@ class Router:
         names: Sequence[str],
         fds: int,
     ) -> str | None:
+        if self.replica.apart and (labels := self.replica.kept_apart(sender, receiver)):
+            return self._kept_apart(envelope, sender, receiver, labels)
         if senders.allows_everything_to_send:
             return None
         message = as_message(envelope, fds)
@@ -245,6 +252,18 @@ class Router:
         self._noted = True
         self._say(text)
         return None
+
+    def _kept_apart(
+        self, envelope: Envelope, sender: int, receiver: int, labels: tuple[bytes, bytes]
+    ) -> str:
+        """Why SELinux refuses this, in words that audit2allow(1) knows."""
+        one, other = (each.decode(errors="replace") or self.bus_label for each in labels)
+        what = envelope.member or envelope.error_name or "a reply"
+        return (
+            f"An SELinux policy prevents {unique_name(sender)} ({self._info(sender)}) from sending"
+            f" {what} to {unique_name(receiver)} ({self._info(receiver)}): avc:  denied  {{ send_msg }}"
+            f" for scontext={one} tcontext={other} tclass=dbus"
+        )
 
     def _may_receive(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
         """None if the receiver may get this from our client, else why not."""
@@ -322,6 +341,8 @@ class Router:
         receiver: int,
         fds: int,
     ) -> str | None:
+        if sender == BUS_ID and (labels := self.replica.kept_apart(sender, receiver)):
+            return self._kept_apart(envelope, sender, receiver, labels)
         if receivers.allows_everything_to_receive:
             return None
         message = as_message(envelope, fds)

@@ -120,6 +120,9 @@ class Model:
     def close(self, fd: int) -> None:
         raise AssertionError("nobody is introduced here")
 
+    def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
+        return True
+
     def now(self) -> float:
         return 0.0
 
