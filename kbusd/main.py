@@ -25,11 +25,10 @@ import prctl
 
 from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
-from kbusd.supervisor.cuse import Nodes
+from kbusd.supervisor.domains import DOMAINS, DomainError
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.kdbusfs import Mount
-from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
-from kbusd.supervisor.made import CONFIGURATION, CONTROL, Several
+from kbusd.supervisor.listen import Listener, open_listeners
+from kbusd.supervisor.made import CONFIGURATION, Several, Where
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
 from kbusd.supervisor.supervisor import READER, StartError, Supervisor
@@ -38,7 +37,9 @@ MIN_FILES = 128  # descriptors that the supervisor may have: its own and those o
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
-             [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]] [--introspect] [--version]"""
+             [--endpoint=FILE ...] [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]]
+             [--domains[=DIRECTORY]]
+             [--introspect] [--version]"""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -49,7 +50,7 @@ class Settings(msgspec.Struct, frozen=True):
     keep_umask: bool
     syslog: bool
     pidfile: str
-    addresses: tuple[Address, ...]
+    addresses: tuple[tuple[str, str, str, str], ...]  # kbusd/policy/addresses.py
     warnings: tuple[str, ...]
 
 
@@ -79,8 +80,10 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fork", dest="fork", action="store_true", default=None)
     parser.add_argument("--nofork", dest="fork", action="store_false")
     parser.add_argument("--nopidfile", action="store_true")
+    parser.add_argument("--endpoint", metavar="FILE", action="append", default=[])
     parser.add_argument("--kdbusfs", metavar="MOUNTPOINT")
     parser.add_argument("--cuse", metavar="DIRECTORY", nargs="?", const="")
+    parser.add_argument("--domains", metavar="DIRECTORY", nargs="?", const=DOMAINS)
     for name in ("syslog", "syslog-only", "nosyslog"):
         parser.add_argument(f"--{name}", dest="log", action="store_const", const=name)
     parser.add_argument("--systemd-activation", action="store_true")
@@ -106,6 +109,8 @@ def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
     )
     if options.address:
         which += ["--address", options.address]
+    for path in options.endpoint:
+        which += ["--endpoint", os.path.abspath(path)]
     own = re.fullmatch(r"/proc/self/fd/(\d+)", options.config_file or "")
     keep = {int(own[1]): int(own[1])} if own else {}
 
@@ -209,10 +214,13 @@ def _notify_ready() -> None:
 def _listen(settings: Settings) -> list[Listener]:
     if not settings.addresses:
         _fail("the configuration has no address to listen on")
-    try:
-        listeners = open_listeners(settings.addresses)
-    except ListenError as error:
-        _fail(str(error))
+    listeners: list[Listener] = []
+    for kind, value, text, where in settings.addresses:
+        try:
+            listeners += open_listeners(kind, value)
+        except OSError as error:
+            reason = f"{value}: {error.strerror}" if error.strerror else str(error)
+            _fail(f"{where}: cannot listen on {text!r}: {reason}")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     return listeners
@@ -308,7 +316,8 @@ def _run(
     )
 
     _make_runtime_directory(configuration)
-    has_devices = kdbusfs is not None or options.cuse is not None
+    where = Where(kdbusfs, options.cuse, options.domains)
+    has_devices = where != Where(None, None, None)
     kind = Several if has_devices else Supervisor
     supervisor = kind(configuration, listeners, secrets.token_hex(16), journal, read)
     try:
@@ -319,14 +328,8 @@ def _run(
         try:
             supervisor.start()
             if isinstance(supervisor, Several):
-                node = node_of(settings)
-                nodes = node, Node("", CONTROL, 0o666, node.uid, node.gid)
-                devices = supervisor.begin(_configuration_of_made_buses(), node.bus)
-            if kdbusfs is not None:
-                devices.transports.append(Mount(devices, kdbusfs, nodes))
-            if options.cuse is not None:
-                devices.transports.append(Nodes(devices, options.cuse, nodes))
-        except (StartError, SandboxError, MountError, OSError) as error:
+                supervisor.begin(_configuration_of_made_buses(), node_of(settings), where)
+        except (StartError, SandboxError, MountError, DomainError, OSError) as error:
             journal.warn(f"not started: {error}")
             return 1
         printed: set[int] = set()

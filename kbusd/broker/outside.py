@@ -33,6 +33,9 @@ class Outside(Protocol):
     def reload(self) -> None:
         """Have the supervisor read the configuration again; `Bus.reconfigure` follows."""
 
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        """Have the supervisor listen for these endpoints; `Bus.listening` follows."""
+
     def launch(self, launch: Launch) -> None:
         """Have the launcher run a service; `Bus.launch_ended` follows, if it ends."""
 
@@ -53,6 +56,10 @@ class Outside(Protocol):
 
     def close(self, fd: int) -> None:
         """Close a descriptor that `socketpair` gave."""
+
+    def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
+        """What SELinux says of two labels (class `dbus`); True where it is not enabled. None is the
+        bus's own."""
 
     def now(self) -> float:
         """CLOCK_MONOTONIC, in seconds."""

@@ -30,15 +30,18 @@ from kbusd.rings.entries import (
     BrokerMessage,
     BrokerReady,
     EndLaunch,
+    Endpoints,
     FromLauncher,
     Joined,
     Kill,
     Launch,
     LaunchEnded,
     LauncherLine,
+    Listening,
     LogEntry,
     Look,
     Reconfigured,
+    ReloadAsked,
     ReloadWanted,
     SupervisorMessage,
     ToLauncher,
@@ -49,6 +52,7 @@ from kbusd.rings.entries import (
 )
 from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
+from kbusd.sandbox import selinux
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
@@ -77,11 +81,17 @@ class Server:
         self._broken: dict[int, str] = {}
         self._epoll = select.epoll()
         self._epoll.register(self._supervisor.fileno(), _READ)
+        self._vectors: selinux.AccessVectors | None = None
+        if selinux.enabled():
+            # Still in the domain of the supervisor, which is the bus to its clients.
+            self._vectors = selinux.AccessVectors(selinux.label(), self.say)
+            self._epoll.register(self._vectors.fileno(), _READ)
         self._bus = Bus(self, read_configuration(configuration_fd), address, owner)
 
     def run(self) -> None:
         """Serve. Returns when the supervisor has closed its line; raises LineError if it erred."""
         self._supervisor.send(BrokerReady(), [self._log.fileno()])
+        self._bus.ready()
         while not self._over:
             deadline = self._bus.deadline()
             timeout = -1.0 if deadline is None else max(0.0, deadline - self.now())
@@ -115,6 +125,9 @@ class Server:
                 self._flush_other(self._launcher)
             if events & ~_WRITE:
                 self._from_launcher(self._launcher)
+        elif self._vectors is not None and fd == self._vectors.fileno():
+            self._vectors.forget()
+            self._bus.labels_changed()
 
     def _finish_turn(self) -> None:
         while self._broken:
@@ -217,6 +230,10 @@ class Server:
                     self._reconfigure(fds.pop())
                 case Reconfigured() if not fds:
                     self._bus.reconfigure(None)
+                case ReloadAsked() if not fds:
+                    self._bus.reload()
+                case Listening(addresses) if not fds:
+                    self._bus.endpoints.listening(addresses)
                 case _:
                     raise LineError(f"the supervisor sent {message} with {len(fds)} descriptors")
         finally:
@@ -323,6 +340,9 @@ class Server:
     def reload(self) -> None:
         self._tell_supervisor(ReloadWanted())
 
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        self._tell_supervisor(Endpoints(endpoints))
+
     def launch(self, launch: Launch) -> None:
         self._tell_launcher(launch)
 
@@ -346,6 +366,13 @@ class Server:
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+    def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
+        if self._vectors is None:
+            return True
+        bus = self._vectors.bus
+        subject, target = (bus if each is None else each for each in (subject, target))
+        return self._vectors.allows(subject, target, permission)
 
     def now(self) -> float:
         return time.monotonic()

@@ -37,7 +37,7 @@ from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
 from kbusd.workers.replica import BUS_ID, Connection, Replica
-from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Decision, Router
+from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Args, Decision, Router
 
 if TYPE_CHECKING:
     from kbusd.workers.kdbus_device import Device
@@ -85,8 +85,10 @@ class DeviceRouter(Router):
             refusal = self._may_talk(envelope, me, connections[receiver])
         return refusal
 
-    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
-        refusal = super().admit(envelope, sender, fds)
+    def admit(
+        self, envelope: Envelope, sender: Connection, fds: int, args: Args = tuple
+    ) -> str | None:
+        refusal = super().admit(envelope, sender, fds, args)
         if refusal is None:
             refusal = self._may_talk(envelope, sender, self.replica.connections[self.replica.me])
         return refusal
@@ -154,6 +156,7 @@ class DeviceRouter(Router):
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
             not self.replica.policies
+            and not self.replica.kept_apart(sender.id, receiver.id)
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
         )
@@ -191,6 +194,10 @@ class Port:
         self.session: Session
 
     # -- the session's side (kbusd/kdbus/port.py) ----------------------------------------------
+
+    @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        return self.device.maps
 
     @property
     def sees_pids(self) -> bool:
@@ -468,7 +475,8 @@ class Port:
     def make_router(
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
-        self.engine_router = DeviceRouter(replica, policy, say)
+        label = self._context.bus.label.decode(errors="replace")
+        self.engine_router = DeviceRouter(replica, policy, say, label)
         self.engine_router.owner = self._context.bus.owner
         return self.engine_router
 
@@ -575,6 +583,8 @@ class Port:
         connection: Connection | None = peer.connection or connections.get(peer.id)
         if connection is None:
             raise ParcelError("a parcel that is older than its connection")
+        if connection.credentials.endpoint:
+            raise ParcelError("a parcel of a D-Bus client, past its endpoint")
         if self.session.kind == abi.HELLO_MONITOR:
             self._receive(_known(connection), connection, found, data, fds, stamp)
             return 0
