@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.counts import Counts
+from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.labels import Labels
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
@@ -30,6 +32,7 @@ from kbusd.broker.refusal import (
     FILE_EXISTS,
     INVALID_ARGS,
     LIMITS_EXCEEDED,
+    NAME_HAS_NO_OWNER,
     NO_MEMORY,
     Refused,
     Violation,
@@ -39,11 +42,14 @@ from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
+    AddEndpoint,
     AddMatch,
     AskAbout,
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
+    CountConnection,
+    Counted,
     Credentials,
     Describe,
     Failure,
@@ -53,6 +59,7 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
+    ListEndpoints,
     MatchAdded,
     MatchRemoved,
     MonitorAttached,
@@ -63,12 +70,14 @@ from kbusd.rings.entries import (
     QueueChanged,
     ReleaseName,
     ReloadConfig,
+    RemoveEndpoint,
     RemoveMatch,
     Reply,
     Request,
     RequestName,
     Running,
     SetPolicy,
+    Share,
     Snapshot,
     StartService,
     Statistics,
@@ -96,6 +105,7 @@ _FOR_MONITORS = (
     Introduced,
     Stuck,
     Running,
+    Counted,
 )
 _FOR_ORDINARY = (RequestName, ReleaseName, AddMatch, BecomeMonitor)
 
@@ -114,21 +124,25 @@ class Bus:
         self.matches = Matches()
         self.introductions = Introductions(outside)
         self.probes = Probes(outside)
+        self.counts = Counts(outside)
         self.activation = Activation(outside, address, self._is_owned, self._read_configuration)
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner)
         self.labels = Labels(outside)
+        self.endpoints = Endpoints(outside)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
         self._reload_asked = False
+        self._reload_again = False
         self._next_id = 1  # 0 is nobody
-        self._per_uid: Counter[int] = Counter()
+        self._per_uid: Counter[Share] = Counter()
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
+        self._asked = {"bus": 0, "connection": 0}  # for statistics, so often
         self._configure(configuration)
 
     # -- the supervisor's word ------------------------------------------------------------------
@@ -146,18 +160,34 @@ class Bus:
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
 
+    def ready(self) -> None:
+        """The supervisor hears us from now on."""
+        self.endpoints.configure(self._configured.endpoints)
+
+    def reload(self) -> None:
+        """The admin wants the configuration read again."""
+        self._reload_again = self._reload_asked
+        self._read_configuration()
+
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
         if configuration is not None:
-            before = self.activation.names
+            before, sockets = self.activation.names, self._configured.sockets
             self._configure(configuration)
+            moved = [
+                each.name
+                for each in configuration.endpoints
+                if sockets.get(each.name) != configuration.sockets.get(each.name)
+            ]
+            self._close(self.endpoints.configure(configuration.endpoints, moved))
             self.generation += 1
             self._outside.append(PolicyChanged(self.generation))
             if self.activation.names != before:
                 self._activatable_changed()
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
-        if self._reloading:
+        again, self._reload_again = self._reload_again, False
+        if self._reloading or again:
             self._read_configuration()
         for connection, request in waiting:
             connection.waiting -= 1
@@ -177,6 +207,7 @@ class Bus:
         if connection is None:
             return
         self.probes.gone(connection)
+        self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
             self._outside.say(f"disconnected {connection}: {said}")
@@ -184,10 +215,11 @@ class Bus:
             return
         del self.by_id[connection.id]
         assert connection.credentials is not None
-        self._leave_user(connection.credentials.uid)
+        self._leave_user(connection.credentials)
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
+        self._close(self.endpoints.gone(connection))
         self.matches.remove_all(connection)
         self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
@@ -227,6 +259,11 @@ class Bus:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
+        try:
+            self.endpoints.check(connection, message)
+        except Refused as refused:  # an honest worker does not ask
+            self._complain(connection, f"the worker of {connection}: {refused.text}")
+            raise
 
     def _dispatch(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
         value: object = None
@@ -280,8 +317,25 @@ class Bus:
             case Running():
                 self.probes.running(connection)
                 return
+            case CountConnection():
+                self._count(connection, message)
+                return
+            case Counted():
+                self.counts.counted(connection, message)
+                return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
+            case AddEndpoint():
+                self._privileged(connection, "Add")
+                self.endpoints.add(connection, message)
+                return
+            case RemoveEndpoint():
+                self._privileged(connection, "Remove")
+                self.endpoints.remove(message.name)
+                self._close([message.name])
+            case ListEndpoints():
+                self._privileged(connection, "List")
+                value = self.endpoints.list()
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
@@ -322,6 +376,14 @@ class Bus:
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
             )
+        if (
+            credentials.endpoint
+            and self._per_uid[credentials.share] >= self._limits["max_connections_per_user"] // 2
+        ):
+            raise Refused(
+                LIMITS_EXCEEDED,
+                f"Half of the connections that UID {uid} may have came by one endpoint already",
+            )
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
@@ -333,8 +395,9 @@ class Bus:
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
-        self._per_uid[uid] += 1
+        self._per_uid.update({uid, credentials.share})
         self.by_id[connection.id] = connection
+        self._peak_names(connection)
         self.labels.join(credentials.label)
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
@@ -417,8 +480,7 @@ class Bus:
             )
         code, change = self.registry.request(connection, name, flags)
         self._owner_changed(change)
-        self._peak("names", len(self.registry))
-        self._peak("names_each", len(connection.names))
+        self._peak_names(connection)
         return code
 
     def _release_name(self, connection: Connection, name: str) -> int:
@@ -439,10 +501,14 @@ class Bus:
 
     def _add_match(self, connection: Connection, rule: str) -> None:
         limit = self._limits["max_match_rules_per_connection"]
+        if parse(rule).eavesdrop:
+            self._privileged(connection, "AddMatch")
         self.matches.add(connection, rule, limit)
         self._outside.append(MatchAdded(connection.id, rule))
         self._peak("matches", self.matches.count)
-        self._peak("matches_each", sum(map(len, connection.matches.values())))
+        mine = sum(map(len, connection.matches.values()))
+        connection.peak_matches = max(connection.peak_matches, mine)
+        self._peak("matches_each", mine)
 
     def _become_monitor(self, connection: Connection, rules: tuple[str, ...]) -> None:
         self._privileged(connection, "BecomeMonitor")
@@ -469,7 +535,8 @@ class Bus:
             return
         assert asker.policy is not None and peer.policy is not None
         assert asker.credentials is not None and peer.credentials is not None
-        if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
+        reaches = asker.policy.may_reach(peer.policy, asker.names, peer.names)
+        if not reaches or not self.endpoints.may_meet(asker, peer):
             why = "no rule allows it"
         elif not self.labels.may_ever_send(asker.credentials.label, peer.credentials.label):
             why = "SELinux does not allow it"
@@ -520,6 +587,7 @@ class Bus:
         each = (
             self.introductions.deadline(),
             self.probes.deadline(),
+            self.counts.deadline(),
             self.activation.deadline(),
             self._hello_deadline(),
         )
@@ -533,6 +601,7 @@ class Bus:
         now = self._outside.now()
         self.introductions.tick(now)
         self.probes.tick(now)
+        self.counts.tick(now)
         self.activation.tick(now)
         while (deadline := self._hello_deadline()) is not None and deadline <= now:
             worker = next(iter(self._incomplete))
@@ -570,6 +639,7 @@ class Bus:
             ),
             policies=tuple(self.name_policy.entries.items()),
             apart=tuple(self.labels.apart.values()),
+            endpoints=self.endpoints.entries(),
         )
 
     def size(self) -> int:
@@ -579,12 +649,13 @@ class Bus:
     def statistics(self) -> dict[str, int]:
         """Numbers for Debug.Stats; the first are named as dbus-daemon names them."""
         return {
+            "Serial": self._serial("bus"),
             "ActiveConnections": len(self.by_id),
             "IncompleteConnections": sum(
                 each.id == NOT_YET and each.credentials is not None
                 for each in self.connections.values()
             ),
-            "BusNames": len(self.registry) + len(self.by_id) - len(self.monitors),
+            "BusNames": self._names(),
             "PeakBusNames": self._peaks["names"],
             "PeakBusNamesPerConnection": self._peaks["names_each"],
             "MatchRules": self.matches.count,
@@ -597,12 +668,39 @@ class Bus:
             "PendingActivations": len(self.activation),
         }
 
+    def _count(self, asker: Connection, message: CountConnection) -> None:
+        asked = self.by_id.get(message.id)
+        if asked is None or asked.monitor is not None:
+            name = f":1.{message.id}"
+            raise Refused(
+                NAME_HAS_NO_OWNER, f"Could not get statistics of name '{name}': no such name"
+            )
+        known = {
+            "Serial": self._serial("connection"),
+            "PeakMatchRules": asked.peak_matches,
+            "PeakBusNames": asked.peak_names,
+        }
+        self.counts.ask(asker, message.request, asked, known)
+
+    def _serial(self, what: str) -> int:
+        self._asked[what] += 1
+        return self._asked[what] - 1
+
     # -- inside --------------------------------------------------------------------------------
 
     def _is_owned(self, name: str) -> bool:
         return self.registry.owner(name) is not None
 
+    def _close(self, endpoints: Iterable[str]) -> None:
+        """End the connections of those who came by these."""
+        for connection in self.connections.values():
+            credentials = connection.credentials
+            if credentials is not None and credentials.endpoint in endpoints:
+                reason = f"its endpoint {credentials.endpoint} is gone"
+                self._outside.kill(connection.worker, reason)
+
     def _configure(self, configuration: Configuration) -> None:
+        self._configured = configuration
         self._limits = configuration.limits
         self._policy = configuration.policy
         self._contexts = configuration.selinux
@@ -621,10 +719,13 @@ class Bus:
             )
         return policy
 
-    def _leave_user(self, uid: int) -> None:
-        self._per_uid[uid] -= 1
-        if not self._per_uid[uid]:
-            del self._per_uid[uid]
+    def _leave_user(self, credentials: Credentials) -> None:
+        uid = credentials.uid
+        for each in {uid, credentials.share}:
+            self._per_uid[each] -= 1
+            if not self._per_uid[each]:
+                del self._per_uid[each]
+        if uid not in self._per_uid:
             self._policies = {key: each for key, each in self._policies.items() if key[0] != uid}
 
     def _release(self, connection: Connection, names: Iterable[str]) -> None:
@@ -659,6 +760,16 @@ class Bus:
     def _wake(self, connections: Iterable[Connection]) -> None:
         for connection in connections:
             self._outside.wake(connection.worker)
+
+    def _names(self) -> int:
+        """How many names there are, unique ones included."""
+        return len(self.registry) + len(self.by_id) - len(self.monitors)
+
+    def _peak_names(self, connection: Connection) -> None:
+        mine = 1 + len(connection.names)
+        connection.peak_names = max(connection.peak_names, mine)
+        self._peak("names", self._names())
+        self._peak("names_each", mine)
 
     def _peak(self, what: str, value: int) -> None:
         self._peaks[what] = max(self._peaks[what], value)

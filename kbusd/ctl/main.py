@@ -7,17 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kbusd.ctl import explain, profile, security, workers
+from kbusd.ctl import endpoint, explain, profile, security, workers
 from kbusd.sandbox.errors import ProfileError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is well; 1: something is not as it should be; 2: could not be found out."""
     parser = argparse.ArgumentParser(
-        prog="kbusctl", description="Look at a running kbusd, and at its sandbox profiles."
+        prog="kbusctl",
+        description="Look at a running kbusd, at its sandbox profiles, and at its endpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (workers, security, profile, explain):
+    for module in (workers, security, profile, explain, endpoint):
         module.add_to(commands)
     options = parser.parse_args(arguments)
     try:

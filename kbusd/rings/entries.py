@@ -7,9 +7,13 @@ integers: id 7 is the unique name ``:1.7``; 0 means "nobody" and -1 "the bus its
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+Share = int | tuple[int, str]
+"""A user, or those of him behind one endpoint: they must not keep him from the bus."""
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -21,6 +25,12 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[int, ...] = ()
     label: bytes = b""
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
+    endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
+
+    @property
+    def share(self) -> Share:
+        """Whose share of the bus's places it takes."""
+        return (self.uid, self.endpoint) if self.endpoint else self.uid
 
 
 # -- the control log -------------------------------------------------------------------------
@@ -138,6 +148,14 @@ class LabelApart(Entry, frozen=True, tag="L"):
     of: tuple[bytes, ...] = ()
 
 
+class EndpointChanged(Entry, frozen=True, tag="E"):
+    """There is an endpoint, or it says something new (kbusd/policy/endpoints.py); b"": there is none
+    any more."""
+
+    name: str
+    policy: bytes
+
+
 LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
@@ -150,6 +168,7 @@ LogEntry = (
     | PolicyChanged
     | NamePolicyChanged
     | LabelApart
+    | EndpointChanged
 )
 
 
@@ -170,6 +189,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
     apart: tuple[LabelApart, ...] = ()
+    endpoints: tuple[tuple[str, bytes], ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -255,6 +275,30 @@ class Statistics(Request, frozen=True, tag="stats"):
     """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
 
 
+class CountConnection(Request, frozen=True, tag="count"):
+    """What Debug.Stats tells of connection `id` beyond what stands in the log. Reply: dict[str, int].
+    Failure NameHasNoOwner."""
+
+    id: int
+
+
+class Queued(msgspec.Struct, frozen=True, array_like=True):
+    """What waits in one direction between a client and its worker, and the most that ever did."""
+
+    messages: U32 = 0
+    bytes: U32 = 0
+    fds: U32 = 0
+    peak_bytes: U32 = 0
+    peak_fds: U32 = 0
+
+
+class Counted(Request, frozen=True, tag="counted"):
+    """The answer to Count: `incoming` is from the client, `outgoing` for it. No reply."""
+
+    incoming: Queued
+    outgoing: Queued
+
+
 class SetPolicy(Request, frozen=True, tag="set_policy"):
     """Of a kdbus policy holder: its policy from now on. Reply: None. Failure FileExists."""
 
@@ -271,6 +315,26 @@ class AskAbout(Request, frozen=True, tag="about"):
     """What the worker of a connection says of its client; it may say anything. Reply: bytes."""
 
     id: int
+
+
+class AddEndpoint(Request, frozen=True, tag="add_endpoint"):
+    """Reply: its address. `bound`: it goes when this connection does. `policy` as in EndpointChanged.
+    Failure FileExists, LimitsExceeded, InvalidArgs, Failed: it can't be listened on."""
+
+    name: str
+    policy: bytes
+    bound: bool
+
+
+class RemoveEndpoint(Request, frozen=True, tag="remove_endpoint"):
+    """Reply: None. Who came by it is disconnected. Failure Failed: there is none, or it is of the
+    configuration."""
+
+    name: str
+
+
+class ListEndpoints(Request, frozen=True, tag="endpoints"):
+    """Reply: of each its name, its address, "" if it can't be listened on, and what it says."""
 
 
 class Introduce(Request, frozen=True, tag="introduce"):
@@ -327,9 +391,14 @@ WorkerMessage = (
     | FetchSnapshot
     | FetchPolicy
     | Statistics
+    | CountConnection
+    | Counted
     | SetPolicy
     | Describe
     | AskAbout
+    | AddEndpoint
+    | RemoveEndpoint
+    | ListEndpoints
     | Introduce
     | Introduced
     | Stuck
@@ -382,6 +451,10 @@ class Probe(FromBroker, frozen=True, tag="probe"):
     """Somebody says that you take nothing. Answer with Running, soon, or be ended."""
 
 
+class Count(FromBroker, frozen=True, tag="count"):
+    """Somebody wants to know what waits between you and your client. Answer with Counted."""
+
+
 class Wake(FromBroker, frozen=True, tag="wake"):
     """The log has entries that concern you (sent only to workers that may sleep through them).
 
@@ -389,7 +462,7 @@ class Wake(FromBroker, frozen=True, tag="wake"):
     at the log."""
 
 
-BrokerMessage = Reply | Failure | Introduction | Withdrawn | Probe | Wake
+BrokerMessage = Reply | Failure | Introduction | Withdrawn | Probe | Count | Wake
 
 
 # -- supervisor <-> others -------------------------------------------------------------------
@@ -427,11 +500,25 @@ class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigur
     are faulty and the configuration in force stays."""
 
 
-SupervisorMessage = WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured
+class ReloadAsked(msgspec.Struct, frozen=True, array_like=True, tag="reload_asked"):
+    """supervisor -> broker. The admin wants the configuration read again (SIGHUP)."""
+
+
+class Listening(msgspec.Struct, frozen=True, array_like=True, tag="listening"):
+    """supervisor -> broker. Answers Endpoints: the address of each that it listens on, and that of the
+    bus, whose name is ""."""
+
+    addresses: dict[str, str]
+
+
+SupervisorMessage = (
+    WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured | ReloadAsked | Listening
+)
 
 
 class ReloadWanted(msgspec.Struct, frozen=True, array_like=True, tag="reload"):
-    """broker -> supervisor. A client called ReloadConfig; answered by Reconfigured."""
+    """broker -> supervisor. Read the configuration again; answered by Reconfigured, and not said twice
+    before that."""
 
 
 class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
@@ -452,7 +539,14 @@ class BrokerReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """broker -> supervisor, its first word. fd: the control log's memfd, sealed."""
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady
+class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
+    """broker -> supervisor. Listen for these endpoints, and for no others. Where, is not for the broker
+    to say: where the configuration says, or beside the socket of the bus. Answered by Listening."""
+
+    names: tuple[str, ...]
+
+
+ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------
@@ -505,10 +599,11 @@ FromLauncher = LaunchEnded | Looked
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
     """supervisor -> zygote. Fork one worker, locked down, and answer Forked; `hurry`: spare ones get
-    few, and there is no time for a rehearsal."""
+    few, and there is no time for a rehearsal; `files`: for a file of kdbus or the tree."""
 
     worker: int
     hurry: bool = False
+    files: bool = False
 
 
 class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):

@@ -73,7 +73,7 @@ class Connection:
             return
         credentials = caller.credentials(request)
         limit = self.host.settings.limits["max_connections_per_user"]
-        if clients.of[credentials.uid] < limit:
+        if clients.of[credentials.share] < limit:
             clients.add(credentials, partial(self._employ, opened))
             return
         why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"

@@ -6,7 +6,7 @@
                         ReloadWanted: read the configuration again
     zygote says      -> Forked: a spare more; Ended: tell the broker
     a child ends     -> broker: the bus ends; zygote, launcher: started again; reader: configured
-    SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: read the configuration again
+    SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: the broker wants it read again
 
 Privileged: it holds the listening sockets and may end any process of the bus. It reads nothing
 that a client wrote. Trusts the kernel and its configuration; decodes what children say by type.
@@ -34,9 +34,9 @@ from kbusd.rings.line import Line, LineError, adopt, close_all, pair
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
-from kbusd.supervisor.clients import Clients, credentials_of
+from kbusd.supervisor.clients import Client, Clients, credentials_of
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.listen import Listener
+from kbusd.supervisor.listen import Listener, open_endpoint
 from kbusd.supervisor.spawn import spawn
 
 BROKER = "kbusd.broker"
@@ -50,6 +50,7 @@ FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
+MAX_TURNS = 4  # clients that wait for a spare worker of their kind, while there are others
 RETRY_SECONDS = 0.1  # after the system ran out of something
 
 
@@ -62,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     user: str
     limits: dict[str, int]
+    sockets: dict[str, str]  # of endpoints; "": what the paths of others begin with
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Worker:
     pid: int
     pidfd: int
     line: Line
+    files: bool  # locked down to serve files, not sockets
     client: entries.Credentials | None = None
 
     def __str__(self) -> str:
@@ -83,7 +86,7 @@ class Supervisor:
     `read` starts the process that reads the configuration, whose errors go to the descriptor that
     it is given; it returns the process's id and the memfd with the outcome."""
 
-    spares = 4
+    spares, file_spares = 4, 2
     """Workers that wait: a connect costs a hand-over while they last; forking one takes about 2 ms."""
 
     def __init__(
@@ -95,7 +98,7 @@ class Supervisor:
         read: Callable[[int], tuple[int, int]],
     ) -> None:
         self._configure(configuration)
-        self.listeners = listeners
+        self.listeners = list(listeners)
         self.guid = guid
         self.address = ";".join(f"{each.address},guid={guid}" for each in listeners)
         self.journal = journal
@@ -109,10 +112,11 @@ class Supervisor:
         self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
-        self.forking = 0
+        self.forking: dict[int, bool] = {}  # worker -> whether for files
+        self.turns: deque[tuple[entries.Credentials, Client]] = deque()
         self.numbers = count(1)  # of workers
         self.clients = Clients()
-        self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
+        self.incomplete: dict[int, entries.Share] = {}  # worker -> of whom no Hello has come
         self.pause_until = 0.0
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
@@ -140,7 +144,7 @@ class Supervisor:
         while not self.spare:
             self._turn(0.5)
             if self.exit_status is not None or time.monotonic() > deadline:
-                why = f"a process of the bus ended, or {START_SECONDS:.0f} s were not enough"
+                why = f"{START_SECONDS:.0f} s were not enough, or a process of the bus ended"
                 raise StartError(f"no worker got ready: {why}; see the lines above")
 
     def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
@@ -163,16 +167,15 @@ class Supervisor:
 
     def _start_zygote(self) -> None:
         arguments = [self.guid, str(os.getpid()), *self.kinds]
-        fds = self.configuration, self.profiles["zygote"], self.profiles["worker"], self.log_fd
+        profiles = (self.profiles[name] for name in ("zygote", "worker", "kdbus-worker"))
+        fds = self.configuration, *profiles, self.log_fd
         self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
-        self.forking = 0
+        self.forking.clear()
 
     def stop(self) -> None:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
         for listener in self.listeners:
-            listener.sock.close()
-            with suppress(OSError):
-                os.unlink(listener.path)
+            listener.close()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
         for worker in self.workers.values():
@@ -207,7 +210,7 @@ class Supervisor:
         if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
             self._serve()
         # Forking would disturb those who are about to say Hello.
-        if not self.incomplete or len(self.spare) < self.spares // 2:
+        if not self.incomplete or any(have < wanted // 2 for _, wanted, have in self._kinds()):
             self._refill()
         for line in self.lines.values():
             with suppress(OSError):
@@ -248,17 +251,19 @@ class Supervisor:
                 self._start_launcher()
                 self._start_zygote()
             case entries.Kill(number, reason), []:
-                if (worker := self.workers.get(number)) is not None:
-                    self.journal.warn(f"ending {worker}: {reason}")
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                with suppress(KeyError, ProcessLookupError):  # it has ended already
+                    self.journal.warn(f"ending {self.workers[number]}: {reason}")
+                    signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
             case entries.ReloadWanted(), []:
                 self._reload()
+            case entries.Endpoints(names), []:
+                self._listen(names[:512])
             case entries.Forked(number, pid), [line_fd, broker_fd, pidfd]:
-                self.forking -= 1
+                files = self.forking.pop(number, False)
                 line = Line(adopt(line_fd), entries.ToSupervisor)
-                self.workers[number] = worker = Worker(number, pid, pidfd, line)
+                self.workers[number] = worker = Worker(number, pid, pidfd, line, files)
                 self.spare.append(worker)
                 self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
                 os.close(broker_fd)
@@ -270,52 +275,84 @@ class Supervisor:
 
     # -- clients and workers -------------------------------------------------------------------
 
+    def _listen(self, names: Sequence[str]) -> None:
+        """For these endpoints, and no others, too."""
+        for each in [each for each in self.listeners if each.endpoint not in ("", *names)]:
+            self.listeners.remove(each)
+            each.close()
+        for name in set(names) - {each.endpoint for each in self.listeners}:
+            try:
+                path = self.settings.sockets.get(name) or self.settings.sockets[""]
+                self.listeners.append(open_endpoint(name, path))
+            except OSError as error:
+                self.journal.warn(f"cannot listen for endpoint {name}: {error.strerror}")
+        self._tell(BROKER, entries.Listening({e.endpoint: e.address for e in self.listeners}))
+
     def _accept(self, listener: Listener) -> None:
         try:
             client, _ = listener.sock.accept()
-            credentials = credentials_of(client)
+            credentials = credentials_of(client, listener.endpoint)
         except OSError as error:
             if not isinstance(error, BlockingIOError):  # else it has gone again
                 self.journal.warn(f"cannot accept a client: {error.strerror}")
                 self.pause_until = time.monotonic() + RETRY_SECONDS
             return
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
-        if self.clients.of[credentials.uid] < limit:
+        if self.clients.of[credentials.share] < limit:
             client.setblocking(False)  # for the worker, which may not change it
             self.clients.add(credentials, client)
             return
-        self.journal.warn(
-            f"refused pid {credentials.pid}: uid {credentials.uid} has {limit} connections already"
-            f" (limit max_connections_per_user and {NOT_AUTHENTICATED} not yet authenticated)"
-        )
+        why = f"has {limit} connections already (limit max_connections_per_user)"
+        self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
         client.close()
 
     def _serve(self) -> None:
         """Give spare workers to those whose turn it is."""
-        while self.spare and (turn := self.clients.next(self._may_have_a_worker)):
-            credentials, client = turn
-            worker = self.spare.popleft()
-            worker.client = credentials
-            hasty = isinstance(client, socket)
-            self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty))
-            if isinstance(client, socket):
-                self.incomplete[worker.number] = credentials.uid
-                with client, suppress(OSError):
-                    worker.line.send(entries.Client(credentials), [client.fileno()])
-            else:
-                client(worker, credentials)
+        for _ in range(len(self.turns)):
+            self._give(*self.turns.popleft())
+        while self.spare and len(self.turns) < MAX_TURNS:
+            if (turn := self.clients.next(self._may_have_a_worker)) is None:
+                return
+            self._give(*turn)
 
-    def _may_have_a_worker(self, uid: int) -> bool:
-        """No uid takes more than half of what is left of the places for those without a Hello."""
+    def _give(self, credentials: entries.Credentials, client: Client) -> None:
+        """A spare worker of its kind, if there is one; else it waits for that."""
+        files = not isinstance(client, socket)
+        worker = next((each for each in self.spare if each.files == files), None)
+        if worker is None:
+            self.turns.append((credentials, client))
+            return
+        self.spare.remove(worker)
+        worker.client = credentials
+        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files))
+        if isinstance(client, socket):
+            self.incomplete[worker.number] = credentials.share
+            with client, suppress(OSError):
+                worker.line.send(entries.Client(credentials), [client.fileno()])
+        else:
+            client(worker, credentials)
+
+    def _may_have_a_worker(self, share: entries.Share) -> bool:
+        """Nobody takes more than half of what is left of the places for those without a Hello."""
         free = self.settings.limits["max_incomplete_connections"] - len(self.incomplete)
-        return list(self.incomplete.values()).count(uid) < free
+        return list(self.incomplete.values()).count(share) < free
+
+    def _kinds(self) -> Iterator[tuple[bool, int, int]]:
+        """Of workers for sockets, and for files: how many are to be spare, and how many are."""
+        for files, wanted in (False, self.spares), (True, self.file_spares):
+            if self.listeners if not files else "kdbus" in self.kinds:
+                yield files, wanted, sum(each.files == files for each in self.spare)
 
     def _refill(self) -> None:
-        room = self.max_workers - len(self.workers)
-        hurry = bool(self.workers) and len(self.spare) < self.spares // 2
-        for _ in range(min(room, self.spares - len(self.spare)) - self.forking):
-            self._tell(ZYGOTE, entries.Fork(next(self.numbers), hurry))
-            self.forking += 1
+        room = self.max_workers - len(self.workers) - len(self.forking)
+        for files, wanted, have in self._kinds():
+            hurry = bool(self.workers) and have < wanted // 2
+            more = wanted - have - list(self.forking.values()).count(files)
+            for _ in range(min(room, more)):
+                number = next(self.numbers)
+                self._tell(ZYGOTE, entries.Fork(number, hurry, files))
+                self.forking[number] = files
+                room -= 1
 
     def _worker_ended(self, number: int, status: int) -> None:
         if (worker := self.workers.pop(number, None)) is None:
@@ -325,7 +362,7 @@ class Supervisor:
         if reason:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
-            self.clients.of[worker.client.uid] -= 1
+            self.clients.of[worker.client.share] -= 1
         else:
             self.spare.remove(worker)
             self._lose()
@@ -348,8 +385,7 @@ class Supervisor:
         self.configuration = memfd.sealed("kbusd-configuration", data)
 
     def _reload(self) -> None:
-        self.read_again = self.reading >= 0
-        if not self.read_again:
+        if self.reading < 0:
             pid, self.reading = self.read(self.journal.stderr)
             self.children[pid] = READER
 
@@ -365,8 +401,6 @@ class Supervisor:
         else:
             self.journal.warn("configuration not read again; the one in force stays")
         self._tell(BROKER, entries.Reconfigured(), [self.configuration] if code == 0 else [])
-        if self.read_again:
-            self._reload()
 
     # -- signals and children ------------------------------------------------------------------
 
@@ -375,7 +409,7 @@ class Supervisor:
             if number == signal.SIGCHLD:
                 self._reap()
             elif number == signal.SIGHUP:
-                self._reload()
+                self._tell(BROKER, entries.ReloadAsked())
             else:
                 self.exit_status = 0
 

@@ -95,6 +95,8 @@ def decide(router, peers, epoch, key, reply_at, flags, fds, body, big_endian) ->
     route.refusals = decision.refusals
     route.broadcast = decision.broadcast
     route.depends = decision.depends
+    if decision.eavesdroppers:
+        route.eavesdroppers = tuple([peers.peer(id) for id in decision.eavesdroppers])
     if decision.broadcast:
         route.subscribers = tuple([peers.peer(id) for id in decision.targets])
     elif decision.targets == (BUS_ID,):
@@ -121,7 +123,11 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
         raise HostilePeer(f"a message of type {envelope.type}")
     template.epoch = epoch
     template.mine = replica.my_version
-    template.refusal = router.admit(envelope, peer.connection, fds)
+    router.looked = False
+    template.refusal = router.admit(
+        envelope, peer.connection, fds, lambda: _arguments(body, large_fd, envelope)
+    )
+    looked = router.looked
     template.broadcast = envelope.destination is None
     if template.broadcast:
         if envelope.type != SIGNAL:
@@ -134,6 +140,24 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
             envelope.member,
             lambda: _arguments(body, large_fd, envelope),
         )
+    template.depends |= looked
+    _keep(peer, key, template)
+    return template
+
+
+def overhear(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
+    """What becomes of a copy for our client, who eavesdrops: what `peer` sends to another. The body is
+    not checked yet, as in `judge`. Kept under `key`. Raises HostilePeer."""
+    if peer.connection is None:
+        peer.connection = router.replica.connections.get(peer.id)
+        if peer.connection is None:
+            raise HostilePeer("a message that is older than its connection")
+    template = Template()
+    envelope = _fill(template, raw, peer.name, fds)
+    template.epoch = epoch
+    template.subscribed, template.depends = router.admit_overheard(
+        envelope, peer.connection, fds, lambda: _arguments(body, large_fd, envelope)
+    )
     _keep(peer, key, template)
     return template
 

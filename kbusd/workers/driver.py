@@ -16,7 +16,7 @@ the caller's business, owning names is the broker's.
 Order. While `busy`, an earlier call of the client has not taken effect yet: the caller must hold
 back what the client sends to others. Calls to the driver may go on coming in until `full`: those
 that read wait here until they can see what came before. StartServiceByName is never waited for,
-as it may take as long as a service likes.
+as it may take as long as a service likes, nor is what another worker has to be asked.
 
 Reference: D-Bus specification, "Message Bus Messages"; texts, and what the specification leaves
 open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py compares them).
@@ -25,9 +25,9 @@ open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from jeepney.low_level import (
@@ -35,20 +35,25 @@ from jeepney.low_level import (
     parse_signature,
 )
 
+from kbusd.policy import endpoints
 from kbusd.rings.entries import (
     ActivatableChanged,
+    AddEndpoint,
     AddMatch,
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
+    CountConnection,
     Credentials,
     Failure,
     Hello,
+    ListEndpoints,
     LogEntry,
     MonitorAttached,
     NameOwnerChanged,
     ReleaseName,
     ReloadConfig,
+    RemoveEndpoint,
     RemoveMatch,
     Reply,
     Request,
@@ -84,6 +89,11 @@ NO_REPLY_EXPECTED = 1
 MAX_UNFINISHED = 128  # calls of one client; each may hold a match rule or a name
 
 _MAX_U32 = 0xFFFFFFFF
+# What says only that it was done is left out if no reply is wanted, as dbus-daemon has it: of
+# ReloadConfig it is said all the same.
+_UNANSWERED = frozenset(
+    ("AddMatch", "BecomeMonitor", "Ping", "RemoveMatch", "UpdateActivationEnvironment")
+)
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 
 
@@ -172,6 +182,19 @@ class Refusal(Exception):
         self.text = text
 
 
+class Seen(Protocol):
+    """What the client may know of the replica: all of it, but behind an endpoint (behind.py)."""
+
+    @property
+    def names(self) -> Iterable[str]: ...
+    @property
+    def connections(self) -> Mapping[int, Connection]: ...
+    @property
+    def activatable(self) -> Iterable[str]: ...
+    def owner(self, name: str) -> int | None: ...
+    def owners(self, name: str) -> list[int]: ...
+
+
 class Driver:
     """One client's view of org.freedesktop.DBus.
 
@@ -179,6 +202,7 @@ class Driver:
 
     def __init__(self, replica: Replica, bus: Bus, credentials: Credentials) -> None:
         self.replica = replica
+        self.seen: Seen = replica
         self.bus = bus
         self.credentials = credentials
         self.pending = 0
@@ -244,7 +268,8 @@ class Driver:
         return self._return(call, *result)
 
     def _return(self, call: Call, signature: str = "", *values: Any) -> list[Action]:
-        if call.flags & NO_REPLY_EXPECTED:
+        """Values are sent to those who want no reply, too, as dbus-daemon does."""
+        if call.flags & NO_REPLY_EXPECTED and call.destination and call.member in _UNANSWERED:
             return []
         return [Return(call.serial, signature, _serialise(signature, values))]
 
@@ -283,8 +308,8 @@ class Driver:
             method = interface.methods.get(call.member)
             if method is None:
                 continue
-            if method.privileged and self.credentials.uid not in (0, self.bus.owner):
-                raise Refusal(errors.ACCESS_DENIED, self._not_privileged(call.member))
+            if method.privileged:
+                self._check_privilege(call.member)
             if not (canonical or method.anywhere):
                 raise Refusal(
                     errors.ACCESS_DENIED,
@@ -303,12 +328,18 @@ class Driver:
             f"{BUS_NAME} does not understand message {call.member}",
         )
 
-    def _not_privileged(self, member: str) -> str:
+    def _check_privilege(self, member: str) -> None:
+        """Raises Refusal unless the client is root's or the bus's owner's."""
         uid, pid, label = self.credentials.uid, self.credentials.pid, self.credentials.label
+        if uid in (0, self.bus.owner):
+            return
         who = f"uid={uid} pid={pid}"
         if label:
             who += f' label="{_text(label)}"'
-        return f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}"
+        raise Refusal(
+            errors.ACCESS_DENIED,
+            f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}",
+        )
 
     def _carry_out(self, call: Call) -> Ask | tuple[Any, ...]:
         """Answer from the replica, or ask the broker. Raises Refusal."""
@@ -335,26 +366,27 @@ class Driver:
                     )
                 return self._ask(call, UpdateEnvironment(0, variables))
             case "NameHasOwner", [str(name)]:
-                return "b", self.replica.owner(name) is not None
+                return "b", self.seen.owner(name) is not None
             case "ListNames", []:
-                unique = (each.name for each in self.replica.connections.values())
-                return "as", [BUS_NAME, *self.replica.names, *unique]
+                unique = (each.name for each in self.seen.connections.values())
+                return "as", [BUS_NAME, *self.seen.names, *unique]
             case "ListActivatableNames", []:
-                listed = (name for name in self.replica.activatable if name != BUS_NAME)
+                listed = (name for name in self.seen.activatable if name != BUS_NAME)
                 return "as", [BUS_NAME, *listed]
             case "AddMatch", [str(rule)]:
-                _check_rule(rule)
+                if _check_rule(rule).eavesdrop:
+                    self._check_privilege(call.member)
                 return self._ask(call, AddMatch(0, rule))
             case "RemoveMatch", [str(rule)]:
                 _check_rule(rule)
                 return self._ask(call, RemoveMatch(0, rule))
             case "GetNameOwner", [str(name)]:
-                owner = self.replica.owner(name)
+                owner = self.seen.owner(name)
                 if owner is None:
                     raise _nobody("owner", name)
                 return "s", unique_name(owner)
             case "ListQueuedOwners", [str(name)]:
-                owners = self.replica.owners(name)
+                owners = self.seen.owners(name)
                 if not owners:
                     raise _nobody("owners", name)
                 return "as", [unique_name(each) for each in owners]
@@ -413,16 +445,27 @@ class Driver:
             case "GetStats", []:
                 return self._ask(call, Statistics(0))
             case "GetConnectionStats", [str(name)]:
-                return "a{sv}", self._connection_statistics(name)
+                request = CountConnection(0, self._counted(name))
+                return self._ask(call, request, held=False)
             case "GetAllMatchRules", []:
                 return "a{sas}", statistics.match_rules(self.replica)
+            case "Add", [str(name), list(lines), bool(bound)]:
+                try:
+                    policy = endpoints.encode(endpoints.parse(name, lines))
+                except endpoints.EndpointError as error:
+                    raise Refusal(errors.INVALID_ARGS, str(error)) from None
+                return self._ask(call, AddEndpoint(0, name, policy, bound), held=False)
+            case "Remove", [str(name)]:
+                return self._ask(call, RemoveEndpoint(0, name))
+            case "List", []:
+                return self._ask(call, ListEndpoints(0))
             case "GetMachineId", []:
                 return "s", self.bus.machine_id
             case "Ping", []:
                 return ("",)
         raise AssertionError(f"{call.member} is in the table of methods, but is not done here")
 
-    def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask:
+    def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask | tuple[Any, ...]:
         self.pending += held
         return Ask(request, Token(call, request, held))
 
@@ -443,7 +486,7 @@ class Driver:
 
     def _connection(self, name: str, what: str) -> Connection | None:
         """The owner of `name`, None for the bus itself. Raises Refusal if there is none."""
-        owner = self.replica.owner(name)
+        owner = self.seen.owner(name)
         if owner is None:
             raise _nobody(what, name)
         return None if owner == BUS_ID else self.replica.connections[owner]
@@ -464,6 +507,8 @@ class Driver:
             groups = sorted({credentials.gid, *credentials.groups})
             found["UnixGroupIDs"] = ("au", groups)
             label = credentials.label
+            if credentials.endpoint:
+                found["org.kbusd.Endpoint"] = ("s", credentials.endpoint)
         if label:
             found["LinuxSecurityLabel"] = ("ay", label.rstrip(b"\0") + b"\0")
         return found
@@ -493,7 +538,8 @@ class Driver:
                 errors.UNKNOWN_PROPERTY, f'Property "{interface}.{member}" not found'
             ) from None
 
-    def _connection_statistics(self, name: str) -> dict[str, tuple[str, Any]]:
+    def _counted(self, name: str) -> int:
+        """Whose statistics are wanted. Raises Refusal."""
         if name == BUS_NAME:
             raise Refusal(
                 errors.INVALID_ARGS,
@@ -501,7 +547,7 @@ class Driver:
             )
         connection = self._connection(name, "statistics")
         assert connection is not None
-        return statistics.of_connection(connection)
+        return connection.id
 
     # -- the broker's answers ----------------------------------------------------------------
 
@@ -542,9 +588,21 @@ class Driver:
                 ]
             case RequestName() | ReleaseName() | StartService():
                 return self._return(call, "u", _code(value))
+            case AddEndpoint():
+                return self._return(call, "s", msgspec.convert(value, str))
+            case ListEndpoints():
+                listed = msgspec.convert(value, list[tuple[str, str, list[str]]])
+                return self._return(call, "a(ssas)", listed)
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
                 return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))
+            case CountConnection(id=id):
+                reported = msgspec.convert(value, dict[str, int])
+                connection = self.replica.connections.get(id)
+                if connection is None:  # it has gone meanwhile
+                    refusal = _nobody("statistics", unique_name(id))
+                    return self._error(call, refusal.name, refusal.text)
+                return self._return(call, "a{sv}", statistics.of_connection(connection, reported))
             case _:
                 return self._return(call)
 
@@ -654,9 +712,9 @@ def _check_release(name: str) -> None:
         )
 
 
-def _check_rule(text: str) -> None:
+def _check_rule(text: str) -> match.MatchRule:
     try:
-        match.parse(text)
+        return match.parse(text)
     except match.MatchError as error:
         raise Refusal(error.error, str(error)) from None
 

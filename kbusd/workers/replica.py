@@ -17,11 +17,13 @@ from typing import TypeVar
 
 import msgspec
 
+from kbusd.policy import endpoints
 from kbusd.rings.entries import (
     ActivatableChanged,
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    EndpointChanged,
     LabelApart,
     LogEntry,
     MatchAdded,
@@ -93,6 +95,11 @@ class Connection:
 def unique_name(id: int) -> str:
     """The name of a connection; the bus itself is -1."""
     return f":1.{id}" if id != BUS_ID else BUS_NAME
+
+
+def eavesdrops(rule: str) -> bool:
+    """Whether a rule may be one with eavesdrop='true', without parsing it."""
+    return "eavesdrop" in rule
 
 
 def parse_unique(name: str) -> int | None:
@@ -228,7 +235,7 @@ class MatchIndex:
 
 
 def _can_match_broadcast(rule: MatchRule) -> bool:
-    """Broadcasts are signals without a destination; eavesdropping is not supported."""
+    """Broadcasts are signals without a destination."""
     return rule.destination is None and rule.type in (0, SIGNAL)
 
 
@@ -275,6 +282,9 @@ class Replica:
         self.apart: dict[bytes, LabelApart] = {}  # labels that SELinux keeps from others
         self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
+        self.eavesdroppers: dict[int, tuple[Watch, ...]] = {}  # and their rules that make them so
+        self.endpoints: dict[str, bytes] = {}
+        self._views: dict[str, endpoints.View] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
         self.position = 0  # in the log, of the snapshot that was loaded last
@@ -296,7 +306,10 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
+        self.endpoints = dict(snapshot.endpoints)
+        self._views = {}
         self.monitors = {}
+        self.eavesdroppers = {}
         self.kdbus_monitors = set()
         self._keep_apart(*snapshot.apart)
         self.activatable = snapshot.activatable
@@ -344,6 +357,11 @@ class Replica:
                 self.policies[id] = policy
             case LabelApart():
                 self._keep_apart(*self.apart.values(), entry)
+            case EndpointChanged(name, said):
+                self._views.pop(name, None)
+                self.endpoints.pop(name, None)
+                if said:
+                    self.endpoints[name] = said
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
@@ -398,6 +416,7 @@ class Replica:
         for watch in connection.matches:
             self._release(id, watch)
         del self.connections[id]
+        self.eavesdroppers.pop(id, None)
         self.policies.pop(id, None)
         if self._index is not None and connection.name in self._index.senders:
             self.matches_version += 1
@@ -453,6 +472,9 @@ class Replica:
                 self.my_version += 1
         watch.holders += (id,)
         connection.matches += (watch,)
+        # Who came by an endpoint sees what that shows him, and nothing that is for others.
+        if eavesdrops(watch.text) and watch.rule.eavesdrop and not connection.credentials.endpoint:
+            self.eavesdroppers[id] = (*self.eavesdroppers.get(id, ()), watch)
 
     def _remove_match(self, id: int, text: str) -> None:
         connection = self._connection(id)
@@ -468,6 +490,11 @@ class Replica:
         self._release(id, watch)
         position = connection.matches.index(watch)
         connection.matches = connection.matches[:position] + connection.matches[position + 1 :]
+        if id in self.eavesdroppers:
+            left = tuple(each for each in connection.matches if each.rule.eavesdrop)
+            self.eavesdroppers[id] = left
+            if not left:
+                del self.eavesdroppers[id]
 
     def _release(self, id: int, watch: Watch) -> None:
         """Undo one addition of `watch` by `id`, except in the connection's own list."""
@@ -486,7 +513,7 @@ class Replica:
     def _attach_monitor(self, id: int, rules: tuple[str, ...], kdbus: int | None) -> None:
         connection = self.connections.get(id)
         if connection is not None:
-            if connection.names or connection.waits_for or connection.matches:
+            if connection.names or connection.waits_for or connection.matches:  # nor eavesdrops
                 raise ReplicaError(f"connection {id} became a monitor with names or match rules")
             del self.connections[id]
         try:
@@ -518,6 +545,17 @@ class Replica:
         """The connection behind a name, None for nobody and for the bus itself."""
         id = self.owner(name)
         return None if id is None else self.connections.get(id)
+
+    def view(self, name: str) -> endpoints.View:
+        """What an endpoint lets through; read when somebody asks, as most workers never do."""
+        view = self._views.get(name)
+        if view is None:
+            try:
+                view = endpoints.View(endpoints.decode(self.endpoints[name]))
+            except (KeyError, endpoints.EndpointError):
+                view = endpoints.nothing(name)
+            self._views[name] = view
+        return view
 
     def sender_names(self, id: int) -> Sequence[str]:
         """All names that `sender=` in a match rule may use for the connection."""
@@ -614,14 +652,45 @@ class Replica:
 
         While the second is False, the answer holds for the header until `monitors_version`
         changes. `destination` is as the sender wrote it."""
-        depends = any(rule.needs_args for rules in self.monitors.values() for rule in rules)
+        facts = type, sender_id, destination, path, interface, member
+        return self._watched_by(self.monitors, facts, args)
+
+    def overhearing(
+        self,
+        type: int,
+        sender_id: int,
+        destination: str | None,
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        args: Callable[[], Arguments],
+        only: int = NOBODY,
+    ) -> tuple[tuple[int, ...], bool]:
+        """Who wants to see a message that is addressed to one, by a rule with eavesdrop='true', and
+        whether that depends on its arguments. `only`: whether that one does."""
+        facts = type, sender_id, destination, path, interface, member
+        rules = {
+            id: tuple(watch.rule for watch in watches)
+            for id, watches in self.eavesdroppers.items()
+            if only in (NOBODY, id)
+        }
+        return self._watched_by(rules, facts, args)
+
+    def _watched_by(
+        self,
+        watchers: dict[int, tuple[MatchRule, ...]],
+        facts: tuple[int, int, str | None, str | None, str | None, str | None],
+        args: Callable[[], Arguments],
+    ) -> tuple[tuple[int, ...], bool]:
+        type, sender_id, destination, path, interface, member = facts
+        depends = any(rule.needs_args for rules in watchers.values() for rule in rules)
         known = args() if depends else ()
         sender_names = self.sender_names(sender_id)
         recipient = self.connection(destination) if destination is not None else None
         recipient_names = (recipient.name, *recipient.names) if recipient is not None else None
         found = (
             id
-            for id, rules in self.monitors.items()
+            for id, rules in watchers.items()
             if not rules
             or any(
                 rule.matches(

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kbusd.policy import decide as policy
+from kbusd.policy.endpoints import Asked
 from kbusd.rings.envelope import Envelope
+from kbusd.workers.behind import Sight
 from kbusd.workers.replica import (
     BUS_ID,
     BUS_NAME,
@@ -26,6 +28,8 @@ from kbusd.workers.replica import (
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_AUTO_START = 0x2
 
+Args = Callable[[], Sequence[str | None]]
+
 UNKNOWN_TYPE_TEXT = "Message bus will not accept messages of unknown type\n"
 
 ACCESS_DENIED = "org.freedesktop.DBus.Error.AccessDenied"
@@ -36,7 +40,8 @@ SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
 class Decision(NamedTuple):
     """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
     `activate`: the name to be started first. `depends`: on the message's arguments, or each is logged.
-    `refusals`: why subscribers do not get a broadcast; only monitors are told."""
+    `refusals`: why subscribers do not get a broadcast; only monitors are told. `eavesdroppers`: who
+    sees a message that is addressed to another."""
 
     targets: tuple[int, ...] = ()
     broadcast: bool = False
@@ -44,11 +49,15 @@ class Decision(NamedTuple):
     error: tuple[str, str] | None = None
     activate: str | None = None
     refusals: tuple[str, ...] = ()
+    eavesdroppers: tuple[int, ...] = ()
 
 
 class Router:
     """Decides for one client (the replica's `me`); `say` gets what the admin is to read: refusals,
-    and what a rule with log="true" allows."""
+    and what a rule with log="true" allows.
+
+    `sight`: what our client sees of the bus, if it came by an endpoint. `looked`: whether the last answer
+    depends on the message's arguments."""
 
     def __init__(
         self,
@@ -62,22 +71,32 @@ class Router:
         self.bus_label = bus_label
         self._say = say
         self._noted = False
+        self.sight: Sight | None = None
+        self.looked = False
 
-    def decide(
-        self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
-    ) -> Decision:
+    def decide(self, envelope: Envelope, flags: int, fds: int, args: Args) -> Decision:
         """For a message of our own client."""
         self._noted = False
-        decision = self._decide(envelope, flags, fds, args)
+        decision = self._decide(envelope, flags, fds, self._watched(args))
         if decision.error is not None and decision.error[0] == ACCESS_DENIED:
             self._say(decision.error[1])
         for refusal in decision.refusals:
             self._say(refusal)
-        return decision._replace(depends=True) if self._noted else decision
+        if self.replica.eavesdroppers and decision.targets and not decision.broadcast:
+            decision = self._overheard(decision, envelope, fds, args)
+        return decision._replace(depends=True) if self._noted or self.looked else decision
 
-    def _decide(
-        self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
-    ) -> Decision:
+    def _watched(self, args: Args) -> Args:
+        """The same, and `looked` tells whether they were looked at."""
+        self.looked = False
+
+        def look() -> Sequence[str | None]:
+            self.looked = True
+            return args()
+
+        return look
+
+    def _decide(self, envelope: Envelope, flags: int, fds: int, args: Args) -> Decision:
         if envelope.destination is None:
             if envelope.type == SIGNAL:
                 return self._broadcast(envelope, fds, args)
@@ -85,6 +104,10 @@ class Router:
         if not CALL <= envelope.type <= SIGNAL:
             return Decision(error=(ACCESS_DENIED, UNKNOWN_TYPE_TEXT))
         id = self.replica.owner(envelope.destination)
+        if self.sight is not None:
+            refused = self.sight.refuses(envelope, id, flags, args)
+            if refused is not None:
+                return Decision(error=refused)
         if id is None:
             return self._unowned(envelope, flags, fds)
         if id == BUS_ID and not self.replica.me:
@@ -95,9 +118,7 @@ class Router:
             return Decision(error=(ACCESS_DENIED, refusal))
         return Decision(targets=(id,))
 
-    def _broadcast(
-        self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
-    ) -> Decision:
+    def _broadcast(self, envelope: Envelope, fds: int, args: Args) -> Decision:
         ids, depends = self.replica.subscribers(
             SIGNAL,
             self.replica.me,
@@ -110,6 +131,8 @@ class Router:
         targets: list[int] = []
         refusals: list[str] = []
         for id in ids:
+            if not self._may_hear(self.replica.connections[id], self.replica.me, envelope, args):
+                continue
             refusal = self._may_send(
                 envelope, id, self.replica.policy_names(id), fds
             ) or self._may_receive(envelope, id, fds)
@@ -118,6 +141,82 @@ class Router:
             else:
                 refusals.append(refusal)
         return Decision(tuple(targets), broadcast=True, depends=depends, refusals=tuple(refusals))
+
+    def _overheard(
+        self,
+        decision: Decision,
+        envelope: Envelope,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
+    ) -> Decision:
+        """With those who see a message besides the one whom it goes to. What policy keeps from them is
+        not logged: nobody sent it to them."""
+        replica = self.replica
+        ids, depends = replica.overhearing(
+            envelope.type,
+            replica.me,
+            envelope.destination,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+        )
+        ids = tuple(
+            id
+            for id in ids
+            if id not in decision.targets
+            and self._may_overhear(replica.connections[id], self.policy, envelope, replica.me, fds)
+        )
+        return decision._replace(eavesdroppers=ids, depends=decision.depends or depends)
+
+    def _may_overhear(
+        self,
+        eavesdropper: Connection,
+        senders: policy.ClientPolicy,
+        envelope: Envelope,
+        sender: int,
+        fds: int,
+    ) -> bool:
+        """Whether policy lets it see what `sender` sends to another. A reply is none that it asked for."""
+        message = as_message(envelope, fds)
+        receivers = self.policy.of(eavesdropper.credentials)
+        names = self.replica.policy_names(eavesdropper.id)
+        return (
+            senders.can_send(message, names, requested_reply=False).allowed
+            and receivers.can_receive(
+                message, self.replica.policy_names(sender), False, eavesdropping=True
+            ).allowed
+        )
+
+    def admit_overheard(
+        self,
+        envelope: Envelope,
+        sender: Connection,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
+    ) -> tuple[bool, bool]:
+        """Whether our client may see what `sender` sends to another, and wants to; and whether that
+        depends on its arguments."""
+        replica = self.replica
+        me = replica.connections.get(replica.me)
+        if (
+            me is None
+            or envelope.destination is None
+            or replica.owner(envelope.destination) == me.id
+        ):
+            return False, False
+        ids, depends = replica.overhearing(
+            envelope.type,
+            sender.id,
+            envelope.destination,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+            only=me.id,
+        )
+        senders = self.policy.of(sender.credentials)
+        return bool(ids) and self._may_overhear(me, senders, envelope, sender.id, fds), depends
 
     def _unowned(self, envelope: Envelope, flags: int, fds: int) -> Decision:
         name = envelope.destination
@@ -194,11 +293,44 @@ class Router:
             self.policy.of(other.credentials), envelope, self.replica.me, receiver, fds
         )
 
-    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
+    def _may_hear(self, receiver: Connection, sender: int, envelope: Envelope, args: Args) -> bool:
+        """Whether the endpoint of a subscriber lets a broadcast through."""
+        endpoint = receiver.credentials.endpoint
+        if not endpoint or receiver.id == sender:
+            return True
+        asked = Asked(envelope.path, envelope.interface, envelope.member, args)
+        names = self.replica.connections[sender].names
+        return self.replica.view(endpoint).may_hear(names, asked)
+
+    def _passes(self, envelope: Envelope, sender: Connection, args: Args) -> bool:
+        """What the endpoints of the sender and of our client say. Ours has met whoever sent it something."""
+        mine = self.replica.connections[self.replica.me]
+        if envelope.destination is None:
+            return self._may_hear(mine, sender.id, envelope, args)
+        if envelope.type in (RETURN, ERROR):
+            return True
+        endpoint = sender.credentials.endpoint
+        if endpoint and sender is not mine:
+            asked = Asked(envelope.path, envelope.interface, envelope.member, args)
+            if not self.replica.view(endpoint).may_call(mine.names, asked):
+                return False
+        if self.sight is not None:
+            self.sight.meet(sender.id)
+        return True
+
+    def admit(
+        self, envelope: Envelope, sender: Connection, fds: int, args: Args = tuple
+    ) -> str | None:
         """None if `sender` may send us this and our client may get it, else why not.
 
         Replies come here only if our client asked for them."""
         me = self.replica.me
+        if (self.sight is not None or sender.credentials.endpoint) and not self._passes(
+            envelope, sender, self._watched(args)
+        ):
+            text = f"an endpoint does not let this through from {sender.name}"
+            self._say(text)
+            return text
         refusal = self._sent(
             self.policy.of(sender.credentials),
             envelope,
@@ -231,9 +363,7 @@ class Router:
         """The same for a message of the bus itself to our client."""
         return self._received(self.policy, envelope, BUS_ID, self.replica.me, 0)
 
-    def refused_from_bus(
-        self, envelope: Envelope, args: Callable[[], Sequence[str | None]]
-    ) -> list[str]:
+    def refused_from_bus(self, envelope: Envelope, args: Args) -> list[str]:
         """Why clients do not get a signal of the bus that our client, a monitor, sees; nothing if it
         does not watch errors."""
         watching, _ = self.replica.watching(ERROR, BUS_ID, BUS_NAME, None, None, None, tuple)

@@ -17,8 +17,16 @@ from jeepney.low_level import (  # type: ignore[import-untyped]
 
 from kbusd.broker.bus import Bus
 from kbusd.policy.configuration import Configuration
-from kbusd.rings.entries import BrokerMessage, Credentials, Launch, LogEntry
-from kbusd.workers import driver
+from kbusd.rings.entries import (
+    BrokerMessage,
+    Count,
+    Counted,
+    Credentials,
+    Launch,
+    LogEntry,
+    Queued,
+)
+from kbusd.workers import behind, driver
 from kbusd.workers.replica import Replica
 from tests.unit.workers.reference import Seen
 
@@ -34,6 +42,7 @@ class Model:
         self.snapshots: list[bytes] = []
         self.launches: list[int] = []
         self.reloading = False
+        self.listening: list[tuple[str, ...]] = []
         self.clients: list[ModelClient] = []
         self.broker = Bus(self, configuration, "unix:path=/nowhere", bus.owner)
 
@@ -44,7 +53,10 @@ class Model:
 
     def run(self) -> None:
         """Pass everything on until nothing is left to do."""
-        while self.sent or self.launches or self.reloading:
+        while self.sent or self.launches or self.reloading or self.listening:
+            if self.listening:
+                names = self.listening.pop(0)
+                self.broker.endpoints.listening({name: f"unix:path=/{name}" for name in names})
             if self.reloading:
                 self.reloading = False
                 self.broker.reconfigure(self.configuration)
@@ -56,6 +68,11 @@ class Model:
             for client in self.clients:
                 client.catch_up()
             client = self.clients[worker - 1]
+            if isinstance(message, Count):
+                counted = Counted(0, Queued(peak_bytes=worker), Queued())
+                if worker in self.broker.connections:
+                    self.broker.handle(self.broker.connections[worker], counted, ())
+                continue
             token = client.asked.pop(message.request)  # type: ignore[union-attr]
             snapshot = self.snapshots[fds[0]] if fds else b""
             client.act(client.driver.answer(token, message, snapshot))  # type: ignore[arg-type]
@@ -83,6 +100,9 @@ class Model:
 
     def reload(self) -> None:
         self.reloading = True
+
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        self.listening.append(endpoints)
 
     def launch(self, launch: Launch) -> None:
         self.launches.append(launch.job)
@@ -130,7 +150,14 @@ class ModelClient:
         self.seen: list[Seen] = []
         model.broker.worker_started(worker, 1)
         model.broker.assigned(worker, credentials)
-        self.driver = driver.Driver(Replica(), model.facts, credentials)
+        replica = Replica()
+        if credentials.endpoint:
+            sight = behind.Sight(replica, credentials.endpoint)
+            self.driver: driver.Driver = behind.BehindDriver(
+                replica, model.facts, credentials, sight
+            )
+        else:
+            self.driver = driver.Driver(replica, model.facts, credentials)
 
     def catch_up(self) -> None:
         while self.position is not None and self.position < len(self.model.log):
