@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.counts import Counts
 from kbusd.broker.introductions import RING_FDS, Introductions
+from kbusd.broker.labels import Labels
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
 from kbusd.broker.name_policy import NamePolicy
 from kbusd.broker.outside import Outside
@@ -29,6 +31,7 @@ from kbusd.broker.refusal import (
     FILE_EXISTS,
     INVALID_ARGS,
     LIMITS_EXCEEDED,
+    NAME_HAS_NO_OWNER,
     NO_MEMORY,
     Refused,
     Violation,
@@ -43,6 +46,8 @@ from kbusd.rings.entries import (
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
+    CountConnection,
+    Counted,
     Credentials,
     Describe,
     Failure,
@@ -95,6 +100,7 @@ _FOR_MONITORS = (
     Introduced,
     Stuck,
     Running,
+    Counted,
 )
 _FOR_ORDINARY = (RequestName, ReleaseName, AddMatch, BecomeMonitor)
 
@@ -113,11 +119,13 @@ class Bus:
         self.matches = Matches()
         self.introductions = Introductions(outside)
         self.probes = Probes(outside)
+        self.counts = Counts(outside)
         self.activation = Activation(outside, address, self._is_owned, self._read_configuration)
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner)
+        self.labels = Labels(outside)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -127,6 +135,7 @@ class Bus:
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
+        self._asked = {"bus": 0, "connection": 0}  # for statistics, so often
         self._configure(configuration)
 
     # -- the supervisor's word ------------------------------------------------------------------
@@ -163,6 +172,11 @@ class Bus:
             self._outside.send(connection.worker, answer)
         self.activation.retry()
 
+    def labels_changed(self) -> None:
+        """Another SELinux policy, or mode, is in force."""
+        if self.labels.policy_changed():
+            self._outside.say("SELinux keeps other clients apart from now on")
+
     def gone(self, worker: int, reason: str = "") -> None:
         """The worker has ended or its line is closed. What it held passes on."""
         connection = self.connections.pop(worker, None)
@@ -170,6 +184,7 @@ class Bus:
         if connection is None:
             return
         self.probes.gone(connection)
+        self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
             self._outside.say(f"disconnected {connection}: {said}")
@@ -187,6 +202,7 @@ class Bus:
         was_monitor = connection in self.monitors
         self.monitors.discard(connection)
         self._outside.append(ConnectionRemoved(connection.id))
+        self.labels.leave(connection.credentials.label)
         self._wake(self.introductions.gone(connection))
         if not was_monitor:
             name = connection.unique_name
@@ -272,6 +288,12 @@ class Bus:
             case Running():
                 self.probes.running(connection)
                 return
+            case CountConnection():
+                self._count(connection, message)
+                return
+            case Counted():
+                self.counts.counted(connection, message)
+                return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
             case Describe():
@@ -300,6 +322,10 @@ class Bus:
                 ACCESS_DENIED,
                 f"A client of uid {credentials.uid} is not allowed to connect to this bus",
             )
+        if not self.labels.may_join(credentials.label):
+            label = credentials.label.decode(errors="replace")
+            self._outside.say(f"refused {connection}: SELinux (dbus send_msg) of label {label!r}")
+            raise Refused(ACCESS_DENIED, "An SELinux policy does not let it talk to this bus")
         uid = credentials.uid
         if len(self.by_id) >= self._limits["max_completed_connections"]:
             raise Refused(
@@ -323,6 +349,8 @@ class Bus:
         self._next_id += 1
         self._per_uid[uid] += 1
         self.by_id[connection.id] = connection
+        self._peak_names(connection)
+        self.labels.join(credentials.label)
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
             self.monitors.add(connection)
@@ -388,6 +416,13 @@ class Bus:
         if not self.name_policy.may_own(connection.credentials, name):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
+        context = self._contexts.get(name)
+        target = None if context is None else context.encode()
+        if not self._outside.allows(connection.credentials.label, target, "acquire_svc"):
+            label = connection.credentials.label.decode(errors="replace")
+            why = f"SELinux does not let {label} acquire_svc of {context or 'the bus'}"
+            self._complain(connection, f"{connection} may not own {name}: {why}")
+            raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to an SELinux policy')
         limit = self._limits["max_names_per_connection"]
         if len(connection.names) + 1 >= limit:  # the unique name counts
             raise Refused(
@@ -397,8 +432,7 @@ class Bus:
             )
         code, change = self.registry.request(connection, name, flags)
         self._owner_changed(change)
-        self._peak("names", len(self.registry))
-        self._peak("names_each", len(connection.names))
+        self._peak_names(connection)
         return code
 
     def _release_name(self, connection: Connection, name: str) -> int:
@@ -419,10 +453,14 @@ class Bus:
 
     def _add_match(self, connection: Connection, rule: str) -> None:
         limit = self._limits["max_match_rules_per_connection"]
+        if parse(rule).eavesdrop:
+            self._privileged(connection, "AddMatch")
         self.matches.add(connection, rule, limit)
         self._outside.append(MatchAdded(connection.id, rule))
         self._peak("matches", self.matches.count)
-        self._peak("matches_each", sum(map(len, connection.matches.values())))
+        mine = sum(map(len, connection.matches.values()))
+        connection.peak_matches = max(connection.peak_matches, mine)
+        self._peak("matches_each", mine)
 
     def _become_monitor(self, connection: Connection, rules: tuple[str, ...]) -> None:
         self._privileged(connection, "BecomeMonitor")
@@ -448,11 +486,16 @@ class Bus:
         if peer is None or peer.monitor is not None or self.introductions.know(asker, peer):
             return
         assert asker.policy is not None and peer.policy is not None
-        # What SELinux says of the two labels (send_msg) belongs here, too.
+        assert asker.credentials is not None and peer.credentials is not None
         if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
-            text = f"{asker} may not send anything to {peer}: no rule allows it"
-            self._complain(asker, text)
-            raise Refused(ACCESS_DENIED, text)
+            why = "no rule allows it"
+        elif not self.labels.may_ever_send(asker.credentials.label, peer.credentials.label):
+            why = "SELinux does not allow it"
+        else:
+            return
+        text = f"{asker} may not send anything to {peer}: {why}"
+        self._complain(asker, text)
+        raise Refused(ACCESS_DENIED, text)
 
     def _reload(self, connection: Connection, request: int) -> None:
         if connection.waiting >= MAX_WAITING:
@@ -495,6 +538,7 @@ class Bus:
         each = (
             self.introductions.deadline(),
             self.probes.deadline(),
+            self.counts.deadline(),
             self.activation.deadline(),
             self._hello_deadline(),
         )
@@ -508,6 +552,7 @@ class Bus:
         now = self._outside.now()
         self.introductions.tick(now)
         self.probes.tick(now)
+        self.counts.tick(now)
         self.activation.tick(now)
         while (deadline := self._hello_deadline()) is not None and deadline <= now:
             worker = next(iter(self._incomplete))
@@ -544,6 +589,7 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
+            apart=tuple(self.labels.apart.values()),
         )
 
     def size(self) -> int:
@@ -553,12 +599,13 @@ class Bus:
     def statistics(self) -> dict[str, int]:
         """Numbers for Debug.Stats; the first are named as dbus-daemon names them."""
         return {
+            "Serial": self._serial("bus"),
             "ActiveConnections": len(self.by_id),
             "IncompleteConnections": sum(
                 each.id == NOT_YET and each.credentials is not None
                 for each in self.connections.values()
             ),
-            "BusNames": len(self.registry) + len(self.by_id) - len(self.monitors),
+            "BusNames": self._names(),
             "PeakBusNames": self._peaks["names"],
             "PeakBusNamesPerConnection": self._peaks["names_each"],
             "MatchRules": self.matches.count,
@@ -571,6 +618,24 @@ class Bus:
             "PendingActivations": len(self.activation),
         }
 
+    def _count(self, asker: Connection, message: CountConnection) -> None:
+        asked = self.by_id.get(message.id)
+        if asked is None or asked.monitor is not None:
+            name = f":1.{message.id}"
+            raise Refused(
+                NAME_HAS_NO_OWNER, f"Could not get statistics of name '{name}': no such name"
+            )
+        known = {
+            "Serial": self._serial("connection"),
+            "PeakMatchRules": asked.peak_matches,
+            "PeakBusNames": asked.peak_names,
+        }
+        self.counts.ask(asker, message.request, asked, known)
+
+    def _serial(self, what: str) -> int:
+        self._asked[what] += 1
+        return self._asked[what] - 1
+
     # -- inside --------------------------------------------------------------------------------
 
     def _is_owned(self, name: str) -> bool:
@@ -579,6 +644,7 @@ class Bus:
     def _configure(self, configuration: Configuration) -> None:
         self._limits = configuration.limits
         self._policy = configuration.policy
+        self._contexts = configuration.selinux
         self._policies.clear()
         self.activation.configure(configuration)
         for connection in self.by_id.values():
@@ -632,6 +698,16 @@ class Bus:
     def _wake(self, connections: Iterable[Connection]) -> None:
         for connection in connections:
             self._outside.wake(connection.worker)
+
+    def _names(self) -> int:
+        """How many names there are, unique ones included."""
+        return len(self.registry) + len(self.by_id) - len(self.monitors)
+
+    def _peak_names(self, connection: Connection) -> None:
+        mine = 1 + len(connection.names)
+        connection.peak_names = max(connection.peak_names, mine)
+        self._peak("names", self._names())
+        self._peak("names_each", mine)
 
     def _peak(self, what: str, value: int) -> None:
         self._peaks[what] = max(self._peaks[what], value)

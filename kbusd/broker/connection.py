@@ -34,6 +34,8 @@ class Connection:
         "matches",
         "monitor",
         "names",
+        "peak_matches",
+        "peak_names",
         "pid",
         "policy",
         "waiting",
@@ -51,6 +53,7 @@ class Connection:
         self.monitor: tuple[str, ...] | None = None
         self.names: list[str] = []  # owned or waited for, in the order in which they were asked
         self.matches: dict[MatchRule, list[str]] = {}  # with the texts by which it was added
+        self.peak_names = self.peak_matches = 0
         self.introduced: set[Connection] = set()
         self.introductions = 0  # asked by this connection and not yet answered
         self.waiting = 0  # requests that are answered later: services, configurations

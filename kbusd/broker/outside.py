@@ -54,6 +54,10 @@ class Outside(Protocol):
     def close(self, fd: int) -> None:
         """Close a descriptor that `socketpair` gave."""
 
+    def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
+        """What SELinux says of two labels (class `dbus`); True where it is not enabled. None is the
+        bus's own."""
+
     def now(self) -> float:
         """CLOCK_MONOTONIC, in seconds."""
 

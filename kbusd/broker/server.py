@@ -49,6 +49,7 @@ from kbusd.rings.entries import (
 )
 from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
+from kbusd.sandbox import selinux
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
@@ -77,6 +78,11 @@ class Server:
         self._broken: dict[int, str] = {}
         self._epoll = select.epoll()
         self._epoll.register(self._supervisor.fileno(), _READ)
+        self._vectors: selinux.AccessVectors | None = None
+        if selinux.enabled():
+            # Still in the domain of the supervisor, which is the bus to its clients.
+            self._vectors = selinux.AccessVectors(selinux.label(), self.say)
+            self._epoll.register(self._vectors.fileno(), _READ)
         self._bus = Bus(self, read_configuration(configuration_fd), address, owner)
 
     def run(self) -> None:
@@ -115,6 +121,9 @@ class Server:
                 self._flush_other(self._launcher)
             if events & ~_WRITE:
                 self._from_launcher(self._launcher)
+        elif self._vectors is not None and fd == self._vectors.fileno():
+            self._vectors.forget()
+            self._bus.labels_changed()
 
     def _finish_turn(self) -> None:
         while self._broken:
@@ -346,6 +355,13 @@ class Server:
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+    def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
+        if self._vectors is None:
+            return True
+        bus = self._vectors.bus
+        subject, target = (bus if each is None else each for each in (subject, target))
+        return self._vectors.allows(subject, target, permission)
 
     def now(self) -> float:
         return time.monotonic()

@@ -33,7 +33,7 @@ from kbusd.sandbox.compile import Compiled, conditions, export_bpf
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import ALLOW, KILL, judge
 
-_KINDS = ("worker", "broker", "zygote")
+_KINDS = ("worker", "kdbus-worker", "broker", "zygote")
 _NOTIFICATION = Struct("=QIIiIQ6Q")  # struct seccomp_notif: id, pid, flags, nr, arch, ip, arguments
 _ANSWER = Struct("=QqiI")  # struct seccomp_notif_resp: id, val, error, flags
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV, _SEND
@@ -79,7 +79,7 @@ def listening(
         compiled = compile_all(user)
         program = export_bpf(pyseccomp.SyscallFilter(pyseccomp.NOTIFY))
         compiled[kind] = msgspec.structs.replace(compiled[kind], bpf=program, listening=True)
-        if kind == "worker":  # its children have its filter, too
+        if kind.endswith("worker"):  # its children have its filter, too
             compiled["zygote"] = msgspec.structs.replace(compiled["zygote"], bpf=b"")
         return compiled
 

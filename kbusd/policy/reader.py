@@ -26,8 +26,9 @@ from kbusd.policy.configuration import (
     selinux_policy_root,
 )
 from kbusd.sandbox import apply, profiles
-from kbusd.sandbox.compile import compile_profile, selinux_enabled
+from kbusd.sandbox.compile import compile_profile
 from kbusd.sandbox.errors import SandboxError
+from kbusd.sandbox.selinux import enabled as selinux_enabled
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,9 +7,11 @@ integers: id 7 is the unique name ``:1.7``; 0 means "nobody" and -1 "the bus its
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
+U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -126,6 +128,18 @@ class NamePolicyChanged(Entry, frozen=True, tag="K"):
     entries: tuple[PolicyEntry, ...]
 
 
+class LabelApart(Entry, frozen=True, tag="L"):
+    """What SELinux refuses to connections of this label, in place of what was said of it before: sending
+    to those of `to`, getting anything from those of `of`. The empty label is the bus's own.
+
+    Stands before the first ConnectionAdded with the label; the labels in it are of connections that
+    are there."""
+
+    label: bytes
+    to: tuple[bytes, ...] = ()
+    of: tuple[bytes, ...] = ()
+
+
 LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
@@ -137,6 +151,7 @@ LogEntry = (
     | ActivatableChanged
     | PolicyChanged
     | NamePolicyChanged
+    | LabelApart
 )
 
 
@@ -156,6 +171,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
+    apart: tuple[LabelApart, ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -241,6 +257,30 @@ class Statistics(Request, frozen=True, tag="stats"):
     """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
 
 
+class CountConnection(Request, frozen=True, tag="count"):
+    """What Debug.Stats tells of connection `id` beyond what stands in the log. Reply: dict[str, int].
+    Failure NameHasNoOwner."""
+
+    id: int
+
+
+class Queued(msgspec.Struct, frozen=True, array_like=True):
+    """What waits in one direction between a client and its worker, and the most that ever did."""
+
+    messages: U32 = 0
+    bytes: U32 = 0
+    fds: U32 = 0
+    peak_bytes: U32 = 0
+    peak_fds: U32 = 0
+
+
+class Counted(Request, frozen=True, tag="counted"):
+    """The answer to Count: `incoming` is from the client, `outgoing` for it. No reply."""
+
+    incoming: Queued
+    outgoing: Queued
+
+
 class SetPolicy(Request, frozen=True, tag="set_policy"):
     """Of a kdbus policy holder: its policy from now on. Reply: None. Failure FileExists."""
 
@@ -313,6 +353,8 @@ WorkerMessage = (
     | FetchSnapshot
     | FetchPolicy
     | Statistics
+    | CountConnection
+    | Counted
     | SetPolicy
     | Describe
     | AskAbout
@@ -368,6 +410,10 @@ class Probe(FromBroker, frozen=True, tag="probe"):
     """Somebody says that you take nothing. Answer with Running, soon, or be ended."""
 
 
+class Count(FromBroker, frozen=True, tag="count"):
+    """Somebody wants to know what waits between you and your client. Answer with Counted."""
+
+
 class Wake(FromBroker, frozen=True, tag="wake"):
     """The log has entries that concern you (sent only to workers that may sleep through them).
 
@@ -375,7 +421,7 @@ class Wake(FromBroker, frozen=True, tag="wake"):
     at the log."""
 
 
-BrokerMessage = Reply | Failure | Introduction | Withdrawn | Probe | Wake
+BrokerMessage = Reply | Failure | Introduction | Withdrawn | Probe | Count | Wake
 
 
 # -- supervisor <-> others -------------------------------------------------------------------
@@ -491,10 +537,11 @@ FromLauncher = LaunchEnded | Looked
 
 class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
     """supervisor -> zygote. Fork one worker, locked down, and answer Forked; `hurry`: spare ones get
-    few, and there is no time for a rehearsal."""
+    few, and there is no time for a rehearsal; `files`: for a file of kdbus or the tree."""
 
     worker: int
     hurry: bool = False
+    files: bool = False
 
 
 class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):

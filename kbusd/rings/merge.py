@@ -152,6 +152,8 @@ class Merge:
         index: cython.int = self._index(reader)
         if index < 0:
             return
+        # Who is told of a source that he has given up already would give it up twice.
+        self.broken = [each for each in self.broken if each[0] is not reader]
         self._settle()
         self.kept = self.readers[index]  # the payload that `next` gave may still be in use
         self.count = 0

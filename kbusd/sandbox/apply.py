@@ -1,10 +1,10 @@
 """Takes the calling process into its sandbox. Privileged where it drops privileges, by nature.
 
-Order, and why: close descriptors (what is not ours must not even be held) -> name -> setcon
-(writes under /proc, which later steps forbid) -> namespaces -> bounding set, groups, uid,
-capabilities (each needs a privilege that a later one gives up) -> not dumpable (a change of uid
-resets it) -> rlimits -> no_new_privs -> Landlock (needs it) -> seccomp last, as it forbids most
-of the above. For processes of one thread. Imports nothing at the time of use, and opens nothing
+Order, and why: close descriptors (what is not ours must not even be held) -> name -> namespaces ->
+bounding set, groups, uid, capabilities (each needs a privilege that a later one gives up) -> not
+dumpable (a change of uid resets it) -> rlimits -> setcon (so that the domain needs none of the rights of the
+above; it writes under /proc, which the following forbid) -> no_new_privs -> Landlock (needs it) -> seccomp
+last, as it forbids most of the above. For processes of one thread. Imports nothing at the time of use, and opens nothing
 but what Landlock leaves reachable and /proc/thread-self/attr/current.
 """
 
@@ -45,8 +45,6 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if keep_fds is not None:
         close_all_but(keep_fds)
     kernel.set_name(compiled.title)
-    if compiled.selinux:
-        step("selinux", lambda: _setcon(compiled.selinux))
     capable = kernel.effective()
     root = os.geteuid() == 0 and not _ALONE
     if compiled.unshare and (capable & _SYS_ADMIN or "namespaces" in compiled.required):
@@ -66,6 +64,8 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
             lambda limit=limit: _limit(limit.resource, limit.value),  # type: ignore[misc]
             limit.required,
         )
+    if compiled.selinux:
+        step("selinux", lambda: _setcon(compiled.selinux))
     if compiled.no_new_privileges:
         step("no-new-privileges", lambda: kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1))
     if compiled.landlock is not None:
@@ -157,10 +157,10 @@ def _landlock(compiled: Compiled) -> None:
 
 
 def _setcon(kind: str) -> None:
-    """setcon(3): our own context with the type replaced; written in one piece."""
+    """setcon(3): our own context with the type replaced; written in one piece, at the beginning."""
     fd = os.open(_ATTRIBUTE, os.O_RDWR | os.O_CLOEXEC)
     try:
-        parts = os.read(fd, 4096).rstrip(b"\0\n").split(b":", 3)
+        parts = os.pread(fd, 4096, 0).rstrip(b"\0\n").split(b":", 3)
         if len(parts) < 3:
             raise OSError(0, f"the kernel gives no SELinux context but {parts!r}")
         parts[2] = kind.encode()

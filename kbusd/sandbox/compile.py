@@ -18,6 +18,7 @@ import pyseccomp
 from kbusd.sandbox import constants, profiles
 from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
+from kbusd.sandbox.selinux import enabled as selinux_enabled
 
 __all__ = [
     "Compiled",
@@ -25,25 +26,11 @@ __all__ = [
     "compile_profile",
     "decode",
     "encode",
-    "selinux_enabled",
 ]
 
-_SELINUX = "/sys/fs/selinux/enforce"
-_LABEL = "/proc/thread-self/attr/current"
 ARCHITECTURES = {"x86-64": pyseccomp.Arch.X86_64, "arm64": pyseccomp.Arch.AARCH64}
 _NATIVE = pyseccomp.system_arch()
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
-
-
-def selinux_enabled() -> bool:
-    """Whether this kernel has SELinux and a policy: until one is loaded, we are plain `kernel`."""
-    if not os.path.exists(_SELINUX):
-        return False
-    try:
-        with open(_LABEL, encoding="utf-8") as file:
-            return ":" in file.read()
-    except OSError:
-        return True  # it does not say; then what the profiles want of it is tried, and told of
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:

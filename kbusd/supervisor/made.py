@@ -261,7 +261,7 @@ class MadeBus(Supervisor):
     `ready` is called once, with 0 when a worker waits for clients, else with an errno; `over` at the
     end."""
 
-    spares = 1
+    file_spares = 1
 
     def __init__(
         self,
@@ -330,7 +330,7 @@ class MadeBus(Supervisor):
         self._say_ready(errno.EIO)
         self.over()  # first, so that who has a connection hears what it is that has ended
         super().stop()
-        while turn := self.clients.next(lambda _: True):
+        while turn := self.turns.popleft() if self.turns else self.clients.next(lambda _: True):
             credentials, client = turn
             self.clients.of[credentials.uid] -= 1
             if callable(client):

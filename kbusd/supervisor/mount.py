@@ -10,9 +10,11 @@ import errno
 import os
 from contextlib import suppress
 
+from kbusd.sandbox import selinux
 from kbusd.supervisor import calls
 
 KIND = "fuse.kbusd"
+LABEL = "system_u:object_r:kbus_device_t:s0"  # of all files in it: selinux/kbus.te
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MNT_DETACH = 2
 
@@ -28,20 +30,32 @@ def mount(path: str) -> tuple[str, int, int]:
     try:
         if mounts(path):
             _clear(path)
-        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fuse = _mount(path, f",context={LABEL}" if selinux.enabled() else "")
+        except OSError as error:
+            if error.errno != errno.EINVAL or not selinux.enabled():
+                raise
+            fuse = _mount(path, "")  # the policy has no such label: it is that of all FUSE mounts
     except OSError as error:
-        raise MountError(f"{error.filename or path}: {error.strerror}") from None
+        hint = "; it takes root, or a user namespace" if error.errno == errno.EPERM else ""
+        where = error.filename or path
+        raise MountError(f"cannot mount on {where}: {error.strerror}{hint}") from None
+    return path, fuse, mounts(path)[-1]
+
+
+def _mount(path: str, more: str) -> int:
+    """Mount; returns the descriptor. Raises OSError."""
+    fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     # Access bits are the kernel's to check, who knows the caller's groups best.
     options = f"fd={fuse},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
-    options += ",default_permissions,allow_other"
+    options += f",default_permissions,allow_other{more}"
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     try:
         calls.mount(b"kbusd", os.fsencode(path), KIND.encode(), flags, options.encode())
-    except OSError as error:
+    except OSError:
         os.close(fuse)
-        hint = "; it takes root, or a user namespace" if error.errno == errno.EPERM else ""
-        raise MountError(f"cannot mount on {path}: {error.strerror}{hint}") from None
-    return path, fuse, mounts(path)[-1]
+        raise
+    return fuse
 
 
 def unmount(path: str) -> None:

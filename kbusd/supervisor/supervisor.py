@@ -34,7 +34,7 @@ from kbusd.rings.line import Line, LineError, adopt, close_all, pair
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
-from kbusd.supervisor.clients import Clients, credentials_of
+from kbusd.supervisor.clients import Client, Clients, credentials_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener
 from kbusd.supervisor.spawn import spawn
@@ -50,6 +50,7 @@ FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
+MAX_TURNS = 4  # clients that wait for a spare worker of their kind, while there are others
 RETRY_SECONDS = 0.1  # after the system ran out of something
 
 
@@ -70,6 +71,7 @@ class Worker:
     pid: int
     pidfd: int
     line: Line
+    files: bool  # locked down to serve files, not sockets
     client: entries.Credentials | None = None
 
     def __str__(self) -> str:
@@ -83,7 +85,7 @@ class Supervisor:
     `read` starts the process that reads the configuration, whose errors go to the descriptor that
     it is given; it returns the process's id and the memfd with the outcome."""
 
-    spares = 4
+    spares, file_spares = 4, 2
     """Workers that wait: a connect costs a hand-over while they last; forking one takes about 2 ms."""
 
     def __init__(
@@ -109,7 +111,8 @@ class Supervisor:
         self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
         self.spare: deque[Worker] = deque()
-        self.forking = 0
+        self.forking: dict[int, bool] = {}  # worker -> whether for files
+        self.turns: deque[tuple[entries.Credentials, Client]] = deque()
         self.numbers = count(1)  # of workers
         self.clients = Clients()
         self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
@@ -163,9 +166,10 @@ class Supervisor:
 
     def _start_zygote(self) -> None:
         arguments = [self.guid, str(os.getpid()), *self.kinds]
-        fds = self.configuration, self.profiles["zygote"], self.profiles["worker"], self.log_fd
+        profiles = (self.profiles[name] for name in ("zygote", "worker", "kdbus-worker"))
+        fds = self.configuration, *profiles, self.log_fd
         self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
-        self.forking = 0
+        self.forking.clear()
 
     def stop(self) -> None:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
@@ -207,7 +211,7 @@ class Supervisor:
         if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
             self._serve()
         # Forking would disturb those who are about to say Hello.
-        if not self.incomplete or len(self.spare) < self.spares // 2:
+        if not self.incomplete or any(have < wanted // 2 for _, wanted, have in self._kinds()):
             self._refill()
         for line in self.lines.values():
             with suppress(OSError):
@@ -250,15 +254,16 @@ class Supervisor:
             case entries.Kill(number, reason), []:
                 if (worker := self.workers.get(number)) is not None:
                     self.journal.warn(f"ending {worker}: {reason}")
-                    signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # the zygote has reaped it already
+                        signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
             case entries.ReloadWanted(), []:
                 self._reload()
             case entries.Forked(number, pid), [line_fd, broker_fd, pidfd]:
-                self.forking -= 1
+                files = self.forking.pop(number, False)
                 line = Line(adopt(line_fd), entries.ToSupervisor)
-                self.workers[number] = worker = Worker(number, pid, pidfd, line)
+                self.workers[number] = worker = Worker(number, pid, pidfd, line, files)
                 self.spare.append(worker)
                 self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
                 os.close(broker_fd)
@@ -292,31 +297,52 @@ class Supervisor:
 
     def _serve(self) -> None:
         """Give spare workers to those whose turn it is."""
-        while self.spare and (turn := self.clients.next(self._may_have_a_worker)):
-            credentials, client = turn
-            worker = self.spare.popleft()
-            worker.client = credentials
-            hasty = isinstance(client, socket)
-            self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty))
-            if isinstance(client, socket):
-                self.incomplete[worker.number] = credentials.uid
-                with client, suppress(OSError):
-                    known = kernel.uid_map(credentials.pid)
-                    worker.line.send(entries.Client(credentials, known), [client.fileno()])
-            else:
-                client(worker, credentials)
+        for _ in range(len(self.turns)):
+            self._give(*self.turns.popleft())
+        while self.spare and len(self.turns) < MAX_TURNS:
+            if (turn := self.clients.next(self._may_have_a_worker)) is None:
+                return
+            self._give(*turn)
+
+    def _give(self, credentials: entries.Credentials, client: Client) -> None:
+        """A spare worker of its kind, if there is one; else it waits for that."""
+        files = not isinstance(client, socket)
+        worker = next((each for each in self.spare if each.files == files), None)
+        if worker is None:
+            self.turns.append((credentials, client))
+            return
+        self.spare.remove(worker)
+        worker.client = credentials
+        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files))
+        if isinstance(client, socket):
+            self.incomplete[worker.number] = credentials.uid
+            with client, suppress(OSError):
+                known = kernel.uid_map(credentials.pid)
+                worker.line.send(entries.Client(credentials, known), [client.fileno()])
+        else:
+            client(worker, credentials)
 
     def _may_have_a_worker(self, uid: int) -> bool:
         """No uid takes more than half of what is left of the places for those without a Hello."""
         free = self.settings.limits["max_incomplete_connections"] - len(self.incomplete)
         return list(self.incomplete.values()).count(uid) < free
 
+    def _kinds(self) -> Iterator[tuple[bool, int, int]]:
+        """Of workers for sockets, and for files: how many are to be spare, and how many are."""
+        for files, wanted in (False, self.spares), (True, self.file_spares):
+            if self.listeners if not files else "kdbus" in self.kinds:
+                yield files, wanted, sum(each.files == files for each in self.spare)
+
     def _refill(self) -> None:
-        room = self.max_workers - len(self.workers)
-        hurry = bool(self.workers) and len(self.spare) < self.spares // 2
-        for _ in range(min(room, self.spares - len(self.spare)) - self.forking):
-            self._tell(ZYGOTE, entries.Fork(next(self.numbers), hurry))
-            self.forking += 1
+        room = self.max_workers - len(self.workers) - len(self.forking)
+        for files, wanted, have in self._kinds():
+            hurry = bool(self.workers) and have < wanted // 2
+            more = wanted - have - list(self.forking.values()).count(files)
+            for _ in range(min(room, more)):
+                number = next(self.numbers)
+                self._tell(ZYGOTE, entries.Fork(number, hurry, files))
+                self.forking[number] = files
+                room -= 1
 
     def _worker_ended(self, number: int, status: int) -> None:
         if (worker := self.workers.pop(number, None)) is None:

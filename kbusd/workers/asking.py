@@ -29,10 +29,10 @@ class Asking:
         self._open: dict[int, Then] = {}
 
     def ask(self, request: entries.Request, then: Then, fds: Sequence[int] = ()) -> None:
-        """Send `request`; `then(answer, fds)` is called with its Reply or Failure."""
+        """Send `request`; `then(answer, fds)` is called with its Reply or Failure. Raises OSError."""
         self._number += 1
-        self._open[self._number] = then
         self.line.send(_replace(request, request=self._number), fds)
+        self._open[self._number] = then
 
     def answered(self, answer: Answer, fds: list[int]) -> None:
         """The broker has answered; an answer that nobody asked for is dropped."""

@@ -9,6 +9,7 @@ import msgspec
 
 from kbusd.policy.rules import Policy
 from kbusd.rings.entries import Maker
+from kbusd.sandbox import selinux
 from kbusd.sandbox.compiled import Compiled
 from kbusd.workers.driver import Bus
 
@@ -87,6 +88,8 @@ class Context(msgspec.Struct, frozen=True):
             bus_owner(decoded.user) if made is None else made.credentials.uid,
             pid,
             system=decoded.type == "system",
+            selinux=selinux.enabled(),
+            label=selinux.label(),
         )
         return cls(guid, bus, decoded, profile, log_fd, made)
 

@@ -35,6 +35,7 @@ from cython.cimports.kbusd.workers.peers import LARGE_BODY, Peer
 from cython.cimports.libc.stdint import uint8_t, uint32_t
 from cython.cimports.libc.string import memcpy
 
+from kbusd.rings import entries
 from kbusd.rings import envelope as envelopes
 from kbusd.rings.line import close_all
 from kbusd.wire import body as wire_body
@@ -145,6 +146,25 @@ class DBusSocket(Engine):
     def tidy_client(self) -> cython.bint:
         """Give back memory of the output; True: some is left."""
         return self.output.trim()
+
+    def count(self):
+        """For statistics: see entries.Counted."""
+        return (
+            entries.Queued(
+                self.input.count(),
+                self.input.waiting(),
+                self.input.pending_fds(),
+                self.input.peak,
+                self.input.peak_fds,
+            ),
+            entries.Queued(
+                self.output.messages,
+                min(self.output.pending, 0xFFFFFFFF),
+                self.output.fds,
+                min(self.output.peak, 0xFFFFFFFF),
+                self.output.peak_fds,
+            ),
+        )
 
     # -- in ------------------------------------------------------------------------------------
 
@@ -364,6 +384,13 @@ class DBusSocket(Engine):
             raise Gone(f"does not read what it monitors: {self._what_waits()}")
         self._emit(template, head, body, fds, None)
 
+    def overhear(self, template, head, body, fds) -> cython.void:
+        """A copy for our client who eavesdrops: what waits of them, it asked for. Raises HostilePeer."""
+        before: cython.size_t = self.output.pending
+        self._emit(template, head, body, fds, None)
+        if self._crowded():
+            self._count_own(self.output.pending - before + head.fds * self.fd_cost)
+
     def _emit(
         self,
         template: Template,
@@ -398,6 +425,7 @@ class DBusSocket(Engine):
             self.tidy_later()
         if fds:
             self.output.begin_with_fds(fds)
+        self.output.messages += 1
         place = self.output.reserve(n if mapping != cython.NULL else n + length)
         memcpy(place, source, n)
         own: cython.size_t = length  # how much of the body is to be copied
@@ -556,6 +584,7 @@ class DBusSocket(Engine):
         length: cython.size_t = len(message)
         memcpy(self.output.reserve(length), data, length)
         self.output.commit(length)
+        self.output.messages += 1
         if self._crowded():
             self._count_own(length)
 

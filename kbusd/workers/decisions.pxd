@@ -8,6 +8,7 @@ cdef class Route:
     cdef object facts
     cdef Peer peer
     cdef tuple subscribers
+    cdef tuple eavesdroppers  # None: nobody
     cdef bint to_bus
     cdef bint to_self
     cdef bint broadcast

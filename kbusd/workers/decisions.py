@@ -95,6 +95,8 @@ def decide(router, peers, epoch, key, reply_at, flags, fds, body, big_endian) ->
     route.refusals = decision.refusals
     route.broadcast = decision.broadcast
     route.depends = decision.depends
+    if decision.eavesdroppers:
+        route.eavesdroppers = tuple([peers.peer(id) for id in decision.eavesdroppers])
     if decision.broadcast:
         route.subscribers = tuple([peers.peer(id) for id in decision.targets])
     elif decision.targets == (BUS_ID,):
@@ -134,6 +136,23 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
             envelope.member,
             lambda: _arguments(body, large_fd, envelope),
         )
+    _keep(peer, key, template)
+    return template
+
+
+def overhear(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
+    """What becomes of a copy for our client, who eavesdrops: what `peer` sends to another. The body is
+    not checked yet, as in `judge`. Kept under `key`. Raises HostilePeer."""
+    if peer.connection is None:
+        peer.connection = router.replica.connections.get(peer.id)
+        if peer.connection is None:
+            raise HostilePeer("a message that is older than its connection")
+    template = Template()
+    envelope = _fill(template, raw, peer.name, fds)
+    template.epoch = epoch
+    template.subscribed, template.depends = router.admit_overheard(
+        envelope, peer.connection, fds, lambda: _arguments(body, large_fd, envelope)
+    )
     _keep(peer, key, template)
     return template
 

@@ -16,7 +16,7 @@ the caller's business, owning names is the broker's.
 Order. While `busy`, an earlier call of the client has not taken effect yet: the caller must hold
 back what the client sends to others. Calls to the driver may go on coming in until `full`: those
 that read wait here until they can see what came before. StartServiceByName is never waited for,
-as it may take as long as a service likes.
+as it may take as long as a service likes, nor is what another worker has to be asked.
 
 Reference: D-Bus specification, "Message Bus Messages"; texts, and what the specification leaves
 open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py compares them).
@@ -41,6 +41,7 @@ from kbusd.rings.entries import (
     BecomeMonitor,
     ConnectionAdded,
     ConnectionRemoved,
+    CountConnection,
     Credentials,
     Failure,
     Hello,
@@ -84,6 +85,11 @@ NO_REPLY_EXPECTED = 1
 MAX_UNFINISHED = 128  # calls of one client; each may hold a match rule or a name
 
 _MAX_U32 = 0xFFFFFFFF
+# What says only that it was done is left out if no reply is wanted, as dbus-daemon has it: of
+# ReloadConfig it is said all the same.
+_UNANSWERED = frozenset(
+    ("AddMatch", "BecomeMonitor", "Ping", "RemoveMatch", "UpdateActivationEnvironment")
+)
 _decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
 
 
@@ -244,7 +250,8 @@ class Driver:
         return self._return(call, *result)
 
     def _return(self, call: Call, signature: str = "", *values: Any) -> list[Action]:
-        if call.flags & NO_REPLY_EXPECTED:
+        """Values are sent to those who want no reply, too, as dbus-daemon does."""
+        if call.flags & NO_REPLY_EXPECTED and call.destination and call.member in _UNANSWERED:
             return []
         return [Return(call.serial, signature, _serialise(signature, values))]
 
@@ -283,8 +290,8 @@ class Driver:
             method = interface.methods.get(call.member)
             if method is None:
                 continue
-            if method.privileged and self.credentials.uid not in (0, self.bus.owner):
-                raise Refusal(errors.ACCESS_DENIED, self._not_privileged(call.member))
+            if method.privileged:
+                self._check_privilege(call.member)
             if not (canonical or method.anywhere):
                 raise Refusal(
                     errors.ACCESS_DENIED,
@@ -303,12 +310,18 @@ class Driver:
             f"{BUS_NAME} does not understand message {call.member}",
         )
 
-    def _not_privileged(self, member: str) -> str:
+    def _check_privilege(self, member: str) -> None:
+        """Raises Refusal unless the client is root's or the bus's owner's."""
         uid, pid, label = self.credentials.uid, self.credentials.pid, self.credentials.label
+        if uid in (0, self.bus.owner):
+            return
         who = f"uid={uid} pid={pid}"
         if label:
             who += f' label="{_text(label)}"'
-        return f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}"
+        raise Refusal(
+            errors.ACCESS_DENIED,
+            f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}",
+        )
 
     def _carry_out(self, call: Call) -> Ask | tuple[Any, ...]:
         """Answer from the replica, or ask the broker. Raises Refusal."""
@@ -343,7 +356,8 @@ class Driver:
                 listed = (name for name in self.replica.activatable if name != BUS_NAME)
                 return "as", [BUS_NAME, *listed]
             case "AddMatch", [str(rule)]:
-                _check_rule(rule)
+                if _check_rule(rule).eavesdrop:
+                    self._check_privilege(call.member)
                 return self._ask(call, AddMatch(0, rule))
             case "RemoveMatch", [str(rule)]:
                 _check_rule(rule)
@@ -413,7 +427,8 @@ class Driver:
             case "GetStats", []:
                 return self._ask(call, Statistics(0))
             case "GetConnectionStats", [str(name)]:
-                return "a{sv}", self._connection_statistics(name)
+                request = CountConnection(0, self._counted(name))
+                return self._ask(call, request, held=False)
             case "GetAllMatchRules", []:
                 return "a{sas}", statistics.match_rules(self.replica)
             case "GetMachineId", []:
@@ -493,7 +508,8 @@ class Driver:
                 errors.UNKNOWN_PROPERTY, f'Property "{interface}.{member}" not found'
             ) from None
 
-    def _connection_statistics(self, name: str) -> dict[str, tuple[str, Any]]:
+    def _counted(self, name: str) -> int:
+        """Whose statistics are wanted. Raises Refusal."""
         if name == BUS_NAME:
             raise Refusal(
                 errors.INVALID_ARGS,
@@ -501,7 +517,7 @@ class Driver:
             )
         connection = self._connection(name, "statistics")
         assert connection is not None
-        return statistics.of_connection(connection)
+        return connection.id
 
     # -- the broker's answers ----------------------------------------------------------------
 
@@ -545,6 +561,13 @@ class Driver:
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
                 return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))
+            case CountConnection(id=id):
+                reported = msgspec.convert(value, dict[str, int])
+                connection = self.replica.connections.get(id)
+                if connection is None:  # it has gone meanwhile
+                    refusal = _nobody("statistics", unique_name(id))
+                    return self._error(call, refusal.name, refusal.text)
+                return self._return(call, "a{sv}", statistics.of_connection(connection, reported))
             case _:
                 return self._return(call)
 
@@ -654,9 +677,9 @@ def _check_release(name: str) -> None:
         )
 
 
-def _check_rule(text: str) -> None:
+def _check_rule(text: str) -> match.MatchRule:
     try:
-        match.parse(text)
+        return match.parse(text)
     except match.MatchError as error:
         raise Refusal(error.error, str(error)) from None
 

@@ -29,6 +29,7 @@ cdef class Engine:
     cdef long long id, epoch
     cdef bint busy, leaving, everyone, loaded
     cdef bint monitor   # our client is one
+    cdef bint monitored, overheard  # somebody is, or has rules with eavesdrop='true'
     cdef bint unix_fds  # our client takes descriptors
     cdef bint more      # stands in the rings still
     cdef bint stopped   # whole messages of our client wait for us
@@ -38,18 +39,21 @@ cdef class Engine:
     cdef int _timeout(self) except -2
     cdef bint waits(self) except -1
     cdef void tidy_later(self) noexcept
+    cdef bint _body_is_lost(self, Header *header) except -1
     cdef bint _up_to_date(self) except -1
     cdef bint pass_on(self, uint8_t *data, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except -1
     cdef Bulk bulk_for(self, uint8_t *data, Header *header)
     cdef bint _are_met(self, Route route) except -1
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except *
+    cdef void _let_overhear(self, tuple eavesdroppers, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void _to_myself(self, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef object _send_held(self, object held, FrameHead *head)
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
     cdef void _deliver_copy(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
+    cdef void _overhear(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
 
     # What a front end says; see engine.py.
     cdef void from_client(self, uint32_t events) except *
@@ -60,4 +64,5 @@ cdef class Engine:
     cdef void relieve(self) except *
     cdef void hand_over(self, Peer peer, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void show(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
+    cdef void overhear(self, Template template, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef bint tidy_client(self) except -1

@@ -36,6 +36,7 @@ from kbusd.policy.decide import ClientPolicy
 from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
 from kbusd.rings.line import LineError, close_all
+from kbusd.wire import body as wire_body
 from kbusd.workers import decisions
 from kbusd.workers import driver as drivers
 from kbusd.workers.activation import Activating, Held
@@ -50,7 +51,7 @@ from kbusd.workers.errors import (
     Gone,
 )
 from kbusd.workers.peers import STALL_NS, HostilePeer
-from kbusd.workers.replica import BUS_NAME, Replica, ReplicaError
+from kbusd.workers.replica import BUS_NAME, Replica, ReplicaError, eavesdrops
 from kbusd.workers.routing import Router
 
 CALL = cython.declare(cython.int, 1)
@@ -93,8 +94,10 @@ _CHANGES = frozenset(
         entries.MonitorAttached,
         entries.NamePolicyChanged,
         entries.PolicyChanged,
+        entries.LabelApart,
     )
 )
+_RULES = frozenset((entries.MatchAdded, entries.MatchRemoved))
 decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
 encode_refusal = msgspec.msgpack.Encoder().encode
 decode_refusal = msgspec.msgpack.Decoder(tuple[str, str]).decode
@@ -153,7 +156,8 @@ class Engine:
 
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
-        return Router(self.replica, policy, self.peers.say)
+        label = self.context.bus.label.decode(errors="replace")
+        return Router(self.replica, policy, self.peers.say, label)
 
     def run(self) -> None:
         """Serve the client until it goes."""
@@ -171,6 +175,8 @@ class Engine:
             self.asking.line.flush()
         except (Gone, OSError):
             pass
+        # Our client's names are free from here on; that this process ends takes a while longer.
+        self.asking.line.close()
 
     def _loop(self) -> cython.void:
         events: epoll_event[8]
@@ -186,6 +192,8 @@ class Engine:
                 for serial in self.calls.late():
                     self.error(serial, NO_REPLY, NO_REPLY_TIMEOUT)
             self.peers.bells()
+            if self.peers.unmet:
+                self.peers.give_up()
             while self.peers.lost:
                 self._answer_for_the_lost()
                 self.peers.bells()
@@ -273,23 +281,30 @@ class Engine:
         route: Route
         if not self._up_to_date():
             return False
+        if bulk is not None and self.overheard:  # and rules may look at the body
+            if not bulk.take_back():
+                return self._body_is_lost(header)
+            bulk = None
         route = self._route(data, header, body)
-        if (not route.met or self.replica.monitors) and not self._are_met(route):
+        if (not route.met or self.monitored) and not self._are_met(route):
             if self.peers.waits():
                 return False
         kept: Bulk = bulk
-        if route.peer is None or self.replica.monitors:
+        if route.peer is None or self.monitored or self.overheard:
             large_fd = -1
             bulk = None
         elif bulk is not None and bulk is not route.peer.bulk:
             bulk = None
         self.undone = None
         if bulk is None and kept is not None and not kept.take_back():
-            # It was on its way to a peer that is not its receiver any more, and took it.
-            if header.type == CALL and not header.flags & WANTS_NO_REPLY:
-                self.error(header.serial, NO_REPLY, NO_REPLY_DISCONNECTED)
-            return True
+            return self._body_is_lost(header)
         self._forward(route, header, body, fds, large_fd, bulk)
+        return True
+
+    def _body_is_lost(self, header) -> cython.bint:
+        """It was on its way to a peer that is not its receiver any more, and took it."""
+        if header.type == CALL and not header.flags & WANTS_NO_REPLY:
+            self.error(header.serial, NO_REPLY, NO_REPLY_DISCONNECTED)
         return True
 
     def _up_to_date(self) -> cython.bint:
@@ -303,7 +318,9 @@ class Engine:
         stands where its receiver's worker will read it. None if there is none. Whether the message
         goes there is only decided by `pass_on`: names may have moved by then."""
         route: Route
-        if not self.loaded or header.type == SIGNAL or self.monitor or self.replica.monitors:
+        if not self.loaded or header.type == SIGNAL or self.monitor:
+            return None
+        if self.monitored or self.overheard:
             return None
         if not self._up_to_date():
             return None
@@ -318,6 +335,7 @@ class Engine:
     def _are_met(self, route) -> cython.bint:
         """Whether all whom a message concerns are introduced."""
         peers: list = [route.peer] if route.peer is not None else list(route.subscribers or ())
+        peers += route.eavesdroppers or ()
         peers += [self.peers.peer(id) for id in self.replica.monitors]
         route.met = self.peers.are_met(peers)
         return route.met
@@ -355,7 +373,7 @@ class Engine:
             header.reply_serial_at,
             header.flags,
             header.unix_fds,
-            _bytes(body, header.body_length) if header.type == SIGNAL else b"",
+            _bytes(body, header.body_length) if header.type == SIGNAL or self.overheard else b"",
             header.endian == 66,
         )
         if route.depends:
@@ -389,7 +407,9 @@ class Engine:
         head.serial = header.serial
         head.reply_serial = header.reply_serial
         head.body_length = header.body_length
-        if self.replica.monitors:
+        if route.eavesdroppers is not None and not route.to_bus:
+            self._let_overhear(route.eavesdroppers, cython.address(head), route.envelope, body, fds)
+        if self.monitored:
             head.stamp = self.clock.next()
             content: bytes = _bytes(body, header.body_length)
             self.monitors.copy(route.facts, cython.address(head), content, fds, self.id)
@@ -432,14 +452,20 @@ class Engine:
                 cython.address(head),
                 body,
                 fds,
-                self.everyone and not route.refusals,
+                self.everyone
+                and not route.refusals
+                and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:
                 self._to_myself(route.envelope, cython.address(head), body, fds)
         elif route.to_bus:
-            self._call_bus(
+            done = self._call_bus(
                 route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
             )
+            if route.eavesdroppers is not None and done:
+                self._let_overhear(
+                    route.eavesdroppers, cython.address(head), route.envelope, body, fds
+                )
         elif route.to_self:
             if header.type == CALL and not header.flags & WANTS_NO_REPLY:
                 self.calls.open(header.serial, self.id)
@@ -453,6 +479,22 @@ class Engine:
             )
         elif route.error is not None:  # whatever it is, and whether it wants a reply or not
             self.error(header.serial, route.error[0], route.error[1])
+
+    def _let_overhear(self, eavesdroppers, head, envelope, body, fds) -> cython.void:
+        """Copies of a message for those who eavesdrop; they are not to see its answer first."""
+        copy: FrameHead
+        if head.stamp == 0:
+            head.stamp = self.clock.next()
+        copy = head[0]
+        copy.kind = COPY
+        copy.aux = cython.cast(uint64_t, self.id)
+        for peer in eavesdroppers:
+            if peer is self.peers.me:
+                self._to_myself(envelope, cython.address(copy), body, fds)
+            else:
+                self.peers.must_send(peer, cython.address(copy), envelope, body, fds)
+        if self.peers.slow:
+            self.peers.begin(head.stamp)
 
     def _to_myself(self, envelope, head, body, fds) -> cython.void:
         payload: bytes = envelope + _bytes(body, head.body_length)
@@ -477,24 +519,25 @@ class Engine:
     # -- the bus itself ------------------------------------------------------------------------
 
     def _call_bus(self, route: Route, type, serial, flags, body):
+        """False if it has failed already."""
         facts = route.facts
         if type != CALL:
-            return  # the bus expects no signals and no replies
-        self._act_and_note(
-            self.driver.call(
-                drivers.Call(
-                    serial,
-                    flags,
-                    facts.path,
-                    facts.interface,
-                    facts.member,
-                    facts.signature,
-                    body,
-                    facts.big_endian,
-                    facts.destination,
-                )
+            return True  # the bus expects no signals and no replies
+        actions = self.driver.call(
+            drivers.Call(
+                serial,
+                flags,
+                facts.path,
+                facts.interface,
+                facts.member,
+                facts.signature,
+                body,
+                facts.big_endian,
+                facts.destination,
             )
         )
+        self._act_and_note(actions)
+        return not (actions and isinstance(actions[0], drivers.Error))
 
     def _act_and_note(self, actions):
         self.act(actions)
@@ -509,7 +552,6 @@ class Engine:
         )
 
     def _answer_driver(self, token, answer, fds):
-        head: FrameHead
         snapshot = memfd.read(fds[0]) if fds else b""
         try:
             actions = self.driver.answer(token, answer, snapshot)
@@ -518,12 +560,27 @@ class Engine:
         if snapshot and not self.loaded:
             self._loaded()
             self._inbound()  # the snapshot may be older than a monitor
-            if self.replica.monitors and self.hello is not None:
-                facts, raw = self.hello
-                source: cython.p_char = raw
-                memcpy(cython.address(head), source, cython.sizeof(FrameHead))
-                self.monitors.copy(facts, cython.address(head), b"", (), self.id)
+            if (self.monitored or self.overheard) and self.hello is not None:
+                self._tell_of_hello(*self.hello)
         self._act_and_note(actions)
+
+    def _tell_of_hello(self, facts, raw):
+        """Before it was answered we did not know who watches."""
+        head: FrameHead
+        source: cython.p_char = raw
+        memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+        if self.monitored:
+            self.monitors.copy(facts, cython.address(head), b"", (), self.id)
+        decision = self.router.decide(facts, 0, 0, tuple)
+        if decision.eavesdroppers:
+            watching = tuple([self.peers.peer(id) for id in decision.eavesdroppers])
+            envelope = envelopes.encode(facts)
+            self._let_overhear(watching, cython.address(head), envelope, cython.NULL, ())
+
+    def _look_who_watches(self):
+        """Monitors and eavesdroppers have to be looked at only if there are some."""
+        self.monitored = bool(self.replica.monitors)
+        self.overheard = bool(self.replica.eavesdroppers)
 
     def _loaded(self):
         """Hello was answered: we are somebody, and follow the log from the snapshot on."""
@@ -531,6 +588,7 @@ class Engine:
         self.id = self.replica.me
         connection = self.replica.connections.get(self.id)
         self.peers.me = Peer(self.id, f":1.{self.id}", connection)
+        self._look_who_watches()
         self._follow(self.replica.position)
 
     # -- activation ----------------------------------------------------------------------------
@@ -555,11 +613,18 @@ class Engine:
 
     def _send_held(self, held, head):
         """Send a message that was held; its destination may have an owner now."""
-        decision = self.router.decide(held.envelope, NO_AUTO_START, len(held.fds), tuple)
+        facts = held.envelope
+        decision = self.router.decide(
+            facts,
+            NO_AUTO_START,
+            len(held.fds),
+            lambda: wire_body.match_arguments(held.body, facts.signature, facts.big_endian),
+        )
         if decision.error is not None:
             self.error(head.serial, decision.error[0], decision.error[1])
             return
         envelope: bytes = envelopes.encode(held.envelope)
+        head.stamp = 0
         data: cython.p_char = held.body
         place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
         peer: Peer = self.peers.peer(decision.targets[0])
@@ -567,6 +632,9 @@ class Engine:
             self.calls.open(head.serial, peer.id)
         else:
             peer.note(head.serial)
+        if decision.eavesdroppers:
+            watching = tuple([self.peers.peer(id) for id in decision.eavesdroppers])
+            self._let_overhear(watching, head, envelope, place, held.fds)
         if peer is self.peers.me:
             self._to_myself(envelope, head, place, held.fds)
         else:
@@ -598,6 +666,8 @@ class Engine:
             self.peers.withdrawn(message.peer)
         elif kind is entries.Probe:
             self.asking.line.send(entries.Running(0))
+        elif kind is entries.Count:
+            self.asking.line.send(entries.Counted(0, *self.count()))
 
     # -- from the bus --------------------------------------------------------------------------
 
@@ -648,6 +718,7 @@ class Engine:
         snapshot = memfd.read(fds[0])
         actions = self.driver.resync(snapshot)
         self.epoch += 1
+        self._look_who_watches()
         self._follow(self.replica.position)
         for id in [id for id in self.peers.known if id not in self.replica.connections]:
             self._peer_left(id)
@@ -662,12 +733,13 @@ class Engine:
     def _log_entry(self, raw):
         entry = decode_entry(raw)
         kind = type(entry)
-        if kind in _CHANGES:
+        if kind in _CHANGES or (kind in _RULES and eavesdrops(entry.rule)):
             self.epoch += 1
         try:
             actions = self.driver.entry(entry)
         except ReplicaError as error:
             raise Gone(f"the log contradicts itself: {error}") from None
+        self._look_who_watches()
         if self.peers.me.connection is None:
             self.peers.me.connection = self.replica.connections.get(self.id)
         if kind is entries.PolicyChanged:
@@ -771,6 +843,9 @@ class Engine:
         if self.monitor:
             close_all(fds)
             return  # a monitor is nobody's destination
+        if head.kind == COPY or head.kind == LARGE_COPY:
+            self._overhear(peer, head, payload, fds)
+            return
         if head.kind != MESSAGE and head.kind != LARGE and head.kind != BULK:
             close_all(fds)
             raise HostilePeer(f"a frame of kind {head.kind}")
@@ -851,6 +926,41 @@ class Engine:
             return
         self.show(template, head, payload + head.envelope_length, fds)
 
+    def _overhear(
+        self,
+        peer: Peer,
+        head: cython.pointer(FrameHead),
+        payload: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> cython.void:
+        """A message of the peer's to another, which our client sees if it eavesdrops."""
+        template: Template
+        if head.aux != cython.cast(uint64_t, peer.id):
+            close_all(fds)
+            raise HostilePeer("a copy of another's message")
+        raw = _bytes(payload, head.envelope_length)
+        key = (raw, head.fds, peer.id)
+        template = peer.templates.get(key)
+        if template is None or template.epoch != self.epoch or template.depends:
+            try:
+                template = decisions.overhear(
+                    self.router,
+                    peer,
+                    self.epoch,
+                    key,
+                    raw,
+                    head.fds,
+                    _bytes(payload + head.envelope_length, head.body_length),
+                    fds[len(fds) - 1] if head.kind == LARGE_COPY else -1,
+                )
+            except HostilePeer:
+                close_all(fds)
+                raise
+        if not template.subscribed or (head.fds and not self.unix_fds):
+            close_all(fds)
+            return
+        self.overhear(template, head, payload + head.envelope_length, fds)
+
     def refuse(self, peer: Peer, serial, error, text):
         """Tell the sender's worker that its message was not delivered; it answers its client."""
         head: FrameHead
@@ -917,12 +1027,20 @@ class Engine:
         """The same of a copy for our client as a monitor."""
         raise NotImplementedError
 
+    def overhear(self, template, head, body, fds) -> cython.void:
+        """The same of a copy for our client who eavesdrops, of a message to another."""
+        raise NotImplementedError
+
     def act(self, actions: list) -> None:
         """What the bus driver wants done; drivers.Ask is `ask_for_driver`'s."""
         raise NotImplementedError
 
     def error(self, reply_serial: int, name: str, text: str) -> None:
         """Our client's message `reply_serial` has failed."""
+        raise NotImplementedError
+
+    def count(self) -> tuple:
+        """What waits from the client and for it (entries.Queued)."""
         raise NotImplementedError
 
     def tidy_client(self) -> cython.bint:

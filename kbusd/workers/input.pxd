@@ -4,7 +4,7 @@ from kbusd.rings.bulk cimport Bulk
 
 cdef class Input:
     cdef uint8_t *data
-    cdef size_t start, end, capacity
+    cdef size_t start, end, capacity, peak, peak_fds
     cdef list fds
     cdef bint broken, large_next
     cdef const uint8_t *large

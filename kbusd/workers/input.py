@@ -17,6 +17,7 @@ from cython.cimports.kbusd.rings.memfd import (
     large_map,
     large_unmap,
 )
+from cython.cimports.kbusd.wire.header import message_length
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -52,7 +53,8 @@ CHUNK = cython.declare(cython.size_t, 131072)
 @cython.cclass
 class Input:
     """The bytes from `start` to `end` of `data` are unread. If `large_need` is not 0, a body of so
-    many bytes is being received: `large_have` of it have come. `large_next`: the next message is
+    many bytes is being received: `large_have` of it have come. `peak` and `peak_fds` are the most that
+    ever waited. `large_next`: the next message is
     probably a large one."""
 
     def __cinit__(self):
@@ -66,6 +68,7 @@ class Input:
         self.chunk = cython.NULL
         self.large_need = 0
         self.large_fd = -1
+        self.peak = self.peak_fds = 0
 
     def __dealloc__(self):
         free(self.data)
@@ -96,6 +99,7 @@ class Input:
                 got = self.bulk.splice_from(fd, left)
                 if got > 0:
                     self.large_have += got
+                    self.peak = max(self.peak, self.large_have)
                     return 1
                 if got == 0:
                     return -1
@@ -138,8 +142,10 @@ class Input:
             if self.bulk is None:
                 self._store(self.chunk, got)
             self.large_have += got
+            self.peak = max(self.peak, self.large_have)
         else:
             self.end += got
+            self.peak = max(self.peak, self.end - self.start)
         return 1
 
     def _take(self, control: cython.pointer(uint8_t), length: cython.size_t) -> cython.int:
@@ -158,7 +164,9 @@ class Input:
                 for i in range(count):
                     self.fds.append(numbers[i])
             block = CMSG_NXTHDR(cython.address(header), block)
-        return -1 if cython.cast(cython.size_t, len(self.fds)) > MAX_PENDING_FDS else 0
+        count = len(self.fds)
+        self.peak_fds = max(self.peak_fds, count)
+        return -1 if count > MAX_PENDING_FDS else 0
 
     def make_room(self, total: cython.size_t) -> cython.void:
         """See to it that a message of `total` bytes fits behind `start`."""
@@ -264,6 +272,24 @@ class Input:
 
     def pending_fds(self) -> int:
         return len(self.fds)
+
+    def waiting(self) -> int:
+        """How many bytes wait, of whole messages and of one that has not come entire."""
+        return self.end - self.start + (self.large_have if self.large_need else 0)
+
+    def count(self) -> int:
+        """How many whole messages wait. Those in `data` are not checked yet."""
+        number: cython.int = 1 if self.large_need and self.large_have == self.large_need else 0
+        at: cython.size_t = self.start
+        if self.large_need:
+            return number
+        while self.end - at >= 16:
+            total: cython.longlong = message_length(self.data + at)
+            if total < 0 or cython.cast(cython.size_t, total) > self.end - at:
+                break
+            at += total
+            number += 1
+        return number
 
     def close(self) -> None:
         """Close what was never taken."""

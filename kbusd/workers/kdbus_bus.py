@@ -154,6 +154,7 @@ class DeviceRouter(Router):
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
             not self.replica.policies
+            and not self.replica.kept_apart(sender.id, receiver.id)
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
         )
@@ -472,7 +473,8 @@ class Port:
     def make_router(
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
-        self.engine_router = DeviceRouter(replica, policy, say)
+        label = self._context.bus.label.decode(errors="replace")
+        self.engine_router = DeviceRouter(replica, policy, say, label)
         self.engine_router.owner = self._context.bus.owner
         return self.engine_router
 

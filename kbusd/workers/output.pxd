@@ -16,7 +16,8 @@ cdef class Output:
     cdef Segment tail, spare
     cdef bint spare_used
     cdef readonly BulkView cheat
-    cdef readonly size_t pending, fds
+    cdef readonly size_t pending, fds, peak, peak_fds
+    cdef readonly unsigned int messages
     cdef readonly uint64_t sent
     cdef uint8_t *reserve(self, size_t length) except NULL
     cdef void commit(self, size_t length) noexcept

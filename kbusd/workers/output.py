@@ -91,7 +91,8 @@ def _segment(capacity: cython.size_t) -> Segment:
 @cython.cclass
 class Output:
     """The queue to one client. `pending` counts the bytes in it, `fds` the descriptors, `sent` the
-    bytes that have left it since the beginning. `cheat`: who took back what it had announced."""
+    bytes that have left it since the beginning; `peak` and `peak_fds` are the most that ever waited,
+    `messages` those put in since it was last empty. `cheat`: who took back what it had announced."""
 
     def __init__(self):
         self.tail = _segment(SEGMENT)
@@ -119,6 +120,7 @@ class Output:
     def begin_with_fds(self, fds: tuple) -> cython.void:
         """What is reserved next is the first byte of a message with these descriptors."""
         self.fds += len(fds)
+        self.peak_fds = max(self.peak_fds, self.fds)
         if self.tail.start == self.tail.end and not self.tail.full and not self.tail.fds:
             self.tail.fds = fds
             return
@@ -205,6 +207,8 @@ class Output:
         count: cython.size_t
         sent: cython.Py_ssize_t
         wanted: cython.size_t
+        if self.pending > self.peak:
+            self.peak = self.pending
         while self.pending:
             count = 0
             wanted = 0
@@ -269,6 +273,7 @@ class Output:
                 return
             sent -= here
             if len(self.segments) == 1:
+                self.messages = 0
                 break
             self.segments.popleft()
             self._retire(segment)

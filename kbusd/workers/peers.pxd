@@ -58,7 +58,7 @@ cdef class Peers:
     cdef Peer me
     cdef dict known, by_source
     cdef set meeting
-    cdef list touched, backlogged, full, bulks, lost
+    cdef list touched, backlogged, full, bulks, lost, unmet
     cdef int slow
     cdef bint begun
     cdef uint64_t stall_ns, stall_until

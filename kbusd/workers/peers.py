@@ -10,6 +10,7 @@ and nobody else. What was asked of a peer that is lost is for the engine to answ
 """
 
 import array
+import errno
 import os
 import socket
 import struct
@@ -34,7 +35,7 @@ from kbusd.rings.journal import Journal
 from kbusd.rings.line import close_all
 from kbusd.rings.memfd import RingError
 from kbusd.rings.values import Frame
-from kbusd.workers.errors import NO_REPLY, NO_REPLY_DISCONNECTED, Gone
+from kbusd.workers.errors import LIMITS_EXCEEDED, NO_REPLY, NO_REPLY_DISCONNECTED, Gone
 
 NEW = 0  # known by the log alone
 ASKED = 1  # Introduce is on its way
@@ -52,6 +53,7 @@ HEAD = cython.declare(cython.size_t, 40)
 NOTES = cython.declare(cython.int, 64)  # as many as `noted` has in peers.pxd
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
 IDLE_TIDIES = cython.declare(cython.int, 3)  # an area goes when `tidy` found it unused so often
+TOO_MANY = "too many descriptors are on the way that nobody has taken yet"
 LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
 # While a peer is being introduced, or has no room, our client's next messages wait this long: so
 # that order holds across receivers, and a peer that hangs holds up nobody for longer.
@@ -228,6 +230,8 @@ class Peer:
         except BlockingIOError:
             return False
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                return False  # it is not the peer's fault
             raise HostilePeer(f"the side socket failed: {error.strerror}") from None
         return True
 
@@ -351,6 +355,7 @@ class Peers:
         self.full = []
         self.bulks = []
         self.lost = []
+        self.unmet = []  # whom we could not ask to be introduced to
 
     def descriptors(self) -> list:
         """What must stay open through lock-down."""
@@ -707,11 +712,27 @@ class Peers:
             return
         fds = self._half(peer)
         self.meeting.add(peer)
-        self.asking.ask(
-            entries.Introduce(0, peer.id, peer.slot, peer.broadcast_slot),
-            lambda answer, fds: self._introduced(peer, answer, fds),
-            fds,
-        )
+        try:
+            self.asking.ask(
+                entries.Introduce(0, peer.id, peer.slot, peer.broadcast_slot),
+                lambda answer, fds: self._introduced(peer, answer, fds),
+                fds,
+            )
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            self.unmet.append(peer)
+
+    def give_up(self) -> None:
+        """Those whom no descriptors could be sent to, as our user has too many on the way: what was to
+        go to them is answered, and a later message asks again."""
+        peer: Peer
+        unmet, self.unmet = self.unmet, []
+        for each in unmet:
+            peer = each
+            peer.late = True  # no message waits for it to be introduced
+            self.say(f"no introduction to {peer.name}: {TOO_MANY}")
+            self._introduced(peer, entries.Failure(0, LIMITS_EXCEEDED, TOO_MANY), [])
 
     def _introduced(self, peer: Peer, answer, fds):
         self.meeting.discard(peer)
@@ -733,9 +754,18 @@ class Peers:
             mine = self._half(peer)
         else:
             mine = [peer.ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
-        self.asking.line.send(
-            entries.Introduced(message.request, peer.slot, peer.broadcast_slot), mine
-        )
+        try:
+            self.asking.line.send(
+                entries.Introduced(message.request, peer.slot, peer.broadcast_slot), mine
+            )
+        except OSError as error:
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            self.say(f"no introduction to {peer.name}: {TOO_MANY}")
+            if peer.state == ASKED:
+                self._free_slots(peer)
+                peer.again()
+            return  # the broker gives up waiting for our answer, and says so to both
         self._meet(peer, message.slot, message.broadcast_slot, fds)
 
     def _meet(self, peer: Peer, their_slot, their_broadcast_slot, fds):

@@ -22,6 +22,7 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    LabelApart,
     LogEntry,
     MatchAdded,
     MatchRemoved,
@@ -92,6 +93,11 @@ class Connection:
 def unique_name(id: int) -> str:
     """The name of a connection; the bus itself is -1."""
     return f":1.{id}" if id != BUS_ID else BUS_NAME
+
+
+def eavesdrops(rule: str) -> bool:
+    """Whether a rule may be one with eavesdrop='true', without parsing it."""
+    return "eavesdrop" in rule
 
 
 def parse_unique(name: str) -> int | None:
@@ -227,7 +233,7 @@ class MatchIndex:
 
 
 def _can_match_broadcast(rule: MatchRule) -> bool:
-    """Broadcasts are signals without a destination; eavesdropping is not supported."""
+    """Broadcasts are signals without a destination."""
     return rule.destination is None and rule.type in (0, SIGNAL)
 
 
@@ -271,7 +277,10 @@ class Replica:
         self.activators: dict[str, int] = {}
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
         self.kdbus_monitors: set[int] = set()
+        self.apart: dict[bytes, LabelApart] = {}  # labels that SELinux keeps from others
+        self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
+        self.eavesdroppers: dict[int, tuple[Watch, ...]] = {}  # and their rules that make them so
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
         self.position = 0  # in the log, of the snapshot that was loaded last
@@ -294,7 +303,9 @@ class Replica:
         self.activators = {}
         self.policies = dict(snapshot.policies)
         self.monitors = {}
+        self.eavesdroppers = {}
         self.kdbus_monitors = set()
+        self._keep_apart(*snapshot.apart)
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
         self.position = snapshot.position
@@ -338,10 +349,39 @@ class Replica:
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
+            case LabelApart():
+                self._keep_apart(*self.apart.values(), entry)
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
                 self.policy_generation = generation
+
+    def _keep_apart(self, *entries: LabelApart) -> None:
+        """These hold, the last one of each label."""
+        latest = {each.label: each for each in entries}
+        self.apart = {label: each for label, each in latest.items() if each.to or each.of}
+        self.restrained = frozenset(
+            sender
+            for label, each in self.apart.items()
+            for sender in ((label, *each.of) if each.to else each.of)
+        )
+
+    def kept_apart(self, sender: int, receiver: int) -> tuple[bytes, bytes] | None:
+        """The labels of two connections if SELinux does not let the one send to the other. -1 is the bus
+        itself; of an id that is nobody's it says nothing."""
+        if not self.apart:
+            return None
+        labels = []
+        for id in (sender, receiver):
+            connection = self.connections.get(id)
+            if connection is None and id != BUS_ID:
+                return None
+            labels.append(connection.credentials.label if connection else b"")
+        one, other = labels
+        to, of = self.apart.get(one), self.apart.get(other)
+        if (to and other in to.to) or (of and one in of.of):
+            return one, other
+        return None
 
     def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
@@ -365,6 +405,7 @@ class Replica:
         for watch in connection.matches:
             self._release(id, watch)
         del self.connections[id]
+        self.eavesdroppers.pop(id, None)
         self.policies.pop(id, None)
         if self._index is not None and connection.name in self._index.senders:
             self.matches_version += 1
@@ -420,6 +461,8 @@ class Replica:
                 self.my_version += 1
         watch.holders += (id,)
         connection.matches += (watch,)
+        if eavesdrops(watch.text) and watch.rule.eavesdrop:
+            self.eavesdroppers[id] = (*self.eavesdroppers.get(id, ()), watch)
 
     def _remove_match(self, id: int, text: str) -> None:
         connection = self._connection(id)
@@ -435,6 +478,11 @@ class Replica:
         self._release(id, watch)
         position = connection.matches.index(watch)
         connection.matches = connection.matches[:position] + connection.matches[position + 1 :]
+        if id in self.eavesdroppers:
+            left = tuple(each for each in connection.matches if each.rule.eavesdrop)
+            self.eavesdroppers[id] = left
+            if not left:
+                del self.eavesdroppers[id]
 
     def _release(self, id: int, watch: Watch) -> None:
         """Undo one addition of `watch` by `id`, except in the connection's own list."""
@@ -453,7 +501,7 @@ class Replica:
     def _attach_monitor(self, id: int, rules: tuple[str, ...], kdbus: int | None) -> None:
         connection = self.connections.get(id)
         if connection is not None:
-            if connection.names or connection.waits_for or connection.matches:
+            if connection.names or connection.waits_for or connection.matches:  # nor eavesdrops
                 raise ReplicaError(f"connection {id} became a monitor with names or match rules")
             del self.connections[id]
         try:
@@ -581,14 +629,45 @@ class Replica:
 
         While the second is False, the answer holds for the header until `monitors_version`
         changes. `destination` is as the sender wrote it."""
-        depends = any(rule.needs_args for rules in self.monitors.values() for rule in rules)
+        facts = type, sender_id, destination, path, interface, member
+        return self._watched_by(self.monitors, facts, args)
+
+    def overhearing(
+        self,
+        type: int,
+        sender_id: int,
+        destination: str | None,
+        path: str | None,
+        interface: str | None,
+        member: str | None,
+        args: Callable[[], Arguments],
+        only: int = NOBODY,
+    ) -> tuple[tuple[int, ...], bool]:
+        """Who wants to see a message that is addressed to one, by a rule with eavesdrop='true', and
+        whether that depends on its arguments. `only`: whether that one does."""
+        facts = type, sender_id, destination, path, interface, member
+        rules = {
+            id: tuple(watch.rule for watch in watches)
+            for id, watches in self.eavesdroppers.items()
+            if only in (NOBODY, id)
+        }
+        return self._watched_by(rules, facts, args)
+
+    def _watched_by(
+        self,
+        watchers: dict[int, tuple[MatchRule, ...]],
+        facts: tuple[int, int, str | None, str | None, str | None, str | None],
+        args: Callable[[], Arguments],
+    ) -> tuple[tuple[int, ...], bool]:
+        type, sender_id, destination, path, interface, member = facts
+        depends = any(rule.needs_args for rules in watchers.values() for rule in rules)
         known = args() if depends else ()
         sender_names = self.sender_names(sender_id)
         recipient = self.connection(destination) if destination is not None else None
         recipient_names = (recipient.name, *recipient.names) if recipient is not None else None
         found = (
             id
-            for id, rules in self.monitors.items()
+            for id, rules in watchers.items()
             if not rules
             or any(
                 rule.matches(

@@ -36,7 +36,8 @@ SERVICE_UNKNOWN = "org.freedesktop.DBus.Error.ServiceUnknown"
 class Decision(NamedTuple):
     """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
     `activate`: the name to be started first. `depends`: on the message's arguments, or each is logged.
-    `refusals`: why subscribers do not get a broadcast; only monitors are told."""
+    `refusals`: why subscribers do not get a broadcast; only monitors are told. `eavesdroppers`: who
+    sees a message that is addressed to another."""
 
     targets: tuple[int, ...] = ()
     broadcast: bool = False
@@ -44,6 +45,7 @@ class Decision(NamedTuple):
     error: tuple[str, str] | None = None
     activate: str | None = None
     refusals: tuple[str, ...] = ()
+    eavesdroppers: tuple[int, ...] = ()
 
 
 class Router:
@@ -51,10 +53,15 @@ class Router:
     and what a rule with log="true" allows."""
 
     def __init__(
-        self, replica: Replica, client_policy: policy.ClientPolicy, say: Callable[[str], None]
+        self,
+        replica: Replica,
+        client_policy: policy.ClientPolicy,
+        say: Callable[[str], None],
+        bus_label: str = "",
     ) -> None:
         self.replica = replica
         self.policy = client_policy
+        self.bus_label = bus_label
         self._say = say
         self._noted = False
 
@@ -68,6 +75,8 @@ class Router:
             self._say(decision.error[1])
         for refusal in decision.refusals:
             self._say(refusal)
+        if self.replica.eavesdroppers and decision.targets and not decision.broadcast:
+            decision = self._overheard(decision, envelope, fds, args)
         return decision._replace(depends=True) if self._noted else decision
 
     def _decide(
@@ -114,6 +123,82 @@ class Router:
                 refusals.append(refusal)
         return Decision(tuple(targets), broadcast=True, depends=depends, refusals=tuple(refusals))
 
+    def _overheard(
+        self,
+        decision: Decision,
+        envelope: Envelope,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
+    ) -> Decision:
+        """With those who see a message besides the one whom it goes to. What policy keeps from them is
+        not logged: nobody sent it to them."""
+        replica = self.replica
+        ids, depends = replica.overhearing(
+            envelope.type,
+            replica.me,
+            envelope.destination,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+        )
+        ids = tuple(
+            id
+            for id in ids
+            if id not in decision.targets
+            and self._may_overhear(replica.connections[id], self.policy, envelope, replica.me, fds)
+        )
+        return decision._replace(eavesdroppers=ids, depends=decision.depends or depends)
+
+    def _may_overhear(
+        self,
+        eavesdropper: Connection,
+        senders: policy.ClientPolicy,
+        envelope: Envelope,
+        sender: int,
+        fds: int,
+    ) -> bool:
+        """Whether policy lets it see what `sender` sends to another. A reply is none that it asked for."""
+        message = as_message(envelope, fds)
+        receivers = self.policy.of(eavesdropper.credentials)
+        names = self.replica.policy_names(eavesdropper.id)
+        return (
+            senders.can_send(message, names, requested_reply=False).allowed
+            and receivers.can_receive(
+                message, self.replica.policy_names(sender), False, eavesdropping=True
+            ).allowed
+        )
+
+    def admit_overheard(
+        self,
+        envelope: Envelope,
+        sender: Connection,
+        fds: int,
+        args: Callable[[], Sequence[str | None]],
+    ) -> tuple[bool, bool]:
+        """Whether our client may see what `sender` sends to another, and wants to; and whether that
+        depends on its arguments."""
+        replica = self.replica
+        me = replica.connections.get(replica.me)
+        if (
+            me is None
+            or envelope.destination is None
+            or replica.owner(envelope.destination) == me.id
+        ):
+            return False, False
+        ids, depends = replica.overhearing(
+            envelope.type,
+            sender.id,
+            envelope.destination,
+            envelope.path,
+            envelope.interface,
+            envelope.member,
+            args,
+            only=me.id,
+        )
+        senders = self.policy.of(sender.credentials)
+        return bool(ids) and self._may_overhear(me, senders, envelope, sender.id, fds), depends
+
     def _unowned(self, envelope: Envelope, flags: int, fds: int) -> Decision:
         name = envelope.destination
         assert name is not None
@@ -143,6 +228,8 @@ class Router:
         names: Sequence[str],
         fds: int,
     ) -> str | None:
+        if self.replica.apart and (labels := self.replica.kept_apart(sender, receiver)):
+            return self._kept_apart(envelope, sender, receiver, labels)
         if senders.allows_everything_to_send:
             return None
         message = as_message(envelope, fds)
@@ -165,6 +252,18 @@ class Router:
         self._noted = True
         self._say(text)
         return None
+
+    def _kept_apart(
+        self, envelope: Envelope, sender: int, receiver: int, labels: tuple[bytes, bytes]
+    ) -> str:
+        """Why SELinux refuses this, in words that audit2allow(1) knows."""
+        one, other = (each.decode(errors="replace") or self.bus_label for each in labels)
+        what = envelope.member or envelope.error_name or "a reply"
+        return (
+            f"An SELinux policy prevents {unique_name(sender)} ({self._info(sender)}) from sending"
+            f" {what} to {unique_name(receiver)} ({self._info(receiver)}): avc:  denied  {{ send_msg }}"
+            f" for scontext={one} tcontext={other} tclass=dbus"
+        )
 
     def _may_receive(self, envelope: Envelope, receiver: int, fds: int) -> str | None:
         """None if the receiver may get this from our client, else why not."""
@@ -242,6 +341,8 @@ class Router:
         receiver: int,
         fds: int,
     ) -> str | None:
+        if sender == BUS_ID and (labels := self.replica.kept_apart(sender, receiver)):
+            return self._kept_apart(envelope, sender, receiver, labels)
         if receivers.allows_everything_to_receive:
             return None
         message = as_message(envelope, fds)

@@ -1,7 +1,8 @@
 """What org.freedesktop.DBus.Debug.Stats says of the bus, of a connection and of match rules.
 
-The numbers carry the names that dbus-daemon gives them; one that this bus does not keep is left
-out, not made up. Match rules are shown in dbus-daemon's normal form.
+The numbers carry the names that dbus-daemon gives them. What waits between a client and its worker,
+that worker alone knows: it is left out if it does not say. Match rules are shown in dbus-daemon's normal
+form.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _TYPE_NAMES = {number: name for name, number in TYPES.items()}
 def of_bus(replica: Replica, reported: Mapping[str, int]) -> Values:
     """GetStats: what the replica knows, and above that what the broker `reported`."""
     numbers: dict[str, int] = {
-        "Serial": 0,
+        # dbus-daemon's pool of list nodes, of which this bus has none.
+        "ListMemPoolUsedBytes": 0,
+        "ListMemPoolCachedBytes": 0,
+        "ListMemPoolAllocatedBytes": 0,
         "ActiveConnections": len(replica.connections) + len(replica.monitors),
         "BusNames": len(replica.connections) + len(replica.names),
         "MatchRules": replica.match_rules(),
@@ -30,13 +34,15 @@ def of_bus(replica: Replica, reported: Mapping[str, int]) -> Values:
     return {key: _number(value) for key, value in numbers.items()}
 
 
-def of_connection(connection: Connection) -> Values:
-    """GetConnectionStats."""
-    return {
-        "Serial": ("u", 0),
-        "MatchRules": _number(len(connection.matches)),
-        "BusNames": _number(1 + len(connection.names) + len(connection.waits_for)),
-        "UniqueName": ("s", connection.name),
+def of_connection(connection: Connection, reported: Mapping[str, int]) -> Values:
+    """GetConnectionStats: what the replica knows, and what broker and worker `reported`."""
+    numbers = {
+        "MatchRules": len(connection.matches),
+        "BusNames": 1 + len(connection.names) + len(connection.waits_for),
+        **reported,
+    }
+    return {"UniqueName": ("s", connection.name)} | {
+        key: _number(value) for key, value in numbers.items()
     }
 
 

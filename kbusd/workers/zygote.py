@@ -1,7 +1,7 @@
 """The zygote: a clean process that has imported what a worker needs, and forks workers.
 
-fd 3: line to the supervisor; 4: compiled configuration; 5, 6: its own and the workers' compiled
-sandbox profiles; 7: the control log; 8: who made the bus, if a program did. It holds no secret and never sees a client. Everything is
+fd 3: line to the supervisor; 4: compiled configuration; 5, 6, 7: its own and the workers' compiled
+sandbox profiles, for sockets and for files; 8: the control log; 9: who made the bus, if a program did. It holds no secret and never sees a client. Everything is
 imported before the first fork (late imports die under seccomp) and frozen out of the garbage
 collector's sight, so that a worker shares these pages as long as it lives.
 
@@ -21,9 +21,12 @@ import sys
 from importlib import import_module
 from typing import NamedTuple
 
+import msgspec
+
 from kbusd.rings import entries
 from kbusd.rings.line import Line, LineError, pair
 from kbusd.sandbox import apply
+from kbusd.sandbox.compiled import Compiled
 from kbusd.sandbox.compiled import decode as decode_compiled
 from kbusd.workers import worker
 from kbusd.workers.context import Context, read_all
@@ -45,16 +48,17 @@ class Locking(NamedTuple):
 class Zygote:
     """Forks a worker for each Fork, says what became of it."""
 
-    def __init__(self, context: Context, line: Line) -> None:
+    def __init__(self, context: Context, for_files: Compiled, line: Line) -> None:
         self.context = context
+        self.for_files = for_files
         self.line = line
-        self.wanted: list[int] = []
+        self.wanted: list[entries.Fork] = []
         self.hurry = False
         self.workers: dict[int, int] = {}
         self.locking: dict[int, Locking] = {}  # by the pipe that they say it on
         self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
 
-    def fork(self, number: int) -> None:
+    def fork(self, number: int, files: bool) -> None:
         supervisors, ours = pair()
         brokers, theirs = pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -63,7 +67,10 @@ class Zygote:
             status = 70
             try:
                 # What else we have inherited is closed by the lock-down, before a client comes.
-                worker.main(self.context, ours, theirs, writer, not self.hurry)
+                context = self.context
+                if files:
+                    context = msgspec.structs.replace(context, profile=self.for_files)
+                worker.main(context, ours, theirs, writer, not self.hurry)
             except BaseException as error:  # the process ends here, whatever it was
                 os.write(2, f"kbusd-worker: {type(error).__name__}: {error}\n".encode())
                 if os.environ.get("KBUSD_TRACEBACK"):
@@ -107,7 +114,7 @@ class Zygote:
             message, fds = received
             match message:
                 case entries.Fork():
-                    self.wanted.append(message.worker)
+                    self.wanted.append(message)
                     self.hurry |= message.hurry
                 case entries.Configured():
                     self.context = self.context.with_configuration(read_all(fds[0]))
@@ -134,8 +141,8 @@ class Zygote:
                 else:
                     self.receive()
             if not ready or self.hurry:
-                for number in self.wanted:
-                    self.fork(number)
+                for each in self.wanted:
+                    self.fork(each.worker, each.files)
                 self.wanted.clear()
                 self.hurry = False
             self.line.flush()
@@ -146,17 +153,17 @@ def main() -> None:
     if "kdbus" in kinds:
         import_module("kbusd.workers.kdbus_device")  # which costs every worker some memory
         import_module("kbusd.workers.tree")
-    own, workers = (decode_compiled(read_all(fd)) for fd in (5, 6))
+    own, workers, for_files = (decode_compiled(read_all(fd)) for fd in (5, 6, 7))
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     made = "made" in kinds
-    maker = read_all(8) if made else b""
-    context = Context.make(guid, int(supervisor), read_all(4), workers, 7, maker)
-    for fd in (4, 5, 6, 8) if made else (4, 5, 6):
+    maker = read_all(9) if made else b""
+    context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker)
+    for fd in (4, 5, 6, 7, 9) if made else (4, 5, 6, 7):
         os.close(fd)
     for _ in range(REHEARSALS):
         Rehearsal(context).play(worker.serve)
-    apply.confine(own, keep_fds=[0, 1, 2, 3, 7])
-    zygote = Zygote(context, line)
+    apply.confine(own, keep_fds=[0, 1, 2, 3, 8])
+    zygote = Zygote(context, for_files, line)
     gc.collect()
     gc.freeze()
     with contextlib.suppress(EOFError, LineError, ConnectionError):

@@ -118,9 +118,10 @@ class Bus:
         options: list[str] | None = None,
         env: dict[str, str] | None = None,
         prefix: list[str] | None = None,
+        daemon: list[str] | None = None,
         **shape: Any,
     ) -> None:
-        """`prefix` is a command that execs the daemon's, such as prlimit(1)."""
+        """`prefix` is a command that execs the daemon's, such as prlimit(1); `daemon`: if not the usual."""
         self.directory = Path(tempfile.mkdtemp(prefix="kbt-", dir="/tmp"))
         self.directory.chmod(0o755)
         self.services = self.directory / "services"
@@ -138,7 +139,7 @@ class Bus:
         self.stopped = False
         reader, writer = os.pipe()
         # It does not outlive a test run that is killed.
-        command = ["setpriv", "--pdeathsig", "TERM", *(prefix or []), *daemon_command()]
+        command = ["setpriv", "--pdeathsig", "TERM", *(prefix or []), *(daemon or daemon_command())]
         command += [f"--config-file={self.config}", "--nofork"]
         command += [f"--print-address={writer}", *(options or [])]
         with self.log_path.open("wb") as log, os.fdopen(reader, "rb", 0) as pipe:

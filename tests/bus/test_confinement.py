@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from kbusd.sandbox import inforce
+from kbusd.sandbox import inforce, profiles
+from kbusd.sandbox.compile import compile_profile
 
 from .daemon import Bus, clean_environment, configuration, need_a_tree_for_all
 from .rawclient import DRIVER, DRIVER_PATH
@@ -20,6 +22,8 @@ pytestmark = pytest.mark.kbusd_only
 
 REPOSITORY = Path(__file__).parents[2]
 ORDINARY_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+_PTRACE = {"seize": 0x4206, "interrupt": 0x4207, "filter": 0x420C, "detach": 17}
 
 PING = "org.freedesktop.DBus.Peer.Ping"
 
@@ -73,6 +77,43 @@ def test_a_bus_with_clients_is_confined_as_its_profiles_say(bus: Bus) -> None:
         for row in rows:
             root = row["process"]["role"] in ("supervisor", "launcher")
             assert (0 in row["process"]["uids"]) == root
+
+
+def filters_of(pid: int) -> list[bytes]:
+    """The programs that the kernel runs for a process, in the order in which they were loaded (ptrace(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.restype = ctypes.c_long
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    assert libc.ptrace(_PTRACE["seize"], pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    libc.ptrace(_PTRACE["interrupt"], pid, None, None)
+    os.waitpid(pid, 0x40000000)  # __WALL
+    found = []
+    while (length := libc.ptrace(_PTRACE["filter"], pid, len(found), None)) > 0:
+        program = ctypes.create_string_buffer(length * 8)
+        libc.ptrace(_PTRACE["filter"], pid, len(found), program)
+        found.append(program.raw)
+    libc.ptrace(_PTRACE["detach"], pid, None, None)
+    return found
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root is shown filters")
+def test_the_filters_in_force_are_those_that_the_other_tests_try(bus: Bus) -> None:
+    bus.connect().driver("GetId")
+    expected = {name: compile_profile(profiles.load(name)).bpf for name in profiles.names()}
+    stacks = {
+        "supervisor": [],
+        "launcher": [],
+        "broker": [expected["broker"]],
+        "zygote": [expected["zygote"]],
+        "worker": [expected["zygote"], expected["worker"]],
+    }
+    rows = look(bus)
+    above = next(r["process"]["filters"] for r in rows if r["process"]["role"] == "supervisor")
+    for row in rows:
+        role = row["process"]["role"]
+        ours = row["process"]["filters"] - (above or 0)
+        found = filters_of(row["process"]["pid"])
+        assert found[len(found) - ours :] == stacks[role], role
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

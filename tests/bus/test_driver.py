@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from . import procs
 from . import wireformat as w
-from .daemon import Bus
-from .rawclient import DRIVER, DRIVER_PATH, BusError
+from .daemon import Bus, is_reference
+from .rawclient import DRIVER, DRIVER_PATH, BusError, RawClient
 
 ERROR = "org.freedesktop.DBus.Error."
 PEER = "org.freedesktop.DBus.Peer"
@@ -214,6 +216,97 @@ def test_statistics_count_connections(bus: Bus) -> None:
     assert "Nothing" in rules[client.name][0]
 
 
+BUS_KEYS = {
+    "Serial", "ListMemPoolUsedBytes", "ListMemPoolCachedBytes", "ListMemPoolAllocatedBytes",
+    "ActiveConnections", "IncompleteConnections", "MatchRules", "PeakMatchRules",
+    "PeakMatchRulesPerConnection", "BusNames", "PeakBusNames", "PeakBusNamesPerConnection",
+}  # fmt: skip
+CONNECTION_KEYS = {
+    "Serial", "MatchRules", "PeakMatchRules", "BusNames", "PeakBusNames", "UniqueName",
+    "IncomingMessages", "IncomingBytes", "IncomingFDs", "PeakIncomingBytes", "PeakIncomingFDs",
+    "OutgoingMessages", "OutgoingBytes", "OutgoingFDs", "PeakOutgoingBytes", "PeakOutgoingFDs",
+}  # fmt: skip
+
+
+def stats_of(asker: RawClient, name: str) -> dict[str, Any]:
+    found = asker.driver("GetConnectionStats", "s", (name,), interface=STATS)[0]
+    assert found.keys() == CONNECTION_KEYS
+    assert all(kind == "u" for key, (kind, _) in found.items() if key != "UniqueName")
+    return {key: value for key, (_, value) in found.items()}
+
+
+def test_statistics_remember_the_most(bus: Bus) -> None:
+    client, watcher = bus.connect(), bus.connect()
+    first = watcher.driver("GetStats", interface=STATS)[0]
+    assert first.keys() >= BUS_KEYS
+    for number in range(3):
+        client.request_name(f"test.stats.N{number}")
+        client.add_match(f"member='N{number}'")
+    for number in range(3):
+        client.driver("ReleaseName", "s", (f"test.stats.N{number}",))
+        client.driver("RemoveMatch", "s", (f"member='N{number}'",))
+    one = stats_of(watcher, client.name)
+    assert (one["BusNames"], one["PeakBusNames"]) == (1, 4)
+    assert (one["MatchRules"], one["PeakMatchRules"]) == (0, 3)
+    last = watcher.driver("GetStats", interface=STATS)[0]
+    assert last["Serial"][1] == first["Serial"][1] + 1
+    assert last["PeakBusNames"][1] >= first["BusNames"][1] + 3
+    assert last["PeakBusNamesPerConnection"][1] >= 4
+    assert last["PeakMatchRulesPerConnection"][1] >= 3
+
+
+def test_statistics_of_what_waits_for_a_client(bus: Bus) -> None:
+    sender, receiver = bus.connect(), bus.connect()
+    idle = stats_of(sender, receiver.name)
+    assert (idle["OutgoingBytes"], idle["OutgoingMessages"], idle["IncomingBytes"]) == (0, 0, 0)
+    for _ in range(40):
+        sender.signal("/", "test.I", "Much", "ay", (bytes(100_000),), to=receiver.name)
+    sender.driver("GetId")
+    procs.eventually(
+        lambda: stats_of(sender, receiver.name)["OutgoingBytes"] > 2_000_000, "much waits"
+    )
+    full = stats_of(sender, receiver.name)
+    assert 10 < full["OutgoingMessages"] <= 40
+    for _ in range(40):
+        receiver.wait_signal("Much")
+    after = stats_of(sender, receiver.name)
+    assert (after["OutgoingBytes"], after["OutgoingMessages"]) == (0, 0)
+    assert after["PeakOutgoingBytes"] >= full["OutgoingBytes"]
+    mine = stats_of(sender, sender.name)
+    assert mine["PeakIncomingBytes"] >= 100_000 or not is_reference()
+    assert mine["PeakIncomingBytes"] > 0
+
+
+def test_statistics_count_descriptors(bus: Bus) -> None:
+    sender, receiver = bus.connect(), bus.connect()
+    with open("/dev/null") as null:
+        fds = [null.fileno()] * 3
+        sender.signal("/", "test.I", "Three", "hhh", (0, 1, 2), to=receiver.name, fds=fds)
+    for fd in receiver.wait_signal("Three").fds:
+        os.close(fd)
+    assert stats_of(receiver, sender.name)["PeakIncomingFDs"] == 3
+    assert stats_of(receiver, receiver.name)["PeakOutgoingFDs"] == 3
+
+
+@pytest.mark.kbusd_only
+def test_statistics_of_a_worker_that_says_nothing(bus: Bus) -> None:
+    """What the rest of the bus knows is answered all the same."""
+    asker, stopped = bus.connect(), bus.connect()
+    worker = bus.worker_of(stopped)
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        call = asker.send_call(
+            DRIVER, DRIVER_PATH, STATS, "GetConnectionStats", "s", (stopped.name,)
+        )
+        asker.driver("GetId")  # nothing waits for it
+        one = asker.wait_reply(call).args[0]
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+    assert one["PeakBusNames"] == ("u", 1)
+    assert "IncomingBytes" not in one
+    stats_of(asker, stopped.name)
+
+
 def test_every_path_is_the_drivers(bus: Bus) -> None:
     """Old clients call the driver on paths of their own."""
     client = bus.connect()
@@ -240,6 +333,49 @@ def test_call_to_the_driver_that_wants_no_reply(bus: Bus) -> None:
     )
     client.signal("/", "a.b", "C")
     assert [m.member for m in client.drain()] == ["C"]
+
+
+UNANSWERED: list[tuple[str, str, str, tuple[Any, ...]]] = [
+    ("", "AddMatch", "s", ("type='signal'",)),
+    ("", "RemoveMatch", "s", ("type='signal'",)),
+    ("", "UpdateActivationEnvironment", "a{ss}", ({},)),
+    (".Peer", "Ping", "", ()),
+]
+ANSWERED: list[tuple[str, str, str, tuple[Any, ...]]] = [
+    ("", "GetId", "", ()),
+    ("", "RequestName", "su", ("test.Unwanted", 0)),
+    ("", "ReleaseName", "s", ("test.Unwanted",)),
+    ("", "NameHasOwner", "s", (DRIVER,)),
+    ("", "GetConnectionCredentials", "s", (DRIVER,)),
+    ("", "ReloadConfig", "", ()),
+    (".Peer", "GetMachineId", "", ()),
+    (".Introspectable", "Introspect", "", ()),
+    (".Properties", "Get", "ss", (DRIVER, "Features")),
+    (".Debug.Stats", "GetStats", "", ()),
+]
+
+
+@pytest.mark.parametrize(
+    ("interface", "member", "signature", "args", "answered"),
+    [(*call, False) for call in UNANSWERED] + [(*call, True) for call in ANSWERED],
+)
+def test_values_are_sent_to_those_who_want_no_reply(
+    bus: Bus, interface: str, member: str, signature: str, args: tuple[Any, ...], answered: bool
+) -> None:
+    """What has no value to tell is left unanswered; ReloadConfig is not."""
+    client = bus.connect()
+    client.add_match("type='signal'")
+    flags = w.NO_REPLY_EXPECTED
+    where = DRIVER, DRIVER_PATH, DRIVER + interface
+    unwanted = client.send_call(*where, member, signature, args, flags=flags)
+    wanted = client.send_call(DRIVER, DRIVER_PATH, DRIVER, "GetId")
+    serials = []
+    while not serials or serials[-1] != wanted:
+        message = client.read()
+        if message.type != w.SIGNAL:
+            assert message.type == w.RETURN
+            serials.append(message.reply_serial)
+    assert serials == ([unwanted, wanted] if answered else [wanted])
 
 
 def test_reply_of_the_driver_wants_no_reply(bus: Bus) -> None:

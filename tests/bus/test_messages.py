@@ -349,17 +349,6 @@ def test_last_words_of_a_client_that_had_just_come(bus: Bus) -> None:
         sender.close()
 
 
-@pytest.mark.kbusd_only
-def test_nobody_eavesdrops(bus: Bus) -> None:
-    """eavesdrop='true' is accepted, for old programs, and shows nothing that is for another."""
-    sender, receiver, nosy = (bus.connect() for _ in range(3))
-    nosy.add_match("eavesdrop='true'")
-    sender.signal("/", "test.I", "Private", to=receiver.name)
-    sender.send_call(receiver.name, "/", "test.I", "Call", flags=w.NO_REPLY_EXPECTED)
-    assert [receiver.read().member, receiver.read().member] == ["Private", "Call"]
-    assert [m.member for m in nosy.drain(sender)] == []
-
-
 # -- order -------------------------------------------------------------------------------
 
 

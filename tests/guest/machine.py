@@ -50,10 +50,16 @@ class Machine:
 
     `directory` is shared with it, and removed by `stop()`; `files` are there when it boots, by name.
     What its console says goes to a file, `console()`, or, if `terminal`, to our standard output,
-    which then has to be a terminal and is also what it reads. Raises Unbootable."""
+    which then has to be a terminal and is also what it reads. `image`: of a file system that is its
+    root instead of ours; what it writes there goes to a layer over it. Raises Unbootable."""
 
     def __init__(
-        self, job: str, *, files: dict[str, str] | None = None, terminal: bool = False
+        self,
+        job: str,
+        *,
+        files: dict[str, str] | None = None,
+        terminal: bool = False,
+        image: Path | None = None,
     ) -> None:
         path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
         for program in NEEDED:
@@ -76,6 +82,7 @@ class Machine:
             f"init={HERE / 'init.sh'}",
             f"KBUSD_GUEST={self.directory}",
             *(f"uml_dir={self.directory}", "umid=uml"),
+            *([f"ubd0={self.directory}/changes,{image}", "KBUSD_IMAGE=1"] if image else []),
             *("con=null", "con0=fd:0,fd:1" if terminal else "con0=null,fd:1"),
             f"loglevel={4 if terminal else 7}",
         ]

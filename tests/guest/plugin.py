@@ -1,8 +1,9 @@
 """Runs the tests that are marked `guest` in the guest, and reports them as if they had run here.
 
 They come first, in one boot: nothing of other tests is set up then, and their guest is gone before
-others start. Here they are only collected; neither they nor their fixtures run. In the guest
-(KBUSD_GUEST is set) this does nothing, and they are tests like any other.
+others start. Those that are marked `guest("selinux")` have a guest of their own, whose root has labels
+and whose kernel has a policy (labelled.py). Here they are only collected; neither they nor their fixtures
+run. In the guest (KBUSD_GUEST is set) this does nothing, and they are tests like any other.
 
 A guest that dies takes one test with it, and another is booted for those that are left; one that
 does not come up, or dies again and again, fails all of them. None is skipped for lack of a guest.
@@ -18,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from . import inside
+from . import inside, labelled
 from .machine import Machine, Unbootable, command_line
 
 BOOT_SECONDS = 60.0  # and for collecting; on an idle machine it is 3
+KINDS = ("", labelled.KIND, labelled.STRICT)
 SLACK_SECONDS = 30.0  # beyond a test's own limit, after which it ends itself
 DEATHS = 3  # so many guests may die
 POLL_SECONDS = 0.02
@@ -35,10 +37,11 @@ class Lost(Exception):
 
 
 class Guest:
-    """The guest of this run; boots when the first report is wanted."""
+    """A guest of this run; boots when the first report is wanted. `kind`: of the marker."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, kind: str) -> None:
         self.config = config
+        self.kind = kind
         self.machine: Machine | None = None
         self.lost = 0
         self.hopeless = ""
@@ -73,10 +76,12 @@ class Guest:
         self.read = 0
         root = str(self.config.rootpath)
         job = command_line(["python", "-m", "tests.guest.inside", root], root)
-        self.machine = Machine(
-            job + " </dev/null\n",
-            files={inside.TESTS: json.dumps([item.nodeid for item in items])},
-        )
+        files = {inside.TESTS: json.dumps([item.nodeid for item in items])}
+        if self.kind:
+            strict = self.kind == labelled.STRICT
+            self.machine = labelled.machine(job + " </dev/null\n", files, strict)
+        else:
+            self.machine = Machine(job + " </dev/null\n", files=files)
 
     def _await(self, item: pytest.Item) -> list[pytest.TestReport]:
         assert self.machine
@@ -123,24 +128,24 @@ class Guest:
                 self.finished.add(nodeid)
 
 
-_GUEST = pytest.StashKey[Guest]()
+_GUESTS = pytest.StashKey[dict[str, Guest]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "guest: runs in a virtual machine (docs/guest.md)")
     if not in_guest:
-        config.stash[_GUEST] = Guest(config)
+        config.stash[_GUESTS] = {kind: Guest(config, kind) for kind in KINDS}
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if _GUEST in config.stash:
-        config.stash[_GUEST].stop()
+    for guest in config.stash.get(_GUESTS, {}).values():
+        guest.stop()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     if not in_guest:
-        session.items.sort(key=lambda item: not _is_guests(item))
+        session.items.sort(key=lambda item: (not _is_guests(item), _kind(item)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -153,19 +158,20 @@ def pytest_timeout_set_timer(item: pytest.Item) -> bool | None:
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if in_guest or not _is_guests(item):
         return None
-    guest = item.config.stash[_GUEST]
+    guest = item.config.stash[_GUESTS][_kind(item)]
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in _reports(guest, item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    if nextitem is None or not _is_guests(nextitem):
+    if nextitem is None or not _is_guests(nextitem) or _kind(nextitem) != guest.kind:
         guest.stop()
     return True
 
 
 def _reports(guest: Guest, item: pytest.Item) -> Iterator[pytest.TestReport]:
     items = item.session.items
-    following = [other for other in items[items.index(item) :] if _is_guests(other)]
+    behind = items[items.index(item) :]
+    following = [each for each in behind if _is_guests(each) and _kind(each) == guest.kind]
     try:
         yield from guest.reports(following)
     except Lost as error:
@@ -180,6 +186,11 @@ def _reports(guest: Guest, item: pytest.Item) -> Iterator[pytest.TestReport]:
 
 def _is_guests(item: pytest.Item) -> bool:
     return item.get_closest_marker("guest") is not None
+
+
+def _kind(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("guest")
+    return str(marker.args[0]) if marker and marker.args else ""
 
 
 def _limit(item: pytest.Item) -> float:

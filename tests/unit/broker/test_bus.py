@@ -401,6 +401,15 @@ def test_only_root_and_the_owner_of_the_bus_may_monitor() -> None:
     assert world.ask(world.client(2, uid=500), e.BecomeMonitor(2, ()))[-1] == (2, e.Reply(2))
 
 
+def test_only_root_and_the_owner_of_the_bus_may_eavesdrop() -> None:
+    world = World()
+    (answer,) = world.ask(world.client(1, uid=7), e.AddMatch(2, "eavesdrop=true"))
+    assert answer[1].error == ERROR + "AccessDenied"
+    assert world.bus.matches.count == 0
+    rule = "eavesdrop=true"
+    assert world.ask(world.client(2, uid=500), e.AddMatch(2, rule))[-1] == (2, e.Reply(2))
+
+
 # -- configuration ---------------------------------------------------------------------------------
 
 

@@ -206,6 +206,7 @@ def hostile_requests() -> st.SearchStrategy[e.Request]:
         dict[str, str]: st.dictionaries(text, text, max_size=5),
         tuple[str, ...]: st.lists(text, max_size=5).map(tuple),
         bytes: st.binary(max_size=20) | st.just(bytes(1 << 15)),
+        e.Queued: st.builds(e.Queued, *[st.integers(0, (1 << 32) - 1)] * 5),
         tuple[e.PolicyEntry, ...]: st.lists(entry, max_size=2).map(tuple),
     }
     requests = []

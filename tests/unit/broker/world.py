@@ -39,6 +39,7 @@ class World:
         self.open_fds: set[int] = set()
         self.words: list[str] = []
         self.joined_by: list[int] = []
+        self.refused: set[tuple[bytes | None, bytes | None, str]] = set()  # by SELinux
         limits = DEFAULT_LIMITS | settings.pop("limits", {})
         settings = dict[str, Any](type="session", policy=OPEN) | settings
         self.configuration = Configuration(limits=limits, **settings)
@@ -88,6 +89,9 @@ class World:
 
     def close(self, fd: int) -> None:
         self.open_fds.remove(fd)
+
+    def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
+        return (subject, target, permission) not in self.refused
 
     def now(self) -> float:
         return self.time

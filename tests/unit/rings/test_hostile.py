@@ -363,3 +363,21 @@ def test_a_copy_of_what_never_comes_is_a_lie(stage: tuple[Merge, StatusPage, Clo
         assert time.monotonic() - begin < 5
     assert [each for each, _ in broken] == [reader]
     ring.close()
+
+
+def test_who_was_given_up_before_is_not_reported_as_broken(
+    stage: tuple[Merge, StatusPage, Clock],
+) -> None:
+    """Its reader may drop a peer for what a frame says while the scan objects to the next one."""
+    merge, status, clock = stage
+    liar = Scribbler()
+    reader = RingReader(liar.fd, status, status.take_slot())
+    merge.add(reader)
+    good = honest(merge, status, clock)
+    liar.frame(0, clock.tick(), length=0)
+    liar.word(0, 48)
+    good.write(Frame(1, clock.tick(), b"", b"good"))
+    assert [frame.body for _, frame in merge.take()] == [b"good"]
+    merge.remove(reader)
+    assert merge.put_aside() == []
+    liar.close()

@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from kbusd.sandbox import profiles
-from kbusd.sandbox.compile import compile_profile, conditions, selinux_enabled
+from kbusd.sandbox.compile import compile_profile, conditions
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import judge
+from kbusd.sandbox.selinux import enabled as selinux_enabled
 
 WHY = 'why = "for the test"\n'
 
@@ -53,13 +54,14 @@ def test_selinux_counts_as_soon_as_it_has_a_policy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str | None, enabled: bool
 ) -> None:
     """Before that every process is plain `kernel`; where it does not say, it counts."""
+    (tmp_path / "enforce").touch()
     current = tmp_path / "current"
     if label:
         current.write_text(f"{label}\0")
-    monkeypatch.setattr("kbusd.sandbox.compile._LABEL", str(current))
-    monkeypatch.setattr("kbusd.sandbox.compile._SELINUX", str(tmp_path))
+    monkeypatch.setattr("kbusd.sandbox.selinux.LABEL", str(current))
+    monkeypatch.setattr("kbusd.sandbox.selinux.ROOT", str(tmp_path))
     assert selinux_enabled() == enabled
-    monkeypatch.setattr("kbusd.sandbox.compile._SELINUX", str(tmp_path / "none"))
+    monkeypatch.setattr("kbusd.sandbox.selinux.ROOT", str(tmp_path / "none"))
     assert not selinux_enabled()
 
 

@@ -133,19 +133,21 @@ def test_a_client_that_pipelines_without_end_is_full() -> None:
 # -- calls ---------------------------------------------------------------------------------------
 
 
-def test_who_wants_no_reply_gets_none_but_errors() -> None:
-    """As from dbus-daemon: the client does not look, but whoever watches the bus sees why."""
+def test_who_wants_no_reply_gets_values_and_errors_and_no_acknowledgement() -> None:
+    """As from dbus-daemon, which leaves out only the word that something was done."""
     client = join(make())
-    assert client.call("ListNames", flags=NO_REPLY) == []
+    (names,) = client.call("ListNames", flags=NO_REPLY)
+    assert names.kind == "method_return"
+    assert client.call("AddMatch", "s", ("type='error'",), flags=NO_REPLY) == []
     (unknown,) = client.call("Foo", flags=NO_REPLY)
     assert unknown.kind == "error"
     (bogus,) = client.call("AddMatch", "s", ("bogus",), flags=NO_REPLY)
     assert bogus.kind == "error"
-    assert members(client.call("RequestName", "su", ("a.b", 0), flags=NO_REPLY)) == ["NameAcquired"]
-    assert (
-        client.call("Ping", interface="org.freedesktop.DBus.Peer", destination=None, flags=NO_REPLY)
-        == []
-    )
+    requested = client.call("RequestName", "su", ("a.b", 0), flags=NO_REPLY)
+    assert members(requested) == ["NameAcquired", (1,)]
+    peer = "org.freedesktop.DBus.Peer"
+    assert client.call("Ping", interface=peer, flags=NO_REPLY) == []
+    assert client.call("Ping", interface=peer, destination=None, flags=NO_REPLY) != []
 
 
 def test_big_endian_calls() -> None:
@@ -232,6 +234,17 @@ def test_statistics_count_what_is_there() -> None:
     assert reply.body[0]["UniqueName"] == ("s", ":1.1")
     assert reply.body[0]["MatchRules"] == ("u", 1)
     assert reply.body[0]["BusNames"] == ("u", 2)
+    assert reply.body[0]["PeakIncomingBytes"] == ("u", 1)  # the word of worker 1 (model.py)
+
+
+def test_statistics_of_one_who_has_gone_before_they_were_counted() -> None:
+    model = make()
+    a, b = join(model), join(model)
+    serial = b.send("GetConnectionStats", "s", (":1.1",), interface=STATS)
+    model.broker.gone(a.worker)
+    model.run()
+    (reply,) = (seen for seen in b.taken() if seen.reply_serial == serial)
+    assert (reply.kind, reply.member) == ("error", "org.freedesktop.DBus.Error.NameHasNoOwner")
 
 
 # -- the log -------------------------------------------------------------------------------------

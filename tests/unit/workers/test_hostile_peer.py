@@ -328,6 +328,51 @@ def test_a_monitor_is_shown_as_the_buss_only_what_the_bus_may_have_told_that_pee
     assert ("org.freedesktop.DBus", 33) in seen
 
 
+NOSY = OPEN.replace(
+    "</policy>",
+    '<allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/></policy>',
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "configuration", "type", "to", "shown"),
+    [
+        ("eavesdrop='true'", NOSY, CALL, f":1.{PEER}", True),
+        ("eavesdrop='true'", NOSY, RETURN, f":1.{PEER}", True),
+        ("eavesdrop='true',interface='c.d'", NOSY, CALL, f":1.{PEER}", False),
+        ("interface='a.b'", NOSY, CALL, f":1.{PEER}", False),
+        # It would be a reply that nobody asked for, or a signal once more.
+        ("eavesdrop='true'", NOSY, RETURN, f":1.{VICTIM}", False),
+        ("eavesdrop='true'", NOSY, SIGNAL, None, False),
+        ("eavesdrop='true'", OPEN, CALL, f":1.{PEER}", False),
+    ],
+)
+def test_an_eavesdropper_is_shown_only_what_it_may_and_wants_to_see(
+    start: Start, rule: str, configuration: str, type: int, to: str | None, shown: bool
+) -> None:
+    stage = start(configuration)
+    stage.ping()
+    added = entries.MatchAdded(VICTIM, rule)
+    stage.log.append(2, stage.clock.tick(), b"", msgspec.msgpack.encode(added))
+    path = ("/", "a.b", "M") if type in (CALL, SIGNAL) else (None, None, None)
+    stage.write(Envelope(type, False, to, *path, None, ""), kind=COPY, serial=33, aux=PEER)
+    stage.write(facts(member="After"), serial=34)
+    seen = [stage.read()]
+    while seen[-1].member != "After":
+        seen.append(stage.read())
+    assert [(m.sender, m.serial) for m in seen[:-1]] == ([(f":1.{PEER}", 33)] if shown else [])
+
+
+@pytest.mark.parametrize("sender", [VICTIM, 2**64 - 1, 7])
+def test_a_peer_copies_nobody_elses_messages(start: Start, sender: int) -> None:
+    stage = start(NOSY)
+    stage.ping()
+    added = entries.MatchAdded(VICTIM, "eavesdrop='true'")
+    stage.log.append(2, stage.clock.tick(), b"", msgspec.msgpack.encode(added))
+    stage.write(facts(to=f":1.{PEER}"), kind=COPY, serial=33, aux=sender)
+    eventually(stage.dropped, "the peer is dropped")
+
+
 def test_descriptors_with_what_has_no_use_for_them_are_closed(start: Start) -> None:
     stage = start()
     stage.write(facts(member="Before"), serial=1)

@@ -55,7 +55,7 @@ class Received:
 
 
 def port(policy: Policy, peer: int = 1000 + PEER) -> tuple[Port, Received]:
-    bus = SimpleNamespace(system=False, owner=OWNER)
+    bus = SimpleNamespace(system=False, owner=OWNER, label=b"")
     context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None)
     made = Port(context, "0-test", SimpleNamespace())
     made.device = SimpleNamespace(attached=None)  # type: ignore[assignment]

@@ -258,6 +258,29 @@ def test_monitors_see_messages_to_others() -> None:
     assert seen(None) == ()
 
 
+def test_eavesdroppers_see_messages_to_others_while_they_have_a_rule_that_says_so() -> None:
+    replica = replica_of(NameOwnerChanged("a.b", 0, 2))
+
+    def seen(destination: str | None, *args: str, only: int = 0) -> tuple[tuple[int, ...], bool]:
+        return replica.overhearing(SIGNAL, 1, destination, "/", "a.b", "M", lambda: args, only)
+
+    replica.apply(MatchAdded(3, "member='M',eavesdrop='false'"))
+    assert not replica.eavesdroppers
+    rule = "destination='a.b',eavesdrop='true'"
+    for _ in range(2):
+        replica.apply(MatchAdded(3, rule))
+    assert seen(":1.2") == seen("a.b") == ((3,), False)
+    assert seen(":1.1")[0] == ()
+    replica.apply(MatchAdded(4, "arg0='x',eavesdrop='true'"))
+    assert seen(":1.1", "x") == ((4,), True)
+    assert seen("a.b", "x", only=3) == ((3,), False)
+    replica.apply(MatchRemoved(3, rule))
+    assert seen("a.b") == ((3,), True)
+    replica.apply(MatchRemoved(3, rule))
+    replica.apply(ConnectionRemoved(4))
+    assert not replica.eavesdroppers
+
+
 # -- a log that lies -----------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from kbusd.rings.entries import (
     ActivatableChanged,
     ConnectionAdded,
     Credentials,
+    LabelApart,
     LogEntry,
     MatchAdded,
     MonitorAttached,
@@ -123,3 +124,36 @@ def test_messages_to_the_bus_itself() -> None:
     assert 'destination="org.freedesktop.DBus" (bus)' in refused(decide(of, message(BUS_NAME)))
     of.replica.me = 0
     assert decide(of, message(BUS_NAME, routing.CALL)).targets == (BUS_ID,)
+
+
+def labelled(id: int, label: bytes) -> Credentials:
+    return Credentials(id, id, 100 + id, (id,), label)
+
+
+def test_selinux_keeps_labels_apart_each_way_whatever_the_policy_allows() -> None:
+    """The sender's worker asks, and the receiver's, too; who asked may not even be answered."""
+    replica = Replica()
+    replica.me = 1
+    replica.apply(LabelApart(b"b", of=(b"a",)))
+    for id, label in ((1, b"a"), (2, b"b"), (3, b"c")):
+        replica.apply(ConnectionAdded(id, labelled(id, label)))
+        replica.apply(MatchAdded(id, "interface='test.I'"))
+    own = ClientPolicy(Policy(default=ALLOW), labelled(1, b"a"), owner=0)
+    of = routing.Router(replica, own, lambda _: None, "bus_t")
+    for kind in (routing.CALL, routing.RETURN, routing.SIGNAL):
+        text = refused(decide(of, message(":1.2", kind)))
+        assert "denied  { send_msg } for scontext=a tcontext=b tclass=dbus" in text
+        assert decide(of, message(":1.3", kind)).targets == (3,)
+    broadcast = decide(of, message())
+    assert broadcast.targets == (1, 3)
+    assert len(broadcast.refusals) == 1
+    # The other way it is allowed.
+    assert of.admit(message(":1.1"), replica.connections[2], 0) is None
+    replica.me = 2
+    text = str(of.admit(message(":1.2"), replica.connections[1], 0))
+    assert "scontext=a tcontext=b" in text
+    # It may come to be kept from the bus itself.
+    replica.apply(LabelApart(b"b", to=(b"",), of=(b"",)))
+    text = refused(decide(of, message(BUS_NAME, routing.CALL)))
+    assert "scontext=b tcontext=bus_t tclass=dbus" in text
+    assert "scontext=bus_t tcontext=b" in str(of.admit_from_bus(message(":1.2")))
