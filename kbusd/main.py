@@ -27,7 +27,7 @@ from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
 from kbusd.supervisor.domains import DOMAINS, DomainError
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.listen import Address, Listener, ListenError, open_listeners
+from kbusd.supervisor.listen import Listener, open_listeners
 from kbusd.supervisor.made import CONFIGURATION, Several, Where
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
@@ -37,8 +37,8 @@ MIN_FILES = 128  # descriptors that the supervisor may have: its own and those o
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
-             [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]] [--domains[=DIRECTORY]]
-             [--introspect] [--version]"""
+             [--endpoint=FILE ...] [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]]
+             [--domains[=DIRECTORY]] [--introspect] [--version]"""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ class Settings(msgspec.Struct, frozen=True):
     keep_umask: bool
     syslog: bool
     pidfile: str
-    addresses: tuple[Address, ...]
+    addresses: tuple[tuple[str, str, str, str], ...]  # kbusd/policy/addresses.py
     warnings: tuple[str, ...]
 
 
@@ -79,6 +79,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fork", dest="fork", action="store_true", default=None)
     parser.add_argument("--nofork", dest="fork", action="store_false")
     parser.add_argument("--nopidfile", action="store_true")
+    parser.add_argument("--endpoint", metavar="FILE", action="append", default=[])
     parser.add_argument("--kdbusfs", metavar="MOUNTPOINT")
     parser.add_argument("--cuse", metavar="DIRECTORY", nargs="?", const="")
     parser.add_argument("--domains", metavar="DIRECTORY", nargs="?", const=DOMAINS)
@@ -107,6 +108,8 @@ def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
     )
     if options.address:
         which += ["--address", options.address]
+    for path in options.endpoint:
+        which += ["--endpoint", os.path.abspath(path)]
     own = re.fullmatch(r"/proc/self/fd/(\d+)", options.config_file or "")
     keep = {int(own[1]): int(own[1])} if own else {}
 
@@ -210,10 +213,13 @@ def _notify_ready() -> None:
 def _listen(settings: Settings) -> list[Listener]:
     if not settings.addresses:
         _fail("the configuration has no address to listen on")
-    try:
-        listeners = open_listeners(settings.addresses)
-    except ListenError as error:
-        _fail(str(error))
+    listeners: list[Listener] = []
+    for kind, value, text, where in settings.addresses:
+        try:
+            listeners += open_listeners(kind, value)
+        except OSError as error:
+            reason = f"{value}: {error.strerror}" if error.strerror else str(error)
+            _fail(f"{where}: cannot listen on {text!r}: {reason}")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     return listeners

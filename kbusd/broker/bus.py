@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.counts import Counts
+from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.labels import Labels
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
@@ -41,6 +42,7 @@ from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
     ActivatableChanged,
+    AddEndpoint,
     AddMatch,
     AskAbout,
     BecomeMonitor,
@@ -57,6 +59,7 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
+    ListEndpoints,
     MatchAdded,
     MatchRemoved,
     MonitorAttached,
@@ -67,12 +70,14 @@ from kbusd.rings.entries import (
     QueueChanged,
     ReleaseName,
     ReloadConfig,
+    RemoveEndpoint,
     RemoveMatch,
     Reply,
     Request,
     RequestName,
     Running,
     SetPolicy,
+    Share,
     Snapshot,
     StartService,
     Statistics,
@@ -126,12 +131,14 @@ class Bus:
         self.monitors: set[Connection] = set()
         self.name_policy = NamePolicy(owner)
         self.labels = Labels(outside)
+        self.endpoints = Endpoints(outside)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
         self._reload_asked = False
+        self._reload_again = False
         self._next_id = 1  # 0 is nobody
-        self._per_uid: Counter[int] = Counter()
+        self._per_uid: Counter[Share] = Counter()
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
         self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
@@ -153,18 +160,34 @@ class Bus:
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
 
+    def ready(self) -> None:
+        """The supervisor hears us from now on."""
+        self.endpoints.configure(self._configured.endpoints)
+
+    def reload(self) -> None:
+        """The admin wants the configuration read again."""
+        self._reload_again = self._reload_asked
+        self._read_configuration()
+
     def reconfigure(self, configuration: Configuration | None) -> None:
         """A configuration was read (None: it was no good); who asked for it is answered."""
         if configuration is not None:
-            before = self.activation.names
+            before, sockets = self.activation.names, self._configured.sockets
             self._configure(configuration)
+            moved = [
+                each.name
+                for each in configuration.endpoints
+                if sockets.get(each.name) != configuration.sockets.get(each.name)
+            ]
+            self._close(self.endpoints.configure(configuration.endpoints, moved))
             self.generation += 1
             self._outside.append(PolicyChanged(self.generation))
             if self.activation.names != before:
                 self._activatable_changed()
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
-        if self._reloading:
+        again, self._reload_again = self._reload_again, False
+        if self._reloading or again:
             self._read_configuration()
         for connection, request in waiting:
             connection.waiting -= 1
@@ -192,10 +215,11 @@ class Bus:
             return
         del self.by_id[connection.id]
         assert connection.credentials is not None
-        self._leave_user(connection.credentials.uid)
+        self._leave_user(connection.credentials)
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
+        self._close(self.endpoints.gone(connection))
         self.matches.remove_all(connection)
         self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
@@ -235,6 +259,11 @@ class Bus:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
         if connection.monitor is not None and kind not in _FOR_MONITORS:
             raise Violation(f"is a monitor and sent {kind.__name__}")
+        try:
+            self.endpoints.check(connection, message)
+        except Refused as refused:  # an honest worker does not ask
+            self._complain(connection, f"the worker of {connection}: {refused.text}")
+            raise
 
     def _dispatch(self, connection: Connection, message: Request, fds: Sequence[int]) -> None:
         value: object = None
@@ -296,6 +325,17 @@ class Bus:
                 return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
+            case AddEndpoint():
+                self._privileged(connection, "Add")
+                self.endpoints.add(connection, message)
+                return
+            case RemoveEndpoint():
+                self._privileged(connection, "Remove")
+                self.endpoints.remove(message.name)
+                self._close([message.name])
+            case ListEndpoints():
+                self._privileged(connection, "List")
+                value = self.endpoints.list()
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
@@ -336,6 +376,14 @@ class Bus:
                 LIMITS_EXCEEDED,
                 f"The maximum number of active connections for UID {uid} has been reached",
             )
+        if (
+            credentials.endpoint
+            and self._per_uid[credentials.share] >= self._limits["max_connections_per_user"] // 2
+        ):
+            raise Refused(
+                LIMITS_EXCEEDED,
+                f"Half of the connections that UID {uid} may have came by one endpoint already",
+            )
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
@@ -347,7 +395,7 @@ class Bus:
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
-        self._per_uid[uid] += 1
+        self._per_uid.update({uid, credentials.share})
         self.by_id[connection.id] = connection
         self._peak_names(connection)
         self.labels.join(credentials.label)
@@ -487,7 +535,8 @@ class Bus:
             return
         assert asker.policy is not None and peer.policy is not None
         assert asker.credentials is not None and peer.credentials is not None
-        if not asker.policy.may_reach(peer.policy, asker.names, peer.names):
+        reaches = asker.policy.may_reach(peer.policy, asker.names, peer.names)
+        if not reaches or not self.endpoints.may_meet(asker, peer):
             why = "no rule allows it"
         elif not self.labels.may_ever_send(asker.credentials.label, peer.credentials.label):
             why = "SELinux does not allow it"
@@ -590,6 +639,7 @@ class Bus:
             ),
             policies=tuple(self.name_policy.entries.items()),
             apart=tuple(self.labels.apart.values()),
+            endpoints=self.endpoints.entries(),
         )
 
     def size(self) -> int:
@@ -641,7 +691,16 @@ class Bus:
     def _is_owned(self, name: str) -> bool:
         return self.registry.owner(name) is not None
 
+    def _close(self, endpoints: Iterable[str]) -> None:
+        """End the connections of those who came by these."""
+        for connection in self.connections.values():
+            credentials = connection.credentials
+            if credentials is not None and credentials.endpoint in endpoints:
+                reason = f"its endpoint {credentials.endpoint} is gone"
+                self._outside.kill(connection.worker, reason)
+
     def _configure(self, configuration: Configuration) -> None:
+        self._configured = configuration
         self._limits = configuration.limits
         self._policy = configuration.policy
         self._contexts = configuration.selinux
@@ -660,10 +719,13 @@ class Bus:
             )
         return policy
 
-    def _leave_user(self, uid: int) -> None:
-        self._per_uid[uid] -= 1
-        if not self._per_uid[uid]:
-            del self._per_uid[uid]
+    def _leave_user(self, credentials: Credentials) -> None:
+        uid = credentials.uid
+        for each in {uid, credentials.share}:
+            self._per_uid[each] -= 1
+            if not self._per_uid[each]:
+                del self._per_uid[each]
+        if uid not in self._per_uid:
             self._policies = {key: each for key, each in self._policies.items() if key[0] != uid}
 
     def _release(self, connection: Connection, names: Iterable[str]) -> None:

@@ -33,6 +33,9 @@ class Outside(Protocol):
     def reload(self) -> None:
         """Have the supervisor read the configuration again; `Bus.reconfigure` follows."""
 
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        """Have the supervisor listen for these endpoints; `Bus.listening` follows."""
+
     def launch(self, launch: Launch) -> None:
         """Have the launcher run a service; `Bus.launch_ended` follows, if it ends."""
 

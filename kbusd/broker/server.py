@@ -30,15 +30,18 @@ from kbusd.rings.entries import (
     BrokerMessage,
     BrokerReady,
     EndLaunch,
+    Endpoints,
     FromLauncher,
     Joined,
     Kill,
     Launch,
     LaunchEnded,
     LauncherLine,
+    Listening,
     LogEntry,
     Look,
     Reconfigured,
+    ReloadAsked,
     ReloadWanted,
     SupervisorMessage,
     ToLauncher,
@@ -88,6 +91,7 @@ class Server:
     def run(self) -> None:
         """Serve. Returns when the supervisor has closed its line; raises LineError if it erred."""
         self._supervisor.send(BrokerReady(), [self._log.fileno()])
+        self._bus.ready()
         while not self._over:
             deadline = self._bus.deadline()
             timeout = -1.0 if deadline is None else max(0.0, deadline - self.now())
@@ -226,6 +230,10 @@ class Server:
                     self._reconfigure(fds.pop())
                 case Reconfigured() if not fds:
                     self._bus.reconfigure(None)
+                case ReloadAsked() if not fds:
+                    self._bus.reload()
+                case Listening(addresses) if not fds:
+                    self._bus.endpoints.listening(addresses)
                 case _:
                     raise LineError(f"the supervisor sent {message} with {len(fds)} descriptors")
         finally:
@@ -331,6 +339,9 @@ class Server:
 
     def reload(self) -> None:
         self._tell_supervisor(ReloadWanted())
+
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        self._tell_supervisor(Endpoints(endpoints))
 
     def launch(self, launch: Launch) -> None:
         self._tell_launcher(launch)

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kbusd.ctl import container, explain, profile, security, workers
+from kbusd.ctl import container, endpoint, explain, profile, security, workers
 from kbusd.sandbox.errors import ProfileError
 
 
@@ -15,10 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is well; 1: something is not as it should be; 2: could not be found out."""
     parser = argparse.ArgumentParser(
         prog="kbusctl",
-        description="Look at a running kbusd and its sandbox profiles; give containers a bus.",
+        description="Look at a running kbusd and its sandbox profiles; endpoints; containers.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (workers, security, profile, explain, container):
+    for module in (workers, security, profile, explain, endpoint, container):
         module.add_to(commands)
     options = parser.parse_args(arguments)
     try:

@@ -23,6 +23,7 @@ import msgspec
 
 from kbusd.policy import addresses, services
 from kbusd.policy.addresses import Address
+from kbusd.policy.endpoints import Endpoint
 from kbusd.policy.rules import GROUP, USER, Policy, Rule, integer, rule
 from kbusd.policy.services import Directory, Service
 
@@ -99,7 +100,8 @@ class Configuration(msgspec.Struct, frozen=True):
     """What the configuration says. Of settings given more than once the last wins.
 
     `listen` is in the order of the files, `listen_at` is where each of it stands, and `addresses`
-    what the reader makes of it. `limits` has every name of DEFAULT_LIMITS.
+    what the reader makes of it. `endpoints` are of files of their own (endpoint_files.py); each is
+    where `sockets` says, by name, or else at what that has for "", with its name behind. `limits` has every name of DEFAULT_LIMITS.
     `selinux` maps a bus name to the context that owning it is checked against. `warnings` are
     lines for the log, each with file and line.
     """
@@ -114,6 +116,8 @@ class Configuration(msgspec.Struct, frozen=True):
     listen: tuple[str, ...] = ()
     listen_at: tuple[str, ...] = ()
     addresses: tuple[Address, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    sockets: dict[str, str] = {}
     auth: tuple[str, ...] = ()
     service_dirs: tuple[str, ...] = ()
     service_helper: str = ""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from kbusd.policy.addresses import AddressError, resolve
+from kbusd.policy.addresses import Address, AddressError, resolve
 from kbusd.policy.configuration import (
     SESSION_FILE,
     SYSTEM_FILE,
@@ -25,6 +25,7 @@ from kbusd.policy.configuration import (
     load,
     selinux_policy_root,
 )
+from kbusd.policy.endpoint_files import load_all
 from kbusd.sandbox import apply, profiles
 from kbusd.sandbox.compile import compile_profile
 from kbusd.sandbox.errors import SandboxError
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--system", action="store_const", dest="file", const=SYSTEM_FILE)
     which.add_argument("--config-file", dest="file", metavar="F")
     parser.add_argument("--address", action="append", default=[], metavar="A")
+    parser.add_argument("--endpoint", action="append", default=[], metavar="F")
     options = parser.parse_args(arguments)
     try:
         for warning in apply.confine(compile_profile(profiles.load("config-reader"))):
@@ -56,16 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for text, where in zip(listen, places, strict=True)
             for address in resolve(text, where, os.environ)
         ]
+        files = load_all(options.endpoint, configuration.type)
     except (ConfigurationError, AddressError) as error:
         # File names and text come from outside: keep it to the promised one line.
         print(" ".join(str(error).splitlines()), file=sys.stderr)
         return 1
     configuration = msgspec.structs.replace(
-        configuration, listen=tuple(listen), addresses=tuple(addresses)
+        configuration,
+        listen=tuple(listen),
+        addresses=tuple(addresses),
+        endpoints=tuple(each.endpoint for each in files),
+        sockets={
+            "": _beside(configuration.type, addresses),
+            **{each.endpoint.name: each.socket for each in files if each.socket},
+        },
     )
     sys.stdout.buffer.write(encode(configuration))
     sys.stdout.buffer.flush()
     return 0
+
+
+def _beside(type_: str, addresses: Sequence[Address]) -> str:
+    """What the paths of endpoints begin with: the bus's own, or if that is not ours to say, where it is
+    by custom; "" if there is nothing to go by."""
+    own = [each.value for each in addresses if each.kind == "path"]
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if type_ == "kdbus":
+        return ""  # a bus that a program makes has no sockets
+    if own:
+        return f"{os.path.abspath(own[0])}."
+    if type_ == "system":
+        return "/run/dbus/system_bus_socket."
+    return f"{runtime}/bus." if runtime else ""
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import msgspec
 
 U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+Share = int | tuple[int, str]
+"""A user, or those of him behind one endpoint: they must not keep him from the bus."""
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -23,6 +25,12 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[int, ...] = ()
     label: bytes = b""
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
+    endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
+
+    @property
+    def share(self) -> Share:
+        """Whose share of the bus's places it takes."""
+        return (self.uid, self.endpoint) if self.endpoint else self.uid
 
 
 # -- the control log -------------------------------------------------------------------------
@@ -140,6 +148,14 @@ class LabelApart(Entry, frozen=True, tag="L"):
     of: tuple[bytes, ...] = ()
 
 
+class EndpointChanged(Entry, frozen=True, tag="E"):
+    """There is an endpoint, or it says something new (kbusd/policy/endpoints.py); b"": there is none
+    any more."""
+
+    name: str
+    policy: bytes
+
+
 LogEntry = (
     ConnectionAdded
     | ConnectionRemoved
@@ -152,6 +168,7 @@ LogEntry = (
     | PolicyChanged
     | NamePolicyChanged
     | LabelApart
+    | EndpointChanged
 )
 
 
@@ -172,6 +189,7 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
     apart: tuple[LabelApart, ...] = ()
+    endpoints: tuple[tuple[str, bytes], ...] = ()
 
 
 # -- worker -> broker ------------------------------------------------------------------------
@@ -299,6 +317,26 @@ class AskAbout(Request, frozen=True, tag="about"):
     id: int
 
 
+class AddEndpoint(Request, frozen=True, tag="add_endpoint"):
+    """Reply: its address. `bound`: it goes when this connection does. `policy` as in EndpointChanged.
+    Failure FileExists, LimitsExceeded, InvalidArgs, Failed: it can't be listened on."""
+
+    name: str
+    policy: bytes
+    bound: bool
+
+
+class RemoveEndpoint(Request, frozen=True, tag="remove_endpoint"):
+    """Reply: None. Who came by it is disconnected. Failure Failed: there is none, or it is of the
+    configuration."""
+
+    name: str
+
+
+class ListEndpoints(Request, frozen=True, tag="endpoints"):
+    """Reply: of each its name, its address, "" if it can't be listened on, and what it says."""
+
+
 class Introduce(Request, frozen=True, tag="introduce"):
     """Make this worker and `peer` known to each other.
 
@@ -358,6 +396,9 @@ WorkerMessage = (
     | SetPolicy
     | Describe
     | AskAbout
+    | AddEndpoint
+    | RemoveEndpoint
+    | ListEndpoints
     | Introduce
     | Introduced
     | Stuck
@@ -459,11 +500,25 @@ class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigur
     are faulty and the configuration in force stays."""
 
 
-SupervisorMessage = WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured
+class ReloadAsked(msgspec.Struct, frozen=True, array_like=True, tag="reload_asked"):
+    """supervisor -> broker. The admin wants the configuration read again (SIGHUP)."""
+
+
+class Listening(msgspec.Struct, frozen=True, array_like=True, tag="listening"):
+    """supervisor -> broker. Answers Endpoints: the address of each that it listens on, and that of the
+    bus, whose name is ""."""
+
+    addresses: dict[str, str]
+
+
+SupervisorMessage = (
+    WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured | ReloadAsked | Listening
+)
 
 
 class ReloadWanted(msgspec.Struct, frozen=True, array_like=True, tag="reload"):
-    """broker -> supervisor. A client called ReloadConfig; answered by Reconfigured."""
+    """broker -> supervisor. Read the configuration again; answered by Reconfigured, and not said twice
+    before that."""
 
 
 class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
@@ -484,7 +539,14 @@ class BrokerReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """broker -> supervisor, its first word. fd: the control log's memfd, sealed."""
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady
+class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
+    """broker -> supervisor. Listen for these endpoints, and for no others. Where, is not for the broker
+    to say: where the configuration says, or beside the socket of the bus. Answered by Listening."""
+
+    names: tuple[str, ...]
+
+
+ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from select import POLLHUP, poll
 
-from kbusd.rings.entries import Credentials
+from kbusd.rings.entries import Credentials, Share
 from kbusd.sandbox import kernel
 
 # Who connects; or what a device does with (worker, credentials) when it is its turn.
@@ -24,41 +24,42 @@ _SO_PEERGROUPS = 59
 _MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
 
 
-def credentials_of(client: socket.socket) -> Credentials:
-    """Who is at the other end. Raises OSError."""
+def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
+    """Who is at the other end, having come by `endpoint`. Raises OSError."""
     fd = client.fileno()
     pid, uid, gid = struct.unpack("iII", kernel.getsockopt(fd, socket.SO_PEERCRED, 12))
     groups = array("I", kernel.getsockopt(fd, _SO_PEERGROUPS, _MOST))
     label = b""
     with suppress(OSError):  # where no security module labels sockets
         label = kernel.getsockopt(fd, _SO_PEERSEC, _MOST).rstrip(b"\0")
-    return Credentials(uid, gid, pid, tuple(groups), label)
+    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint)
 
 
 class Clients:
-    """Clients that wait for a worker. The uids take turns: who floods delays nobody but himself.
+    """Clients that wait for a worker. The users, and the endpoints of each, take turns: who floods delays
+    nobody but himself.
 
-    `of` counts those of a uid. It goes up by `add`; who takes the next one lets it go down when that
+    `of` counts those of one. It goes up by `add`; who takes the next one lets it go down when that
     is gone. It is here for both, because whoever left while he waited is forgotten unseen."""
 
     def __init__(self) -> None:
-        self.of: Counter[int] = Counter()
-        self._queues: dict[int, deque[tuple[Credentials, Client]]] = {}  # by uid, in turn
+        self.of: Counter[Share] = Counter()
+        self._queues: dict[Share, deque[tuple[Credentials, Client]]] = {}  # in turn
 
     def waiting(self) -> int:
         return sum(map(len, self._queues.values()))
 
     def add(self, credentials: Credentials, client: Client) -> None:
-        self.of[credentials.uid] += 1
-        self._queues.setdefault(credentials.uid, deque()).append((credentials, client))
+        self.of[credentials.share] += 1
+        self._queues.setdefault(credentials.share, deque()).append((credentials, client))
 
-    def next(self, may: Callable[[int], bool]) -> tuple[Credentials, Client] | None:
-        """The next client of a uid that may have a worker now."""
-        while (uid := next(filter(may, self._queues), None)) is not None:
-            queue = self._queues.pop(uid)
+    def next(self, may: Callable[[Share], bool]) -> tuple[Credentials, Client] | None:
+        """The next client of a share that may have a worker now."""
+        while (share := next(filter(may, self._queues), None)) is not None:
+            queue = self._queues.pop(share)
             credentials, client = queue.popleft()
             if queue:
-                self._queues[uid] = queue  # behind the others
+                self._queues[share] = queue  # behind the others
             if not isinstance(client, socket.socket):
                 return credentials, client
             there = poll()
@@ -66,5 +67,5 @@ class Clients:
             if not there.poll(0):
                 return credentials, client
             client.close()
-            self.of[uid] -= 1
+            self.of[share] -= 1
         return None

@@ -78,7 +78,7 @@ class Connection:
             return
         limit = self.host.settings.limits["max_connections_per_user"]
         why = self.domain.full(clients.of)
-        if not why and clients.of[credentials.uid] < limit:
+        if not why and clients.of[credentials.share] < limit:
             clients.add(credentials, partial(self._employ, opened))
             return
         why = why or f"uid {credentials.uid} has {limit} connections (max_connections_per_user)"

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from kbusd.rings.entries import Node
+from kbusd.rings.entries import Node, Share
 
 MAX_CONNECTIONS = 1024  # of all users of a domain; of each there may be as many as the policy says
 DOMAINS = "/etc/kbusd/domains"
@@ -47,9 +47,10 @@ class Domain(msgspec.Struct, frozen=True):
         """What its users call the host's `uid`; None: nobody in it."""
         return uid - self.first if 0 <= uid - self.first < self.count else None
 
-    def full(self, of: Mapping[int, int]) -> str:
-        """Why its users may have no more connections, given how many each user has; "": they may."""
-        there = sum(many for uid, many in of.items() if self.inside(uid) is not None)
+    def full(self, of: Mapping[Share, int]) -> str:
+        """Why its users may have no more connections, given who has how many; "": they may."""
+        uids = ((who if isinstance(who, int) else who[0], many) for who, many in of.items())
+        there = sum(many for uid, many in uids if self.inside(uid) is not None)
         if self.name and there >= MAX_CONNECTIONS:
             return f"domain {self.name} has {there} connections"
         return ""

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
-from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM, SOMAXCONN, socket
-
-Address = tuple[str, str, str, str]  # kind, value, text, where: kbusd/policy/addresses.py
 
 _UNESCAPED = frozenset(b"-_/.\\0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _FIRST_PASSED_FD = 3  # sd_listen_fds(3)
 _MAX_PASSED_FDS = 64
-
-
-class ListenError(Exception):
-    """An address that cannot be listened on; the text names it, who gave it, and the reason."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +24,27 @@ class Listener:
     sock: socket
     address: str  # what clients connect to, without the guid
     path: str = ""  # to be removed at the end, if we made it
+    endpoint: str = ""  # which one its clients come by, if it is not the bus's own
+
+    def close(self) -> None:
+        self.sock.close()
+        with suppress(OSError):
+            os.unlink(self.path)
 
 
-def open_listeners(addresses: Iterable[Address]) -> list[Listener]:
-    """Listen on every address. Raises ListenError."""
-    listeners: list[Listener] = []
-    for kind, value, text, where in addresses:
-        try:
-            listeners += _passed() if kind == "systemd" else [_bind(kind, value)]
-        except OSError as error:
-            reason = f"{value}: {error.strerror}" if error.strerror else str(error)
-            raise ListenError(f"{where}: cannot listen on {text!r}: {reason}") from None
-    return listeners
+def open_listeners(kind: str, value: str) -> list[Listener]:
+    """Listen on an address (kbusd/policy/addresses.py). Raises OSError."""
+    return _passed() if kind == "systemd" else [_bind(kind, value)]
 
 
-def _bind(kind: str, value: str) -> Listener:
+def open_endpoint(name: str, path: str) -> Listener:
+    """Listen for an endpoint at `path`, with the name behind it if that ends with a dot. Raises OSError."""
+    if not path.startswith("/") or not name.isascii() or not re.fullmatch(r"[\w-]+", name):
+        raise OSError(errno.EINVAL, "not a name, or no place, for an endpoint")
+    return _bind("path", path + name if path.endswith(".") else path, name)
+
+
+def _bind(kind: str, value: str, name: str = "") -> Listener:
     sock = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
     if kind == "path":
         _remove_stale(value)
@@ -53,7 +54,7 @@ def _bind(kind: str, value: str) -> Listener:
     else:
         sock.bind(b"\0" + os.fsencode(value))
     sock.listen(SOMAXCONN)
-    return Listener(sock, f"unix:{kind}={_escape(value)}", value if kind == "path" else "")
+    return Listener(sock, f"unix:{kind}={_escape(value)}", value if kind == "path" else "", name)
 
 
 def _remove_stale(path: str) -> None:
@@ -72,14 +73,11 @@ def _remove_stale(path: str) -> None:
 
 def _passed() -> list[Listener]:
     """Sockets that the service manager passed (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        raise OSError("no sockets were passed (LISTEN_PID is not ours)")
-    count = os.environ.get("LISTEN_FDS", "")
-    if not count.isdigit() or not 0 < int(count) < _MAX_PASSED_FDS:
-        raise OSError(f"LISTEN_FDS={count!r} is not a usable number")
+    pid, count = os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS", "")
+    if pid != str(os.getpid()) or not count.isdigit() or not 0 < int(count) < _MAX_PASSED_FDS:
+        raise OSError(f"no sockets were passed (LISTEN_PID={pid}, LISTEN_FDS={count})")
     listeners = []
     for fd in range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count)):
-        os.set_inheritable(fd, False)
         sock = socket(fileno=fd)
         if sock.family != AF_UNIX or sock.type != SOCK_STREAM:
             raise OSError(f"descriptor {fd} is not a Unix stream socket")

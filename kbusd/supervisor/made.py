@@ -332,14 +332,14 @@ class MadeBus(Supervisor):
         super().stop()
         while turn := self.turns.popleft() if self.turns else self.clients.next(lambda _: True):
             credentials, client = turn
-            self.clients.of[credentials.uid] -= 1
+            self.clients.of[credentials.share] -= 1
             if callable(client):
                 client(None, credentials)
         for worker in self.workers.values():
             worker.line.close()
             os.close(worker.pidfd)
             if worker.client is not None:
-                self.clients.of[worker.client.uid] -= 1
+                self.clients.of[worker.client.share] -= 1
         for line in self.lines.values():
             line.close()
         for fd in (self.configuration, self.maker, self.log_fd):

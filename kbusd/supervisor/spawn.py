@@ -20,6 +20,9 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
 
     `fds`: the child's numbers -> our descriptors. Where 0 and 1 are not among them, they are
     /dev/null: whoever reads our address from our stdout waits for the end of file."""
+    # Our own import path (see start.py). An editable installation is not on it by itself.
+    ours = os.path.dirname(next(iter(kbusd.__path__)))
+    path = [ours, *(each for each in sys.path if each and each != ours)]
     # First out of the way of each other, then each to its place.
     clear = max(2, *fds) + 1
     high = {to: fcntl(fd, F_DUPFD_CLOEXEC, clear) for to, fd in {**fds, 2: stderr}.items()}
@@ -30,7 +33,7 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
     try:
         return os.posix_spawn(
             sys.executable,
-            _command(module, arguments),
+            [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments],
             os.environ,
             file_actions=actions,
             setpgroup=0,  # signals to our group, such as ^C, are ours to act on
@@ -40,11 +43,3 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
     finally:
         for fd in high.values():
             os.close(fd)
-
-
-def _command(module: str, arguments: Sequence[str]) -> list[str]:
-    """The command line that runs `module` with our own import path (see start.py)."""
-    # An editable installation of kbusd is not on the path by itself.
-    ours = os.path.dirname(next(iter(kbusd.__path__)))
-    path = [ours, *(each for each in sys.path if each and each != ours)]
-    return [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments]

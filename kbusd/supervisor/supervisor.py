@@ -6,7 +6,7 @@
                         ReloadWanted: read the configuration again
     zygote says      -> Forked: a spare more; Ended: tell the broker
     a child ends     -> broker: the bus ends; zygote, launcher: started again; reader: configured
-    SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: read the configuration again
+    SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: the broker wants it read again
 
 Privileged: it holds the listening sockets and may end any process of the bus. It reads nothing
 that a client wrote. Trusts the kernel and its configuration; decodes what children say by type.
@@ -36,7 +36,7 @@ from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
 from kbusd.supervisor.clients import Client, Clients, credentials_of
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.listen import Listener
+from kbusd.supervisor.listen import Listener, open_endpoint
 from kbusd.supervisor.spawn import spawn
 
 BROKER = "kbusd.broker"
@@ -63,6 +63,7 @@ class Settings(msgspec.Struct, frozen=True):
 
     user: str
     limits: dict[str, int]
+    sockets: dict[str, str]  # of endpoints; "": what the paths of others begin with
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Supervisor:
         read: Callable[[int], tuple[int, int]],
     ) -> None:
         self._configure(configuration)
-        self.listeners = listeners
+        self.listeners = list(listeners)
         self.guid = guid
         self.address = ";".join(f"{each.address},guid={guid}" for each in listeners)
         self.journal = journal
@@ -115,7 +116,7 @@ class Supervisor:
         self.turns: deque[tuple[entries.Credentials, Client]] = deque()
         self.numbers = count(1)  # of workers
         self.clients = Clients()
-        self.incomplete: dict[int, int] = {}  # worker -> uid of a client that has not said Hello
+        self.incomplete: dict[int, entries.Share] = {}  # worker -> of whom no Hello has come
         self.pause_until = 0.0
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
@@ -143,7 +144,7 @@ class Supervisor:
         while not self.spare:
             self._turn(0.5)
             if self.exit_status is not None or time.monotonic() > deadline:
-                why = f"a process of the bus ended, or {START_SECONDS:.0f} s were not enough"
+                why = f"{START_SECONDS:.0f} s were not enough, or a process of the bus ended"
                 raise StartError(f"no worker got ready: {why}; see the lines above")
 
     def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
@@ -174,9 +175,7 @@ class Supervisor:
     def stop(self) -> None:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
         for listener in self.listeners:
-            listener.sock.close()
-            with suppress(OSError):
-                os.unlink(listener.path)
+            listener.close()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
         for worker in self.workers.values():
@@ -252,14 +251,15 @@ class Supervisor:
                 self._start_launcher()
                 self._start_zygote()
             case entries.Kill(number, reason), []:
-                if (worker := self.workers.get(number)) is not None:
-                    self.journal.warn(f"ending {worker}: {reason}")
-                    with suppress(ProcessLookupError):  # the zygote has reaped it already
-                        signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                with suppress(KeyError, ProcessLookupError):  # it has ended already
+                    self.journal.warn(f"ending {self.workers[number]}: {reason}")
+                    signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
             case entries.ReloadWanted(), []:
                 self._reload()
+            case entries.Endpoints(names), []:
+                self._listen(names[:512])
             case entries.Forked(number, pid), [line_fd, broker_fd, pidfd]:
                 files = self.forking.pop(number, False)
                 line = Line(adopt(line_fd), entries.ToSupervisor)
@@ -275,24 +275,35 @@ class Supervisor:
 
     # -- clients and workers -------------------------------------------------------------------
 
+    def _listen(self, names: Sequence[str]) -> None:
+        """For these endpoints, and no others, too."""
+        for each in [each for each in self.listeners if each.endpoint not in ("", *names)]:
+            self.listeners.remove(each)
+            each.close()
+        for name in set(names) - {each.endpoint for each in self.listeners}:
+            try:
+                path = self.settings.sockets.get(name) or self.settings.sockets[""]
+                self.listeners.append(open_endpoint(name, path))
+            except OSError as error:
+                self.journal.warn(f"cannot listen for endpoint {name}: {error.strerror}")
+        self._tell(BROKER, entries.Listening({e.endpoint: e.address for e in self.listeners}))
+
     def _accept(self, listener: Listener) -> None:
         try:
             client, _ = listener.sock.accept()
-            credentials = credentials_of(client)
+            credentials = credentials_of(client, listener.endpoint)
         except OSError as error:
             if not isinstance(error, BlockingIOError):  # else it has gone again
                 self.journal.warn(f"cannot accept a client: {error.strerror}")
                 self.pause_until = time.monotonic() + RETRY_SECONDS
             return
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
-        if self.clients.of[credentials.uid] < limit:
+        if self.clients.of[credentials.share] < limit:
             client.setblocking(False)  # for the worker, which may not change it
             self.clients.add(credentials, client)
             return
-        self.journal.warn(
-            f"refused pid {credentials.pid}: uid {credentials.uid} has {limit} connections already"
-            f" (limit max_connections_per_user and {NOT_AUTHENTICATED} not yet authenticated)"
-        )
+        why = f"has {limit} connections already (limit max_connections_per_user)"
+        self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
         client.close()
 
     def _serve(self) -> None:
@@ -315,17 +326,17 @@ class Supervisor:
         worker.client = credentials
         self._tell(BROKER, entries.Assigned(worker.number, credentials, not files))
         if isinstance(client, socket):
-            self.incomplete[worker.number] = credentials.uid
+            self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
                 known = kernel.uid_map(credentials.pid)
                 worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:
             client(worker, credentials)
 
-    def _may_have_a_worker(self, uid: int) -> bool:
-        """No uid takes more than half of what is left of the places for those without a Hello."""
+    def _may_have_a_worker(self, share: entries.Share) -> bool:
+        """Nobody takes more than half of what is left of the places for those without a Hello."""
         free = self.settings.limits["max_incomplete_connections"] - len(self.incomplete)
-        return list(self.incomplete.values()).count(uid) < free
+        return list(self.incomplete.values()).count(share) < free
 
     def _kinds(self) -> Iterator[tuple[bool, int, int]]:
         """Of workers for sockets, and for files: how many are to be spare, and how many are."""
@@ -352,7 +363,7 @@ class Supervisor:
         if reason:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
-            self.clients.of[worker.client.uid] -= 1
+            self.clients.of[worker.client.share] -= 1
         else:
             self.spare.remove(worker)
             self._lose()
@@ -375,8 +386,7 @@ class Supervisor:
         self.configuration = memfd.sealed("kbusd-configuration", data)
 
     def _reload(self) -> None:
-        self.read_again = self.reading >= 0
-        if not self.read_again:
+        if self.reading < 0:
             pid, self.reading = self.read(self.journal.stderr)
             self.children[pid] = READER
 
@@ -392,8 +402,6 @@ class Supervisor:
         else:
             self.journal.warn("configuration not read again; the one in force stays")
         self._tell(BROKER, entries.Reconfigured(), [self.configuration] if code == 0 else [])
-        if self.read_again:
-            self._reload()
 
     # -- signals and children ------------------------------------------------------------------
 
@@ -402,7 +410,7 @@ class Supervisor:
             if number == signal.SIGCHLD:
                 self._reap()
             elif number == signal.SIGHUP:
-                self._reload()
+                self._tell(BROKER, entries.ReloadAsked())
             else:
                 self.exit_status = 0
 

@@ -123,7 +123,11 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
         raise HostilePeer(f"a message of type {envelope.type}")
     template.epoch = epoch
     template.mine = replica.my_version
-    template.refusal = router.admit(envelope, peer.connection, fds)
+    router.looked = False
+    template.refusal = router.admit(
+        envelope, peer.connection, fds, lambda: _arguments(body, large_fd, envelope)
+    )
+    looked = router.looked
     template.broadcast = envelope.destination is None
     if template.broadcast:
         if envelope.type != SIGNAL:
@@ -136,6 +140,7 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
             envelope.member,
             lambda: _arguments(body, large_fd, envelope),
         )
+    template.depends |= looked
     _keep(peer, key, template)
     return template
 

@@ -25,9 +25,9 @@ open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from jeepney.low_level import (
@@ -35,8 +35,10 @@ from jeepney.low_level import (
     parse_signature,
 )
 
+from kbusd.policy import endpoints
 from kbusd.rings.entries import (
     ActivatableChanged,
+    AddEndpoint,
     AddMatch,
     BecomeMonitor,
     ConnectionAdded,
@@ -45,11 +47,13 @@ from kbusd.rings.entries import (
     Credentials,
     Failure,
     Hello,
+    ListEndpoints,
     LogEntry,
     MonitorAttached,
     NameOwnerChanged,
     ReleaseName,
     ReloadConfig,
+    RemoveEndpoint,
     RemoveMatch,
     Reply,
     Request,
@@ -178,6 +182,19 @@ class Refusal(Exception):
         self.text = text
 
 
+class Seen(Protocol):
+    """What the client may know of the replica: all of it, but behind an endpoint (behind.py)."""
+
+    @property
+    def names(self) -> Iterable[str]: ...
+    @property
+    def connections(self) -> Mapping[int, Connection]: ...
+    @property
+    def activatable(self) -> Iterable[str]: ...
+    def owner(self, name: str) -> int | None: ...
+    def owners(self, name: str) -> list[int]: ...
+
+
 class Driver:
     """One client's view of org.freedesktop.DBus.
 
@@ -185,6 +202,7 @@ class Driver:
 
     def __init__(self, replica: Replica, bus: Bus, credentials: Credentials) -> None:
         self.replica = replica
+        self.seen: Seen = replica
         self.bus = bus
         self.credentials = credentials
         self.pending = 0
@@ -348,12 +366,12 @@ class Driver:
                     )
                 return self._ask(call, UpdateEnvironment(0, variables))
             case "NameHasOwner", [str(name)]:
-                return "b", self.replica.owner(name) is not None
+                return "b", self.seen.owner(name) is not None
             case "ListNames", []:
-                unique = (each.name for each in self.replica.connections.values())
-                return "as", [BUS_NAME, *self.replica.names, *unique]
+                unique = (each.name for each in self.seen.connections.values())
+                return "as", [BUS_NAME, *self.seen.names, *unique]
             case "ListActivatableNames", []:
-                listed = (name for name in self.replica.activatable if name != BUS_NAME)
+                listed = (name for name in self.seen.activatable if name != BUS_NAME)
                 return "as", [BUS_NAME, *listed]
             case "AddMatch", [str(rule)]:
                 if _check_rule(rule).eavesdrop:
@@ -363,12 +381,12 @@ class Driver:
                 _check_rule(rule)
                 return self._ask(call, RemoveMatch(0, rule))
             case "GetNameOwner", [str(name)]:
-                owner = self.replica.owner(name)
+                owner = self.seen.owner(name)
                 if owner is None:
                     raise _nobody("owner", name)
                 return "s", unique_name(owner)
             case "ListQueuedOwners", [str(name)]:
-                owners = self.replica.owners(name)
+                owners = self.seen.owners(name)
                 if not owners:
                     raise _nobody("owners", name)
                 return "as", [unique_name(each) for each in owners]
@@ -431,13 +449,23 @@ class Driver:
                 return self._ask(call, request, held=False)
             case "GetAllMatchRules", []:
                 return "a{sas}", statistics.match_rules(self.replica)
+            case "Add", [str(name), list(lines), bool(bound)]:
+                try:
+                    policy = endpoints.encode(endpoints.parse(name, lines))
+                except endpoints.EndpointError as error:
+                    raise Refusal(errors.INVALID_ARGS, str(error)) from None
+                return self._ask(call, AddEndpoint(0, name, policy, bound), held=False)
+            case "Remove", [str(name)]:
+                return self._ask(call, RemoveEndpoint(0, name))
+            case "List", []:
+                return self._ask(call, ListEndpoints(0))
             case "GetMachineId", []:
                 return "s", self.bus.machine_id
             case "Ping", []:
                 return ("",)
         raise AssertionError(f"{call.member} is in the table of methods, but is not done here")
 
-    def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask:
+    def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask | tuple[Any, ...]:
         self.pending += held
         return Ask(request, Token(call, request, held))
 
@@ -458,7 +486,7 @@ class Driver:
 
     def _connection(self, name: str, what: str) -> Connection | None:
         """The owner of `name`, None for the bus itself. Raises Refusal if there is none."""
-        owner = self.replica.owner(name)
+        owner = self.seen.owner(name)
         if owner is None:
             raise _nobody(what, name)
         return None if owner == BUS_ID else self.replica.connections[owner]
@@ -479,6 +507,8 @@ class Driver:
             groups = sorted({credentials.gid, *credentials.groups})
             found["UnixGroupIDs"] = ("au", groups)
             label = credentials.label
+            if credentials.endpoint:
+                found["org.kbusd.Endpoint"] = ("s", credentials.endpoint)
         if label:
             found["LinuxSecurityLabel"] = ("ay", label.rstrip(b"\0") + b"\0")
         return found
@@ -558,6 +588,11 @@ class Driver:
                 ]
             case RequestName() | ReleaseName() | StartService():
                 return self._return(call, "u", _code(value))
+            case AddEndpoint():
+                return self._return(call, "s", msgspec.convert(value, str))
+            case ListEndpoints():
+                listed = msgspec.convert(value, list[tuple[str, str, list[str]]])
+                return self._return(call, "a(ssas)", listed)
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
                 return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))

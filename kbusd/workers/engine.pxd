@@ -14,6 +14,7 @@ from kbusd.workers.waiting cimport Waiting
 
 cdef class Engine:
     cdef object context, replica, asking, driver, router, credentials, activating, hello
+    cdef object sight  # of a client behind an endpoint
     cdef Clock clock
     cdef Merge merge
     cdef Peers peers
@@ -43,6 +44,7 @@ cdef class Engine:
     cdef bint _up_to_date(self) except -1
     cdef bint pass_on(self, uint8_t *data, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except -1
     cdef Bulk bulk_for(self, uint8_t *data, Header *header)
+    cdef bint _looks(self) except -1
     cdef bint _are_met(self, Route route) except -1
     cdef Route _route(self, uint8_t *data, Header *header, const uint8_t *body)
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except *

@@ -37,7 +37,7 @@ from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
 from kbusd.rings.line import LineError, close_all
 from kbusd.wire import body as wire_body
-from kbusd.workers import decisions
+from kbusd.workers import behind, decisions
 from kbusd.workers import driver as drivers
 from kbusd.workers.activation import Activating, Held
 from kbusd.workers.asking import Asking
@@ -92,6 +92,7 @@ _CHANGES = frozenset(
         entries.NameOwnerChanged,
         entries.QueueChanged,
         entries.MonitorAttached,
+        entries.EndpointChanged,
         entries.NamePolicyChanged,
         entries.PolicyChanged,
         entries.LabelApart,
@@ -147,7 +148,14 @@ class Engine:
         self.credentials = credentials
         policy = self._take_policy()
         self.router = self.make_router(policy)
-        self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
+        if credentials.endpoint:
+            self.sight = behind.Sight(self.replica, credentials.endpoint)
+            self.router.sight = self.sight
+            self.driver = behind.BehindDriver(
+                self.replica, self.context.bus, credentials, self.sight
+            )
+        else:
+            self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
         self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
         self.waiting.watch(client, CLIENT, EPOLLIN)
@@ -169,6 +177,8 @@ class Engine:
         except EOFError:
             return  # the broker is gone: the bus ends
         self.peers.broadcast.end()
+        if self.peers.silent is not None:
+            self.peers.silent.end()
         try:
             self.flush()
             self.asking.line.send(entries.Leaving(0, reason))
@@ -322,6 +332,8 @@ class Engine:
             return None
         if self.monitored or self.overheard:
             return None
+        if self._looks():  # the body must be here to decide
+            return None
         if not self._up_to_date():
             return None
         route = self._route(data, header, cython.NULL)
@@ -331,6 +343,11 @@ class Engine:
         if bulk is not None:
             self.tidy_later()
         return bulk
+
+    def _looks(self) -> cython.bint:
+        """Whether what our client may call depends on the arguments."""
+        sight = self.sight
+        return sight is not None and sight.looks_at_args
 
     def _are_met(self, route) -> cython.bint:
         """Whether all whom a message concerns are introduced."""
@@ -373,7 +390,9 @@ class Engine:
             header.reply_serial_at,
             header.flags,
             header.unix_fds,
-            _bytes(body, header.body_length) if header.type == SIGNAL or self.overheard else b"",
+            _bytes(body, header.body_length)
+            if header.type == SIGNAL or self.overheard or self._looks()
+            else b"",
             header.endian == 66,
         )
         if route.depends:

@@ -17,6 +17,7 @@ INTROSPECTABLE = "org.freedesktop.DBus.Introspectable"
 MONITORING = "org.freedesktop.DBus.Monitoring"
 STATS = "org.freedesktop.DBus.Debug.Stats"
 PEER = "org.freedesktop.DBus.Peer"
+ENDPOINTS = "org.kbusd.Endpoints1"
 
 
 class Method(NamedTuple):
@@ -109,6 +110,16 @@ INTERFACES: dict[str, Interface] = {
             "GetStats": Method((), ("a{sv}",)),
             "GetConnectionStats": Method(("s",), ("a{sv}",)),
             "GetAllMatchRules": Method((), ("a{sas}",)),
+        },
+        {},
+        {},
+        anywhere=False,
+    ),
+    ENDPOINTS: Interface(
+        {
+            "Add": Method(("s", "as", "b"), ("s",), privileged=True),
+            "Remove": Method(("s",), privileged=True),
+            "List": Method((), ("a(ssas)",), privileged=True),
         },
         {},
         {},

@@ -37,7 +37,7 @@ from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
 from kbusd.workers.replica import BUS_ID, Connection, Replica
-from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Decision, Router
+from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Args, Decision, Router
 
 if TYPE_CHECKING:
     from kbusd.workers.kdbus_device import Device
@@ -85,8 +85,10 @@ class DeviceRouter(Router):
             refusal = self._may_talk(envelope, me, connections[receiver])
         return refusal
 
-    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
-        refusal = super().admit(envelope, sender, fds)
+    def admit(
+        self, envelope: Envelope, sender: Connection, fds: int, args: Args = tuple
+    ) -> str | None:
+        refusal = super().admit(envelope, sender, fds, args)
         if refusal is None:
             refusal = self._may_talk(envelope, sender, self.replica.connections[self.replica.me])
         return refusal
@@ -581,6 +583,8 @@ class Port:
         connection: Connection | None = peer.connection or connections.get(peer.id)
         if connection is None:
             raise ParcelError("a parcel that is older than its connection")
+        if connection.credentials.endpoint:
+            raise ParcelError("a parcel of a D-Bus client, past its endpoint")
         if self.session.kind == abi.HELLO_MONITOR:
             self._receive(_known(connection), connection, found, data, fds, stamp)
             return 0

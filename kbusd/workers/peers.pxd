@@ -32,6 +32,7 @@ cdef class Peer:
     cdef Subscriber subscriber
     cdef readonly int state
     cdef bint touched, late, accused
+    cdef bint apart  # behind an endpoint: gets signals by its ring alone
     cdef uint64_t full_at, full_for
     cdef object backlog
     cdef readonly size_t backlog_bytes
@@ -53,6 +54,7 @@ cdef class Peers:
     cdef StatusPage status
     cdef Doorbell doorbell
     cdef Broadcast broadcast
+    cdef Broadcast silent
     cdef Fanout fanout
     cdef object replica, asking, journal
     cdef Peer me
@@ -61,7 +63,7 @@ cdef class Peers:
     cdef list touched, backlogged, full, bulks, lost, unmet
     cdef int slow
     cdef bint begun
-    cdef uint64_t stall_ns, stall_until
+    cdef uint64_t stall_ns, stall_until, begun_at
     cdef void publish(self, tuple subscribers, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds, bint shared) except *
     cdef void _publish_large(self, tuple subscribers, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef uint8_t *_reserve(self, tuple subscribers, size_t length) except? NULL

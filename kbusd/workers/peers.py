@@ -50,6 +50,7 @@ BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
 
 HEAD = cython.declare(cython.size_t, 40)
+SILENT_SIZE = cython.declare(cython.size_t, 65536)  # a page, at least
 NOTES = cython.declare(cython.int, 64)  # as many as `noted` has in peers.pxd
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
 IDLE_TIDIES = cython.declare(cython.int, 3)  # an area goes when `tidy` found it unused so often
@@ -347,6 +348,7 @@ class Peers:
         self.doorbell = Doorbell()
         self.broadcast = Broadcast()
         self.fanout = Fanout(self.broadcast)
+        self.silent = None
         self.known = {}
         self.by_source = {}
         self.meeting = set()
@@ -465,7 +467,7 @@ class Peers:
     def _join(self, peer: Peer):
         """From the MARK on, the peer reads our Broadcast."""
         head: FrameHead
-        if peer.backlog or peer.subscriber.broken:
+        if peer.backlog or peer.subscriber.broken or peer.apart:
             return
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = MARK
@@ -558,13 +560,18 @@ class Peers:
         """What follows goes to more than one ring, with stamps from `stamp` on."""
         if not self.begun:
             self.begun = True
+            self.begun_at = stamp
             self.broadcast.begin(stamp)
+            if self.silent is not None:
+                self.silent.begin(stamp)
 
     def end(self) -> cython.void:
         """It stands in all of them: not while some of it waits, unless for one that is late."""
         if self.begun and not self.slow:
             self.begun = False
             self.broadcast.end()
+            if self.silent is not None:
+                self.silent.end()
 
     def bells(self) -> cython.void:
         """Wake the workers that got frames; once, however many frames."""
@@ -704,7 +711,18 @@ class Peers:
         """Our half of an introduction: slots and descriptors; kept if the two halves cross."""
         ring = Ring()
         peer.asked(ring, self.status.take_slot(), self.status.take_slot())
-        return [ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
+        peer.apart = peer.connection is None or bool(peer.connection.credentials.endpoint)
+        if peer.apart and self.silent is None:
+            self.silent = Broadcast(SILENT_SIZE)
+            if self.begun:
+                self.silent.begin(self.begun_at)
+        return self._what_it_gets(peer)
+
+    def _what_it_gets(self, peer: Peer):
+        """Who is behind an endpoint gets a Broadcast that only says what is on its way: what its client
+        may not hear stands in the other."""
+        broadcast: Broadcast = self.silent if peer.apart else self.broadcast
+        return [peer.ring.fd, self.doorbell.write_fd, self.status.fd, broadcast.fd]
 
     def introduce(self, peer: Peer):
         """Ask for an introduction; frames wait meanwhile."""
@@ -750,10 +768,7 @@ class Peers:
         peer: Peer = self.peer(message.peer)
         if peer.state == READY or peer.state == GONE:
             raise Gone(f"the broker introduced {peer.name} twice")
-        if peer.state == NEW:
-            mine = self._half(peer)
-        else:
-            mine = [peer.ring.fd, self.doorbell.write_fd, self.status.fd, self.broadcast.fd]
+        mine = self._half(peer) if peer.state == NEW else self._what_it_gets(peer)
         try:
             self.asking.line.send(
                 entries.Introduced(message.request, peer.slot, peer.broadcast_slot), mine

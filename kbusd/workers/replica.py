@@ -17,11 +17,13 @@ from typing import TypeVar
 
 import msgspec
 
+from kbusd.policy import endpoints
 from kbusd.rings.entries import (
     ActivatableChanged,
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    EndpointChanged,
     LabelApart,
     LogEntry,
     MatchAdded,
@@ -281,6 +283,8 @@ class Replica:
         self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
         self.eavesdroppers: dict[int, tuple[Watch, ...]] = {}  # and their rules that make them so
+        self.endpoints: dict[str, bytes] = {}
+        self._views: dict[str, endpoints.View] = {}
         self.activatable: tuple[str, ...] = ()
         self.policy_generation = 0
         self.position = 0  # in the log, of the snapshot that was loaded last
@@ -302,6 +306,8 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
+        self.endpoints = dict(snapshot.endpoints)
+        self._views = {}
         self.monitors = {}
         self.eavesdroppers = {}
         self.kdbus_monitors = set()
@@ -351,6 +357,11 @@ class Replica:
                 self.policies[id] = policy
             case LabelApart():
                 self._keep_apart(*self.apart.values(), entry)
+            case EndpointChanged(name, said):
+                self._views.pop(name, None)
+                self.endpoints.pop(name, None)
+                if said:
+                    self.endpoints[name] = said
             case ActivatableChanged(names):
                 self.activatable = names
             case PolicyChanged(generation):
@@ -461,7 +472,8 @@ class Replica:
                 self.my_version += 1
         watch.holders += (id,)
         connection.matches += (watch,)
-        if eavesdrops(watch.text) and watch.rule.eavesdrop:
+        # Who came by an endpoint sees what that shows him, and nothing that is for others.
+        if eavesdrops(watch.text) and watch.rule.eavesdrop and not connection.credentials.endpoint:
             self.eavesdroppers[id] = (*self.eavesdroppers.get(id, ()), watch)
 
     def _remove_match(self, id: int, text: str) -> None:
@@ -533,6 +545,17 @@ class Replica:
         """The connection behind a name, None for nobody and for the bus itself."""
         id = self.owner(name)
         return None if id is None else self.connections.get(id)
+
+    def view(self, name: str) -> endpoints.View:
+        """What an endpoint lets through; read when somebody asks, as most workers never do."""
+        view = self._views.get(name)
+        if view is None:
+            try:
+                view = endpoints.View(endpoints.decode(self.endpoints[name]))
+            except (KeyError, endpoints.EndpointError):
+                view = endpoints.nothing(name)
+            self._views[name] = view
+        return view
 
     def sender_names(self, id: int) -> Sequence[str]:
         """All names that `sender=` in a match rule may use for the connection."""

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kbusd.policy import decide as policy
+from kbusd.policy.endpoints import Asked
 from kbusd.rings.envelope import Envelope
+from kbusd.workers.behind import Sight
 from kbusd.workers.replica import (
     BUS_ID,
     BUS_NAME,
@@ -25,6 +27,8 @@ from kbusd.workers.replica import (
 
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_AUTO_START = 0x2
+
+Args = Callable[[], Sequence[str | None]]
 
 UNKNOWN_TYPE_TEXT = "Message bus will not accept messages of unknown type\n"
 
@@ -50,7 +54,10 @@ class Decision(NamedTuple):
 
 class Router:
     """Decides for one client (the replica's `me`); `say` gets what the admin is to read: refusals,
-    and what a rule with log="true" allows."""
+    and what a rule with log="true" allows.
+
+    `sight`: what our client sees of the bus, if it came by an endpoint. `looked`: whether the last answer
+    depends on the message's arguments."""
 
     def __init__(
         self,
@@ -64,24 +71,32 @@ class Router:
         self.bus_label = bus_label
         self._say = say
         self._noted = False
+        self.sight: Sight | None = None
+        self.looked = False
 
-    def decide(
-        self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
-    ) -> Decision:
+    def decide(self, envelope: Envelope, flags: int, fds: int, args: Args) -> Decision:
         """For a message of our own client."""
         self._noted = False
-        decision = self._decide(envelope, flags, fds, args)
+        decision = self._decide(envelope, flags, fds, self._watched(args))
         if decision.error is not None and decision.error[0] == ACCESS_DENIED:
             self._say(decision.error[1])
         for refusal in decision.refusals:
             self._say(refusal)
         if self.replica.eavesdroppers and decision.targets and not decision.broadcast:
             decision = self._overheard(decision, envelope, fds, args)
-        return decision._replace(depends=True) if self._noted else decision
+        return decision._replace(depends=True) if self._noted or self.looked else decision
 
-    def _decide(
-        self, envelope: Envelope, flags: int, fds: int, args: Callable[[], Sequence[str | None]]
-    ) -> Decision:
+    def _watched(self, args: Args) -> Args:
+        """The same, and `looked` tells whether they were looked at."""
+        self.looked = False
+
+        def look() -> Sequence[str | None]:
+            self.looked = True
+            return args()
+
+        return look
+
+    def _decide(self, envelope: Envelope, flags: int, fds: int, args: Args) -> Decision:
         if envelope.destination is None:
             if envelope.type == SIGNAL:
                 return self._broadcast(envelope, fds, args)
@@ -89,6 +104,10 @@ class Router:
         if not CALL <= envelope.type <= SIGNAL:
             return Decision(error=(ACCESS_DENIED, UNKNOWN_TYPE_TEXT))
         id = self.replica.owner(envelope.destination)
+        if self.sight is not None:
+            refused = self.sight.refuses(envelope, id, flags, args)
+            if refused is not None:
+                return Decision(error=refused)
         if id is None:
             return self._unowned(envelope, flags, fds)
         if id == BUS_ID and not self.replica.me:
@@ -99,9 +118,7 @@ class Router:
             return Decision(error=(ACCESS_DENIED, refusal))
         return Decision(targets=(id,))
 
-    def _broadcast(
-        self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
-    ) -> Decision:
+    def _broadcast(self, envelope: Envelope, fds: int, args: Args) -> Decision:
         ids, depends = self.replica.subscribers(
             SIGNAL,
             self.replica.me,
@@ -114,6 +131,8 @@ class Router:
         targets: list[int] = []
         refusals: list[str] = []
         for id in ids:
+            if not self._may_hear(self.replica.connections[id], self.replica.me, envelope, args):
+                continue
             refusal = self._may_send(
                 envelope, id, self.replica.policy_names(id), fds
             ) or self._may_receive(envelope, id, fds)
@@ -274,11 +293,44 @@ class Router:
             self.policy.of(other.credentials), envelope, self.replica.me, receiver, fds
         )
 
-    def admit(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
+    def _may_hear(self, receiver: Connection, sender: int, envelope: Envelope, args: Args) -> bool:
+        """Whether the endpoint of a subscriber lets a broadcast through."""
+        endpoint = receiver.credentials.endpoint
+        if not endpoint or receiver.id == sender:
+            return True
+        asked = Asked(envelope.path, envelope.interface, envelope.member, args)
+        names = self.replica.connections[sender].names
+        return self.replica.view(endpoint).may_hear(names, asked)
+
+    def _passes(self, envelope: Envelope, sender: Connection, args: Args) -> bool:
+        """What the endpoints of the sender and of our client say. Ours has met whoever sent it something."""
+        mine = self.replica.connections[self.replica.me]
+        if envelope.destination is None:
+            return self._may_hear(mine, sender.id, envelope, args)
+        if envelope.type in (RETURN, ERROR):
+            return True
+        endpoint = sender.credentials.endpoint
+        if endpoint and sender is not mine:
+            asked = Asked(envelope.path, envelope.interface, envelope.member, args)
+            if not self.replica.view(endpoint).may_call(mine.names, asked):
+                return False
+        if self.sight is not None:
+            self.sight.meet(sender.id)
+        return True
+
+    def admit(
+        self, envelope: Envelope, sender: Connection, fds: int, args: Args = tuple
+    ) -> str | None:
         """None if `sender` may send us this and our client may get it, else why not.
 
         Replies come here only if our client asked for them."""
         me = self.replica.me
+        if (self.sight is not None or sender.credentials.endpoint) and not self._passes(
+            envelope, sender, self._watched(args)
+        ):
+            text = f"an endpoint does not let this through from {sender.name}"
+            self._say(text)
+            return text
         refusal = self._sent(
             self.policy.of(sender.credentials),
             envelope,
@@ -311,9 +363,7 @@ class Router:
         """The same for a message of the bus itself to our client."""
         return self._received(self.policy, envelope, BUS_ID, self.replica.me, 0)
 
-    def refused_from_bus(
-        self, envelope: Envelope, args: Callable[[], Sequence[str | None]]
-    ) -> list[str]:
+    def refused_from_bus(self, envelope: Envelope, args: Args) -> list[str]:
         """Why clients do not get a signal of the bus that our client, a monitor, sees; nothing if it
         does not watch errors."""
         watching, _ = self.replica.watching(ERROR, BUS_ID, BUS_NAME, None, None, None, tuple)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from kbusd.broker.bus import Bus
 from kbusd.broker.connection import Connection
 from kbusd.policy.configuration import DEFAULT_LIMITS, Configuration
@@ -66,6 +68,9 @@ class World:
     def reload(self) -> None:
         self.events.append(("reload",))
 
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        self.events.append(("listen", endpoints))
+
     def launch(self, launch: e.Launch) -> None:
         self.events.append(("launch", launch))
 
@@ -101,10 +106,11 @@ class World:
 
     # -- what tests do ---------------------------------------------------------------------------
 
-    def client(self, worker: int, uid: int = 1000) -> Connection:
+    def client(self, worker: int, uid: int = 1000, endpoint: str = "") -> Connection:
         """A connection that has said Hello; its events are not kept."""
         self.bus.worker_started(worker, 9000 + worker)
-        self.bus.assigned(worker, credentials(worker, uid))
+        who = msgspec.structs.replace(credentials(worker, uid), endpoint=endpoint)
+        self.bus.assigned(worker, who)
         connection = self.bus.connections[worker]
         self.ask(connection, e.Hello(1))
         return connection

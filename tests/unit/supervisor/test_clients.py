@@ -87,3 +87,22 @@ def test_who_has_left_is_passed_over_and_not_counted_any_more() -> None:
     assert waiting.clients.of == {1: 3, 2: 1}
     assert waiting.take_all() == [13]
     assert waiting.clients.of == {1: 1, 2: 0}
+
+
+def test_an_endpoint_of_a_user_takes_turns_with_him() -> None:
+    """What he has locked up does not keep him waiting, nor use up what he may have."""
+    clients = Clients()
+    ends = []
+    for pid, endpoint in ((1, "app"), (2, "app"), (3, ""), (4, "other")):
+        there, ours = socket.socketpair()
+        ends.append(there)
+        clients.add(Credentials(1, 1, pid, endpoint=endpoint), ours)
+    assert clients.of == {(1, "app"): 2, 1: 1, (1, "other"): 1}
+    order = []
+    while turn := clients.next(lambda _: True):
+        order.append(turn[0].pid)
+        assert isinstance(turn[1], socket.socket)
+        turn[1].close()
+    assert order == [1, 3, 4, 2]
+    for end in ends:
+        end.close()

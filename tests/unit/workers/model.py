@@ -26,7 +26,7 @@ from kbusd.rings.entries import (
     LogEntry,
     Queued,
 )
-from kbusd.workers import driver
+from kbusd.workers import behind, driver
 from kbusd.workers.replica import Replica
 from tests.unit.workers.reference import Seen
 
@@ -42,6 +42,7 @@ class Model:
         self.snapshots: list[bytes] = []
         self.launches: list[int] = []
         self.reloading = False
+        self.listening: list[tuple[str, ...]] = []
         self.clients: list[ModelClient] = []
         self.broker = Bus(self, configuration, "unix:path=/nowhere", bus.owner)
 
@@ -52,7 +53,10 @@ class Model:
 
     def run(self) -> None:
         """Pass everything on until nothing is left to do."""
-        while self.sent or self.launches or self.reloading:
+        while self.sent or self.launches or self.reloading or self.listening:
+            if self.listening:
+                names = self.listening.pop(0)
+                self.broker.endpoints.listening({name: f"unix:path=/{name}" for name in names})
             if self.reloading:
                 self.reloading = False
                 self.broker.reconfigure(self.configuration)
@@ -96,6 +100,9 @@ class Model:
 
     def reload(self) -> None:
         self.reloading = True
+
+    def listen(self, endpoints: tuple[str, ...]) -> None:
+        self.listening.append(endpoints)
 
     def launch(self, launch: Launch) -> None:
         self.launches.append(launch.job)
@@ -143,7 +150,14 @@ class ModelClient:
         self.seen: list[Seen] = []
         model.broker.worker_started(worker, 1)
         model.broker.assigned(worker, credentials)
-        self.driver = driver.Driver(Replica(), model.facts, credentials)
+        replica = Replica()
+        if credentials.endpoint:
+            sight = behind.Sight(replica, credentials.endpoint)
+            self.driver: driver.Driver = behind.BehindDriver(
+                replica, model.facts, credentials, sight
+            )
+        else:
+            self.driver = driver.Driver(replica, model.facts, credentials)
 
     def catch_up(self) -> None:
         while self.position is not None and self.position < len(self.model.log):

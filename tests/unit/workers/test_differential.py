@@ -365,7 +365,10 @@ def test_introspection_describes_the_same(reference: ReferenceBus, model: Model,
     def shape(element: ElementTree.Element) -> Any:
         return element.tag, sorted(element.attrib.items()), [shape(each) for each in element]
 
-    assert shape(ElementTree.fromstring(seen.body[0])) == shape(ElementTree.fromstring(expected))
+    mine = ElementTree.fromstring(seen.body[0])
+    for own in [each for each in mine if each.get("name", "").startswith("org.kbusd.")]:
+        mine.remove(own)
+    assert shape(mine) == shape(ElementTree.fromstring(expected))
 
 
 def test_becoming_a_monitor(reference: ReferenceBus, model: Model) -> None:

@@ -211,7 +211,7 @@ def test_features_say_what_the_bus_has() -> None:
 
 def test_every_method_in_the_table_is_done() -> None:
     """A method that is announced and not carried out would end the worker."""
-    arguments = {"s": "x", "u": 1, "as": [], "a{ss}": {}, "v": ("s", "x")}
+    arguments = {"s": "x", "u": 1, "b": True, "as": [], "a{ss}": {}, "v": ("s", "x")}
     for interface, each in INTERFACES.items():
         for member, method in each.methods.items():
             client = join(make(), uid=0)

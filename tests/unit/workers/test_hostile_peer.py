@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from kbusd.policy import endpoints
 from kbusd.rings import entries, envelope, memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.bulk import Bulk
@@ -48,7 +49,11 @@ HELLO = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "Hello"}
 class Stage:
     """The worker under test, with everybody around it."""
 
-    def __init__(self, directory: Path, configuration: str) -> None:
+    def __init__(
+        self, directory: Path, configuration: str, endpoint: tuple[str, ...] | None = None
+    ) -> None:
+        """`endpoint`: what the one that the peer is behind says."""
+        self.endpoint = endpoint
         self.clock = Clock()
         self.log = Broadcast(65536)
         supervisor, ours = pair()
@@ -83,8 +88,13 @@ class Stage:
         self.client.sendall(b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n")
         self.client.sendall(w.build(w.CALL, HELLO))
         request = self.asked(entries.Hello)
-        people = ((VICTIM, who), (PEER, who))
-        state = entries.Snapshot(0, self.clock.tick(), people, (), (), (), (), 0)
+        theirs, said, names = who, (), ()
+        if self.endpoint is not None:
+            theirs = msgspec.structs.replace(who, endpoint="app")
+            names = (("t.Victim", VICTIM),)
+            said = (("app", endpoints.encode(endpoints.parse("app", self.endpoint))),)
+        people = ((VICTIM, who), (PEER, theirs))
+        state = entries.Snapshot(0, self.clock.tick(), people, names, (), (), (), 0, endpoints=said)
         snapshot = memfd.sealed("snapshot", msgspec.msgpack.encode(state))
         self.broker.send(entries.Reply(request.request, VICTIM), [snapshot])
         os.close(snapshot)
@@ -112,7 +122,7 @@ class Stage:
         theirs.close()
         answer = self.asked(entries.Introduced)
         assert isinstance(answer, entries.Introduced)
-        _, self.bell, status, _ = self.fds
+        _, self.bell, status, self.broadcast_fd = self.fds
         self.ring.connect(StatusView(status), answer.slot)
         self.bulk = Bulk(StatusView(status), answer.slot)
         self.bulk.make()
@@ -211,8 +221,8 @@ Start = Callable[..., Stage]
 def start(tmp_path: Path) -> Iterator[Start]:
     stages: list[Stage] = []
 
-    def one(configuration: str = OPEN) -> Stage:
-        stages.append(Stage(tmp_path, configuration))
+    def one(configuration: str = OPEN, endpoint: tuple[str, ...] | None = None) -> Stage:
+        stages.append(Stage(tmp_path, configuration, endpoint))
         return stages[-1]
 
     yield one
@@ -485,3 +495,56 @@ def test_a_refused_body_is_taken_out_of_the_pipe(start: Start) -> None:
     while got.member != "Even":
         got = stage.read()
     assert got.body == even
+
+
+# -- a peer behind an endpoint -----------------------------------------------------------------
+
+
+def string(text: str) -> bytes:
+    return struct.pack("=I", len(text)) + text.encode() + b"\0"
+
+
+def opening(interface: str | None = "t.Face") -> Envelope:
+    return Envelope(CALL, False, f":1.{VICTIM}", "/odd", interface, "Open", None, "s")
+
+
+def test_its_endpoint_is_asked_again(start: Start) -> None:
+    """For every message where arguments matter, whatever was decided about the same envelope before."""
+    stage = start(endpoint=("call=t.Victim=t.Face.Open arg0='yes'",))
+    for serial, text in enumerate(("yes", "no", "yes", "no"), 2):
+        stage.write(opening(), body=string(text), serial=serial)
+    stage.write(opening("t.Other"), body=string("yes"), serial=9)
+    stage.write(facts(member="Unicast"), serial=10)
+    stage.write(facts(member="Last", to=None), serial=11)
+    bodies = []
+    for _ in range(2):
+        while (message := stage.read()).sender == "org.freedesktop.DBus":
+            pass
+        bodies.append((message.member, message.args))
+    assert bodies == [("Open", ["yes"])] * 2
+    stage.ping()
+    assert not stage.dropped()
+
+
+def test_arguments_that_can_still_be_changed_are_none(start: Start) -> None:
+    """An honest worker does not put where it can write to what its endpoint asks for."""
+    stage = start(endpoint=("talk=t.Victim", "deny-call=t.Victim=t.Face.Open arg0='no'"))
+    stage.write(opening(), body=string("no"), serial=2)
+    stage.write(opening(), body=string("yes"), serial=3)
+    assert stage.member() == "Open"
+    aux = stage.bulk.put(string("no"))
+    assert aux is not None
+    own = (stage.bulk.fd,) if aux & FRESH else ()
+    if aux & PIPE:
+        assert stage.bulk.pipe is not None
+        own = (stage.bulk.pipe.read_fd, stage.bulk.fd)
+    stage.write(opening(), BULK, b"", own, serial=4, aux=aux)
+    eventually(stage.dropped, "the peer is dropped")
+
+
+def test_it_is_not_given_what_others_read(start: Start) -> None:
+    """What the worker's client tells those who may hear it stands in another Broadcast than the peer gets."""
+    sizes = [
+        os.fstat(start(endpoint=endpoint).broadcast_fd).st_size for endpoint in (None, ("see=a.b",))
+    ]
+    assert sizes[1] < sizes[0]
