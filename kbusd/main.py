@@ -38,7 +38,8 @@ USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
              [--endpoint=FILE ...] [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]]
-             [--domains[=DIRECTORY]] [--introspect] [--version]"""
+             [--domains[=DIRECTORY]]
+             [--introspect] [--version]"""
 
 
 class Settings(msgspec.Struct, frozen=True):

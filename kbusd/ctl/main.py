@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is well; 1: something is not as it should be; 2: could not be found out."""
     parser = argparse.ArgumentParser(
         prog="kbusctl",
-        description="Look at a running kbusd and its sandbox profiles; endpoints; containers.",
+        description="Look at a running kbusd, its sandbox profiles and endpoints; give containers a bus.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for module in (workers, security, profile, explain, endpoint, container):
