@@ -27,7 +27,7 @@ from kbusd.rings.line import LineError, close_all
 from kbusd.supervisor import caller, reach
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import Domain
-from kbusd.supervisor.holder import Holder, Worker
+from kbusd.supervisor.holder import Holder, Opening, Worker
 
 FAIR = 64  # messages of one worker before it is somebody else's turn
 _HUNG_UP = select.POLLERR | select.POLLHUP
@@ -72,14 +72,18 @@ class Connection:
         if not request:
             return  # it was interrupted meanwhile
         clients = self.devices.clients_of(self.domain, opened.bus)
+        endpoint = self.devices.endpoint(self.domain, opened)
         credentials = caller.credentials(request)
-        if clients is None or self.domain.inside(credentials.uid) is None:
-            self.fail(opened.unique, errno.ESHUTDOWN if clients is None else errno.EACCES)
+        if clients is None or endpoint is None:
+            self.fail(opened.unique, errno.ESHUTDOWN)
+            return
+        if self.domain.inside(credentials.uid) is None:
+            self.fail(opened.unique, errno.EACCES)
             return
         limit = self.host.settings.limits["max_connections_per_user"]
         why = self.domain.full(clients.of)
         if not why and clients.of[credentials.share] < limit:
-            clients.add(credentials, partial(self._employ, opened))
+            clients.add(credentials, Opening(partial(self._employ, opened), endpoint))
             return
         why = why or f"uid {credentials.uid} has {limit} connections (max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
@@ -103,6 +107,8 @@ class Connection:
         with suppress(OSError):
             file.send(device)
         self.hear(file)
+        if self.devices.endpoint(self.domain, opened) is None:
+            file.cut()  # it went while the client waited
         reply = replies.opened(opened.unique, file.number, self.open_flags)
         if self.held.pop(opened.unique, None) is None or not self.write(reply):
             self._release(file)  # nobody waits for it any more
@@ -271,8 +277,10 @@ class Connection:
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):
                     reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
-            case entries.MakeBus(unique), [] if holder.bus == self.domain.prefix:
-                creator = caller.credentials(self.request_of(holder, unique, abi.IOCTL))
+            case ((entries.MakeBus() | entries.MakeEndpoint()), []) if holder.may_make(
+                message, self.domain.prefix
+            ):
+                creator = caller.credentials(self.request_of(holder, message.unique, abi.IOCTL))
                 self.devices.call(partial(self.host.make, holder, creator, message))
             case _:
                 raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")

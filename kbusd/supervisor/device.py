@@ -67,6 +67,7 @@ class Devices:
             str, Clients
         ] = {}  # by the bus whose node they open, a prefix for control
         self.domains = {HOST.prefix: HOST}  # the bus of whose control node is this
+        self.endpoints: dict[tuple[str, str], int] = {}  # custom ones, by bus and node
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
         self.slow: set[Holder] = set()  # whom we have more to say than they listen to
         self.bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -94,6 +95,16 @@ class Devices:
     def clients_of(self, domain: Domain, bus: str) -> Clients | None:
         """Where those wait who open a node of this bus in this domain; "": its control node."""
         return None if "/" in bus else self.queues.get(domain.prefix + bus)
+
+    def domain_of(self, bus: str) -> Domain | None:
+        """In which a bus is, if that is still there."""
+        return self.domains.get(bus[: bus.rfind("/") + 1])
+
+    def endpoint(self, domain: Domain, opened: entries.Opened) -> int | None:
+        """The number of a custom endpoint, 0 for another node; None if it is gone."""
+        if not opened.bus or opened.endpoint == "bus":
+            return 0
+        return self.endpoints.get((domain.prefix + opened.bus, opened.endpoint))
 
     # -- any thread --------------------------------------------------------------------------------
 

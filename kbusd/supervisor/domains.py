@@ -48,9 +48,11 @@ class Domain(msgspec.Struct, frozen=True):
         return uid - self.first if 0 <= uid - self.first < self.count else None
 
     def full(self, of: Mapping[Share, int]) -> str:
-        """Why its users may have no more connections, given who has how many; "": they may."""
-        uids = ((who if isinstance(who, int) else who[0], many) for who, many in of.items())
-        there = sum(many for uid, many in uids if self.inside(uid) is not None)
+        """Why its users may have no more connections, given how many each user has; "": they may."""
+        users = (
+            (share if isinstance(share, int) else share[0], many) for share, many in of.items()
+        )
+        there = sum(many for uid, many in users if self.inside(uid) is not None)
         if self.name and there >= MAX_CONNECTIONS:
             return f"domain {self.name} has {there} connections"
         return ""

@@ -29,7 +29,8 @@ from kbusd.rings import entries, memfd
 from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, Domain, DomainError, read
-from kbusd.supervisor.holder import Holder
+from kbusd.supervisor.endpoints import Endpoints, node_for
+from kbusd.supervisor.holder import Holder, Order
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.mount import MountError
@@ -41,7 +42,6 @@ MAX_BUSES = 64  # each has three processes at least, and a dozen descriptors her
 MAX_BUSES_OF_A_DOMAIN = 16
 MAX_NAME = 63
 MAX_ABOUT = 16 << 10
-_GROUP, _WORLD = 1, 2  # flags of KDBUS_CMD_BUS_MAKE and _ENDPOINT_MAKE
 CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -78,6 +78,7 @@ class Several(Supervisor):
         super().__init__(*how)
         self.made: dict[str, MadeBus] = {}
         self.devices: Devices
+        self.endpoints: Endpoints
         self.begun = False
 
     def begin(self, configuration: bytes, node: entries.Node, where: Where) -> None:
@@ -88,6 +89,7 @@ class Several(Supervisor):
         self.devices = devices = Devices(self)
         self.begun = True
         devices.queues = {"": self.clients, node.bus: self.clients}
+        self.endpoints = Endpoints(devices, self._tell_broker)
         nodes = node, entries.Node("", CONTROL, 0o666, node.uid, node.gid)
         if where.kdbusfs is not None:
             devices.transports.append(Mount(devices, where.kdbusfs, nodes))
@@ -142,6 +144,10 @@ class Several(Supervisor):
             except (OSError, MountError, DomainError) as error:
                 self.journal.warn(f"domains not all as they should be: {error}")
 
+    def _tell_broker(self, bus: str, message: msgspec.Struct) -> None:
+        """The one of this bus."""
+        self.made.get(bus, self)._tell(BROKER, message)
+
     def stop(self) -> None:
         for bus in tuple(self.made.values()):
             bus.stop()
@@ -175,8 +181,19 @@ class Several(Supervisor):
         """How many there are."""
         return sum(len(bus.workers) for bus in (self, *self.made.values()))
 
-    def make(self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus) -> None:
-        """Start the bus that the worker of an open control node asks for."""
+    def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None:
+        """Make what the worker of an open file asks for: a bus, or an endpoint of its own bus."""
+        if isinstance(order, entries.MakeEndpoint):
+            bus = self.made.get(holder.bus)
+            owner = os.geteuid() if bus is None else bus.owner
+            number = self.endpoints.make(holder, creator, order, owner)
+            self._answer(holder, order.unique, number)
+        else:
+            self._make_bus(holder, creator, order)
+
+    def _make_bus(
+        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
+    ) -> None:
         domain = self.devices.domains.get(holder.bus)
         number = errno.ESHUTDOWN if domain is None else self._refusal(domain, creator.uid, order)
         if number:
@@ -239,6 +256,7 @@ class Several(Supervisor):
     def _over(self, node: entries.Node) -> None:
         del self.made[node.bus]
         self.devices.queues.pop(node.bus, None)
+        self.endpoints.end_all(node.bus)
         for transport in self.devices.transports:
             transport.withdraw(node)
 
@@ -345,9 +363,3 @@ class MadeBus(Supervisor):
         for fd in (self.configuration, self.maker, self.log_fd):
             if fd >= 0:
                 os.close(fd)
-
-
-def node_for(bus: str, endpoint: str, flags: int, owner: entries.Credentials) -> entries.Node:
-    """The node of a bus or an endpoint that its owner may use, and others as its flags say."""
-    others = 0o066 if flags & _WORLD else 0o060 if flags & _GROUP else 0
-    return entries.Node(bus, endpoint, 0o600 | others, owner.uid, owner.gid)
