@@ -132,7 +132,9 @@ class Session:
         Raises Errno, whose pokes are relative to `address`, or Interrupted."""
         handle.check(command, self.state, self.kind, self._owner)
         spec = SPECS[command]
-        whole = await fetch(caller, spec, address, data)
+        if len(data) < 8 or len(data) < commands.total_size(spec, address, data[:8]):
+            data = await fetch(caller, spec, address, data)
+        whole = data[: commands.total_size(spec, address, data[:8])]
         pokes: tuple[Poke, ...]
         if command == abi.CMD_SEND:
             return await self._send(caller, address, whole)
@@ -661,11 +663,14 @@ class Session:
         accounted: bool,
     ) -> Entry:
         """Lay a message out in the pool."""
-        about = parcels.decode_about(parcel.about)
-        known = msgspec.structs.replace(
-            self._metadata(source, about), timestamp=metadata.Timestamp(seqnum, *parcel.sent)
-        )
         mask = metadata.granted(parcel.offered, self._attach_recv, False)
+        attached = b""
+        if mask:
+            known = msgspec.structs.replace(
+                self._metadata(source, parcels.decode_about(parcel.about)),
+                timestamp=metadata.Timestamp(seqnum, *parcel.sent),
+            )
+            attached = metadata.build_items(known, mask)
         header = message.Header(
             parcel.flags,
             parcel.priority,
@@ -680,7 +685,7 @@ class Session:
             [_part(part) for part in parts],
             parcel.fds,
             parcel.dst_name,
-            attached=metadata.build_items(known, mask),
+            attached=attached,
         )
         memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
         kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []
