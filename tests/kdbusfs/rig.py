@@ -89,8 +89,14 @@ class Player:
         while not self.line.flush():
             assert select.select([], [self.line], [], SECONDS)[1], "nobody listens"
 
-    def answer(self, unique: int, result: int = 0, data: bytes = b"") -> None:
-        self.say(entries.Answered(replies.ioctl(unique, result, data)))
+    def answer(
+        self,
+        unique: int,
+        result: int = 0,
+        data: bytes = b"",
+        pushed: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        self.say(entries.Answered(replies.ioctl(unique, result, data), pushed))
 
     def serve_ioctl(self, result: int = 0) -> requests.Ioctl:
         """Answer the next request, an ioctl without data."""
