@@ -53,9 +53,13 @@ class Endpoints:
         return 0
 
     def _refusal(self, holder: Holder, uid: int, order: entries.MakeEndpoint, owner: int) -> int:
-        if uid not in (0, owner):
+        domain = self._devices.domain_of(holder.bus)
+        if domain is None:
+            return errno.ESHUTDOWN
+        if uid not in (domain.first, owner):
             return errno.EPERM
-        good = re.fullmatch(rf"{uid}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
+        known = domain.inside(uid)
+        good = re.fullmatch(rf"{known}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
         if not good or len(order.name) > MAX_NAME:
             return errno.EINVAL
         if (holder.bus, order.name) in self._devices.endpoints:

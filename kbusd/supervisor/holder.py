@@ -111,11 +111,11 @@ class Holder:
             raise LineError("offered as a pool what is no memfd") from None
         self.pool = fd
 
-    def may_make(self, order: Order) -> bool:
-        """Whether a file of this node is one that makes such a thing."""
+    def may_make(self, order: Order, control: str) -> bool:
+        """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""
         if isinstance(order, entries.MakeBus):
-            return self.bus == ""
-        return self.bus != "" and self.endpoint == "bus"
+            return self.bus == control
+        return self.bus != control and self.endpoint == "bus"
 
     def own(self, end: Callable[[], None]) -> bool:
         """Have `end` called when the file is closed; False if it is, or something else is to be."""

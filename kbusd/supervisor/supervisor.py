@@ -34,7 +34,7 @@ from kbusd.rings.line import Line, LineError, adopt, close_all, pair
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
-from kbusd.supervisor.clients import Client, Clients, credentials_of
+from kbusd.supervisor.clients import Client, Clients, credentials_of, pidfd_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener, open_endpoint
 from kbusd.supervisor.spawn import spawn
@@ -44,8 +44,8 @@ LAUNCHER = "kbusd.supervisor.launcher"
 READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
-MAX_LOST = 12  # spare workers and zygotes, by themselves, in
-LOST_SECONDS = 10.0  # that time: it will not get better
+# So many spare workers and zygotes end by themselves in that time: it will not get better.
+MAX_LOST, LOST_SECONDS = 12, 10.0
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once more and a pool
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
@@ -178,11 +178,10 @@ class Supervisor:
             listener.close()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
+            os.waitpid(pid, 0)
         for worker in self.workers.values():
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        for pid in self.children:
-            os.waitpid(pid, 0)
         self.journal.relay()
 
     # -- the loop ------------------------------------------------------------------------------
@@ -324,12 +323,14 @@ class Supervisor:
             return
         self.spare.remove(worker)
         worker.client = credentials
-        endpoint = getattr(client, "endpoint", 0)
-        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files, endpoint))
+        endpoint, fds = getattr(client, "endpoint", 0), pidfd_of(client)
+        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files, endpoint), fds)
+        close_all(fds)
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
-                worker.line.send(entries.Client(credentials), [client.fileno()])
+                known = kernel.uid_map(credentials.pid)
+                worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:
             client(worker, credentials)
 
@@ -433,8 +434,7 @@ class Supervisor:
         if module in self.lines:  # a worker that is not locked down yet has the other end
             self.lines.pop(module).close()
         if module == READER:
-            self._configuration_read(code)
-            return
+            return self._configuration_read(code)
         self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
         if module == ZYGOTE:
             self._lose()

@@ -41,6 +41,7 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 
+_NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can be opened later
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
 NEAR = 1024  # bytes that are fetched before what is asked for
@@ -129,7 +130,8 @@ class Request:
         device.space = int(space) if space.isdigit() else 0
         with suppress(ValueError):
             maps = [IdMap.read(files[name]) for name in ("uid_map", "gid_map") if name in files]
-            device.maps = (maps[0], maps[1]) if len(maps) == 2 else (SAME, SAME)
+            other = len(maps) == 2 and files.get("ns/user") != _NAMESPACE
+            device.maps = (maps[0], maps[1]) if other else (SAME, SAME)
         return files
 
     async def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
