@@ -26,6 +26,12 @@ class IdMap(msgspec.Struct, frozen=True):
 
     ranges: tuple[tuple[int, int, int], ...] = ((0, 0, NO_ID),)
 
+    @classmethod
+    def parse(cls, text: bytes) -> IdMap:
+        """From /proc/PID/uid_map or gid_map, which the kernel writes."""
+        lines = [tuple(map(int, line.split())) for line in text.splitlines()]
+        return cls(tuple((first, outside, count) for first, outside, count in lines))
+
     def inside(self, id: int) -> int | None:
         """What the namespace calls the host's `id`; None if it has no such id."""
         for first, outside, count in self.ranges:

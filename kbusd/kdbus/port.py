@@ -82,6 +82,10 @@ class Bus(Protocol):
         """Those of BUS_MAKE."""
 
     @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        """What uids and gids are called in the client's user namespace."""
+
+    @property
     def sees_pids(self) -> bool:
         """Whether the client's pid namespace is that of the pids which the bus knows."""
 

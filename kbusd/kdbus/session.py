@@ -358,7 +358,7 @@ class Session:
                 about = parcels.About()
             mask = metadata.granted(about.offered, asked.attach_flags, False)
             mask &= ~abi.ATTACH_TIMESTAMP
-            items = metadata.build_items(self._metadata(known, about), mask)
+            items = metadata.build_items(self._metadata(known, about), mask, *self.bus.maps)
             data = message.info(known.id, known.flags, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
@@ -367,7 +367,7 @@ class Session:
         if decoded.value is None:
             return decoded.pokes
         with _writing(decoded.pokes):
-            items = metadata.build_items(self.bus.creator(), decoded.value)
+            items = metadata.build_items(self.bus.creator(), decoded.value, *self.bus.maps)
             data = message.bus_info(0, self.bus.flags, self.bus.name, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
@@ -680,7 +680,7 @@ class Session:
             [_part(part) for part in parts],
             parcel.fds,
             parcel.dst_name,
-            attached=metadata.build_items(known, mask),
+            attached=metadata.build_items(known, mask, *self.bus.maps),
         )
         memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
         kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []

@@ -631,9 +631,13 @@ FromZygote = Forked | Ended
 
 
 class Client(msgspec.Struct, frozen=True, array_like=True, tag="client"):
-    """supervisor -> worker. Serve the client on this fd; it is who the kernel says it is."""
+    """supervisor -> worker. Serve the client on this fd; it is who the kernel says it is.
+
+    `uid_map`: of its user namespace, as the kernel has it (user_namespaces(7)); b"": it does not matter,
+    or could not be read."""
 
     credentials: Credentials
+    uid_map: bytes = b""
 
 
 class Device(msgspec.Struct, frozen=True, array_like=True, tag="device"):

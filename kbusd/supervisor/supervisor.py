@@ -328,7 +328,8 @@ class Supervisor:
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
-                worker.line.send(entries.Client(credentials), [client.fileno()])
+                known = kernel.uid_map(credentials.pid)
+                worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:
             client(worker, credentials)
 

@@ -196,6 +196,10 @@ class Port:
     # -- the session's side (kbusd/kdbus/port.py) ----------------------------------------------
 
     @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        return self.device.maps
+
+    @property
     def sees_pids(self) -> bool:
         return self.device.sees_pids
 

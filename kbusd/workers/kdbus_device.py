@@ -22,7 +22,7 @@ import msgspec
 
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
-from kbusd.kdbus import attach, layout, waits
+from kbusd.kdbus import attach, layout, metadata, waits
 from kbusd.kdbus.commands import SPECS, BusMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
@@ -39,6 +39,7 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 
+_NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can be opened later
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
 NEAR = 1024  # bytes that are fetched before what is asked for
@@ -106,6 +107,8 @@ class Request:
         files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
         status = files.get("status", b"")
         self._device.sees_pids = _levels(status) <= 1
+        if files.get("ns/user") != _NAMESPACE:
+            self._device.maps = _map(files, "uid_map"), _map(files, "gid_map")
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
             self.tid,
@@ -153,6 +156,7 @@ class Device:
         self._pool: Pool | None = None
         self.held: dict[int, Request] = {}
         self._asked: dict[int, Wait[Any]] = {}
+        self.maps = metadata.SAME, metadata.SAME
         self.sees_pids = True  # of the namespace in which the supervisor is
         self._polled = False
         self._told = (0, 0)  # what the last poll was told: events, and how many had arrived
@@ -418,6 +422,11 @@ def _status(text: bytes, key: bytes) -> int:
         if name == key and value.strip().isdigit():
             return int(value)
     return 0
+
+
+def _map(files: dict[str, bytes], name: str) -> metadata.IdMap:
+    """Of a user namespace that is not ours."""
+    return metadata.IdMap.parse(files[name]) if name in files else metadata.SAME
 
 
 def _levels(status: bytes) -> int:

@@ -119,6 +119,7 @@ class Port:
         self.handed: list[tuple[int, tuple[int, ...]]] = []
         self.watched: dict[int, Callable[[], None]] = {}
 
+    maps = metadata.SAME, metadata.SAME
     sees_pids = True
 
     def clock(self) -> tuple[int, int]:
