@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from itertools import count
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -18,8 +19,12 @@ class Refilling(Supervisor):
     def __init__(self, workers: int, spare: int) -> None:
         self.max_workers = 100
         self.workers: dict[int, Worker] = dict.fromkeys(range(workers))  # type: ignore[arg-type]
-        self.spare: deque[Worker] = deque([None] * spare)  # type: ignore[list-item]
-        self.forking = 0
+        self.spare: deque[Worker] = deque(
+            cast(Worker, SimpleNamespace(files=False)) for _ in range(spare)
+        )
+        self.forking: dict[int, bool] = {}
+        self.listeners = [cast(Any, None)]
+        self.kinds = ()
         self.numbers = count(1)
         self.told: list[Any] = []
 
