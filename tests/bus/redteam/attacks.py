@@ -354,7 +354,7 @@ def _value(chance: random.Random, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         if arguments[-1] is not ...:
             return tuple(_value(chance, each) for each in arguments)
-        return tuple(_value(chance, arguments[0]) for _ in range(chance.choice((0, 1, 1, 300))))
+        return tuple(_value(chance, arguments[0]) for _ in range(chance.choice((0, 1, 1, 20))))
     if typing.get_origin(kind) is typing.Annotated:
         return _value(chance, arguments[0])
     if arguments:  # one or the other
