@@ -256,7 +256,7 @@ def test_descriptors_in_flight_stop_no_client_from_coming(
 
 @pytest.mark.parametrize("hello", [True, False])
 def test_the_broker_survives_every_lie(red_bus: RedBus, victims: Victims, hello: bool) -> None:
-    seed, each = 20261126, 12
+    seed, each = 20261126, 6
     at, end, liars = 0, None, 0
     while at != end:
         red = red_bus.attack("lie_to_broker", seed, each, at, hello)
@@ -381,7 +381,7 @@ def test_bells_that_ring_all_day_hold_nobody_up(red_bus: RedBus, victims: Victim
 # -- kdbus: the supervisor, and the workers of files -----------------------------------------------
 
 MOUNTED = pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root")
-SEED, EACH = 20261126, 12
+SEED, EACH = 20261126, 6
 
 
 class RedFiles(KdbusBus, RedBus):

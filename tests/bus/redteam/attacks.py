@@ -18,6 +18,7 @@ import select
 import socket
 import struct
 import time
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -135,7 +136,7 @@ class Peer:
         self.theirs, self.bell, status, self.their_broadcast, side = fds
         self.their_status = status
         self.ring.connect(StatusView(os.dup(status)), slots[0])
-        self.side = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=side)
+        self.side = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, side)
 
     def write(self, kind: int, facts: Envelope | bytes, body: bytes = b"", **head: Any) -> bool:
         """One frame, as we like it."""
@@ -341,37 +342,24 @@ def lies(union: Any, seed: int, each: int) -> list[Any]:
 
 
 def _value(chance: random.Random, kind: Any) -> Any:
-    text = str(kind)
-    if kind is int:
-        return chance.choice(_NUMBERS)
-    if kind is str:
-        return chance.choice(_TEXTS)
-    if kind is bytes:
-        return chance.choice(_BYTES)
-    if kind is bool:
-        return chance.random() < 0.5
-    if text == "int | None":
-        return chance.choice((None, *_NUMBERS))
-    if "PolicyEntry" in text:
-        number = lambda: chance.choice(_NUMBERS)
-        return tuple(
-            entries.PolicyEntry(chance.choice(_TEXTS), True, ((number(), number(), number()),))
-            for _ in range(chance.choice((0, 1, 1, 300)))
-        )
-    if "tuple[int, int]" in text and "..." not in text:
-        return chance.choice(_NUMBERS), chance.choice(_NUMBERS)
-    if "tuple[tuple[int, int]" in text:
-        pairs = chance.choice((0, 1, 2000))
-        return tuple((chance.choice(_NUMBERS), chance.choice(_NUMBERS)) for _ in range(pairs))
-    if "tuple[tuple[int, bytes]" in text:
-        return tuple((chance.choice(_NUMBERS), chance.choice(_BYTES)) for _ in range(3))
-    if "tuple[int, ...]" in text:
-        return tuple(chance.choice(_NUMBERS) for _ in range(chance.choice((0, 1, 40))))
-    if "tuple[str, ...]" in text:
-        return tuple(chance.choice(_TEXTS) for _ in range(chance.choice((0, 1, 600))))
-    if "dict[str, str]" in text:
-        return {chance.choice(_TEXTS): chance.choice(_TEXTS) for _ in range(3)}
-    raise NotImplementedError(text)
+    """Something that decodes as this type, and is as far from what is meant as that allows."""
+    simple = {int: _NUMBERS, str: _TEXTS, bytes: _BYTES, bool: (False, True), type(None): (None,)}
+    if kind in simple:
+        return chance.choice(simple[kind])
+    arguments = typing.get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return kind(*(_value(chance, each.type) for each in msgspec.structs.fields(kind)))
+    if typing.get_origin(kind) is dict:
+        return {_value(chance, arguments[0]): _value(chance, arguments[1]) for _ in range(3)}
+    if typing.get_origin(kind) is tuple:
+        if arguments[-1] is not ...:
+            return tuple(_value(chance, each) for each in arguments)
+        return tuple(_value(chance, arguments[0]) for _ in range(chance.choice((0, 1, 1, 20))))
+    if typing.get_origin(kind) is typing.Annotated:
+        return _value(chance, arguments[0])
+    if arguments:  # one or the other
+        return _value(chance, chance.choice(arguments))
+    raise NotImplementedError(str(kind))
 
 
 def break_a_rule_and_go(taken: Taken) -> None:

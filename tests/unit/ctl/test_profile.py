@@ -78,7 +78,7 @@ def test_check_finds_what_is_wrong_on_any_architecture(
 def test_diff_shows_what_one_allows_more(capsys: pytest.CaptureFixture[str], own: str) -> None:
     lines = said(capsys, "diff", "worker", own, status=1).splitlines()[2:]
     assert "+uname: allow" in lines
-    assert [line for line in lines if "sysinfo" in line or "read" in line] == ["+sysinfo: allow"]
+    assert [line for line in lines if "sysinfo" in line or "mmap" in line] == ["+sysinfo: allow"]
     assert said(capsys, "diff", "worker", "worker") == "they say the same\n"
 
 
@@ -132,7 +132,7 @@ def test_export_to_oci_says_arguments_and_errnos(capsys: pytest.CaptureFixture[s
         {"index": 2, "value": 4, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
     ]
     commands = [each["args"] for each in made["syscalls"] if "fcntl" in each["names"]]
-    assert len(commands) > 5  # an entry for each of one-of
+    assert len(commands) == 5  # an entry for each of one-of
     assert all([each["index"] for each in args] == [1] for args in commands)
 
 
@@ -143,7 +143,7 @@ def test_export_to_lxc_and_systemd(capsys: pytest.CaptureFixture[str]) -> None:
         "read allow",
         "openat errno 13",
         "mmap allow [2,0,SCMP_CMP_MASKED_EQ,4]",
-        "fcntl allow [1,1,SCMP_CMP_EQ]",
+        "fcntl allow [1,3,SCMP_CMP_EQ]",
     } <= set(lines)
     unit = said(capsys, "export", "worker", "--format", "systemd").splitlines()
     assert "SystemCallFilter=mmap" in unit

@@ -24,13 +24,14 @@ def test_there_is_a_profile_for_each_kind_of_process() -> None:
     assert set(profiles.names()) == {
         "broker",
         "config-reader",
+        "kdbus-worker",
         "launcher",
         "supervisor",
         "worker",
         "zygote",
     }
     titles = {profiles.load(name).title for name in profiles.names()}
-    assert len(titles) == 6
+    assert len(titles) == 7
 
 
 @pytest.mark.parametrize("name", profiles.names())
@@ -102,7 +103,7 @@ def test_an_installed_bus_finds_its_profiles_without_site(tmp_path: Path, place:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         str(package / "sandbox" / "profiles.py"),
-        "6",
+        "7",
         *map(str, [profiles.OVERRIDES, installed, "/usr/share/kbusd/profiles"]),
     ]
 
