@@ -11,15 +11,31 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from fcntl import F_GET_SEALS, fcntl
 from typing import Any, Protocol
 
 import msgspec
 
 from kbusd.rings import entries
+from kbusd.rings.entries import Credentials
 from kbusd.rings.line import MAX_RECORD, Line, LineError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
+
+Order = entries.MakeBus | entries.MakeEndpoint
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Somebody has opened a file, and waits for a worker: what is to be done with it, and the custom
+    endpoint of which the broker is told."""
+
+    work: Callable[..., None]
+    endpoint: int
+
+    def __call__(self, worker: Worker | None, credentials: Credentials) -> None:
+        self.work(worker, credentials)
 
 
 class Worker(Protocol):
@@ -38,9 +54,7 @@ class Host(Protocol):
 
     def kill(self, number: int, reason: str) -> None: ...
 
-    def make(
-        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
-    ) -> None: ...
+    def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None: ...
 
 
 class Holder:
@@ -96,6 +110,12 @@ class Holder:
         except OSError:
             raise LineError("offered as a pool what is no memfd") from None
         self.pool = fd
+
+    def may_make(self, order: Order, control: str) -> bool:
+        """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""
+        if isinstance(order, entries.MakeBus):
+            return self.bus == control
+        return self.bus != control and self.endpoint == "bus"
 
     def own(self, end: Callable[[], None]) -> bool:
         """Have `end` called when the file is closed; False if it is, or something else is to be."""

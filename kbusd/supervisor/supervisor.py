@@ -323,13 +323,15 @@ class Supervisor:
             return
         self.spare.remove(worker)
         worker.client = credentials
-        fds = pidfd_of(client)
-        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files), fds)
+        endpoint, fds = getattr(client, "endpoint", 0), pidfd_of(client)
+        assigned = entries.Assigned(worker.number, credentials, not files, endpoint)
+        self._tell(BROKER, assigned, fds)
         close_all(fds)
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
-                worker.line.send(entries.Client(credentials), [client.fileno()])
+                known = kernel.uid_map(credentials.pid)
+                worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:
             client(worker, credentials)
 
