@@ -377,9 +377,9 @@ class Bus:
             case Describe():
                 connection.about = _about(message.about)
             case AskAbout():
-                other = self.by_id.get(message.id)
-                seen = other is not None and self.custom.may_see(connection, other)
-                value = other.about if other is not None and seen else b""
+                asked = self.by_id.get(message.id)
+                seen = asked is not None and self.custom.may_see(connection, asked)
+                value = asked.about if asked is not None and seen else b""
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return

@@ -476,7 +476,6 @@ class Engine:
                 self.everyone
                 and not route.refusals
                 and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
-                and not self.replica.custom
                 and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:
