@@ -261,10 +261,10 @@ class Device:
         if asked.value is not None:
             try:
                 (fd,) = await held.take([asked.value])
-                attached = Attached(fd, self._uid)
                 if self.attached is not None:
+                    os.close(fd)
                     raise Errno(errno.EALREADY, "attached a second time")
-                self.attached = attached
+                attached = self.attached = Attached(fd, self._uid)
                 if self.cuse:
                     if self._pool is not None:
                         self._pool.hand(attached)
