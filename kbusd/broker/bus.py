@@ -348,7 +348,7 @@ class Bus:
                 self.probes.running(connection)
                 return
             case ProcessOf():
-                asked = self.by_id.get(message.id)
+                asked = self._seen(connection, message.id)
                 pidfds = [asked.pidfd] if asked is not None and asked.pidfd >= 0 else []
                 self._outside.send(connection.worker, Reply(message.request), pidfds)
                 return
@@ -714,7 +714,7 @@ class Bus:
         }
 
     def _count(self, asker: Connection, message: CountConnection) -> None:
-        asked = self.by_id.get(message.id)
+        asked = self._seen(asker, message.id)
         if asked is None or asked.monitor is not None:
             name = f":1.{message.id}"
             raise Refused(
@@ -726,6 +726,14 @@ class Bus:
             "PeakBusNames": asked.peak_names,
         }
         self.counts.ask(asker, message.request, asked, known)
+
+    def _seen(self, asker: Connection, id: int) -> Connection | None:
+        """A connection that is not hidden from the asker by an endpoint of either."""
+        other = self.by_id.get(id)
+        if other is None or other is asker:
+            return other
+        seen = self.endpoints.may_see(asker, other) or self.introductions.know(asker, other)
+        return other if seen and self.custom.may_see(asker, other) else None
 
     def _serial(self, what: str) -> int:
         self._asked[what] += 1

@@ -24,7 +24,7 @@ from kbusd.broker.refusal import (
     Refused,
 )
 from kbusd.policy import endpoints as policy
-from kbusd.policy.endpoints import OWN, TALK, Endpoint, EndpointError, View
+from kbusd.policy.endpoints import OWN, SEE, TALK, Endpoint, EndpointError, View
 from kbusd.rings.entries import (
     AddEndpoint,
     AddMatch,
@@ -37,6 +37,7 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
+    ProcessOf,
     ReleaseName,
     RemoveMatch,
     Reply,
@@ -58,6 +59,7 @@ _ALLOWED = (
     Introduce,
     Introduced,
     Leaving,
+    ProcessOf,
     ReleaseName,
     RemoveMatch,
     RequestName,
@@ -227,6 +229,11 @@ class Endpoints:
                 if view.level(name) < TALK:
                     text = f"The name {name} was not provided by any .service files"
                     raise Refused(SERVICE_UNKNOWN, text)
+
+    def may_see(self, asker: Connection, other: Connection) -> bool:
+        """Whether the asker may know of the other by its names."""
+        view = self.view(asker)
+        return view is None or view.best(other.names) >= SEE
 
     def may_meet(self, asker: Connection, peer: Connection) -> bool:
         """Whether the asker may be made known to the peer: it may call it, or the peer has asked for

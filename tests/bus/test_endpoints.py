@@ -164,6 +164,10 @@ def test_a_name_that_may_be_seen(place: Place) -> None:
     assert ask(app, "NameHasOwner", "t.See.It") == [True]
     assert ask(app, "GetNameOwner", "t.See.It") == [see.name]
     assert ask(app, "GetConnectionUnixUser", see.name) == [os.geteuid()]
+    reply = app.call(DRIVER, DRIVER_PATH, DRIVER, "GetConnectionCredentials", "s", (see.name,))
+    assert reply.args[0]["UnixUserID"] == ("u", os.geteuid())
+    for fd in reply.fds:
+        os.close(fd)
     for to in ("t.See.It", see.name):
         assert refusal(app, to, "/", "a.b", "C")[0] == "AccessDenied"
     assert nothing_came(see)
