@@ -136,7 +136,9 @@ class Session:
         Raises Errno, whose pokes are relative to `address`, or Interrupted."""
         handle.check(command, self.state, self.kind, self._owner)
         spec = SPECS[command]
-        whole = await fetch(caller, spec, address, data)
+        if len(data) < 8 or len(data) < commands.total_size(spec, address, data[:8]):
+            data = await fetch(caller, spec, address, data)
+        whole = data[: commands.total_size(spec, address, data[:8])]
         pokes: tuple[Poke, ...]
         if command == abi.CMD_SEND:
             return await self._send(caller, address, whole)
@@ -710,11 +712,14 @@ class Session:
         accounted: bool,
     ) -> Entry:
         """Lay a message out in the pool."""
-        about = parcels.decode_about(parcel.about)
-        known = msgspec.structs.replace(
-            self._metadata(source, about), timestamp=metadata.Timestamp(seqnum, *parcel.sent)
-        )
         mask = metadata.granted(parcel.offered, self._attach_recv, False)
+        attached = b""
+        if mask:
+            known = msgspec.structs.replace(
+                self._metadata(source, parcels.decode_about(parcel.about)),
+                timestamp=metadata.Timestamp(seqnum, *parcel.sent),
+            )
+            attached = metadata.build_items(known, mask, *self.bus.maps)
         header = message.Header(
             parcel.flags,
             parcel.priority,
@@ -729,7 +734,7 @@ class Session:
             [_part(part) for part in parts],
             parcel.fds,
             parcel.dst_name,
-            attached=metadata.build_items(known, mask, *self.bus.maps),
+            attached=attached,
         )
         memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
         kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []

@@ -754,9 +754,11 @@ class Asked(msgspec.Struct, frozen=True, array_like=True, tag="asked"):
     POLL, to be answered, and INTERRUPT of one of these. To the tree: all those without a file's handle.
 
     READ, WRITE, FLUSH and RELEASE of a file are the supervisor's: it reads from the Pool, refuses
-    writing (EINVAL), and closes the line."""
+    writing (EINVAL), and closes the line. `ahead`: what there was of the ranges of Ahead, (address,
+    bytes) each; whatever is missing is to be asked for."""
 
     request: bytes
+    ahead: tuple[tuple[int, bytes], ...] = ()
 
 
 class Copied(msgspec.Struct, frozen=True, array_like=True, tag="copied"):
@@ -807,9 +809,21 @@ ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made
 
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):
     """-> supervisor. The answer to a request that is held, as the kernel wants it
-    (kbusd/cuse/replies.py). Everything sent before it is done before it, Push and Nudge included."""
+    (kbusd/cuse/replies.py). Everything sent before it is done before it, Nudge included; and so is
+    `pushed`: (offset, size) of what is to be renewed in the client's page cache from the Pool."""
 
     reply: bytes
+    pushed: tuple[tuple[int, int], ...] = ()
+
+
+class Ahead(msgspec.Struct, frozen=True, array_like=True, tag="ahead"):
+    """-> supervisor. With each ioctl of this number from now on, send along so many bytes from its
+    argument on, and these ranges of the caller's memory: 8 ranges and 8 KiB, for 16 numbers. A guess, so
+    that what a program does again and again need not be asked for."""
+
+    command: int
+    at_argument: int
+    ranges: tuple[tuple[int, int], ...]
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
@@ -846,14 +860,12 @@ class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
 
 class Pool(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
     """-> supervisor, once. fd: a memfd; what it holds is what the client reads of its file, zeros
-    behind its end. The client may have old pages in its cache, till Push."""
+    behind its end. The client may have old pages in its cache, till they are pushed.
 
+    `events_at`: where in it four bytes say which poll(2) events hold now; -1: nowhere. If POLLIN is
+    among them, POLL is answered with them, and not passed on."""
 
-class Push(msgspec.Struct, frozen=True, array_like=True, tag="push"):
-    """-> supervisor. Renew these bytes of the client's page cache from the Pool."""
-
-    offset: int
-    size: int
+    events_at: int = -1
 
 
 class MakeBus(msgspec.Struct, frozen=True, array_like=True, tag="make_bus"):
@@ -878,7 +890,7 @@ class MakeEndpoint(msgspec.Struct, frozen=True, array_like=True, tag="make_endpo
 
 
 FromDeviceWorker = (
-    Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push | MakeBus | MakeEndpoint
+    Answered | Ahead | Copy | Store | Take | AskFacts | Nudge | Pool | MakeBus | MakeEndpoint
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class Host(Protocol):
     """What the supervisor does for us, in its own thread."""
 
     settings: Any
-    clients: Clients
+    openers: Clients
     journal: Journal
 
     def kill(self, number: int, reason: str) -> None: ...
@@ -77,6 +78,8 @@ class Holder:
         self.why = errno.ECONNRESET  # what requests get when it is gone
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.pool = -1
+        self.events_at = -1
+        self.ahead: dict[int, entries.Ahead] = {}  # by command
         self.gone = False
         self.released = False
 
@@ -103,13 +106,22 @@ class Holder:
         if there is no pool."""
         return b"" if self.pool < 0 else os.pread(self.pool, size, offset).ljust(size, b"\0")
 
-    def take_pool(self, fd: int) -> None:
+    def readable(self) -> int:
+        """The poll(2) events that hold, if its worker says that POLLIN is one of them; else 0."""
+        if self.events_at < 0 or self.gone or self.why == errno.ESHUTDOWN:
+            return 0
+        events = int.from_bytes(os.pread(self.pool, 4, self.events_at), "little")
+        return events & 0xFFFF if events & select.POLLIN else 0
+
+    def take_pool(self, fd: int, events_at: int) -> None:
         """Raises LineError."""
         try:
             fcntl(fd, F_GET_SEALS)  # only a memfd has any, and is read without waiting for anybody
         except OSError:
             raise LineError("offered as a pool what is no memfd") from None
-        self.pool = fd
+        if not -1 <= events_at < 1 << 62:
+            raise LineError(f"has its events at {events_at}")
+        self.pool, self.events_at = fd, events_at
 
     def may_make(self, order: Order, control: str) -> bool:
         """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""

@@ -517,8 +517,15 @@ class Port:
             for wait in list(self._sending.values()):
                 wait.done(None)
         self.engine.take_descriptors(self.session.accepts_fds)
-        now = time.monotonic_ns()
         deadline = self.session.deadline()
+        if deadline is not None or self._parcels or self._collecting:
+            self._expire(deadline)
+        self.device.nudge()
+        self.device.line.flush()
+
+    def _expire(self, deadline: int | None) -> None:
+        """What has waited too long: `deadline` is the session's."""
+        now = time.monotonic_ns()
         if deadline is not None and deadline <= now:
             self.session.tick()
             for serial, (_, _, until) in list(self._sent.items()):
@@ -532,20 +539,18 @@ class Port:
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
-        self.device.nudge()
-        self.device.line.flush()
 
     def timeout(self) -> int:
         """Milliseconds until `turn` has something to do by itself; -1: nothing."""
         if self.device.line.queue:
             return 1
+        deadline = self.session.deadline()
+        if deadline is None and not self._parcels and not self._collecting:
+            return -1
         times = [until for _, _, until in self._parcels.values()]
         times += [until for _, until in self._collecting.values()]
-        deadline = self.session.deadline()
         if deadline is not None:
             times.append(deadline)
-        if not times:
-            return -1
         left = (min(times) - time.monotonic_ns()) // 1_000_000 + 1
         return max(0, min(left, 60_000))
 
@@ -625,6 +630,7 @@ class Port:
                 if router.admit(what.facts(name), connection, found.fds) is not None:
                     return errno.EPERM
             self._receive(_known(connection), connection, found, data, fds, stamp)
+            self.device.show_events()  # whoever has sent it may look when it returns
         except Errno as error:
             return error.errno
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import count
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 
 from kbusd.rings.entries import Credentials, Fork
 from kbusd.rings.line import Line, pair
-from kbusd.supervisor.supervisor import Supervisor, Worker
+from kbusd.supervisor.clients import Clients
+from kbusd.supervisor.supervisor import Pool, Supervisor, Worker
 
 
 class Refilling(Supervisor):
@@ -21,11 +21,11 @@ class Refilling(Supervisor):
         line = Line(sock, Fork)
         who = Credentials(0, 0, 0)
         self.max_workers = 100
-        self.listeners = [None]  # type: ignore[list-item]
-        self.kinds = () if files is None else ("kdbus",)
-        self.workers = {n: Worker(n, 0, -1, line, False, who) for n in range(workers)}
-        self.spare = deque(Worker(n, 0, -1, line, False) for n in range(spare))
-        self.spare.extend(Worker(n, 0, -1, line, True) for n in range(files or 0))
+        sockets, opened = Pool(4, Clients()), Pool(2, Clients(), files=True)
+        self.pools = [sockets] if files is None else [sockets, opened]
+        self.workers = {n: Worker(n, 0, -1, line, sockets, who) for n in range(workers)}
+        for pool, there in (sockets, spare), (opened, files or 0):
+            pool.spare.extend(Worker(n, 0, -1, line, pool) for n in range(there))
         self.forking = {}
         self.numbers = count(1)
         self.told: list[Any] = []
