@@ -67,14 +67,14 @@ def test_the_process_of_a_client_is_known_by_descriptor_while_it_is_there() -> N
     world.close = closed.append  # type: ignore[method-assign]
     assert world.ask(a, e.ProcessOf(5, b.id)) == [(1, e.Reply(5))]
     world.bus.worker_started(3, 3)
-    world.bus.assigned(3, e.Credentials(1, 1, 1), True, 0, 99)
+    world.bus.assigned(3, e.Credentials(1, 1, 1), True, pidfd=99)
     world.ask(world.bus.connections[3], e.Hello(1))
     assert world.ask(a, e.ProcessOf(6, 3)) == [(1, e.Reply(6), 99)]
     for id in (-1, 0, 77):
         assert world.ask(a, e.ProcessOf(7, id)) == [(1, e.Reply(7))]
     world.bus.gone(3)
     assert closed == [99]
-    world.bus.assigned(3, e.Credentials(1, 1, 1), True, 0, 98)  # it went before
+    world.bus.assigned(3, e.Credentials(1, 1, 1), True, pidfd=98)  # it went before
     assert closed == [99, 98]
 
 
