@@ -82,9 +82,12 @@ class Line:
         return True
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
-        ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self.sock.sendmsg([data], ancillary, _SEND | self._wait_flag())
+            if fds:
+                ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", fds))]
+                self.sock.sendmsg([data], ancillary, _SEND | self._wait_flag())
+            else:
+                self.sock.send(data, _SEND | self._wait_flag())
         except BlockingIOError:
             return False
         return True
@@ -101,6 +104,11 @@ class Line:
             return None
         except ConnectionResetError:
             raise EOFError from None
+        if size and not ancillary and not flags & _CUT_SHORT:
+            try:
+                return self._decode(memoryview(self._buffer)[:size]), []
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise LineError(f"a record does not decode: {error}") from None
         fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == _SOL_SOCKET and kind == _SCM_RIGHTS:

@@ -49,7 +49,9 @@ class Domain(msgspec.Struct, frozen=True):
 
     def full(self, of: Mapping[Share, int]) -> str:
         """Why its users may have no more connections, given how many each user has; "": they may."""
-        users = ((share if isinstance(share, int) else share[0], many) for share, many in of.items())
+        users = (
+            (share if isinstance(share, int) else share[0], many) for share, many in of.items()
+        )
         there = sum(many for uid, many in users if self.inside(uid) is not None)
         if self.name and there >= MAX_CONNECTIONS:
             return f"domain {self.name} has {there} connections"

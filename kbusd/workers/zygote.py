@@ -126,6 +126,7 @@ class Zygote:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.siginterrupt(signal.SIGCHLD, False)  # close(2), say, can't be tried again
         self.epoll.register(reader, select.EPOLLIN)
         self.epoll.register(self.line.fileno(), select.EPOLLIN)
         while True:
@@ -157,7 +158,8 @@ def main() -> None:
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     made = "made" in kinds
     maker = read_all(9) if made else b""
-    context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker)
+    kdbus = "kdbus" in kinds
+    context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker, kdbus)
     for fd in (4, 5, 6, 7, 9) if made else (4, 5, 6, 7):
         os.close(fd)
     for _ in range(REHEARSALS):
