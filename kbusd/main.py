@@ -25,11 +25,10 @@ import prctl
 
 from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
-from kbusd.supervisor.cuse import Nodes
+from kbusd.supervisor.domains import DOMAINS, DomainError
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.listen import Listener, open_listeners
-from kbusd.supervisor.made import CONFIGURATION, CONTROL, Several
+from kbusd.supervisor.made import CONFIGURATION, Several, Where
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
 from kbusd.supervisor.supervisor import READER, StartError, Supervisor
@@ -39,6 +38,7 @@ USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
              [--endpoint=FILE ...] [--kdbusfs=MOUNTPOINT] [--cuse[=DIRECTORY]]
+             [--domains[=DIRECTORY]]
              [--introspect] [--version]"""
 
 
@@ -83,6 +83,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--endpoint", metavar="FILE", action="append", default=[])
     parser.add_argument("--kdbusfs", metavar="MOUNTPOINT")
     parser.add_argument("--cuse", metavar="DIRECTORY", nargs="?", const="")
+    parser.add_argument("--domains", metavar="DIRECTORY", nargs="?", const=DOMAINS)
     for name in ("syslog", "syslog-only", "nosyslog"):
         parser.add_argument(f"--{name}", dest="log", action="store_const", const=name)
     parser.add_argument("--systemd-activation", action="store_true")
@@ -315,7 +316,8 @@ def _run(
     )
 
     _make_runtime_directory(configuration)
-    has_devices = kdbusfs is not None or options.cuse is not None
+    where = Where(kdbusfs, options.cuse, options.domains)
+    has_devices = where != Where(None, None, None)
     kind = Several if has_devices else Supervisor
     supervisor = kind(configuration, listeners, secrets.token_hex(16), journal, read)
     try:
@@ -326,14 +328,8 @@ def _run(
         try:
             supervisor.start()
             if isinstance(supervisor, Several):
-                node = node_of(settings)
-                nodes = node, Node("", CONTROL, 0o666, node.uid, node.gid)
-                devices = supervisor.begin(_configuration_of_made_buses(), node.bus)
-            if kdbusfs is not None:
-                devices.transports.append(Mount(devices, kdbusfs, nodes))
-            if options.cuse is not None:
-                devices.transports.append(Nodes(devices, options.cuse, nodes))
-        except (StartError, SandboxError, MountError, OSError) as error:
+                supervisor.begin(_configuration_of_made_buses(), node_of(settings), where)
+        except (StartError, SandboxError, MountError, DomainError, OSError) as error:
             journal.warn(f"not started: {error}")
             return 1
         printed: set[int] = set()

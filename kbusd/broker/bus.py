@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.counts import Counts
+from kbusd.broker.custom_endpoints import CustomEndpoints
 from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.labels import Labels
@@ -38,6 +39,7 @@ from kbusd.broker.refusal import (
     Violation,
 )
 from kbusd.broker.registry import Change, Registry
+from kbusd.kdbus.abi import POLICY_OWN, POLICY_TALK
 from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
@@ -51,6 +53,7 @@ from kbusd.rings.entries import (
     CountConnection,
     Counted,
     Credentials,
+    CustomChanged,
     Describe,
     Failure,
     FetchPolicy,
@@ -76,6 +79,7 @@ from kbusd.rings.entries import (
     Request,
     RequestName,
     Running,
+    SetEndpoint,
     SetPolicy,
     Share,
     Snapshot,
@@ -88,6 +92,7 @@ from kbusd.wire import names
 
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
+CLOSED = "kdbus"  # <type> of a bus on which nothing but kdbus's policy allows anything
 MAX_MONITOR_RULES = 512
 MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 ACTIVATOR, HOLDER, KDBUS_MONITOR = 2, 4, 8  # three of them
@@ -129,7 +134,8 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
-        self.name_policy = NamePolicy(owner)
+        self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
+        self.custom = CustomEndpoints()
         self.labels = Labels(outside)
         self.endpoints = Endpoints(outside)
         self.generation = 0
@@ -150,15 +156,23 @@ class Bus:
     def worker_started(self, worker: int, pid: int) -> None:
         self.connections[worker] = Connection(worker, pid)
 
-    def assigned(self, worker: int, credentials: Credentials, hasty: bool = True) -> None:
+    def assigned(
+        self, worker: int, credentials: Credentials, hasty: bool = True, custom: int = 0
+    ) -> None:
         """The worker serves a client of these credentials from now on, who is to say Hello in time
-        if it is `hasty`."""
+        if it is `hasty`, and may be behind a custom endpoint."""
         connection = self.connections.get(worker)
         if connection is not None:
             connection.credentials = credentials
+            connection.custom = custom
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
+
+    def endpoint_made(self, worker: int) -> None:
+        """Its client has made a custom endpoint."""
+        if worker in self.connections:
+            self.custom.made(worker)
 
     def ready(self) -> None:
         """The supervisor hears us from now on."""
@@ -207,6 +221,8 @@ class Bus:
         if connection is None:
             return
         self.probes.gone(connection)
+        if self.custom.remove(worker):
+            self._outside.append(CustomChanged(worker, ()))
         self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
@@ -253,7 +269,7 @@ class Bus:
         kind = type(message)
         if fds != _FDS.get(kind, 0):
             raise Violation(f"sent {fds} descriptors with {kind.__name__}")
-        if connection.id == NOT_YET and kind is not Hello and kind is not Leaving:
+        if connection.id == NOT_YET and kind not in (Hello, Leaving, SetEndpoint):
             raise Violation(f"sent {kind.__name__} before Hello")
         if (connection.kdbus or 0) & (ACTIVATOR | HOLDER) and kind in _FOR_ORDINARY:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
@@ -281,6 +297,8 @@ class Bus:
                 written = self.matches.remove(connection, message.rule)
                 self._outside.append(MatchRemoved(connection.id, written))
             case StartService():
+                if not self.custom.may(connection, POLICY_TALK, (message.name,)):
+                    raise Refused(ACCESS_DENIED, f"{connection} may not talk to {message.name}")
                 self.activation.start(connection, message)
                 return
             case Introduce():
@@ -325,6 +343,9 @@ class Bus:
                 return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
+            case SetEndpoint():
+                self.custom.set(connection, message.policy)
+                self._outside.append(CustomChanged(connection.worker, message.policy))
             case AddEndpoint():
                 self._privileged(connection, "Add")
                 self.endpoints.add(connection, message)
@@ -340,7 +361,8 @@ class Bus:
                 connection.about = _about(message.about)
             case AskAbout():
                 asked = self.by_id.get(message.id)
-                value = b"" if asked is None else asked.about
+                seen = asked is not None and self.custom.may_see(connection, asked)
+                value = asked.about if asked is not None and seen else b""
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
@@ -405,7 +427,9 @@ class Bus:
             self._outside.append(MonitorAttached(connection.id, (), message.kdbus))
             self._outside.say(f"{connection} is a monitor")
         else:
-            self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
+            self._outside.append(
+                ConnectionAdded(connection.id, credentials, message.kdbus, connection.custom)
+            )
             name = connection.unique_name
             self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
             self._wake(self.monitors)
@@ -461,7 +485,9 @@ class Bus:
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
             )
         assert connection.credentials is not None
-        if not self.name_policy.may_own(connection.credentials, name):
+        custom = connection.custom != 0
+        allowed = self.custom.may(connection, POLICY_OWN, (name,))
+        if not allowed or not self.name_policy.may_own(connection.credentials, name, custom):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
         context = self._contexts.get(name)
@@ -564,7 +590,7 @@ class Bus:
     def _privileged(self, connection: Connection, what: str) -> None:
         assert connection.credentials is not None
         uid, pid = connection.credentials.uid, connection.credentials.pid
-        if uid not in (0, self._owner):
+        if uid not in (0, self._owner) or connection.custom:
             text = (
                 f"rejected attempt to call {what} by connection {connection.unique_name}"
                 f" (uid={uid} pid={pid}) with uid {uid}"
@@ -638,6 +664,8 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
+            behind=tuple((id, each.custom) for id, each in self.by_id.items() if each.custom),
+            custom=tuple(each for each in self.custom.entries.items() if each[1]),
             apart=tuple(self.labels.apart.values()),
             endpoints=self.endpoints.entries(),
         )

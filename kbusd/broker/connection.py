@@ -26,6 +26,7 @@ class Connection:
         "about",
         "complaints",
         "credentials",
+        "custom",
         "id",
         "introduced",
         "introductions",
@@ -49,6 +50,7 @@ class Connection:
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
         self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
+        self.custom = 0  # endpoint of kdbus that it is behind (custom_endpoints.py)
         self.about = b""  # what its worker tells others who ask
         self.monitor: tuple[str, ...] | None = None
         self.names: list[str] = []  # owned or waited for, in the order in which they were asked

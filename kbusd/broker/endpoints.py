@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kbusd.broker.connection import Connection
+from kbusd.broker.matches import parse
 from kbusd.broker.outside import Outside
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
@@ -27,6 +28,7 @@ from kbusd.policy.endpoints import OWN, TALK, Endpoint, EndpointError, View
 from kbusd.rings.entries import (
     AddEndpoint,
     AddMatch,
+    Counted,
     EndpointChanged,
     Failure,
     FetchPolicy,
@@ -49,6 +51,7 @@ MAX_ENDPOINTS = 256
 _SIGNAL = 4
 _ALLOWED = (
     AddMatch,
+    Counted,
     FetchPolicy,
     FetchSnapshot,
     Hello,
@@ -210,6 +213,9 @@ class Endpoints:
             case Hello():
                 if view.name not in self._all:
                     raise Refused(ACCESS_DENIED, f"There is no endpoint {view.name} any more")
+            case AddMatch(rule=rule):
+                if parse(rule).eavesdrop:
+                    raise Refused(ACCESS_DENIED, "Nobody eavesdrops from behind an endpoint")
             case RequestName(name=name):
                 if view.level(name) < OWN:
                     raise Refused(

@@ -110,12 +110,16 @@ def supervisor_of(pid: int | None, pidfile: str | None) -> int:
             return int(Path(pidfile).read_text())
         except (OSError, ValueError) as error:
             raise Unclear(f"pid file {pidfile}: {error}") from None
-    title = profiles.load("supervisor").title
-    running = inforce.named(title)
-    if len(running) != 1:
-        which = "none is" if not running else f"{', '.join(map(str, running))} are"
+    found = running()
+    if len(found) != 1:
+        which = "none is" if not found else f"{', '.join(map(str, found))} are"
         raise Unclear(f"say which bus by --pid or --pidfile: {which} running")
-    return running[0]
+    return found[0]
+
+
+def running() -> list[int]:
+    """The supervisors of all buses."""
+    return inforce.named(profiles.load("supervisor").title)
 
 
 def table(rows: list[Row]) -> str:

@@ -40,6 +40,12 @@ class IdMap(msgspec.Struct, frozen=True):
                 return outside + id - first
         return None
 
+    @classmethod
+    def read(cls, text: bytes) -> IdMap:
+        """From /proc/PID/uid_map or gid_map, as a process outside sees it (user_namespaces(7))."""
+        lines = [tuple(map(int, line.split())) for line in text.splitlines()]
+        return cls(tuple(line for line in lines if len(line) == 3))
+
     def shown(self, id: int) -> int:
         """As `inside`, the overflow id for one that is not there; no id stays no id."""
         if id == NO_ID:

@@ -16,6 +16,22 @@ Share = int | tuple[int, str]
 """A user, or those of him behind one endpoint: they must not keep him from the bus."""
 
 
+class Process(msgspec.Struct, frozen=True, array_like=True):
+    """What /proc says of the process that has opened a kdbus file, as it was then (proc(5)).
+
+    `uids` and `gids`: real, effective, saved, of file systems. `caps`: inheritable, permitted, effective,
+    bounding. `audit`: login uid and session. `space`: its pid namespace; `pids`: what that calls it and
+    its parent, 0 where it does not see that."""
+
+    uids: tuple[int, int, int, int]
+    gids: tuple[int, int, int, int]
+    caps: tuple[int, int, int, int]
+    cgroup: bytes
+    audit: tuple[int, int] | None
+    space: int
+    pids: tuple[int, int]
+
+
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
 
@@ -25,6 +41,7 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[int, ...] = ()
     label: bytes = b""
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
+    process: Process | None = None  # likewise
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
 
     @property
@@ -43,11 +60,13 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 class ConnectionAdded(Entry, frozen=True, tag="C"):
     """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id").
 
-    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket."""
+    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket. `custom`: of the
+    custom endpoint of kdbus that it is behind, 0 for none."""
 
     id: int
     credentials: Credentials
     kdbus: int | None = None
+    custom: int = 0
 
 
 class ConnectionRemoved(Entry, frozen=True, tag="c"):
@@ -136,6 +155,14 @@ class NamePolicyChanged(Entry, frozen=True, tag="K"):
     entries: tuple[PolicyEntry, ...]
 
 
+class CustomChanged(Entry, frozen=True, tag="V"):
+    """The policy of a custom endpoint (kdbus.endpoint(7)); one of which nothing is said has none, which
+    allows nothing. Its number is that of the worker whose client has made it."""
+
+    endpoint: int
+    entries: tuple[PolicyEntry, ...]
+
+
 class LabelApart(Entry, frozen=True, tag="L"):
     """What SELinux refuses to connections of this label, in place of what was said of it before: sending
     to those of `to`, getting anything from those of `of`. The empty label is the bus's own.
@@ -169,6 +196,7 @@ LogEntry = (
     | NamePolicyChanged
     | LabelApart
     | EndpointChanged
+    | CustomChanged
 )
 
 
@@ -188,6 +216,8 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
+    behind: tuple[tuple[int, int], ...] = ()  # (id, endpoint)
+    custom: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
     apart: tuple[LabelApart, ...] = ()
     endpoints: tuple[tuple[str, bytes], ...] = ()
 
@@ -305,6 +335,13 @@ class SetPolicy(Request, frozen=True, tag="set_policy"):
     policy: tuple[PolicyEntry, ...]
 
 
+class SetEndpoint(Request, frozen=True, tag="set_endpoint"):
+    """Of a client that has made a custom endpoint, and is no connection: its policy from now on. Reply:
+    None. Failure FileExists: an entry comes twice."""
+
+    policy: tuple[PolicyEntry, ...]
+
+
 class Describe(Request, frozen=True, tag="describe"):
     """What the worker says of its client to whoever asks (kdbus/parcel.py, About). Reply: None."""
 
@@ -394,6 +431,7 @@ WorkerMessage = (
     | CountConnection
     | Counted
     | SetPolicy
+    | SetEndpoint
     | Describe
     | AskAbout
     | AddEndpoint
@@ -477,11 +515,12 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
     """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
-    Hello soon (limit auth_timeout)."""
+    Hello soon (limit auth_timeout); `custom`: what it is behind, as in ConnectionAdded."""
 
     worker: int
     credentials: Credentials
     hasty: bool = True
+    custom: int = 0
 
 
 class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):
@@ -500,6 +539,12 @@ class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigur
     are faulty and the configuration in force stays."""
 
 
+class EndpointMade(msgspec.Struct, frozen=True, array_like=True, tag="endpoint_made"):
+    """supervisor -> broker. The client of this worker has made a custom endpoint, and says its policy."""
+
+    worker: int
+
+
 class ReloadAsked(msgspec.Struct, frozen=True, array_like=True, tag="reload_asked"):
     """supervisor -> broker. The admin wants the configuration read again (SIGHUP)."""
 
@@ -512,7 +557,14 @@ class Listening(msgspec.Struct, frozen=True, array_like=True, tag="listening"):
 
 
 SupervisorMessage = (
-    WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured | ReloadAsked | Listening
+    WorkerStarted
+    | Assigned
+    | WorkerGone
+    | LauncherLine
+    | Reconfigured
+    | ReloadAsked
+    | Listening
+    | EndpointMade
 )
 
 
@@ -631,9 +683,13 @@ FromZygote = Forked | Ended
 
 
 class Client(msgspec.Struct, frozen=True, array_like=True, tag="client"):
-    """supervisor -> worker. Serve the client on this fd; it is who the kernel says it is."""
+    """supervisor -> worker. Serve the client on this fd; it is who the kernel says it is.
+
+    `uid_map`: of its user namespace, as the kernel has it (user_namespaces(7)); b"": it does not matter,
+    or could not be read."""
 
     credentials: Credentials
+    uid_map: bytes = b""
 
 
 class Device(msgspec.Struct, frozen=True, array_like=True, tag="device"):
@@ -816,7 +872,18 @@ class MakeBus(msgspec.Struct, frozen=True, array_like=True, tag="make_bus"):
     about: bytes  # kbusd/kdbus/parcel.py, About
 
 
-FromDeviceWorker = Answered | Ahead | Copy | Store | Take | AskFacts | Nudge | Pool | MakeBus
+class MakeEndpoint(msgspec.Struct, frozen=True, array_like=True, tag="make_endpoint"):
+    """-> supervisor, once, of a file of a bus's own node. The caller, whose the bus is, wants a custom
+    endpoint of it, which lives as long as the file. `flags`: of KDBUS_CMD_ENDPOINT_MAKE."""
+
+    unique: int
+    name: str
+    flags: int
+
+
+FromDeviceWorker = (
+    Answered | Ahead | Copy | Store | Take | AskFacts | Nudge | Pool | MakeBus | MakeEndpoint
+)
 
 
 class Maker(msgspec.Struct, frozen=True, array_like=True):

@@ -27,7 +27,8 @@ from kbusd.rings import entries
 from kbusd.rings.line import LineError, close_all
 from kbusd.supervisor import caller, reach
 from kbusd.supervisor.device import Devices
-from kbusd.supervisor.holder import Holder, Worker
+from kbusd.supervisor.domains import Domain
+from kbusd.supervisor.holder import Holder, Opening, Worker
 
 _HUNG_UP = select.POLLERR | select.POLLHUP
 _NUMBER = Struct("=Q")
@@ -43,9 +44,11 @@ class Connection:
 
     transport = "fuse"
     open_flags = 0  # FOPEN
+    taken_away = False  # by us
 
-    def __init__(self, devices: Devices, where: str, fuse: int) -> None:
+    def __init__(self, devices: Devices, where: str, fuse: int, domain: Domain) -> None:
         self.devices = devices
+        self.domain = domain
         self.host = devices.host
         self.where = where
         self.fuse = fuse
@@ -75,15 +78,21 @@ class Connection:
         _, request = self.held.get(opened.unique, (None, b""))
         if not request:
             return  # it was interrupted meanwhile
-        if (clients := self.devices.queues.get(opened.bus)) is None:
+        clients = self.devices.clients_of(self.domain, opened.bus)
+        endpoint = self.devices.endpoint(self.domain, opened)
+        credentials = caller.credentials(request)
+        if clients is None or endpoint is None:
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
-        credentials = caller.credentials(request)
-        limit = self.host.settings.limits["max_connections_per_user"]
-        if clients.of[credentials.share] < limit:
-            clients.add(credentials, partial(self._employ, opened))
+        if self.domain.inside(credentials.uid) is None:
+            self.fail(opened.unique, errno.EACCES)
             return
-        why = f"uid {credentials.uid} has {limit} connections (limit max_connections_per_user)"
+        limit = self.host.settings.limits["max_connections_per_user"]
+        why = self.domain.full(clients.of)
+        if not why and clients.of[credentials.share] < limit:
+            clients.add(credentials, Opening(partial(self._employ, opened), endpoint))
+            return
+        why = why or f"uid {credentials.uid} has {limit} connections (max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
         self.fail(opened.unique, errno.EMFILE)
 
@@ -97,7 +106,7 @@ class Connection:
         file = Holder(
             worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.slow
         )
-        file.bus, file.endpoint = opened.bus, opened.endpoint
+        file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
         self.files[file.number] = file
         device = entries.Device(
             credentials, opened.bus, opened.endpoint, opened.flags, self.transport
@@ -105,6 +114,8 @@ class Connection:
         with suppress(OSError):
             file.send(device)
         self.hear(file)
+        if self.devices.endpoint(self.domain, opened) is None:
+            file.cut()  # it went while the client waited
         reply = replies.opened(opened.unique, file.number, self.open_flags)
         if self.held.pop(opened.unique, None) is None or not self.write(reply):
             self._release(file)  # nobody waits for it any more
@@ -122,7 +133,8 @@ class Connection:
             self.request(bytes(memoryview(buffer)[:size]))
         except OSError as error:
             if error.errno == errno.ENODEV and self.where:
-                self.host.journal.warn(f"{self.where} was taken away; restart to have it back")
+                if not self.taken_away:
+                    self.host.journal.warn(f"{self.where} was taken away; restart to have it back")
                 self.ended()
                 return False
             # ENOENT, EAGAIN: it was taken back.
@@ -312,8 +324,10 @@ class Connection:
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):
                     reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
-            case entries.MakeBus(unique), [] if holder.bus == "":
-                creator = caller.credentials(self.request_of(holder, unique, abi.IOCTL))
+            case ((entries.MakeBus() | entries.MakeEndpoint()), []) if holder.may_make(
+                message, self.domain.prefix
+            ):
+                creator = caller.credentials(self.request_of(holder, message.unique, abi.IOCTL))
                 self.devices.call(partial(self.host.make, holder, creator, message))
             case _:
                 raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")

@@ -16,13 +16,17 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
+from itertools import count
 
 from kbusd.cuse import abi, replies, routing
 from kbusd.rings import entries
 from kbusd.supervisor.connection import Connection
 from kbusd.supervisor.device import MAX_REQUEST, Devices
+from kbusd.supervisor.domains import HOST, Domain
 
 CUSE = "/dev/cuse"
+DEVICES = "/sys/dev/char"
+MAJOR = 120  # for local use (admin-guide/devices.txt); the kernel gives it to nobody by itself
 ROOT = "kdbus"
 
 
@@ -36,18 +40,30 @@ class NodeError(OSError):
 class Nodes:
     """The nodes below /dev/kdbus, or below one of its directories, say domain/NAME."""
 
-    def __init__(self, devices: Devices, below: str, nodes: Iterable[entries.Node]) -> None:
+    def __init__(
+        self,
+        devices: Devices,
+        below: str,
+        nodes: Iterable[entries.Node],
+        domain: Domain = HOST,
+    ) -> None:
         """Raises NodeError."""
         self.devices = devices
+        self.domain = domain
         self.root = f"{ROOT}/{below}" if below else ROOT
         self.nodes: dict[str, CuseNode] = {}
-        for node in nodes:
-            self.publish(node)
+        try:
+            for node in nodes:
+                self.publish(node)
+        except NodeError:
+            self.stop()
+            raise
 
     def publish(self, node: entries.Node) -> None:
-        """Make it. Raises NodeError."""
-        path = self._path(node)
-        self.nodes[path] = CuseNode(self.devices, path, node)
+        """Make it, if it is of this domain. Raises NodeError."""
+        if (local := self.domain.local(node)) is not None:
+            path = self._path(node)
+            self.nodes[path] = CuseNode(self.devices, path, local, self.domain)
 
     def withdraw(self, node: entries.Node) -> None:
         """It goes, if it is there, and whoever has it open is cut off."""
@@ -60,8 +76,10 @@ class Nodes:
             node.close()
         self.nodes.clear()
 
+    leave = stop
+
     def _path(self, node: entries.Node) -> str:
-        return "/".join(filter(None, (self.root, node.bus, node.endpoint)))
+        return "/".join(filter(None, (self.root, node.bus.strip("/"), node.endpoint)))
 
 
 class CuseNode(Connection):
@@ -69,7 +87,7 @@ class CuseNode(Connection):
 
     transport = "cuse"
 
-    def __init__(self, devices: Devices, path: str, node: entries.Node) -> None:
+    def __init__(self, devices: Devices, path: str, node: entries.Node, domain: Domain) -> None:
         """Makes it. Raises NodeError."""
         self.node = node
         where = f"/dev/{path}"
@@ -79,7 +97,7 @@ class CuseNode(Connection):
             hint = "" if error.errno != errno.ENOENT else "; is the module cuse loaded?"
             hint = "; it takes root (CAP_SYS_ADMIN)" if os.geteuid() else hint
             raise NodeError(error.errno, f"{CUSE}: {error.strerror}{hint}") from None
-        super().__init__(devices, where, fuse)
+        super().__init__(devices, where, fuse, domain)
         try:
             early = self._make(path)
             self.number = _number_of(path, where)
@@ -103,7 +121,7 @@ class CuseNode(Connection):
     def _make(self, path: str) -> bytes:
         """Answer the kernel's first request; returns the next one, if it is there already."""
         _, unique, _, _ = routing.route(os.read(self.fuse, MAX_REQUEST))
-        os.write(self.fuse, replies.cuse_init(unique, path))
+        os.write(self.fuse, replies.cuse_init(unique, path, *_number_for(self.domain)))
         try:
             return os.read(self.fuse, MAX_REQUEST)
         except BlockingIOError:
@@ -133,6 +151,15 @@ class CuseNode(Connection):
         os.close(null)
         self.devices.numbers.discard(self.number)
         self.ended()
+
+
+def _number_for(domain: Domain) -> tuple[int, int]:
+    """Major and minor for a new node. Those of domains are of one major number, so that a container's
+    device rule can name them before they are there; otherwise the kernel chooses."""
+    if domain is HOST:
+        return 0, 0
+    taken = {name.partition(":")[2] for name in os.listdir(DEVICES) if name.startswith(f"{MAJOR}:")}
+    return MAJOR, next(minor for minor in count() if str(minor) not in taken)
 
 
 def _number_of(path: str, where: str) -> int:

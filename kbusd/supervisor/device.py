@@ -27,6 +27,7 @@ from typing import Protocol
 from kbusd.rings import entries
 from kbusd.supervisor import reach
 from kbusd.supervisor.clients import Clients
+from kbusd.supervisor.domains import HOST, Domain
 from kbusd.supervisor.holder import Holder, Host
 from kbusd.supervisor.ready import Ready
 
@@ -41,14 +42,19 @@ Handler = Callable[[bytearray], bool]
 class Transport(Protocol):
     """One way in which clients find the nodes of the tree."""
 
+    domain: Domain
+
     def publish(self, node: entries.Node) -> None:
-        """It is there from now on. Raises OSError."""
+        """It is there from now on, if it is of this domain. Raises OSError."""
 
     def withdraw(self, node: entries.Node) -> None:
         """No more, and whoever has it open is cut off."""
 
     def stop(self) -> None:
-        """Take all of it away."""
+        """Take all of it away; this process ends."""
+
+    def leave(self) -> None:
+        """Take all of it away; this process goes on."""
 
 
 class Devices:
@@ -57,7 +63,11 @@ class Devices:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.transports: list[Transport] = []
-        self.queues: dict[str, Clients] = {}  # by the bus whose node they open, "" for control
+        self.queues: dict[
+            str, Clients
+        ] = {}  # by the bus whose node they open, a prefix for control
+        self.domains = {HOST.prefix: HOST}  # the bus of whose control node is this
+        self.endpoints: dict[tuple[str, str], int] = {}  # custom ones, by bus and node
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
         self.slow: set[Holder] = set()  # whom we have more to say than they listen to
         self.bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -82,6 +92,20 @@ class Devices:
         """Take every device away. With the end of this process, whoever has one open gets ENOTCONN."""
         for transport in self.transports:
             transport.stop()
+
+    def clients_of(self, domain: Domain, bus: str) -> Clients | None:
+        """Where those wait who open a node of this bus in this domain; "": its control node."""
+        return None if "/" in bus else self.queues.get(domain.prefix + bus)
+
+    def domain_of(self, bus: str) -> Domain | None:
+        """In which a bus is, if that is still there."""
+        return self.domains.get(bus[: bus.rfind("/") + 1])
+
+    def endpoint(self, domain: Domain, opened: entries.Opened) -> int | None:
+        """The number of a custom endpoint, 0 for another node; None if it is gone."""
+        if not opened.bus or opened.endpoint == "bus":
+            return 0
+        return self.endpoints.get((domain.prefix + opened.bus, opened.endpoint))
 
     # -- any thread --------------------------------------------------------------------------------
 

@@ -12,15 +12,31 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from fcntl import F_GET_SEALS, fcntl
 from typing import Any, Protocol
 
 import msgspec
 
 from kbusd.rings import entries
+from kbusd.rings.entries import Credentials
 from kbusd.rings.line import MAX_RECORD, Line, LineError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
+
+Order = entries.MakeBus | entries.MakeEndpoint
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Somebody has opened a file, and waits for a worker: what is to be done with it, and the custom
+    endpoint of which the broker is told."""
+
+    work: Callable[..., None]
+    endpoint: int
+
+    def __call__(self, worker: Worker | None, credentials: Credentials) -> None:
+        self.work(worker, credentials)
 
 
 class Worker(Protocol):
@@ -39,9 +55,7 @@ class Host(Protocol):
 
     def kill(self, number: int, reason: str) -> None: ...
 
-    def make(
-        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
-    ) -> None: ...
+    def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None: ...
 
 
 class Holder:
@@ -108,6 +122,12 @@ class Holder:
         if not -1 <= events_at < 1 << 62:
             raise LineError(f"has its events at {events_at}")
         self.pool, self.events_at = fd, events_at
+
+    def may_make(self, order: Order, control: str) -> bool:
+        """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""
+        if isinstance(order, entries.MakeBus):
+            return self.bus == control
+        return self.bus != control and self.endpoint == "bus"
 
     def own(self, end: Callable[[], None]) -> bool:
         """Have `end` called when the file is closed; False if it is, or something else is to be."""

@@ -20,6 +20,7 @@ from kbusd.rings.line import LineError
 from kbusd.supervisor import reach
 from kbusd.supervisor.connection import Connection
 from kbusd.supervisor.device import Devices
+from kbusd.supervisor.domains import HOST, Domain
 from kbusd.supervisor.holder import Holder, Worker
 from kbusd.supervisor.mount import mount, unmount
 
@@ -33,12 +34,14 @@ class Mount(Connection):
 
     open_flags = abi.FOPEN_KEEP_CACHE | _FOPEN_NOFLUSH
 
-    def __init__(self, devices: Devices, path: str, nodes: tuple[entries.Node, ...]) -> None:
+    def __init__(
+        self, devices: Devices, path: str, nodes: tuple[entries.Node, ...], domain: Domain = HOST
+    ) -> None:
         """Mounts. Raises MountError."""
         where, fuse, number = mount(path)
-        super().__init__(devices, where, fuse)
+        super().__init__(devices, where, fuse, domain)
         devices.numbers.add(number)
-        self.nodes = nodes
+        self.nodes = tuple(filter(None, map(domain.local, nodes)))
         self.tree: Holder | None = None
         self.early: deque[bytes] = deque()  # requests for a tree that is not there yet
         self.again: Counter[int] = Counter()  # how many trees have left them unanswered
@@ -46,12 +49,14 @@ class Mount(Connection):
         devices.listen(fuse, self.take)
 
     def publish(self, node: entries.Node) -> None:
-        """It is in the tree from now on."""
-        self._plant((*self.nodes, node))
+        """It is in the tree from now on, if it is of this domain."""
+        if (local := self.domain.local(node)) is not None:
+            self._plant((*self.nodes, local))
 
     def withdraw(self, node: entries.Node) -> None:
         """It goes, if it is there, and whoever has it open is cut off."""
-        self._plant(tuple(each for each in self.nodes if each != node))
+        local = self.domain.local(node)
+        self._plant(tuple(each for each in self.nodes if each != local))
         for file in tuple(self.files.values()):
             if (file.bus, file.endpoint) == (node.bus, node.endpoint):
                 file.cut()
@@ -65,8 +70,16 @@ class Mount(Connection):
     def stop(self) -> None:
         """Unmount."""
         if self.where:
+            self.taken_away = True
             unmount(self.where)
             self.where = ""
+
+    def leave(self) -> None:
+        """Unmount, and cut off who has a file open; the connection ends when the last has closed it."""
+        self.taken_away = True
+        unmount(self.where)
+        for file in tuple(self.files.values()):
+            file.cut()
 
     # -- the tree ----------------------------------------------------------------------------------
 

@@ -26,17 +26,22 @@ from typing import Any
 import msgspec
 
 from kbusd.rings import entries, memfd
+from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
-from kbusd.supervisor.holder import Holder
+from kbusd.supervisor.domains import HOST, Domain, DomainError, read
+from kbusd.supervisor.endpoints import Endpoints, node_for
+from kbusd.supervisor.holder import Holder, Order
 from kbusd.supervisor.journal import Journal
+from kbusd.supervisor.kdbusfs import Mount
+from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Supervisor
 
 CONTROL = "control"
 MAX_BUSES_PER_USER = 16  # kdbus: KDBUS_USER_MAX_BUSES
 MAX_BUSES = 64  # each has three processes at least, and a dozen descriptors here
+MAX_BUSES_OF_A_DOMAIN = 16
 MAX_NAME = 63
 MAX_ABOUT = 16 << 10
-_GROUP, _WORLD = 1, 2  # flags of KDBUS_CMD_BUS_MAKE and _ENDPOINT_MAKE
 CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -57,6 +62,15 @@ CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Co
 """What D-Bus's own policy says of a made bus: everything is allowed, kdbus's decides."""
 
 
+class Where(msgspec.Struct, frozen=True):
+    """Where devices are to be: a mount point, a directory below /dev/kdbus; and where it says which
+    domains there are."""
+
+    kdbusfs: str | None
+    cuse: str | None
+    domains: str | None
+
+
 class Several(Supervisor):
     """The supervisor of a bus with devices, and of `made`, the buses that programs have made."""
 
@@ -64,16 +78,75 @@ class Several(Supervisor):
         super().__init__(*how)
         self.made: dict[str, MadeBus] = {}
         self.devices: Devices
+        self.endpoints: Endpoints
         self.begun = False
 
-    def begin(self, configuration: bytes, taken: str) -> Devices:
-        """When it has started: let there be devices. `configuration`: of made buses; `taken`: the name
-        of the configured one."""
+    def begin(self, configuration: bytes, node: entries.Node, where: Where) -> None:
+        """When it has started: let there be devices. `configuration`: of made buses; `node`: that of the
+        configured one. Raises OSError, MountError, DomainError."""
         self.made_configuration = configuration
+        self.where = where
         self.devices = devices = Devices(self)
         self.begun = True
-        devices.queues = {"": self.clients, taken: self.clients}
-        return devices
+        devices.queues = {"": self.clients, node.bus: self.clients}
+        self.endpoints = Endpoints(devices, self._tell_broker)
+        nodes = node, entries.Node("", CONTROL, 0o666, node.uid, node.gid)
+        if where.kdbusfs is not None:
+            devices.transports.append(Mount(devices, where.kdbusfs, nodes))
+        if where.cuse is not None:
+            devices.transports.append(Nodes(devices, where.cuse, nodes))
+        if where.domains is not None:
+            for domain in read(where.domains).values():
+                self._open(domain)
+
+    def _open(self, domain: Domain) -> None:
+        """Let there be this domain. Raises OSError, MountError."""
+        try:
+            self._try_to_open(domain)
+        except (OSError, MountError):
+            self._close(domain)
+            raise
+
+    def _try_to_open(self, domain: Domain) -> None:
+        devices = self.devices
+        node = entries.Node(domain.prefix, CONTROL, 0o666, domain.first, domain.first)
+        devices.domains[domain.prefix] = domain
+        devices.queues[domain.prefix] = self.clients
+        if domain.mount:
+            os.makedirs(domain.mount, 0o755, exist_ok=True)
+            devices.transports.append(Mount(devices, domain.mount, (node,), domain))
+        if self.where.cuse is not None:
+            devices.transports.append(Nodes(devices, self.where.cuse, (node,), domain))
+
+    def _close(self, domain: Domain) -> None:
+        """Let there be none."""
+        devices = self.devices
+        del devices.domains[domain.prefix], devices.queues[domain.prefix]
+        for bus in tuple(self.made.values()):
+            if bus.name.startswith(domain.prefix):
+                self._end(bus)
+        for transport in [each for each in devices.transports if each.domain == domain]:
+            transport.leave()
+            devices.transports.remove(transport)
+
+    def _reload(self) -> None:
+        super()._reload()
+        if self.begun and self.where.domains is not None:
+            try:
+                wanted = read(self.where.domains)
+                there = {prefix: each for prefix, each in self.devices.domains.items() if prefix}
+                for prefix, domain in there.items():
+                    if wanted.get(prefix) != domain:
+                        self._close(domain)
+                for prefix, domain in wanted.items():
+                    if there.get(prefix) != domain:
+                        self._open(domain)
+            except (OSError, MountError, DomainError) as error:
+                self.journal.warn(f"domains not all as they should be: {error}")
+
+    def _tell_broker(self, bus: str, message: msgspec.Struct) -> None:
+        """The one of this bus."""
+        self.made.get(bus, self)._tell(BROKER, message)
 
     def stop(self) -> None:
         for bus in tuple(self.made.values()):
@@ -108,19 +181,32 @@ class Several(Supervisor):
         """How many there are."""
         return sum(len(bus.workers) for bus in (self, *self.made.values()))
 
-    def make(self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus) -> None:
-        """Start the bus that the worker of an open control node asks for."""
-        number = self._refusal(creator.uid, order)
+    def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None:
+        """Make what the worker of an open file asks for: a bus, or an endpoint of its own bus."""
+        if isinstance(order, entries.MakeEndpoint):
+            bus = self.made.get(holder.bus)
+            owner = os.geteuid() if bus is None else bus.owner
+            number = self.endpoints.make(holder, creator, order, owner)
+            self._answer(holder, order.unique, number)
+        else:
+            self._make_bus(holder, creator, order)
+
+    def _make_bus(
+        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
+    ) -> None:
+        domain = self.devices.domains.get(holder.bus)
+        number = errno.ESHUTDOWN if domain is None else self._refusal(domain, creator.uid, order)
         if number:
             self._answer(holder, order.unique, number)
             return
-        node = node_for(order.name, "bus", order.flags, creator)
+        node = node_for(holder.bus + order.name, "bus", order.flags, creator)
 
         def ready(number: int) -> None:
             self._answer(holder, order.unique, number or self._publish(bus, node))
 
         bus = MadeBus(
             self,
+            node.bus,
             self.made_configuration,
             entries.Maker(creator, order),
             ready,
@@ -135,15 +221,18 @@ class Several(Supervisor):
             bus.journal.warn(f"cannot be started: {error.strerror}")
             bus.stop()
 
-    def _refusal(self, uid: int, order: entries.MakeBus) -> int:
-        good = re.fullmatch(rf"{uid}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
+    def _refusal(self, domain: Domain, uid: int, order: entries.MakeBus) -> int:
+        known = domain.inside(uid)
+        good = re.fullmatch(rf"{known}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
         if not good or len(order.name) > MAX_NAME or len(order.about) > MAX_ABOUT:
             return errno.EINVAL
-        if order.name in self.devices.queues or order.name in self.made:
+        name = domain.prefix + order.name
+        if name in self.devices.queues or name in self.made:
             return errno.EEXIST
         of = [bus for bus in self.made.values() if bus.owner == uid]
-        too_many = len(of) >= MAX_BUSES_PER_USER or len(self.made) >= MAX_BUSES
-        return errno.EMFILE if too_many else 0
+        there = [name for name in self.made if name.rpartition("/")[0] == domain.prefix[:-1]]
+        most = MAX_BUSES if domain == HOST else MAX_BUSES_OF_A_DOMAIN
+        return errno.EMFILE if len(of) >= MAX_BUSES_PER_USER or len(there) >= most else 0
 
     def _answer(self, holder: Holder, unique: int, number: int) -> None:
         with suppress(OSError):
@@ -167,6 +256,7 @@ class Several(Supervisor):
     def _over(self, node: entries.Node) -> None:
         del self.made[node.bus]
         self.devices.queues.pop(node.bus, None)
+        self.endpoints.end_all(node.bus)
         for transport in self.devices.transports:
             transport.withdraw(node)
 
@@ -194,15 +284,16 @@ class MadeBus(Supervisor):
     def __init__(
         self,
         host: Several,
+        name: str,
         configuration: bytes,
         maker: entries.Maker,
         ready: Callable[[int], None],
         over: Callable[[], None],
     ) -> None:
-        journal = _Journal(host.journal, maker.order.name)
+        journal = _Journal(host.journal, name)
         self.host = host
         super().__init__(configuration, (), secrets.token_hex(16), journal, host.read)
-        self.name, self.owner = maker.order.name, maker.credentials.uid
+        self.name, self.owner = name, maker.credentials.uid
         self.ready: Callable[[int], None] | None = ready
         self.over = over
         self.kinds = *host.kinds, "made"
@@ -272,9 +363,3 @@ class MadeBus(Supervisor):
         for fd in (self.configuration, self.maker, self.log_fd):
             if fd >= 0:
                 os.close(fd)
-
-
-def node_for(bus: str, endpoint: str, flags: int, owner: entries.Credentials) -> entries.Node:
-    """The node of a bus or an endpoint that its owner may use, and others as its flags say."""
-    others = 0o066 if flags & _WORLD else 0o060 if flags & _GROUP else 0
-    return entries.Node(bus, endpoint, 0o600 | others, owner.uid, owner.gid)

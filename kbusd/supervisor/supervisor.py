@@ -324,11 +324,13 @@ class Supervisor:
             return
         self.spare.remove(worker)
         worker.client = credentials
-        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files))
+        endpoint = getattr(client, "endpoint", 0)
+        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files, endpoint))
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
-                worker.line.send(entries.Client(credentials), [client.fileno()])
+                known = kernel.uid_map(credentials.pid)
+                worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:
             client(worker, credentials)
 

@@ -316,6 +316,16 @@ class ClientAuth:
         return ClientStep(failed=f"the bus answered {what[:64].decode(errors='replace')}")
 
 
+def aliases(uid_map: bytes, uid: int) -> tuple[int, ...]:
+    """By which user ids a client knows itself in a user namespace of which /proc/PID/uid_map says so."""
+    found = []
+    for line in uid_map.splitlines():
+        first, outside, count = map(int, line.split())
+        if 0 <= uid - outside < count:
+            found.append(first + uid - outside)
+    return tuple(found)
+
+
 def _word(line: bytes) -> tuple[bytes, bytes]:
     """Up to the first blank (space or tab), and what follows the blanks."""
     end = next((at for at, byte in enumerate(line) if byte in b" \t"), len(line))

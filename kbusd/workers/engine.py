@@ -94,6 +94,7 @@ _CHANGES = frozenset(
         entries.MonitorAttached,
         entries.EndpointChanged,
         entries.NamePolicyChanged,
+        entries.CustomChanged,
         entries.PolicyChanged,
         entries.LabelApart,
     )
@@ -165,7 +166,8 @@ class Engine:
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
         label = self.context.bus.label.decode(errors="replace")
-        return Router(self.replica, policy, self.peers.say, label)
+        names = self.context.name_policies(self.replica)
+        return Router(self.replica, policy, self.peers.say, label, names)
 
     def run(self) -> None:
         """Serve the client until it goes."""
@@ -473,6 +475,8 @@ class Engine:
                 fds,
                 self.everyone
                 and not route.refusals
+                and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
+                and not self.replica.custom
                 and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:

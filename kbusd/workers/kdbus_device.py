@@ -16,6 +16,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -23,9 +24,10 @@ import msgspec
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
 from kbusd.kdbus import attach, layout, waits
-from kbusd.kdbus.commands import SPECS, BusMake
+from kbusd.kdbus.commands import SPECS, BusMake, EndpointMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.metadata import SAME, IdMap
 from kbusd.kdbus.parcel import About, encode
 from kbusd.kdbus.port import Caller, Joining
 from kbusd.kdbus.session import Done, Session, fetch
@@ -39,6 +41,7 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 
+_NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can be opened later
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
 NEAR = 1024  # bytes that are fetched before what is asked for
@@ -135,9 +138,8 @@ class Request:
 
     async def about(self, who: Joining) -> About:
         """What /proc says of the caller, as far as it could have chosen that itself."""
-        files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
+        files = await self.facts()
         status = files.get("status", b"")
-        self._device.sees_pids = _levels(status) <= 1
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
             self.tid,
@@ -150,6 +152,19 @@ class Request:
             offered=who.offered,
             faked=who.faked,
         )
+
+    async def facts(self) -> dict[str, bytes]:
+        """What /proc says of the caller; our client's namespaces become known by it."""
+        device = self._device
+        files: dict[str, bytes] = await device.ask(self.unique, entries.AskFacts(self.unique))
+        device.sees_pids = _levels(files.get("status", b"")) <= 1
+        space = files.get("ns/pid", b"").strip(b"pid:[]")
+        device.space = int(space) if space.isdigit() else 0
+        with suppress(ValueError):
+            maps = [IdMap.read(files[name]) for name in ("uid_map", "gid_map") if name in files]
+            other = len(maps) == 2 and files.get("ns/user") != _NAMESPACE
+            device.maps = (maps[0], maps[1]) if other else (SAME, SAME)
+        return files
 
     def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
         """End the ioctl: `stores` go into the caller's memory, if they are not there already."""
@@ -191,11 +206,12 @@ class Device:
         self.held: dict[int, Request] = {}
         self._asked: dict[int, Wait[Any]] = {}
         self.sees_pids = True  # of the namespace in which the supervisor is
+        self.space = 0  # the pid namespace of our client
+        self.maps = SAME, SAME  # uids and gids of its user namespace
         self._told = (0, 0)  # what who polls was told last: events, and how many had arrived
         self._pushed: list[tuple[int, int]] = []
-        self._guesses: dict[
-            int, tuple[object, bool]
-        ] = {}  # by command: what, and whether it was said
+        # By command: what is guessed, and whether it was said.
+        self._guesses: dict[int, tuple[entries.Ahead, bool]] = {}
 
     def requests(self, catch_up: Callable[[], None]) -> bool:
         """Take up everything that has come; False if the file is closed. Raises LineError."""
@@ -318,7 +334,7 @@ class Device:
         if not 0 < total <= MAX_AHEAD or len(ranges) > MAX_AHEAD_RANGES:
             return
         guess = entries.Ahead(ioctl.command, at_argument, tuple(ranges))
-        before, said = self._guesses.get(ioctl.command, (None, False))
+        before, said = self._guesses.get(ioctl.command) or (None, False)
         if before != guess:
             self._guesses[ioctl.command] = guess, False
         elif not said:
@@ -365,6 +381,13 @@ class Device:
         if self.cuse and self.attached is not None:
             self._pool.hand(self.attached)
         return self._pool
+
+    async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
+        """Raises Errno."""
+        assert isinstance(caller, Request)
+        await caller.facts()  # policy speaks of ids of its namespace
+        asked = entries.MakeEndpoint(caller.unique, order.name, order.flags)
+        await self.ask(caller.unique, asked)
 
     async def about(self, caller: Caller, who: Joining) -> About:
         """Of the process that waits in a request that is held."""

@@ -17,7 +17,7 @@ from kbusd.policy.decide import can_connect, explain
 from kbusd.rings import entries
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
-from kbusd.wire.auth import ServerAuth
+from kbusd.wire.auth import ServerAuth, aliases
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal
@@ -54,9 +54,9 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
     """Wait for what is to be done, from `hand_over`, and do it to its end."""
     # What is imported here, the zygote has imported: after lock-down no file can be opened.
     match _wait_for_work(hand_over):
-        case entries.Client(credentials), [fd]:
+        case entries.Client() as handed_over, [fd]:
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
-            _serve_socket(context, engine, hand_over, line, credentials, client)
+            _serve_socket(context, engine, hand_over, line, handed_over, client)
         case entries.Device() as device, []:
             from kbusd.workers import kdbus_device
 
@@ -77,11 +77,12 @@ def _serve_socket(
     engine: DBusSocket,
     hand_over: Line,
     line: Line,
-    credentials: entries.Credentials,
+    handed_over: entries.Client,
     client: socket.socket,
 ) -> None:
+    credentials = handed_over.credentials
     with client:
-        started = _authenticate(context, credentials, client, hand_over.sock)
+        started = _authenticate(context, handed_over, client, hand_over.sock)
         if isinstance(started, str):
             line.send(entries.Leaving(0, started))
             return
@@ -111,7 +112,7 @@ def _wait_for_work(
 
 def _authenticate(
     context: Context,
-    credentials: entries.Credentials,
+    who: entries.Client,
     client: socket.socket,
     supervisor: socket.socket,
 ) -> tuple[bytes, list[int], bool] | str:
@@ -121,9 +122,10 @@ def _authenticate(
     every = ("EXTERNAL", "ANONYMOUS") if anonymous else ("EXTERNAL",)
     auth = ServerAuth(
         context.guid,
-        credentials.uid,
+        who.credentials.uid,
         mechanisms=context.configuration.auth or every,
         allow_anonymous=anonymous,
+        aliases=aliases(who.uid_map, who.credentials.uid),
     )
     limit = context.configuration.limits["auth_timeout"] / 1000
     deadline = time.monotonic() + limit

@@ -174,6 +174,10 @@ def test_others_know_who_is_behind_an_endpoint(place: Place) -> None:
     (told,) = ask(other, "GetConnectionCredentials", app.name)
     assert told["org.kbusd.Endpoint"] == ("s", "app")
     assert "org.kbusd.Endpoint" not in ask(other, "GetConnectionCredentials", other.name)[0]
+    (numbers,) = other.driver(
+        "GetConnectionStats", "s", (app.name,), interface=f"{DRIVER}.Debug.Stats"
+    )
+    assert numbers["UniqueName"] == ("s", app.name)
 
 
 def test_owner_changes_are_told_as_far_as_they_may_be_seen(place: Place) -> None:
@@ -420,6 +424,7 @@ def test_names_that_may_be_owned(place: Place) -> None:
     [
         (DRIVER, "UpdateActivationEnvironment", "a{ss}", ({"A": "b"},)),
         (DRIVER, "ReloadConfig", "", ()),
+        (DRIVER, "AddMatch", "s", ("eavesdrop='true'",)),
         (f"{DRIVER}.Monitoring", "BecomeMonitor", "asu", ([], 0)),
         (f"{DRIVER}.Debug.Stats", "GetStats", "", ()),
         (f"{DRIVER}.Debug.Stats", "GetAllMatchRules", "", ()),

@@ -195,6 +195,8 @@ def test_there_are_so_many_at_most() -> None:
         (e.Describe(5, b""), "AccessDenied"),
         (e.AskAbout(5, 1), "AccessDenied"),
         (e.AddMatch(5, "type='signal'"), None),
+        (e.AddMatch(5, "type='signal',eavesdrop='true'"), "AccessDenied"),
+        (e.CountConnection(5, 1), "AccessDenied"),
     ],
 )
 def test_what_the_worker_may_ask(message: e.Request, refused: str | None) -> None:

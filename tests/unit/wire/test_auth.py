@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbusd.wire.auth import AuthStep, ClientAuth, ServerAuth, State
+from kbusd.wire.auth import AuthStep, ClientAuth, ServerAuth, State, aliases
 from tests.unit.wire.conftest import DbusDaemon
 
 GUID = "0123456789abcdef" * 2
@@ -296,3 +296,11 @@ def test_our_client_on_the_real_dbus_daemon(
         while not step.done:
             step = auth.receive(client.recv(4096))
         assert step.unix_fds and len(step.guid) == 32
+
+
+def test_the_names_of_a_uid_in_a_user_namespace() -> None:
+    two = b"         0     100000      65536\n     70000       1000          1\n"
+    assert aliases(two, 100000) == (0,)
+    assert aliases(two, 165535) == (65535,)
+    assert aliases(two, 1000) == (70000,)
+    assert aliases(two, 165536) == aliases(two, 0) == aliases(b"", 0) == ()
