@@ -70,6 +70,7 @@ from kbusd.rings.entries import (
     NamePolicyChanged,
     PolicyChanged,
     PolicyEntry,
+    ProcessOf,
     QueueChanged,
     ReleaseName,
     ReloadConfig,
@@ -157,14 +158,23 @@ class Bus:
         self.connections[worker] = Connection(worker, pid)
 
     def assigned(
-        self, worker: int, credentials: Credentials, hasty: bool = True, custom: int = 0
+        self,
+        worker: int,
+        credentials: Credentials,
+        hasty: bool = True,
+        custom: int = 0,
+        pidfd: int = -1,
     ) -> None:
         """The worker serves a client of these credentials from now on, who is to say Hello in time
-        if it is `hasty`, and may be behind a custom endpoint."""
+        if it is `hasty`, and may be behind a custom endpoint. `pidfd` is ours to close, -1 for none."""
         connection = self.connections.get(worker)
-        if connection is not None:
+        if connection is None:
+            if pidfd >= 0:
+                self._outside.close(pidfd)
+        else:
             connection.credentials = credentials
             connection.custom = custom
+            connection.pidfd = pidfd
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
@@ -220,6 +230,8 @@ class Bus:
         self._incomplete.pop(worker, None)
         if connection is None:
             return
+        if connection.pidfd >= 0:
+            self._outside.close(connection.pidfd)
         self.probes.gone(connection)
         if self.custom.remove(worker):
             self._outside.append(CustomChanged(worker, ()))
@@ -334,6 +346,11 @@ class Bus:
                 return
             case Running():
                 self.probes.running(connection)
+                return
+            case ProcessOf():
+                asked = self.by_id.get(message.id)
+                pidfds = [asked.pidfd] if asked is not None and asked.pidfd >= 0 else []
+                self._outside.send(connection.worker, Reply(message.request), pidfds)
                 return
             case CountConnection():
                 self._count(connection, message)

@@ -38,6 +38,7 @@ class Connection:
         "peak_matches",
         "peak_names",
         "pid",
+        "pidfd",
         "policy",
         "waiting",
         "worker",
@@ -45,7 +46,8 @@ class Connection:
 
     def __init__(self, worker: int, pid: int) -> None:
         self.worker = worker
-        self.pid = pid
+        self.pid = pid  # the worker's
+        self.pidfd = -1  # the client's process, where the kernel tells
         self.credentials: Credentials | None = None
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET

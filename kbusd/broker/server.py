@@ -222,8 +222,9 @@ class Server:
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
                     self._bus.worker_started(worker, pid)
-                case Assigned(worker, credentials, hasty, custom):
-                    self._bus.assigned(worker, credentials, hasty, custom)
+                case Assigned(worker, credentials, hasty, custom) if len(fds) <= 1:
+                    pidfd = fds.pop() if fds else -1
+                    self._bus.assigned(worker, credentials, hasty, custom, pidfd)
                 case EndpointMade(worker):
                     self._bus.endpoint_made(worker)
                 case WorkerGone(worker, reason):

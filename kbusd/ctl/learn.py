@@ -111,6 +111,7 @@ class Learner:
         self.conditions = conditions()
         self.seen: dict[str, Seen] = defaultdict(Seen)
         self.processes: set[int] = set()
+        self.traffic: int | None = None  # its exit status
         self._poll = select.epoll()
         self._listeners: set[int] = set()
 
@@ -139,6 +140,11 @@ class Learner:
                     self._poll.register(fd, select.EPOLLIN)
 
     def _answer(self, fd: int) -> None:
+        # A fork of a process has its listener as well: by the other one this may be answered already.
+        still = select.poll()
+        still.register(fd, select.POLLIN)
+        if not still.poll(0):
+            return
         asked = bytearray(_NOTIFICATION.size)
         try:
             fcntl.ioctl(fd, _RECEIVE, asked)
@@ -208,11 +214,13 @@ def _learn(
             "DBUS_SESSION_BUS_ADDRESS": address,
             "DBUS_SYSTEM_BUS_ADDRESS": address,
         }
-        command = traffic or [sys.executable, "-m", "kbusd.ctl.traffic", str(path)]
+        nodes = [f"{kdbusfs}/{os.geteuid()}-session/bus"] if kdbusfs else []
+        command = traffic or [sys.executable, "-m", "kbusd.ctl.traffic", str(path), *nodes]
         users = subprocess.Popen(command, env=environment)
         try:
             while users.poll() is None and supervisor.poll() is None:
                 learner.serve()
+            learner.traffic = users.poll()
         finally:
             users.kill()
             users.wait()
@@ -244,6 +252,8 @@ def report(learner: Learner) -> Iterator[str]:
             yield f"  {count:8} {call:20} {action:8} {origin or 'no rule'}"
             shown = range(6) if action == KILL else _argued(profile, call)
             yield from (f"{'':11}{line}" for line in _values(each, shown))
+    if learner.traffic:
+        yield f"The traffic ended with status {learner.traffic}: there may be more to see."
     missing = [call for call, each in seen.items() if any(a == KILL for a, _ in each.said)]
     yield ""
     yield from _proposal(profile, seen, sorted(missing))

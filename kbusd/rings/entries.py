@@ -305,6 +305,12 @@ class Statistics(Request, frozen=True, tag="stats"):
     """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
 
 
+class ProcessOf(Request, frozen=True, tag="process"):
+    """Reply: None; fds: a pidfd of the process of connection `id`, if there is one."""
+
+    id: int
+
+
 class CountConnection(Request, frozen=True, tag="count"):
     """What Debug.Stats tells of connection `id` beyond what stands in the log. Reply: dict[str, int].
     Failure NameHasNoOwner."""
@@ -428,6 +434,7 @@ WorkerMessage = (
     | FetchSnapshot
     | FetchPolicy
     | Statistics
+    | ProcessOf
     | CountConnection
     | Counted
     | SetPolicy
@@ -515,7 +522,8 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
     """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
-    Hello soon (limit auth_timeout); `custom`: what it is behind, as in ConnectionAdded."""
+    Hello soon (limit auth_timeout); `custom`: what it is behind, as in ConnectionAdded. fd: a pidfd of its
+    process, where the kernel gives one."""
 
     worker: int
     credentials: Credentials

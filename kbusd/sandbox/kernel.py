@@ -42,6 +42,7 @@ _CAPABILITY_VERSION_3 = cython.declare(cython.uint, 0x20080522)
 _SECCOMP_MODE_FILTER = cython.declare(cython.ulong, 2)
 _SET_MODE_FILTER = cython.declare(cython.ulong, 1)
 _FILTER_NEW_LISTENER = cython.declare(cython.ulong, 8)
+_FILTER_WAIT_KILLABLE = cython.declare(cython.ulong, 32)
 _LANDLOCK_CREATE_RULESET = cython.declare(cython.long, 444)
 _LANDLOCK_ADD_RULE = cython.declare(cython.long, 445)
 _LANDLOCK_RESTRICT_SELF = cython.declare(cython.long, 446)
@@ -133,6 +134,15 @@ def load_listening_filter(bpf: bytes):
     program: sock_fprog
     program.length = len(bpf) // 8
     program.filter = cython.cast(cython.p_char, bpf)
+    fd: cython.long = syscall(
+        SYS_seccomp,
+        _SET_MODE_FILTER,
+        _FILTER_NEW_LISTENER | _FILTER_WAIT_KILLABLE,
+        cython.address(program),
+    )
+    if fd >= 0:
+        return fd
+    # Before Linux 5.19 a signal interrupts a call that waits for an answer.
     return _check(
         syscall(SYS_seccomp, _SET_MODE_FILTER, _FILTER_NEW_LISTENER, cython.address(program))
     )

@@ -50,7 +50,7 @@ class Host(Protocol):
     """What the supervisor does for us, in its own thread."""
 
     settings: Any
-    clients: Clients
+    openers: Clients
     journal: Journal
 
     def kill(self, number: int, reason: str) -> None: ...

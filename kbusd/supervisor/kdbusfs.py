@@ -86,7 +86,7 @@ class Mount(Connection):
     def _want_tree(self, first: int) -> None:
         me = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
         work = partial(self._employ_tree, first)
-        self.devices.call(partial(self.host.clients.add, me, work))
+        self.devices.call(partial(self.host.openers.add, me, work))
 
     def _employ_tree(self, first: int, worker: Worker, credentials: entries.Credentials) -> None:
         tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.slow)

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from kbusd.rings import entries, memfd
+from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, Domain, DomainError, read
@@ -34,13 +35,14 @@ from kbusd.supervisor.holder import Holder, Order
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.mount import MountError
-from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Supervisor
+from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Pool, Supervisor
 
 CONTROL = "control"
 MAX_BUSES_PER_USER = 16  # kdbus: KDBUS_USER_MAX_BUSES
 MAX_BUSES = 64  # each has three processes at least, and a dozen descriptors here
 MAX_BUSES_OF_A_DOMAIN = 16
 MAX_NAME = 63
+FILE_SPARES = 2
 MAX_ABOUT = 16 << 10
 CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -77,6 +79,7 @@ class Several(Supervisor):
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
         self.made: dict[str, MadeBus] = {}
+        self.openers = Clients()  # of files of the configured bus, and of control
         self.devices: Devices
         self.endpoints: Endpoints
         self.begun = False
@@ -88,7 +91,9 @@ class Several(Supervisor):
         self.where = where
         self.devices = devices = Devices(self)
         self.begun = True
-        devices.queues = {"": self.clients, node.bus: self.clients}
+        self.openers.of = self.clients.of
+        self.pools.append(Pool(FILE_SPARES, self.openers, files=True))
+        devices.queues = {"": self.openers, node.bus: self.openers}
         self.endpoints = Endpoints(devices, self._tell_broker)
         nodes = node, entries.Node("", CONTROL, 0o666, node.uid, node.gid)
         if where.kdbusfs is not None:
@@ -111,7 +116,7 @@ class Several(Supervisor):
         devices = self.devices
         node = entries.Node(domain.prefix, CONTROL, 0o666, domain.first, domain.first)
         devices.domains[domain.prefix] = domain
-        devices.queues[domain.prefix] = self.clients
+        devices.queues[domain.prefix] = self.openers
         if domain.mount:
             os.makedirs(domain.mount, 0o755, exist_ok=True)
             devices.transports.append(Mount(devices, domain.mount, (node,), domain))
@@ -279,8 +284,6 @@ class MadeBus(Supervisor):
     `ready` is called once, with 0 when a worker waits for clients, else with an errno; `over` at the
     end."""
 
-    file_spares = 1
-
     def __init__(
         self,
         host: Several,
@@ -300,6 +303,7 @@ class MadeBus(Supervisor):
         self.profiles, self.max_workers = host.profiles, host.max_workers
         self.numbers = host.numbers  # a file's handle is the number of its worker
         self.clients.of = host.clients.of
+        self.pools = [Pool(1, self.clients, files=True)]
         self.maker = memfd.sealed("kbusd-maker", msgspec.msgpack.encode(maker))
 
     def start(self) -> None:
@@ -333,7 +337,7 @@ class MadeBus(Supervisor):
     def settle(self) -> None:
         if self.exit_status is None:
             super().settle()
-            if self.spare:
+            if self.pools[0].spare:
                 self._say_ready(0)
         if self.exit_status is not None:
             self.stop()
@@ -348,7 +352,7 @@ class MadeBus(Supervisor):
         self._say_ready(errno.EIO)
         self.over()  # first, so that who has a connection hears what it is that has ended
         super().stop()
-        while turn := self.turns.popleft() if self.turns else self.clients.next(lambda _: True):
+        while turn := self.clients.next(lambda _: True):
             credentials, client = turn
             self.clients.of[credentials.share] -= 1
             if callable(client):

@@ -476,7 +476,6 @@ class Engine:
                 self.everyone
                 and not route.refusals
                 and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
-                and not self.replica.custom
                 and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:
@@ -575,9 +574,14 @@ class Engine:
         )
 
     def _answer_driver(self, token, answer, fds):
-        snapshot = memfd.read(fds[0]) if fds else b""
+        snapshot = b""
+        passed: tuple = ()
+        if fds and isinstance(token.request, entries.Hello):
+            snapshot = memfd.read(fds[0])
+        elif fds:
+            passed = tuple([os.dup(fd) for fd in fds])
         try:
-            actions = self.driver.answer(token, answer, snapshot)
+            actions = self.driver.answer(token, answer, snapshot, passed)
         except (msgspec.MsgspecError, ReplicaError, TypeError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
         if snapshot and not self.loaded:

@@ -210,8 +210,8 @@ class Device:
         self.maps = SAME, SAME  # uids and gids of its user namespace
         self._told = (0, 0)  # what who polls was told last: events, and how many had arrived
         self._pushed: list[tuple[int, int]] = []
-        # By command: what is guessed, and whether it was said.
-        self._guesses: dict[int, tuple[entries.Ahead, bool]] = {}
+        # By command: what, and whether it was said.
+        self._guesses: dict[int, tuple[object, bool]] = {}
 
     def requests(self, catch_up: Callable[[], None]) -> bool:
         """Take up everything that has come; False if the file is closed. Raises LineError."""
@@ -334,7 +334,7 @@ class Device:
         if not 0 < total <= MAX_AHEAD or len(ranges) > MAX_AHEAD_RANGES:
             return
         guess = entries.Ahead(ioctl.command, at_argument, tuple(ranges))
-        before, said = self._guesses.get(ioctl.command) or (None, False)
+        before, said = self._guesses.get(ioctl.command, (None, False))
         if before != guess:
             self._guesses[ioctl.command] = guess, False
         elif not said:

@@ -126,6 +126,7 @@ class Zygote:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.siginterrupt(signal.SIGCHLD, False)  # close(2), say, can't be tried again
         self.epoll.register(reader, select.EPOLLIN)
         self.epoll.register(self.line.fileno(), select.EPOLLIN)
         while True:

@@ -131,11 +131,11 @@ class Rig:
         self.child = Child(self._use)
         # What is needed of the supervisor.
         self.settings = SimpleNamespace(limits={"max_connections_per_user": self.limit})
-        self.clients = Clients()
+        self.openers = Clients()
         self.journal: Any = SimpleNamespace(warn=self.warnings.append)
         self.players: dict[int, Player] = {}
         self.devices = Devices(self)
-        self.devices.queues = {NODE.bus: self.clients}
+        self.devices.queues = {NODE.bus: self.openers}
         atexit.register(self.tidy)
         if self.cuse:
             self.nodes = Nodes(self.devices, "rig", (NODE,))
@@ -182,7 +182,7 @@ class Rig:
         work(player.supervisors, credentials)
 
     def wanted(self) -> tuple[Player, Callable[..., None], entries.Credentials]:
-        while (turn := self.clients.next(lambda _: True)) is None:
+        while (turn := self.openers.next(lambda _: True)) is None:
             self.attend()
         credentials, work = turn
         assert not isinstance(work, socket.socket)

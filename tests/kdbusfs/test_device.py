@@ -98,7 +98,7 @@ def test_a_tree_with_one_file() -> None:
         "changed": 0o100640,
     }
     assert told["made"] and told["removed"]
-    assert not rig.killed and not rig.warnings and not os.path.exists(rig.path)
+    assert (rig.killed, rig.warnings, os.path.exists(rig.path)) == ([], [], False)
 
 
 WRONG = ["1-test", "0-test/\udcff\x01", "x" * 4095, f"{BUS}/x"]

@@ -252,6 +252,20 @@ def test_signals_come_from_those_whom_one_may_talk_to(bus: KdbusBus) -> None:
         assert outside.recv().src == inside.id  # who may be talked to from there
 
 
+def test_signals_of_d_bus_clients_are_heard_if_policy_says_so(bus: KdbusBus) -> None:
+    with Endpoint(bus.node) as made:
+        made.set(*brought(NAME, (WORLD, TALK, 0)))
+        shown, hidden, inside = bus.connect(), bus.connect(), KdbusClient(made.node)
+        bus.opened.append(inside)
+        shown.request_name(NAME)
+        inside.add_match()
+        for n in range(3):
+            for each in (hidden, shown):
+                each.signal("/test", "com.example.Test", f"News{n}")
+        assert [inside.recv().src for _ in range(3)] == [int(shown.name[3:])] * 3
+        assert not inside.readable(0.2)
+
+
 def test_d_bus_clients_are_there_if_policy_says_so(bus: KdbusBus) -> None:
     with Endpoint(bus.node) as made:
         d, inside = bus.connect(), KdbusClient(made.node)

@@ -204,7 +204,7 @@ def test_a_worker_that_wants_more_is_killed(what: str) -> None:
 # change an open file that peers share.
 ALTERED = [
     ("fcntl", (0, fcntl.F_GETFL), (0, fcntl.F_SETFL, os.O_NONBLOCK)),
-    ("fcntl", (0, fcntl.F_GETFD), (0, fcntl.F_SETOWN, 1)),
+    ("fcntl", (0, fcntl.F_GET_SEALS), (0, fcntl.F_SETOWN, 1)),
     ("fcntl", (0, fcntl.F_DUPFD_CLOEXEC, 100), (0, fcntl.F_DUPFD, 100)),
     ("fcntl", (0, fcntl.F_GET_SEALS), (0, fcntl.F_NOTIFY, 1)),
     ("fcntl", (0, fcntl.F_GETFL), (0, fcntl.F_GETFL | HIGH)),
