@@ -82,12 +82,9 @@ class Line:
         return True
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
+        ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            if fds:
-                ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", fds))]
-                self.sock.sendmsg([data], ancillary, _SEND | self._wait_flag())
-            else:
-                self.sock.send(data, _SEND | self._wait_flag())
+            self.sock.sendmsg([data], ancillary, _SEND | self._wait_flag())
         except BlockingIOError:
             return False
         return True
