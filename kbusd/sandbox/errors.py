@@ -34,6 +34,9 @@ def describe(code: int) -> str:
     """The exit code of a process in words; a death by SIGSYS is what seccomp does."""
     if code >= 0:
         return f"exited with status {code}"
-    name = signal.Signals(-code).name
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # real-time ones have none
+        name = f"signal {-code}"
     hint = ": a system call that its profile forbids" if name == "SIGSYS" else ""
     return f"was killed by {name}{hint}"

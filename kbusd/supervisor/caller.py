@@ -44,8 +44,9 @@ def credentials(request: bytes) -> Credentials:
         fields = _status(tid)
         number, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
         groups = _numbers(fields[b"Groups"])
+        with suppress(OSError):  # where no security module labels processes
+            label = _read(tid, "attr/current").rstrip(b"\0\n")
         process = _process(tid, parent, fields)
-        label = _read(tid, "attr/current").rstrip(b"\0\n")
     return Credentials(uid, gid, number, groups, label, parent, process)
 
 

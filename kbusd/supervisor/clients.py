@@ -22,6 +22,9 @@ Client = socket.socket | Callable[..., None]
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
 _SO_PEERPIDFD = 77
+# A Windows domain gives nobody more than 1015. Every worker has those of every connection; and 43,000, which a
+# container's root may take, are more than a record between two processes has room for.
+MAX_GROUPS = 1024
 _MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
 
 
@@ -57,6 +60,13 @@ class Clients:
 
     def waiting(self) -> int:
         return sum(map(len, self._queues.values()))
+
+    def refusal(self, credentials: Credentials, limit: int) -> str:
+        """Why one more of its uid, who may have so many, is not taken; "": it may wait."""
+        if self.of[credentials.share] >= limit:
+            return f"has {limit} connections already (limit max_connections_per_user)"
+        too_many = len(credentials.groups) > MAX_GROUPS
+        return f"is in more than {MAX_GROUPS} groups" if too_many else ""
 
     def add(self, credentials: Credentials, client: Client) -> None:
         self.of[credentials.share] += 1

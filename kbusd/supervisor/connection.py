@@ -89,10 +89,11 @@ class Connection:
             return
         limit = self.host.settings.limits["max_connections_per_user"]
         why = self.domain.full(clients.of)
-        if not why and clients.of[credentials.share] < limit:
+        if not why and (refusal := clients.refusal(credentials, limit)):
+            why = f"uid {credentials.uid} {refusal}"
+        if not why:
             clients.add(credentials, Opening(partial(self._employ, opened), endpoint))
             return
-        why = why or f"uid {credentials.uid} has {limit} connections (max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
         self.fail(opened.unique, errno.EMFILE)
 
@@ -210,9 +211,10 @@ class Connection:
         """Nobody answers this one any more."""
         _, request = self.held.get(unique, (None, b""))
         if holder.why == errno.ESHUTDOWN and request and routing.route(request)[0] == abi.POLL:
-            del self.held[unique]
-            self.write(replies.poll(unique, _HUNG_UP))
-        self.fail(unique, holder.why)
+            if self.held.pop(unique, None) is not None:  # by another thread meanwhile
+                self.write(replies.poll(unique, _HUNG_UP))
+        else:
+            self.fail(unique, holder.why)
 
     def pass_on(self, holder: Holder, request: bytes, ahead: reach.Parts = ()) -> bool:
         """False if it is gone."""

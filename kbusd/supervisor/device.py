@@ -150,13 +150,20 @@ class Devices:
             handler = self.handlers.get(fd)
             if handler is None:
                 pass  # it was forgotten meanwhile, or time is up
-            elif not handler(buffer):
+            elif not self._handle(handler, buffer):
                 self._turn(fd, handler, on=False)
             elif self._listener is not me:
                 self._turn(fd, handler, on=True)
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:
                     self.kill(holder, f"leaves {MAX_WAITING} requests unread")
+
+    def _handle(self, handler: Handler, buffer: bytearray) -> bool:
+        try:
+            return handler(buffer)
+        except Exception as error:  # noqa: BLE001 (one client's event must not be the end of all devices)
+            self.host.journal.warn(f"a device met what it was not made for: {error!r}")
+            return True
 
     def _turn(self, fd: int, handler: Handler | None, *, on: bool) -> None:
         """A descriptor is not listened to any more, or is again; if it is not that of another by now."""

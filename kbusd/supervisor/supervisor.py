@@ -151,8 +151,7 @@ class Supervisor:
         while not self.pools[0].spare:
             self._turn(0.5)
             if self.exit_status is not None or time.monotonic() > deadline:
-                why = f"{START_SECONDS:.0f} s were not enough, or a process of the bus ended"
-                raise StartError(f"no worker got ready: {why}; see the lines above")
+                raise StartError("no worker got ready, in time or at all; see the lines above")
 
     def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
         """Start another process of the bus; returns our end of its line, whose other is its 3."""
@@ -303,11 +302,10 @@ class Supervisor:
                 self.pause_until = time.monotonic() + RETRY_SECONDS
             return
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
-        if self.clients.of[credentials.share] < limit:
+        if not (why := self.clients.refusal(credentials, limit)):
             client.setblocking(False)  # for the worker, which may not change it
             self.clients.add(credentials, client)
             return
-        why = f"has {limit} connections already (limit max_connections_per_user)"
         self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
         client.close()
 
@@ -349,8 +347,7 @@ class Supervisor:
         if (worker := self.workers.pop(number, None)) is None:
             return
         self.incomplete.pop(number, None)
-        reason = describe(os.waitstatus_to_exitcode(status)) if status else ""
-        if reason:
+        if reason := describe(os.waitstatus_to_exitcode(status)) if status else "":
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
             self.clients.of[worker.client.share] -= 1

@@ -270,3 +270,21 @@ def test_who_does_not_say_hello_is_disconnected(start_bus) -> None:  # type: ign
     client = RawClient(bus.address, hello=False)
     client.expect_disconnect()
     client.close()
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its groups")
+def test_who_is_in_too_many_groups_takes_no_place_for_good(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """Root of a container may take 65536; told of so many, the bus lost the client, but not its place."""
+    bus: Bus = start_bus(limits={"max_incomplete_connections": 2})
+    before = os.getgroups()
+    for _ in range(4):
+        os.setgroups(range(4_000_000, 4_065_536))
+        try:
+            refused = RawSocket(bus.address)
+        finally:
+            os.setgroups(before)
+        refused.expect_disconnect()
+        refused.close()
+    assert bus.connect().driver("NameHasOwner", "s", (DRIVER,)) == [True]
+    assert "is in more than 1024 groups" in bus.log()

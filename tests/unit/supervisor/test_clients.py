@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from kbusd.rings.entries import Credentials
-from kbusd.supervisor.clients import Clients, credentials_of
+from kbusd.supervisor.clients import MAX_GROUPS, Clients, credentials_of
 
 
 def test_who_is_at_the_other_end() -> None:
@@ -106,3 +106,11 @@ def test_an_endpoint_of_a_user_takes_turns_with_him() -> None:
     assert order == [1, 3, 4, 2]
     for end in ends:
         end.close()
+
+
+def test_who_is_in_more_groups_than_can_be_passed_on_is_refused() -> None:
+    """By a socket or by a file of a device alike; /proc's list of that many is cut short in a number."""
+    clients = Clients()
+    many = tuple(range(100_000, 100_000 + MAX_GROUPS))
+    assert not clients.refusal(Credentials(1, 1, 1, many), 1)
+    assert "groups" in clients.refusal(Credentials(1, 1, 1, (*many, 10)), 1)

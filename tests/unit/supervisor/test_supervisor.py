@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 
 import msgspec
@@ -54,3 +55,18 @@ def test_a_bus_without_a_place_for_them_has_none() -> None:
     one = supervisor()
     one.said(entries.Endpoints(("new",)), [])
     assert not one.listeners
+
+
+def test_a_worker_killed_by_a_signal_without_a_name_is_not_the_end_of_the_bus() -> None:
+    one = supervisor()
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGRTMIN + 2)
+    status = os.waitpid(pid, 0)[1]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        worker = Worker(3, pid, os.dup(0), Line(ours, entries.ToSupervisor), one.pools[0])
+        worker.client = entries.Credentials(1, 1, 1)
+        one.workers[3] = worker
+        one.said(entries.Ended(3, status), [])
+    assert not one.workers
