@@ -12,6 +12,7 @@ import itertools
 import os
 import pwd
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import pyseccomp
 
@@ -31,6 +32,7 @@ __all__ = [
 ARCHITECTURES = {"x86-64": pyseccomp.Arch.X86_64, "arm64": pyseccomp.Arch.AARCH64}
 _NATIVE = pyseccomp.system_arch()
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
+_MOST_CALLS = 600  # numbers are below it
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:
@@ -184,6 +186,16 @@ def _lookup(file: str, key: str, name: str, table: Mapping[str, int], line: int 
         raise ProfileError(file, key, f"`{name}` is not known", hint, line) from None
 
 
+def _all_calls() -> list[str]:
+    """Every system call of this machine, for hints."""
+    found = []
+    for number in range(_MOST_CALLS):
+        with suppress(ValueError):  # there is none
+            name = pyseccomp.resolve_syscall(_NATIVE, number)
+            found.append(name.decode() if isinstance(name, bytes) else name)
+    return found
+
+
 def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
     """The BPF program. Architecture first (libseccomp does so), default and foreign: kill."""
     program = pyseccomp.SyscallFilter(pyseccomp.KILL_PROCESS)
@@ -204,7 +216,9 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
         for call in rule.calls:
             if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
                 problem = f"`{call}` is no system call that libseccomp knows"
-                raise ProfileError(file, key, problem, line=line)
+                close = difflib.get_close_matches(call, _all_calls(), 1, 0.5)
+                hint = f"did you mean `{close[0]}`?" if close else "see syscalls(2)"
+                raise ProfileError(file, key, problem, hint, line)
             if call in unconditional or (call in seen and not choices):
                 # libseccomp lets the unconditional rule win without a word.
                 raise ProfileError(

@@ -319,7 +319,7 @@ def parse(text: bytes, file: str) -> Profile:
     try:
         profile = msgspec.convert(raw, Profile, strict=True)
     except msgspec.ValidationError as error:
-        raise _explain(file, str(error), lines) from None
+        raise _explain(file, _named(str(error), raw), lines) from None
     return msgspec.structs.replace(profile, files=(file,))
 
 
@@ -338,6 +338,21 @@ def _mark(table: dict[str, Any], place: Place, file: str, lines: Lines) -> None:
                     item["origin"] = f"{file}:{lines.of(*here)}"
 
 
+def _named(text: str, raw: dict[str, Any]) -> str:
+    """What msgspec says, with the key of a table in which it has found a mistake; to it all are `[...]`."""
+    for place, kind in (("limits", Limit), ("seccomp.sets", Calls)):
+        if f"$.{place}[...]" in text:
+            table: Any = raw
+            for part in place.split("."):
+                table = table[part]
+            for key, item in table.items():
+                try:
+                    msgspec.convert(item, kind, strict=True)
+                except msgspec.ValidationError:
+                    return text.replace("[...]", f".{key}")
+    return text
+
+
 def _explain(file: str, text: str, lines: Lines) -> ProfileError:
     """msgspec's `Problem - at `$.key` as file, line, key and hint."""
     problem, _, where = text.partition(" - at `$")
@@ -353,6 +368,8 @@ def _explain(file: str, text: str, lines: Lines) -> ProfileError:
         hint = "every section and rule says why it is there"
     elif key.endswith("why"):
         hint = "a reason has at least eight characters"
+    else:
+        hint = "see kbusd-profile(5)"
     line = lines.of(*(int(part) if part.isdigit() else part for part in _PART.findall(inside)))
     return ProfileError(file, key or "the file", problem[:1].lower() + problem[1:], hint, line)
 
