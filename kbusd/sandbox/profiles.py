@@ -86,7 +86,7 @@ class NotDumpable(_Section, frozen=True):
 class Limit(_Section, frozen=True):
     """setrlimit(2), soft and hard alike. `raise-to-hard`: soft up to hard, hard untouched."""
 
-    value: int | Literal["raise-to-hard"]
+    value: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] | Literal["raise-to-hard"]
 
 
 class Namespaces(_Section, frozen=True):
@@ -121,7 +121,7 @@ class Landlock(_Section, frozen=True):
 class Selinux(_Section, frozen=True):
     """setcon(3) to `type`, the other fields of the context kept; only where SELinux is enabled."""
 
-    type: str = ""
+    type: Annotated[str, msgspec.Meta(pattern="^([A-Za-z][A-Za-z0-9_.]*)?$")] = ""
 
 
 class Argument(
@@ -287,10 +287,13 @@ def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
     profile = parse(file.read_bytes(), str(file))
     if not profile.extends:
         return [profile]
+    if not _NAME.match(profile.extends):
+        hint = "lower-case letters and dashes"
+        raise ProfileError(str(file), "extends", "not a profile name", hint)
     beside = file.with_name(f"{profile.extends}.toml")
     if beside == file and file.parent in directories()[:-1]:
         parent = find(profile.extends, below=file)  # ours, of the same name
-    elif beside.exists() and _NAME.match(profile.extends):
+    elif beside.exists():
         parent = beside
     else:
         parent = find(profile.extends)

@@ -249,6 +249,21 @@ MISTAKES = [
         ":7: limits.nofile.value: invalid enum value",
         "see kbusd-profile(5)",
     ),
+    (
+        "a limit below nothing",
+        WHY + "[limits.nofile]\n" + WHY + "value = -5\n",
+        "limits.nofile.value",
+        ":4: limits.nofile.value: expected `int` >= 0",
+        "see kbusd-profile(5)",
+    ),
+    (
+        "a domain that is no type",
+        WHY + "[selinux]\n" + WHY + 'type = "a:b"\n',
+        "selinux.type",
+        ":4: selinux.type: expected `str` matching",
+        "see kbusd-profile(5)",
+    ),
+    ("a parent elsewhere", 'extends = "../x"\n' + WHY, "extends", "not a profile name", "dashes"),
     ("a missing section", 'title = "w"\n' + WHY, "user", "section is missing", "write [user]"),
     ("no parent", 'extends = "bass"\n' + WHY, "", "no such profile", ""),
 ]
