@@ -293,7 +293,7 @@ def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
     beside = file.with_name(f"{profile.extends}.toml")
     if beside == file and file.parent in directories()[:-1]:
         parent = find(profile.extends, below=file)  # ours, of the same name
-    elif beside.exists():
+    elif beside.exists() and file.parent not in directories():
         parent = beside
     else:
         parent = find(profile.extends)

@@ -157,6 +157,24 @@ def test_an_override_can_extend_what_it_overrides(folder: Path) -> None:
     ]
 
 
+def test_an_override_of_base_counts_for_all_that_extend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was passed over for the base beside our own profiles, without a word."""
+    own, ours = tmp_path / "own", tmp_path / "ours"
+    for folder in own, ours:
+        folder.mkdir()
+    base = WHY + "[limits.core]\n" + WHY
+    write(ours, "base", base + "value = 0\n")
+    write(ours, "worker", 'extends = "base"\n' + WHY)
+    write(own, "base", 'extends = "base"\n' + base + "value = 7\n")
+    monkeypatch.setattr(profiles, "directories", lambda: [own, ours])
+    monkeypatch.setattr(profiles, "OVERRIDES", own)
+    loaded = profiles._load(profiles.find("worker"), ())
+    assert loaded.limits["core"].value == 7
+    assert [Path(each).parent.name for each in loaded.files] == ["ours", "own", "ours"]
+
+
 RULE = 'extends = "base"\ntitle = "w"\n' + WHY + "[seccomp]\n" + WHY + "[[seccomp.rules]]\n"
 
 MISTAKES = [
