@@ -14,7 +14,7 @@ BENCH_PACKAGES := gcc libc6-dev dbus-daemon dbus-broker
 TEST_PACKAGES := $(shell sed -n 's/^\([a-z0-9][^ \#]*\).*/\1/p' tests/apt-packages.txt)
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: all setup build demo run lint check check-all guest-shell bench clean
+.PHONY: all setup build demo run lint check check-all guest-shell selinux bench clean
 
 all: build
 
@@ -68,6 +68,11 @@ check: lint
 
 check-all: check
 	$(PYTEST) -m slow
+
+# The policy module (docs/selinux.md).
+selinux:
+	$(call install,selinux-policy-dev)
+	$(MAKE) -C selinux
 
 # For instance: make bench BENCH="--quick --only round-trip,fanout"
 bench: build

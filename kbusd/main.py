@@ -27,12 +27,14 @@ from kbusd.rings.entries import Node
 from kbusd.sandbox.errors import SandboxError
 from kbusd.supervisor.domains import DOMAINS, DomainError
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.listen import Listener, open_listeners
+from kbusd.supervisor.listen import Listener, bind, escape
 from kbusd.supervisor.made import CONFIGURATION, Several, Where
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
 from kbusd.supervisor.supervisor import READER, StartError, Supervisor
 
+_FIRST_PASSED_FD = 3  # sd_listen_fds(3)
+_MAX_PASSED_FDS = 64
 MIN_FILES = 128  # descriptors that the supervisor may have: its own and those of a few workers
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
@@ -211,13 +213,30 @@ def _notify_ready() -> None:
             sock.sendto(b"READY=1\n", "\0" + path[1:] if path[0] == "@" else path)
 
 
+def _passed() -> list[Listener]:
+    """Sockets that the service manager passed (sd_listen_fds(3))."""
+    pid, count = os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS", "")
+    if pid != str(os.getpid()) or not count.isdigit() or not 0 < int(count) < _MAX_PASSED_FDS:
+        raise OSError(f"no sockets were passed (LISTEN_PID={pid}, LISTEN_FDS={count})")
+    listeners = []
+    for fd in range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count)):
+        sock = socket.socket(fileno=fd)
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            raise OSError(f"descriptor {fd} is not a Unix stream socket")
+        sock.setblocking(False)
+        name = sock.getsockname()
+        kind, value = ("abstract", name[1:]) if isinstance(name, bytes) else ("path", name)
+        listeners.append(Listener(sock, f"unix:{kind}={escape(value)}"))
+    return listeners
+
+
 def _listen(settings: Settings) -> list[Listener]:
     if not settings.addresses:
         _fail("the configuration has no address to listen on")
     listeners: list[Listener] = []
     for kind, value, text, where in settings.addresses:
         try:
-            listeners += open_listeners(kind, value)
+            listeners += _passed() if kind == "systemd" else [bind(kind, value)]
         except OSError as error:
             reason = f"{value}: {error.strerror}" if error.strerror else str(error)
             _fail(f"{where}: cannot listen on {text!r}: {reason}")

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
 from kbusd.broker.counts import Counts
+from kbusd.broker.custom_endpoints import CustomEndpoints
 from kbusd.broker.endpoints import Endpoints
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.labels import Labels
@@ -38,6 +39,7 @@ from kbusd.broker.refusal import (
     Violation,
 )
 from kbusd.broker.registry import Change, Registry
+from kbusd.kdbus.abi import POLICY_OWN, POLICY_TALK
 from kbusd.policy.configuration import Configuration
 from kbusd.policy.decide import ClientPolicy, explain
 from kbusd.rings.entries import (
@@ -51,6 +53,7 @@ from kbusd.rings.entries import (
     CountConnection,
     Counted,
     Credentials,
+    CustomChanged,
     Describe,
     Failure,
     FetchPolicy,
@@ -67,6 +70,7 @@ from kbusd.rings.entries import (
     NamePolicyChanged,
     PolicyChanged,
     PolicyEntry,
+    ProcessOf,
     QueueChanged,
     ReleaseName,
     ReloadConfig,
@@ -76,6 +80,7 @@ from kbusd.rings.entries import (
     Request,
     RequestName,
     Running,
+    SetEndpoint,
     SetPolicy,
     Share,
     Snapshot,
@@ -88,6 +93,7 @@ from kbusd.wire import names
 
 BUS_NAME = "org.freedesktop.DBus"
 NOBODY = 0
+CLOSED = "kdbus"  # <type> of a bus on which nothing but kdbus's policy allows anything
 MAX_MONITOR_RULES = 512
 MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 ACTIVATOR, HOLDER, KDBUS_MONITOR = 2, 4, 8  # three of them
@@ -129,7 +135,8 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
-        self.name_policy = NamePolicy(owner)
+        self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
+        self.custom = CustomEndpoints()
         self.labels = Labels(outside)
         self.endpoints = Endpoints(outside)
         self.generation = 0
@@ -150,15 +157,32 @@ class Bus:
     def worker_started(self, worker: int, pid: int) -> None:
         self.connections[worker] = Connection(worker, pid)
 
-    def assigned(self, worker: int, credentials: Credentials, hasty: bool = True) -> None:
+    def assigned(
+        self,
+        worker: int,
+        credentials: Credentials,
+        hasty: bool = True,
+        custom: int = 0,
+        pidfd: int = -1,
+    ) -> None:
         """The worker serves a client of these credentials from now on, who is to say Hello in time
-        if it is `hasty`."""
+        if it is `hasty`, and may be behind a custom endpoint. `pidfd` is ours to close, -1 for none."""
         connection = self.connections.get(worker)
-        if connection is not None:
+        if connection is None:
+            if pidfd >= 0:
+                self._outside.close(pidfd)
+        else:
             connection.credentials = credentials
+            connection.custom = custom
+            connection.pidfd = pidfd
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
+
+    def endpoint_made(self, worker: int) -> None:
+        """Its client has made a custom endpoint."""
+        if worker in self.connections:
+            self.custom.made(worker)
 
     def ready(self) -> None:
         """The supervisor hears us from now on."""
@@ -206,7 +230,11 @@ class Bus:
         self._incomplete.pop(worker, None)
         if connection is None:
             return
+        if connection.pidfd >= 0:
+            self._outside.close(connection.pidfd)
         self.probes.gone(connection)
+        if self.custom.remove(worker):
+            self._outside.append(CustomChanged(worker, ()))
         self.counts.gone(connection)
         said = connection.last_word if connection.last_word is not None else reason
         if said:
@@ -253,7 +281,7 @@ class Bus:
         kind = type(message)
         if fds != _FDS.get(kind, 0):
             raise Violation(f"sent {fds} descriptors with {kind.__name__}")
-        if connection.id == NOT_YET and kind is not Hello and kind is not Leaving:
+        if connection.id == NOT_YET and kind not in (Hello, Leaving, SetEndpoint):
             raise Violation(f"sent {kind.__name__} before Hello")
         if (connection.kdbus or 0) & (ACTIVATOR | HOLDER) and kind in _FOR_ORDINARY:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")
@@ -281,6 +309,8 @@ class Bus:
                 written = self.matches.remove(connection, message.rule)
                 self._outside.append(MatchRemoved(connection.id, written))
             case StartService():
+                if not self.custom.may(connection, POLICY_TALK, (message.name,)):
+                    raise Refused(ACCESS_DENIED, f"{connection} may not talk to {message.name}")
                 self.activation.start(connection, message)
                 return
             case Introduce():
@@ -317,6 +347,11 @@ class Bus:
             case Running():
                 self.probes.running(connection)
                 return
+            case ProcessOf():
+                asked = self._seen(connection, message.id)
+                pidfds = [asked.pidfd] if asked is not None and asked.pidfd >= 0 else []
+                self._outside.send(connection.worker, Reply(message.request), pidfds)
+                return
             case CountConnection():
                 self._count(connection, message)
                 return
@@ -325,6 +360,9 @@ class Bus:
                 return
             case SetPolicy():
                 self._set_policy(connection, message.policy)
+            case SetEndpoint():
+                self.custom.set(connection, message.policy)
+                self._outside.append(CustomChanged(connection.worker, message.policy))
             case AddEndpoint():
                 self._privileged(connection, "Add")
                 self.endpoints.add(connection, message)
@@ -340,7 +378,8 @@ class Bus:
                 connection.about = _about(message.about)
             case AskAbout():
                 asked = self.by_id.get(message.id)
-                value = b"" if asked is None else asked.about
+                seen = asked is not None and self.custom.may_see(connection, asked)
+                value = asked.about if asked is not None and seen else b""
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
@@ -405,7 +444,9 @@ class Bus:
             self._outside.append(MonitorAttached(connection.id, (), message.kdbus))
             self._outside.say(f"{connection} is a monitor")
         else:
-            self._outside.append(ConnectionAdded(connection.id, credentials, message.kdbus))
+            self._outside.append(
+                ConnectionAdded(connection.id, credentials, message.kdbus, connection.custom)
+            )
             name = connection.unique_name
             self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
             self._wake(self.monitors)
@@ -461,7 +502,9 @@ class Bus:
                 f'{refusal}the service "{name}" due to security policies in the configuration file',
             )
         assert connection.credentials is not None
-        if not self.name_policy.may_own(connection.credentials, name):
+        custom = connection.custom != 0
+        allowed = self.custom.may(connection, POLICY_OWN, (name,))
+        if not allowed or not self.name_policy.may_own(connection.credentials, name, custom):
             self._complain(connection, f"{connection} may not own {name}: policy of a kdbus client")
             raise Refused(ACCESS_DENIED, f'{refusal}the service "{name}" due to its policy')
         context = self._contexts.get(name)
@@ -564,7 +607,7 @@ class Bus:
     def _privileged(self, connection: Connection, what: str) -> None:
         assert connection.credentials is not None
         uid, pid = connection.credentials.uid, connection.credentials.pid
-        if uid not in (0, self._owner):
+        if uid not in (0, self._owner) or connection.custom:
             text = (
                 f"rejected attempt to call {what} by connection {connection.unique_name}"
                 f" (uid={uid} pid={pid}) with uid {uid}"
@@ -638,6 +681,8 @@ class Bus:
                 (id, each.kdbus) for id, each in self.by_id.items() if each.kdbus is not None
             ),
             policies=tuple(self.name_policy.entries.items()),
+            behind=tuple((id, each.custom) for id, each in self.by_id.items() if each.custom),
+            custom=tuple(each for each in self.custom.entries.items() if each[1]),
             apart=tuple(self.labels.apart.values()),
             endpoints=self.endpoints.entries(),
         )
@@ -669,7 +714,7 @@ class Bus:
         }
 
     def _count(self, asker: Connection, message: CountConnection) -> None:
-        asked = self.by_id.get(message.id)
+        asked = self._seen(asker, message.id)
         if asked is None or asked.monitor is not None:
             name = f":1.{message.id}"
             raise Refused(
@@ -681,6 +726,14 @@ class Bus:
             "PeakBusNames": asked.peak_names,
         }
         self.counts.ask(asker, message.request, asked, known)
+
+    def _seen(self, asker: Connection, id: int) -> Connection | None:
+        """A connection that is not hidden from the asker by an endpoint of either."""
+        other = self.by_id.get(id)
+        if other is None or other is asker:
+            return other
+        seen = self.endpoints.may_see(asker, other) or self.introductions.know(asker, other)
+        return other if seen and self.custom.may_see(asker, other) else None
 
     def _serial(self, what: str) -> int:
         self._asked[what] += 1

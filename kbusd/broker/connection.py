@@ -26,6 +26,7 @@ class Connection:
         "about",
         "complaints",
         "credentials",
+        "custom",
         "id",
         "introduced",
         "introductions",
@@ -37,6 +38,7 @@ class Connection:
         "peak_matches",
         "peak_names",
         "pid",
+        "pidfd",
         "policy",
         "waiting",
         "worker",
@@ -44,11 +46,13 @@ class Connection:
 
     def __init__(self, worker: int, pid: int) -> None:
         self.worker = worker
-        self.pid = pid
+        self.pid = pid  # the worker's
+        self.pidfd = -1  # the client's process, where the kernel tells
         self.credentials: Credentials | None = None
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
         self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
+        self.custom = 0  # endpoint of kdbus that it is behind (custom_endpoints.py)
         self.about = b""  # what its worker tells others who ask
         self.monitor: tuple[str, ...] | None = None
         self.names: list[str] = []  # owned or waited for, in the order in which they were asked

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kbusd.broker.connection import Connection
+from kbusd.broker.matches import parse
 from kbusd.broker.outside import Outside
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
@@ -23,10 +24,11 @@ from kbusd.broker.refusal import (
     Refused,
 )
 from kbusd.policy import endpoints as policy
-from kbusd.policy.endpoints import OWN, TALK, Endpoint, EndpointError, View
+from kbusd.policy.endpoints import OWN, SEE, TALK, Endpoint, EndpointError, View
 from kbusd.rings.entries import (
     AddEndpoint,
     AddMatch,
+    Counted,
     EndpointChanged,
     Failure,
     FetchPolicy,
@@ -35,6 +37,7 @@ from kbusd.rings.entries import (
     Introduce,
     Introduced,
     Leaving,
+    ProcessOf,
     ReleaseName,
     RemoveMatch,
     Reply,
@@ -49,12 +52,14 @@ MAX_ENDPOINTS = 256
 _SIGNAL = 4
 _ALLOWED = (
     AddMatch,
+    Counted,
     FetchPolicy,
     FetchSnapshot,
     Hello,
     Introduce,
     Introduced,
     Leaving,
+    ProcessOf,
     ReleaseName,
     RemoveMatch,
     RequestName,
@@ -210,6 +215,9 @@ class Endpoints:
             case Hello():
                 if view.name not in self._all:
                     raise Refused(ACCESS_DENIED, f"There is no endpoint {view.name} any more")
+            case AddMatch(rule=rule):
+                if parse(rule).eavesdrop:
+                    raise Refused(ACCESS_DENIED, "Nobody eavesdrops from behind an endpoint")
             case RequestName(name=name):
                 if view.level(name) < OWN:
                     raise Refused(
@@ -221,6 +229,11 @@ class Endpoints:
                 if view.level(name) < TALK:
                     text = f"The name {name} was not provided by any .service files"
                     raise Refused(SERVICE_UNKNOWN, text)
+
+    def may_see(self, asker: Connection, other: Connection) -> bool:
+        """Whether the asker may know of the other by its names."""
+        view = self.view(asker)
+        return view is None or view.best(other.names) >= SEE
 
     def may_meet(self, asker: Connection, peer: Connection) -> bool:
         """Whether the asker may be made known to the peer: it may call it, or the peer has asked for

@@ -30,6 +30,7 @@ from kbusd.rings.entries import (
     BrokerMessage,
     BrokerReady,
     EndLaunch,
+    EndpointMade,
     Endpoints,
     FromLauncher,
     Joined,
@@ -43,6 +44,7 @@ from kbusd.rings.entries import (
     Reconfigured,
     ReloadAsked,
     ReloadWanted,
+    SetEndpoint,
     SupervisorMessage,
     ToLauncher,
     Wake,
@@ -154,8 +156,8 @@ class Server:
             message, fds = received
             try:
                 connection = self._bus.connections[worker]
-                if connection.credentials is None:
-                    self._from_supervisor()  # Assigned is there already, if it is honest
+                if connection.credentials is None or isinstance(message, SetEndpoint):
+                    self._from_supervisor()  # what it said is there already, if this is honest
                 if worker in self._lines:
                     self._bus.handle(connection, message, fds)
             finally:
@@ -220,8 +222,11 @@ class Server:
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
                     self._bus.worker_started(worker, pid)
-                case Assigned(worker, credentials, hasty):
-                    self._bus.assigned(worker, credentials, hasty)
+                case Assigned(worker, credentials, hasty, custom) if len(fds) <= 1:
+                    pidfd = fds.pop() if fds else -1
+                    self._bus.assigned(worker, credentials, hasty, custom, pidfd)
+                case EndpointMade(worker):
+                    self._bus.endpoint_made(worker)
                 case WorkerGone(worker, reason):
                     self._forget(worker, reason)
                 case LauncherLine() if len(fds) == 1:

@@ -202,8 +202,8 @@ class Connection:
 
         A call is sent by `call`, a signal has MSG_SIGNAL in `flags` and a `filter`. Raises OSError:
         ESRCH nobody owns the name, ENXIO there is no such id, ENOBUFS the receiver's pool is full,
-        ECOMM it takes no descriptors, EMFILE more wait there than may, EPERM policy forbids it,
-        ETXTBSY a memfd is not sealed, EBADSLT nobody waits for this reply."""
+        ECOMM it takes no descriptors, EMFILE more wait there than may, EPERM policy forbids it or nobody
+        waits for this reply, ETXTBSY a memfd is not sealed."""
         self._send(
             destination, payload, fds, cookie, reply_to, flags, priority, filter, payload_type, -1
         )

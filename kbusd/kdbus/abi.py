@@ -165,7 +165,8 @@ ITEM_TYPES = {
 
 # -- limits ----------------------------------------------------------------------------------
 
-MAX_COMMAND_SIZE = 32 << 10  # bytes of a command or message with its items
+MAX_COMMAND_SIZE = 32 << 10  # bytes of a command with its items
+MAX_MESSAGE_SIZE = 8 << 10  # bytes of a message with its items
 MAX_PAYLOAD_SIZE = 2 << 20  # bytes of all vectors of one message
 MAX_MEMFDS = 16  # a message
 MAX_FDS_PER_USER = 16  # in flight to one connection, and in one message

@@ -51,12 +51,12 @@ class Calls:
         self._calls.insert(0, call)
 
     def take(self, callee: int, cookie: int) -> Call:
-        """The call that a reply of `callee` answers; it waits no longer. Raises Errno EBADSLT."""
+        """The call that a reply of `callee` answers; it waits no longer. Raises Errno EPERM."""
         for call in self._calls:
             if call.cookie == cookie and call.callee == callee:
                 self._calls.remove(call)
                 return call
-        raise Errno(errno.EBADSLT, f"a reply of {callee} to {cookie}, which was not asked")
+        raise Errno(errno.EPERM, f"a reply of {callee} to {cookie}, which was not asked")
 
     def remove(self, call: Call) -> None:
         """A call waits no longer, if it still did."""

@@ -4,7 +4,7 @@ Each command is a row of `SPECS`: size, flags, items. `parse` holds for all what
 held (__kdbus_args_parse), in its order:
 
 1. The address is a multiple of 8, else EFAULT; the size is at least that of the struct, else EINVAL,
-   and at most 32 KiB, else EMSGSIZE (`total_size`, for what is yet to be fetched).
+   and at most 32 KiB, of a message 8 KiB, else EMSGSIZE (`total_size`, for what is yet to be fetched).
 2. The size has not changed while it was copied; no unknown flags; every item well formed, known to
    the command, valid in itself, and there once only unless several make sense; else EINVAL.
 3. NEGOTIATE: the flags that the command knows are written over those that were asked, item types
@@ -45,6 +45,7 @@ class Spec(msgspec.Struct, frozen=True):
     many: frozenset[int] = frozenset()
     needed: tuple[int, ...] = ()
     returns_flags: bool = True
+    most: int = abi.MAX_COMMAND_SIZE
 
 
 _POLICY = frozenset({abi.ITEM_NAME, abi.ITEM_POLICY_ACCESS})
@@ -136,6 +137,7 @@ MESSAGE = Spec(
     frozenset({abi.ITEM_FDS, abi.ITEM_BLOOM_FILTER, abi.ITEM_DST_NAME}),
     frozenset({abi.ITEM_PAYLOAD_VEC, abi.ITEM_PAYLOAD_MEMFD}),
     returns_flags=False,
+    most=abi.MAX_MESSAGE_SIZE,
 )
 """What SEND points to is parsed as a command is."""
 
@@ -177,8 +179,8 @@ def total_size(spec: Spec, address: int, head: bytes) -> int:
     (size,) = layout.U64.unpack(head)
     if size < spec.fixed.size:
         raise Errno(errno.EINVAL, f"{spec.name} of {size} bytes, fewer than {spec.fixed.size}")
-    if size > abi.MAX_COMMAND_SIZE:
-        raise Errno(errno.EMSGSIZE, f"{spec.name} of {size} bytes, over {abi.MAX_COMMAND_SIZE}")
+    if size > spec.most:
+        raise Errno(errno.EMSGSIZE, f"{spec.name} of {size} bytes, over {spec.most}")
     return int(size)
 
 

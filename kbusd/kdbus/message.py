@@ -135,8 +135,8 @@ def _check_header(header: Header, sync: bool) -> None:
         if header.reply_or_timeout:
             raise Errno(errno.ENOTUNIQ, "a broadcast with a timeout")
     if header.flags & abi.MSG_EXPECT_REPLY:
-        if not header.reply_or_timeout:
-            raise Errno(errno.EINVAL, "a reply is expected without a timeout")
+        if not header.reply_or_timeout or not header.cookie:
+            raise Errno(errno.EINVAL, "a reply is expected without a timeout or a cookie")
         if signal:
             raise Errno(errno.ENOTUNIQ, "a reply is expected to a signal")
     elif sync:

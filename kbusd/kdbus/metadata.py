@@ -26,12 +26,6 @@ class IdMap(msgspec.Struct, frozen=True):
 
     ranges: tuple[tuple[int, int, int], ...] = ((0, 0, NO_ID),)
 
-    @classmethod
-    def parse(cls, text: bytes) -> IdMap:
-        """From /proc/PID/uid_map or gid_map, which the kernel writes."""
-        lines = [tuple(map(int, line.split())) for line in text.splitlines()]
-        return cls(tuple((first, outside, count) for first, outside, count in lines))
-
     def inside(self, id: int) -> int | None:
         """What the namespace calls the host's `id`; None if it has no such id."""
         for first, outside, count in self.ranges:
@@ -45,6 +39,12 @@ class IdMap(msgspec.Struct, frozen=True):
             if 0 <= id - first < count:
                 return outside + id - first
         return None
+
+    @classmethod
+    def read(cls, text: bytes) -> IdMap:
+        """From /proc/PID/uid_map or gid_map, as a process outside sees it (user_namespaces(7))."""
+        lines = [tuple(map(int, line.split())) for line in text.splitlines()]
+        return cls(tuple(line for line in lines if len(line) == 3))
 
     def shown(self, id: int) -> int:
         """As `inside`, the overflow id for one that is not there; no id stays no id."""

@@ -10,7 +10,9 @@ What counts as allowed:
    there.
 2. On the default endpoint, whoever owns the bus or is privileged may do anything.
 3. Users may talk to their own connections.
-4. Otherwise the bus's database must allow it. Everybody sees all names.
+4. Otherwise the bus's database must allow it. Everybody sees all names. On a bus that is not `closed`,
+   as kdbus never had any, this holds for names that the database knows, and all else is allowed: it
+   has another policy beside this one.
 Who may talk to one of a connection's names may talk to the connection.
 """
 
@@ -24,6 +26,7 @@ import msgspec
 from kbusd.kdbus import abi, layout, names
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
+from kbusd.kdbus.metadata import IdMap
 
 NOTHING = -1
 """Less than the access rights POLICY_SEE < POLICY_TALK < POLICY_OWN."""
@@ -62,9 +65,9 @@ class Subject(msgspec.Struct, frozen=True):
     owner: bool = False
 
     @classmethod
-    def of(cls, uid: int, gid: int, groups: Iterable[int]) -> Subject:
-        """One who is not privileged."""
-        return cls(uid, gid, frozenset(groups))
+    def of(cls, uid: int, gid: int, groups: Iterable[int], owner: bool = False) -> Subject:
+        """From plain numbers."""
+        return cls(uid, gid, frozenset(groups), owner)
 
 
 def parse(items: Iterable[Item], most: int | None, wildcards: bool) -> tuple[Entry, ...]:
@@ -102,6 +105,21 @@ def _parse_access(data: bytes) -> Access:
     if id > MAX_ID:
         raise Errno(errno.EINVAL, f"POLICY_ACCESS is for {id}, which is no uid or gid")
     return Access(kind, access, id)
+
+
+def outside(entries: Iterable[Entry], uids: IdMap, gids: IdMap) -> tuple[Entry, ...]:
+    """What somebody in a user namespace said, for all. Raises Errno EINVAL for an id that he has not."""
+
+    def of(access: Access) -> Access:
+        if access.kind == abi.POLICY_ACCESS_WORLD:
+            return access
+        ids = uids if access.kind == abi.POLICY_ACCESS_USER else gids
+        id = ids.outside(access.id)
+        if id is None:
+            raise Errno(errno.EINVAL, f"POLICY_ACCESS is for {access.id}, whom the caller has not")
+        return Access(access.kind, access.access, id)
+
+    return tuple(Entry(each.name, each.wildcard, tuple(map(of, each.accesses))) for each in entries)
 
 
 class Database:
@@ -160,16 +178,21 @@ def _is_for(access: Access, subject: Subject) -> bool:
 class View:
     """What applies to connections of one endpoint: the bus's policy, and the endpoint's own if any."""
 
-    def __init__(self, bus: Database, endpoint: Database | None = None) -> None:
+    def __init__(
+        self, bus: Database, endpoint: Database | None = None, closed: bool = True
+    ) -> None:
         self._bus = bus
         self._endpoint = endpoint
+        self._closed = closed
 
     def may_own(self, subject: Subject, name: str) -> bool:
         """Whether `subject` may acquire a name."""
         endpoint = self._endpoint
         if endpoint is not None and endpoint.query(subject, name) < abi.POLICY_OWN:
             return False
-        return self._is_owner(subject) or self._bus.query(subject, name) >= abi.POLICY_OWN
+        if self._is_owner(subject) or not (self._closed or self._bus.has(name)):
+            return True
+        return self._bus.query(subject, name) >= abi.POLICY_OWN
 
     def may_talk(self, subject: Subject, uid: int, owned: Iterable[str]) -> bool:
         """Whether `subject` may talk to a connection of the user `uid` that has these names."""
@@ -178,6 +201,10 @@ class View:
             return False
         if self._is_owner(subject) or subject.euid == uid:
             return True
+        if not self._closed:
+            owned = tuple(filter(self._bus.has, owned))
+            if not owned:
+                return True
         return _any(self._bus, subject, owned, abi.POLICY_TALK)
 
     def may_see_name(self, subject: Subject, name: str) -> bool:

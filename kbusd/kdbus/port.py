@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kbusd.kdbus import bloom, metadata
+from kbusd.kdbus.commands import EndpointMake
 from kbusd.kdbus.parcel import Faked, Parcel
 from kbusd.kdbus.policy import Entry
 from kbusd.kdbus.waits import Wait
@@ -34,7 +35,8 @@ class Caller(Protocol):
 
 
 class Known(msgspec.Struct, frozen=True):
-    """A connection as the bus knows it. `flags` are its HELLO flags; `kdbus`: it has a pool."""
+    """A connection as the bus knows it. `flags` are its HELLO flags; `kdbus`: it has a pool; `custom`: of the
+    custom endpoint that it is behind, 0 for none."""
 
     id: int
     uid: int
@@ -45,6 +47,12 @@ class Known(msgspec.Struct, frozen=True):
     label: bytes | None
     flags: int = 0
     kdbus: bool = True
+    custom: int = 0
+    caps: metadata.Caps | None = None
+    cgroup: bytes | None = None
+    audit: metadata.Audit | None = None
+    space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
+    inside: metadata.Pids = metadata.Pids(0, 0, 0)
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -82,12 +90,16 @@ class Bus(Protocol):
         """Those of BUS_MAKE."""
 
     @property
-    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
-        """What uids and gids are called in the client's user namespace."""
-
-    @property
     def sees_pids(self) -> bool:
         """Whether the client's pid namespace is that of the pids which the bus knows."""
+
+    @property
+    def space(self) -> int:
+        """The client's pid namespace."""
+
+    @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        """The uids and gids of the client's user namespace."""
 
     def clock(self) -> tuple[int, int]:
         """CLOCK_MONOTONIC and CLOCK_REALTIME in nanoseconds."""
@@ -104,17 +116,27 @@ class Bus(Protocol):
         Raises Errno: EPERM for a kind that is for the privileged, EEXIST if another connection is
         the name's activator or has brought policy for it."""
 
-    def is_privileged(self, uid: int) -> bool:
-        """Whether this user owns the bus, or is root."""
+    def is_privileged(self, who: Known) -> bool:
+        """Whether its user owns the bus or is root, and it is behind no custom endpoint."""
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
         """Of a policy holder. Raises Errno EEXIST."""
+
+    async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
+        """Returns when the node of a custom endpoint is there. Raises Errno: EINVAL for a name that does
+        not begin with the caller's uid, EEXIST for one that there is, EMFILE for too many."""
+
+    async def set_endpoint(self, policy: tuple[Entry, ...]) -> None:
+        """Of who has made one. Raises Errno EEXIST: an entry comes twice."""
 
     async def describe(self, about: bytes) -> None:
         """What is to be told to those who ask about this connection (About)."""
 
     async def about(self, id: int) -> bytes:
         """What a connection has said of itself (About); it may have said anything."""
+
+    async def refreshed(self, caller: Caller, about: bytes) -> bytes:
+        """The same (About) with what holds for this caller now."""
 
     def leave(self) -> None:
         """The connection ends."""
@@ -152,7 +174,12 @@ class Bus(Protocol):
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""
 
     def find(self, id: int) -> Known | None: ...
-    def everybody(self) -> Iterable[Known]: ...
+    def sees(self, who: Known) -> bool:
+        """Whether a connection is there for ours; names that are not are nobody's in all that is
+        asked here."""
+
+    def everybody(self) -> Iterable[Known]:
+        """All that ours may know of."""
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """Into another connection's pool. Raises Errno if it is not there."""

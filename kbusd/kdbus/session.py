@@ -38,10 +38,13 @@ from kbusd.kdbus.waits import Interrupted, Wait
 
 PAGE = 4096
 MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
+FRESH_NS = 100_000_000
+_OF_PROCESS = abi.ATTACH_TID_COMM | abi.ATTACH_PID_COMM | abi.ATTACH_EXE | abi.ATTACH_CMDLINE
 PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
 _SPECIAL = abi.HELLO_ACTIVATOR | abi.HELLO_POLICY_HOLDER | abi.HELLO_MONITOR
 WRITABLE = select.POLLOUT | select.POLLWRNORM
+_ENDPOINTS = 1 << 33  # quotas by endpoint, above those by uid
 HUNG_UP = select.POLLERR | select.POLLHUP
 Part = bytes | int | message.Memfd
 """Of a payload that arrives: bytes, a number of zeroes, or a segment of a memfd of ours."""
@@ -93,10 +96,11 @@ class Session:
         self.arrived = 0
         """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
         self.kind = 0  # Hello.kind
-        self._owner = owner
+        self._owner = owner and not custom
         self._custom = custom
         self._entering = False
-        self._about = b""
+        self._about = self._sent_about = b""
+        self._sender, self._fresh_until = 0, 0  # whom `_sent_about` is about, and until when
         self._accept_fd = False
         self._attach_send = self._attach_recv = 0
         self._queue: Queue[Entry] = Queue()
@@ -132,7 +136,9 @@ class Session:
         Raises Errno, whose pokes are relative to `address`, or Interrupted."""
         handle.check(command, self.state, self.kind, self._owner)
         spec = SPECS[command]
-        whole = await fetch(caller, spec, address, data)
+        if len(data) < 8 or len(data) < commands.total_size(spec, address, data[:8]):
+            data = await fetch(caller, spec, address, data)
+        whole = data[: commands.total_size(spec, address, data[:8])]
         pokes: tuple[Poke, ...]
         if command == abi.CMD_SEND:
             return await self._send(caller, address, whole)
@@ -140,8 +146,13 @@ class Session:
             case abi.CMD_HELLO:
                 pokes = await self._hello(caller, whole)
             case abi.CMD_ENDPOINT_MAKE:
-                pokes = commands.decode_endpoint_make(whole).pokes
-                raise Errno(errno.EOPNOTSUPP, "custom endpoints can't be made yet", pokes)
+                pokes = await self._make_endpoint(caller, whole)
+            case abi.CMD_ENDPOINT_UPDATE:
+                changed = commands.decode_endpoint_update(whole)
+                pokes = changed.pokes
+                if changed.value is not None:
+                    with _writing(pokes):
+                        await self.bus.set_endpoint(changed.value)
             case abi.CMD_BYEBYE:
                 pokes = self._byebye(whole)
             case abi.CMD_RECV:
@@ -181,10 +192,9 @@ class Session:
         if hello is None:
             return decoded.pokes
         with _writing(decoded.pokes):
-            owner = self._owner and not self._custom
-            admitted = commands.check_hello(hello, owner, self._custom, PAGE)
+            admitted = commands.check_hello(hello, self._owner, self._custom, PAGE)
             if self._entering:
-                raise Errno(errno.EBADFD, "HELLO while another one is carried out")
+                raise Errno(errno.EBADFD, "HELLO while another command sets the file up")
             memory = self.bus.make_pool(hello.pool_size)
             self._entering = True
             try:
@@ -192,6 +202,8 @@ class Session:
             finally:
                 self._entering = False
             self.id, self._about, self._memory = id, about, memory
+            self._sent_about, self._sender = about, caller.tid
+            self._fresh_until = self.bus.clock()[0] + FRESH_NS
             self.state, self.kind = State.CONNECTION, hello.kind
             self._pool = Pool(hello.pool_size)
             self._quota = Quota(self._pool)
@@ -200,6 +212,22 @@ class Session:
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
             result = commands.hello_result(self.bus.flags, id, offset, size, self.bus.uuid)
         return decoded.pokes + result
+
+    async def _make_endpoint(self, caller: Caller, whole: bytes) -> tuple[Poke, ...]:
+        decoded = commands.decode_endpoint_make(whole)
+        if decoded.value is not None:
+            with _writing(decoded.pokes):
+                if self._entering:
+                    raise Errno(
+                        errno.EBADFD, "ENDPOINT_MAKE while another command sets the file up"
+                    )
+                self._entering = True
+                try:
+                    await self.bus.make_endpoint(caller, decoded.value)
+                finally:
+                    self._entering = False
+                self.state = State.ENDPOINT_OWNER
+        return decoded.pokes
 
     def _byebye(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_byebye(whole)
@@ -347,7 +375,7 @@ class Session:
                 if id is None:
                     raise Errno(errno.ESRCH, f"nobody owns {asked.name}")
             known = self.bus.find(id or 0)
-            if known is None:
+            if known is None or not self.bus.sees(known):
                 raise Errno(errno.ENXIO, f"there is no connection {id}")
             if asked.name is not None and asked.id not in (0, known.id):
                 raise Errno(errno.ESRCH, f"{asked.name} is not owned by {asked.id}")
@@ -382,6 +410,7 @@ class Session:
                     about = parcels.decode_about(self._about)
                     about = msgspec.structs.replace(about, offered=update.attach_send)
                     self._attach_send, self._about = update.attach_send, parcels.encode(about)
+                    self._fresh_until = 0
                     await self.bus.describe(self._about)
             if update.attach_recv is not None:
                 self._attach_recv = update.attach_recv
@@ -461,7 +490,8 @@ class Session:
             data = b"".join(await caller.copy(vectors)) if vectors else b""
             to = None if broadcast else await self._destination(caller, found)
             dst_id = header.dst_id if to is None else to.id
-            parcel = parcels.pack(found, self._attach_send, self.bus.clock(), self._about, dst_id)
+            about = await self._about_now(caller)
+            parcel = parcels.pack(found, self._attach_send, self.bus.clock(), about, dst_id)
             if to is None:
                 await self.bus.publish(parcel, data, fds)
             elif header.flags & abi.MSG_EXPECT_REPLY:
@@ -473,6 +503,20 @@ class Session:
         finally:
             self.bus.close(fds)
         return None
+
+    async def _about_now(self, caller: Caller) -> bytes:
+        """What is told of the thread that sends, which need not be the one that said HELLO, nor be called
+        as it was then. It is not asked for anew at each of many messages."""
+        now = self.bus.clock()[0]
+        if caller.tid != self._sender or now >= self._fresh_until:
+            if self._attach_send & _OF_PROCESS:
+                self._sent_about = await self.bus.refreshed(caller, self._about)
+            else:
+                about = parcels.decode_about(self._about)
+                about = msgspec.structs.replace(about, tid=caller.tid)
+                self._sent_about = parcels.encode(about)
+            self._sender, self._fresh_until = caller.tid, now + FRESH_NS
+        return self._sent_about
 
     async def _destination(self, caller: Caller, found: message.Message) -> Known:
         """Who is to get it (kdbus_pin_dst). Raises Errno: ESRCH, EADDRNOTAVAIL, EREMCHG, ENXIO."""
@@ -487,11 +531,17 @@ class Session:
                 raise Errno(errno.EREMCHG, f"{name} is owned by {owner}, not by {id}")
             id = owner
         known = self.bus.find(id)
-        if known is None or (name is None and known.flags & _SPECIAL):
+        hidden = known is not None and not self.bus.sees(known) and not self._owes(found.header)
+        if known is None or hidden or (name is None and known.flags & _SPECIAL):
             raise Errno(errno.ENXIO, f"there is no ordinary connection {id}")
         if known.flags & abi.HELLO_ACTIVATOR and found.header.flags & abi.MSG_NO_AUTO_START:
             raise Errno(errno.EADDRNOTAVAIL, f"nobody but an activator owns {name}")
         return known
+
+    def _owes(self, header: message.Header) -> bool:
+        """Whether it answers a call, which somebody may have made whom our client does not see."""
+        asks = header.flags & (abi.MSG_EXPECT_REPLY | abi.MSG_SIGNAL)
+        return not asks and header.reply_or_timeout in self._owed.get(header.dst_id, {})
 
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
@@ -531,7 +581,7 @@ class Session:
         owed, cookie = self._owed.get(to.id, {}), parcel.reply_or_timeout
         deadline = owed.pop(cookie, 0)
         if deadline <= self.bus.clock()[0]:
-            raise Errno(errno.EBADSLT, f"a reply to {cookie} of {to.id}, which nobody waits for")
+            raise Errno(errno.EPERM, f"a reply to {cookie} of {to.id}, which nobody waits for")
         try:
             await self.bus.send(to, parcel, data, fds)
         except Errno:
@@ -644,7 +694,8 @@ class Session:
         seqnum: int,
         fds: Sequence[int],
     ) -> Entry:
-        user = source.uid + 1
+        # Who is behind a custom endpoint shares the endpoint's part, not the user's.
+        user = _ENDPOINTS + source.custom if source.custom else source.uid + 1
         entry = self._place(source, parcel, parts, seqnum, fds, user, accounted=True)
         self._queue.push(entry, parcel.priority)
         self.arrived += 1
@@ -661,11 +712,14 @@ class Session:
         accounted: bool,
     ) -> Entry:
         """Lay a message out in the pool."""
-        about = parcels.decode_about(parcel.about)
-        known = msgspec.structs.replace(
-            self._metadata(source, about), timestamp=metadata.Timestamp(seqnum, *parcel.sent)
-        )
         mask = metadata.granted(parcel.offered, self._attach_recv, False)
+        attached = b""
+        if mask:
+            known = msgspec.structs.replace(
+                self._metadata(source, parcels.decode_about(parcel.about)),
+                timestamp=metadata.Timestamp(seqnum, *parcel.sent),
+            )
+            attached = metadata.build_items(known, mask, *self.bus.maps)
         header = message.Header(
             parcel.flags,
             parcel.priority,
@@ -680,7 +734,7 @@ class Session:
             [_part(part) for part in parts],
             parcel.fds,
             parcel.dst_name,
-            attached=metadata.build_items(known, mask, *self.bus.maps),
+            attached=attached,
         )
         memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
         kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []
@@ -731,14 +785,22 @@ class Session:
         self.arrived += 1
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        """What may be told of a connection. There are no pids for one in a namespace of its own."""
+        """What may be told of a connection: pids as our client's namespace has them, if that is the
+        bus's own or the other's; else there are none."""
         told = self._told(known, about)
         if self.bus.sees_pids or told.pids is None:
             return told
-        return msgspec.structs.replace(told, pids=metadata.Pids(0, 0, 0))
+        pids = metadata.Pids(0, 0, 0)
+        if known.space and known.space == self.bus.space and not self._pretends(known, about):
+            tid = known.inside.pid if told.pids.tid == told.pids.pid else 0
+            pids = msgspec.structs.replace(known.inside, tid=tid)
+        return msgspec.structs.replace(told, pids=pids)
+
+    def _pretends(self, known: Known, about: parcels.About) -> bool:
+        return about.faked is not None and self.bus.is_privileged(known)
 
     def _told(self, known: Known, about: parcels.About) -> metadata.Metadata:
-        if about.faked is not None and self.bus.is_privileged(known.uid):
+        if about.faked is not None and self._pretends(known, about):
             faked = about.faked
             return metadata.Metadata(
                 creds=None if faked.creds is None else metadata.Creds(*faked.creds),
@@ -756,7 +818,10 @@ class Session:
             pid_comm=about.pid_comm,
             exe=about.exe,
             cmdline=about.cmdline,
+            cgroup=known.cgroup,
+            caps=known.caps,
             label=known.label,
+            audit=known.audit,
             names=self._owned(known.id),
             description=about.description,
         )
@@ -768,16 +833,23 @@ class Session:
     # -- what the bus announces ----------------------------------------------------------------
 
     def name_changed(
-        self, name: str, old: int, new: int, old_flags: int = 0, new_flags: int = 0
+        self,
+        name: str,
+        old: int,
+        new: int,
+        old_flags: int = 0,
+        new_flags: int = 0,
+        seen: bool = True,
     ) -> None:
-        """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have."""
+        """A name went from one connection to another; 0 is nobody. NAME flags: what they had and have.
+        `seen`: our client may know."""
         kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
         change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
         if old and new and self.bus.activator(name) in (old, new):
             self._calls.pass_on(name, old, new)
             if old == self.id:
                 self._move(name, new)
-        if self._hears(change):
+        if seen and self._hears(change):
             self._notice(message.announce_name(change, old_flags, new_flags))
 
     def _hears(self, change: match.Notification) -> bool:
@@ -819,7 +891,7 @@ class Session:
         """A connection is new; `flags` are its HELLO flags."""
         self._id_changed(match.IdChange(abi.ITEM_ID_ADD, id), flags)
 
-    def id_removed(self, id: int, flags: int) -> None:
+    def id_removed(self, id: int, flags: int, seen: bool = True) -> None:
         """A connection is gone: it answers nobody, and waits for nothing."""
         for call in self._calls.drop(id):
             wait = self._waiting.get(call)
@@ -828,7 +900,8 @@ class Session:
             elif not call.interrupted:
                 self._no_reply(abi.ITEM_REPLY_DEAD, call.cookie)
         self._owed.pop(id, None)
-        self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
+        if seen:
+            self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
     def _id_changed(self, change: match.IdChange, flags: int) -> None:
         if self._hears(change):

@@ -16,6 +16,22 @@ Share = int | tuple[int, str]
 """A user, or those of him behind one endpoint: they must not keep him from the bus."""
 
 
+class Process(msgspec.Struct, frozen=True, array_like=True):
+    """What /proc says of the process that has opened a kdbus file, as it was then (proc(5)).
+
+    `uids` and `gids`: real, effective, saved, of file systems. `caps`: inheritable, permitted, effective,
+    bounding. `audit`: login uid and session. `space`: its pid namespace; `pids`: what that calls it and
+    its parent, 0 where it does not see that."""
+
+    uids: tuple[int, int, int, int]
+    gids: tuple[int, int, int, int]
+    caps: tuple[int, int, int, int]
+    cgroup: bytes
+    audit: tuple[int, int] | None
+    space: int
+    pids: tuple[int, int]
+
+
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
 
@@ -25,6 +41,7 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     groups: tuple[int, ...] = ()
     label: bytes = b""
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
+    process: Process | None = None  # likewise
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
 
     @property
@@ -43,11 +60,13 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 class ConnectionAdded(Entry, frozen=True, tag="C"):
     """A connection said Hello. Implies NameOwnerChanged(":1.id", "", ":1.id").
 
-    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket."""
+    `kdbus`: the HELLO flags of one that came by a kdbus node; None: it came by a D-Bus socket. `custom`: of the
+    custom endpoint of kdbus that it is behind, 0 for none."""
 
     id: int
     credentials: Credentials
     kdbus: int | None = None
+    custom: int = 0
 
 
 class ConnectionRemoved(Entry, frozen=True, tag="c"):
@@ -136,6 +155,14 @@ class NamePolicyChanged(Entry, frozen=True, tag="K"):
     entries: tuple[PolicyEntry, ...]
 
 
+class CustomChanged(Entry, frozen=True, tag="V"):
+    """The policy of a custom endpoint (kdbus.endpoint(7)); one of which nothing is said has none, which
+    allows nothing. Its number is that of the worker whose client has made it."""
+
+    endpoint: int
+    entries: tuple[PolicyEntry, ...]
+
+
 class LabelApart(Entry, frozen=True, tag="L"):
     """What SELinux refuses to connections of this label, in place of what was said of it before: sending
     to those of `to`, getting anything from those of `of`. The empty label is the bus's own.
@@ -169,6 +196,7 @@ LogEntry = (
     | NamePolicyChanged
     | LabelApart
     | EndpointChanged
+    | CustomChanged
 )
 
 
@@ -188,6 +216,8 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     queues: tuple[QueueChanged, ...] = ()
     kdbus: tuple[tuple[int, int], ...] = ()  # (id, HELLO flags)
     policies: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
+    behind: tuple[tuple[int, int], ...] = ()  # (id, endpoint)
+    custom: tuple[tuple[int, tuple[PolicyEntry, ...]], ...] = ()
     apart: tuple[LabelApart, ...] = ()
     endpoints: tuple[tuple[str, bytes], ...] = ()
 
@@ -275,6 +305,12 @@ class Statistics(Request, frozen=True, tag="stats"):
     """The broker's own numbers for Debug.Stats. Reply: dict[str, int]."""
 
 
+class ProcessOf(Request, frozen=True, tag="process"):
+    """Reply: None; fds: a pidfd of the process of connection `id`, if there is one."""
+
+    id: int
+
+
 class CountConnection(Request, frozen=True, tag="count"):
     """What Debug.Stats tells of connection `id` beyond what stands in the log. Reply: dict[str, int].
     Failure NameHasNoOwner."""
@@ -301,6 +337,13 @@ class Counted(Request, frozen=True, tag="counted"):
 
 class SetPolicy(Request, frozen=True, tag="set_policy"):
     """Of a kdbus policy holder: its policy from now on. Reply: None. Failure FileExists."""
+
+    policy: tuple[PolicyEntry, ...]
+
+
+class SetEndpoint(Request, frozen=True, tag="set_endpoint"):
+    """Of a client that has made a custom endpoint, and is no connection: its policy from now on. Reply:
+    None. Failure FileExists: an entry comes twice."""
 
     policy: tuple[PolicyEntry, ...]
 
@@ -391,9 +434,11 @@ WorkerMessage = (
     | FetchSnapshot
     | FetchPolicy
     | Statistics
+    | ProcessOf
     | CountConnection
     | Counted
     | SetPolicy
+    | SetEndpoint
     | Describe
     | AskAbout
     | AddEndpoint
@@ -477,11 +522,13 @@ class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
     """supervisor -> broker. `worker` now serves a client of these credentials; `hasty`: who must say
-    Hello soon (limit auth_timeout)."""
+    Hello soon (limit auth_timeout); `custom`: what it is behind, as in ConnectionAdded. fd: a pidfd of its
+    process, where the kernel gives one."""
 
     worker: int
     credentials: Credentials
     hasty: bool = True
+    custom: int = 0
 
 
 class WorkerGone(msgspec.Struct, frozen=True, array_like=True, tag="gone"):
@@ -500,6 +547,12 @@ class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigur
     are faulty and the configuration in force stays."""
 
 
+class EndpointMade(msgspec.Struct, frozen=True, array_like=True, tag="endpoint_made"):
+    """supervisor -> broker. The client of this worker has made a custom endpoint, and says its policy."""
+
+    worker: int
+
+
 class ReloadAsked(msgspec.Struct, frozen=True, array_like=True, tag="reload_asked"):
     """supervisor -> broker. The admin wants the configuration read again (SIGHUP)."""
 
@@ -512,7 +565,14 @@ class Listening(msgspec.Struct, frozen=True, array_like=True, tag="listening"):
 
 
 SupervisorMessage = (
-    WorkerStarted | Assigned | WorkerGone | LauncherLine | Reconfigured | ReloadAsked | Listening
+    WorkerStarted
+    | Assigned
+    | WorkerGone
+    | LauncherLine
+    | Reconfigured
+    | ReloadAsked
+    | Listening
+    | EndpointMade
 )
 
 
@@ -694,9 +754,11 @@ class Asked(msgspec.Struct, frozen=True, array_like=True, tag="asked"):
     POLL, to be answered, and INTERRUPT of one of these. To the tree: all those without a file's handle.
 
     READ, WRITE, FLUSH and RELEASE of a file are the supervisor's: it reads from the Pool, refuses
-    writing (EINVAL), and closes the line."""
+    writing (EINVAL), and closes the line. `ahead`: what there was of the ranges of Ahead, (address,
+    bytes) each; whatever is missing is to be asked for."""
 
     request: bytes
+    ahead: tuple[tuple[int, bytes], ...] = ()
 
 
 class Copied(msgspec.Struct, frozen=True, array_like=True, tag="copied"):
@@ -747,9 +809,21 @@ ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made
 
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):
     """-> supervisor. The answer to a request that is held, as the kernel wants it
-    (kbusd/cuse/replies.py). Everything sent before it is done before it, Push and Nudge included."""
+    (kbusd/cuse/replies.py). Everything sent before it is done before it, Nudge included; and so is
+    `pushed`: (offset, size) of what is to be renewed in the client's page cache from the Pool."""
 
     reply: bytes
+    pushed: tuple[tuple[int, int], ...] = ()
+
+
+class Ahead(msgspec.Struct, frozen=True, array_like=True, tag="ahead"):
+    """-> supervisor. With each ioctl of this number from now on, send along so many bytes from its
+    argument on, and these ranges of the caller's memory: 8 ranges and 8 KiB, for 16 numbers. A guess, so
+    that what a program does again and again need not be asked for."""
+
+    command: int
+    at_argument: int
+    ranges: tuple[tuple[int, int], ...]
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag="copy"):
@@ -786,14 +860,12 @@ class Nudge(msgspec.Struct, frozen=True, array_like=True, tag="nudge"):
 
 class Pool(msgspec.Struct, frozen=True, array_like=True, tag="pool"):
     """-> supervisor, once. fd: a memfd; what it holds is what the client reads of its file, zeros
-    behind its end. The client may have old pages in its cache, till Push."""
+    behind its end. The client may have old pages in its cache, till they are pushed.
 
+    `events_at`: where in it four bytes say which poll(2) events hold now; -1: nowhere. If POLLIN is
+    among them, POLL is answered with them, and not passed on."""
 
-class Push(msgspec.Struct, frozen=True, array_like=True, tag="push"):
-    """-> supervisor. Renew these bytes of the client's page cache from the Pool."""
-
-    offset: int
-    size: int
+    events_at: int = -1
 
 
 class MakeBus(msgspec.Struct, frozen=True, array_like=True, tag="make_bus"):
@@ -808,7 +880,18 @@ class MakeBus(msgspec.Struct, frozen=True, array_like=True, tag="make_bus"):
     about: bytes  # kbusd/kdbus/parcel.py, About
 
 
-FromDeviceWorker = Answered | Copy | Store | Take | AskFacts | Nudge | Pool | Push | MakeBus
+class MakeEndpoint(msgspec.Struct, frozen=True, array_like=True, tag="make_endpoint"):
+    """-> supervisor, once, of a file of a bus's own node. The caller, whose the bus is, wants a custom
+    endpoint of it, which lives as long as the file. `flags`: of KDBUS_CMD_ENDPOINT_MAKE."""
+
+    unique: int
+    name: str
+    flags: int
+
+
+FromDeviceWorker = (
+    Answered | Ahead | Copy | Store | Take | AskFacts | Nudge | Pool | MakeBus | MakeEndpoint
+)
 
 
 class Maker(msgspec.Struct, frozen=True, array_like=True):

@@ -101,6 +101,11 @@ class Line:
             return None
         except ConnectionResetError:
             raise EOFError from None
+        if size and not ancillary and not flags & _CUT_SHORT:
+            try:
+                return self._decode(memoryview(self._buffer)[:size]), []
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise LineError(f"a record does not decode: {error}") from None
         fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == _SOL_SOCKET and kind == _SCM_RIGHTS:

@@ -60,7 +60,7 @@ class AccessVectors:
         with suppress(BlockingIOError):
             while True:
                 try:
-                    self._changes.recv(4096)
+                    self._changes.recvmsg(4096)
                 except OSError as error:
                     if isinstance(error, BlockingIOError):
                         raise

@@ -2,7 +2,7 @@
 
 While its request is held a thread can't exit or execute another program, so what stands in /proc/TID is
 its own. Privileged: reads /proc of any process, and copies its descriptors. The texts are passed on
-unread, but for two lines of `status`, which the kernel writes (proc(5)).
+unread, but for lines of `status` and `cgroup`, which the kernel writes (proc(5)).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from struct import Struct
 
-from kbusd.rings.entries import Credentials
+from kbusd.rings.entries import Credentials, Process
 from kbusd.supervisor import calls
 
 _IDS = Struct("=III")  # uid, gid, thread; in the head of a request
@@ -25,6 +25,7 @@ _FILES = (
 _LINKS = ("exe", "root", "ns/user", "ns/pid")
 _MAX_FILE = 64 << 10
 _MAX_DESCRIPTORS = 16
+_MAX_CGROUP = 1024
 
 
 def ids(request: bytes) -> tuple[int, int, int]:
@@ -36,14 +37,53 @@ def ids(request: bytes) -> tuple[int, int, int]:
 def credentials(request: bytes) -> Credentials:
     """The same with its process, groups and security label; the request is held."""
     uid, gid, tid = ids(request)
-    process, parent, label = 0, 0, b""
+    number, parent, label = 0, 0, b""
     groups: tuple[int, ...] = ()
-    with suppress(OSError, ValueError):
+    process = None
+    with suppress(OSError, ValueError, KeyError):
         fields = _status(tid)
-        process, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
-        groups = tuple(int(each) for each in fields[b"Groups"].split())
+        number, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
+        groups = _numbers(fields[b"Groups"])
+        process = _process(tid, parent, fields)
         label = _read(tid, "attr/current").rstrip(b"\0\n")
-    return Credentials(uid, gid, process, groups, label, parent)
+    return Credentials(uid, gid, number, groups, label, parent, process)
+
+
+def _process(tid: int, parent: int, fields: dict[bytes, bytes]) -> Process:
+    inside = 0
+    with suppress(OSError, KeyError):
+        above = _numbers(_status(parent)[b"NStgid"])
+        own = _numbers(fields[b"NStgid"])
+        inside = above[-1] if len(above) == len(own) else 0
+    audit = None
+    with suppress(OSError):  # where the kernel has no audit
+        audit = int(_read(tid, "loginuid")), int(_read(tid, "sessionid"))
+    sets = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd")
+    return Process(
+        _four(_numbers(fields[b"Uid"])),
+        _four(_numbers(fields[b"Gid"])),
+        _four([int(fields[name], 16) for name in sets]),
+        _cgroup(_read(tid, "cgroup")),
+        audit,
+        int(os.readlink(f"/proc/{tid}/ns/pid").strip("pid:[]")),
+        (_numbers(fields[b"NStgid"])[-1], inside),
+    )
+
+
+def _cgroup(text: bytes) -> bytes:
+    """Its path: where systemd keeps it, else in the unified hierarchy, else in the first (cgroups(7))."""
+    paths = dict(line.split(b":", 2)[1:] for line in text.splitlines() if line.count(b":") >= 2)
+    first = next(iter(paths.values()), b"")
+    return paths.get(b"name=systemd", paths.get(b"", first))[:_MAX_CGROUP]
+
+
+def _numbers(text: bytes) -> tuple[int, ...]:
+    return tuple(int(each) for each in text.split())
+
+
+def _four(found: Sequence[int]) -> tuple[int, int, int, int]:
+    first, second, third, fourth = found
+    return first, second, third, fourth
 
 
 def descriptors(tid: int, numbers: Sequence[int], ours: Set[int]) -> Iterator[int]:

@@ -21,18 +21,27 @@ from kbusd.sandbox import kernel
 Client = socket.socket | Callable[..., None]
 _SO_PEERSEC = 31
 _SO_PEERGROUPS = 59
+_SO_PEERPIDFD = 77
 _MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
 
 
 def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
     """Who is at the other end, having come by `endpoint`. Raises OSError."""
-    fd = client.fileno()
-    pid, uid, gid = struct.unpack("iII", kernel.getsockopt(fd, socket.SO_PEERCRED, 12))
-    groups = array("I", kernel.getsockopt(fd, _SO_PEERGROUPS, _MOST))
+    pid, uid, gid = struct.unpack("iII", kernel.getsockopt(client.fileno(), socket.SO_PEERCRED, 12))
+    groups = array("I", kernel.getsockopt(client.fileno(), _SO_PEERGROUPS, _MOST))
     label = b""
     with suppress(OSError):  # where no security module labels sockets
-        label = kernel.getsockopt(fd, _SO_PEERSEC, _MOST).rstrip(b"\0")
+        label = kernel.getsockopt(client.fileno(), _SO_PEERSEC, _MOST).rstrip(b"\0")
     return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint)
+
+
+def pidfd_of(client: Client) -> list[int]:
+    """A pidfd of the process that connected, if the kernel (6.5 and later) gives one: not by its number,
+    which may be another's by now."""
+    with suppress(OSError):
+        if isinstance(client, socket.socket):
+            return [client.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)]
+    return []
 
 
 class Clients:

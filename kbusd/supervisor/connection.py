@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import threading
 from contextlib import suppress
 from functools import partial
 from struct import Struct
@@ -27,12 +28,12 @@ from kbusd.rings.line import LineError, close_all
 from kbusd.supervisor import caller, reach
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import Domain
-from kbusd.supervisor.holder import Holder, Worker
+from kbusd.supervisor.holder import Holder, Opening, Worker
 
-FAIR = 64  # messages of one worker before it is somebody else's turn
 _HUNG_UP = select.POLLERR | select.POLLHUP
 _NUMBER = Struct("=Q")
 _READ = Struct("=QI")  # offset, size; behind the handle
+_IOCTL = Struct("=4xIQ")  # command, argument
 _BEHIND_HANDLE = routing.HEADER_SIZE + 8
 # Of a file; FLUSH is not asked for again after ENOSYS.
 _REFUSALS = {abi.WRITE: errno.EINVAL, abi.FLUSH: errno.ENOSYS}
@@ -53,6 +54,8 @@ class Connection:
         self.fuse = fuse
         self.files: dict[int, Holder] = {}  # by handle, which is the worker's number
         self.held: dict[int, tuple[Holder | None, bytes]] = {}  # None: by us, for want of a worker
+        self.copying: dict[int, bytes] = {}  # not passed on yet; and what has interrupted it
+        self.lock = threading.Lock()  # for `copying`
 
     # -- what the transports do differently --------------------------------------------------------
 
@@ -64,6 +67,10 @@ class Connection:
         """Of the requests that a dead worker held, those that its callers can't have answered."""
         return uniques
 
+    def push(self, holder: Holder, pushed: tuple[tuple[int, int], ...]) -> None:
+        """Renew pages of its file from the pool. Raises LineError."""
+        raise LineError("pushed pages, of which there are none")
+
     # -- the supervisor's thread -------------------------------------------------------------------
 
     def grant(self, opened: entries.Opened) -> None:
@@ -72,14 +79,18 @@ class Connection:
         if not request:
             return  # it was interrupted meanwhile
         clients = self.devices.clients_of(self.domain, opened.bus)
+        endpoint = self.devices.endpoint(self.domain, opened)
         credentials = caller.credentials(request)
-        if clients is None or self.domain.inside(credentials.uid) is None:
-            self.fail(opened.unique, errno.ESHUTDOWN if clients is None else errno.EACCES)
+        if clients is None or endpoint is None:
+            self.fail(opened.unique, errno.ESHUTDOWN)
+            return
+        if self.domain.inside(credentials.uid) is None:
+            self.fail(opened.unique, errno.EACCES)
             return
         limit = self.host.settings.limits["max_connections_per_user"]
         why = self.domain.full(clients.of)
         if not why and clients.of[credentials.share] < limit:
-            clients.add(credentials, partial(self._employ, opened))
+            clients.add(credentials, Opening(partial(self._employ, opened), endpoint))
             return
         why = why or f"uid {credentials.uid} has {limit} connections (max_connections_per_user)"
         self.host.journal.warn(f"refused a file to pid {credentials.pid}: {why}")
@@ -103,6 +114,8 @@ class Connection:
         with suppress(OSError):
             file.send(device)
         self.hear(file)
+        if self.devices.endpoint(self.domain, opened) is None:
+            file.cut()  # it went while the client waited
         reply = replies.opened(opened.unique, file.number, self.open_flags)
         if self.held.pop(opened.unique, None) is None or not self.write(reply):
             self._release(file)  # nobody waits for it any more
@@ -145,10 +158,17 @@ class Connection:
         elif (holder := self.files.get(number)) is None:
             self.write(replies.failure(unique, errno.ENOTCONN))
         elif opcode == abi.IOCTL:
-            self._ask(holder, unique, request)
+            command, argument = _IOCTL.unpack_from(request, _BEHIND_HANDLE)
+            if (wish := holder.ahead.get(command)) is not None:
+                self._ask_ahead(holder, unique, request, wish, argument)
+            else:
+                self._ask(holder, unique, request)
         elif opcode == abi.POLL:
             (holder.kernel_handle,) = _NUMBER.unpack_from(request, _BEHIND_HANDLE)
-            self._ask(holder, unique, request)
+            if events := holder.readable():
+                self.write(replies.poll(unique, events))
+            else:
+                self._ask(holder, unique, request)
         elif opcode == abi.READ:
             data = holder.read(*_READ.unpack_from(request, _BEHIND_HANDLE))
             self.write(
@@ -165,6 +185,27 @@ class Connection:
         if not self.pass_on(holder, request):
             self._refuse(holder, unique)
 
+    def _ask_ahead(
+        self, holder: Holder, unique: int, request: bytes, wish: entries.Ahead, argument: int
+    ) -> None:
+        """The same with memory of the caller, for which we may be asked in between."""
+        self.held[unique] = holder, request
+        self.copying[unique] = b""
+        self.devices.let_go()
+        found: reach.Parts = ()
+        try:
+            with self.devices.aside.work(holder.uid):
+                found = reach.look(caller.ids(request)[2], wish, argument)
+        except LineError:
+            pass  # too much is stuck already: its worker asks, and is told so
+        sent = self.pass_on(holder, request, found)
+        with self.lock:
+            interrupt = self.copying.pop(unique)
+        if not sent:
+            self._refuse(holder, unique)
+        elif interrupt:
+            self.pass_on(holder, interrupt)
+
     def _refuse(self, holder: Holder, unique: int) -> None:
         """Nobody answers this one any more."""
         _, request = self.held.get(unique, (None, b""))
@@ -173,16 +214,22 @@ class Connection:
             self.write(replies.poll(unique, _HUNG_UP))
         self.fail(unique, holder.why)
 
-    def pass_on(self, holder: Holder, request: bytes) -> bool:
+    def pass_on(self, holder: Holder, request: bytes, ahead: reach.Parts = ()) -> bool:
         """False if it is gone."""
-        with suppress(OSError):
+        try:
             if not holder.gone:
-                holder.send(entries.Asked(request))
+                holder.send(entries.Asked(request, ahead))
                 return True
+        except OSError:
+            pass
         return False
 
     def _interrupt(self, unique: int, request: bytes) -> None:
         holder, _ = self.held.get(unique, (None, b""))
+        with self.lock:
+            if unique in self.copying:
+                self.copying[unique] = request  # its worker does not have it yet
+                return
         if holder is not None:
             self.pass_on(holder, request)
         else:
@@ -211,19 +258,9 @@ class Connection:
 
     def _hear(self, holder: Holder, buffer: bytearray) -> bool:
         try:
-            for _ in range(FAIR):
-                if (received := holder.line.receive()) is None:
-                    break
-                message, fds = received
-                if type(message) is entries.Answered and not fds:
-                    self._answered(holder, message.reply)
-                    continue
-                try:
-                    self.said(holder, message, fds)
-                finally:
-                    if fds:
-                        with self.devices.aside.work(holder.uid):
-                            close_all(fds)
+            received = holder.line.receive()
+            if received is not None:
+                self._heard(holder, *received)
         except EOFError:
             self._lose(holder)
             return False
@@ -233,6 +270,19 @@ class Connection:
             self._lose(holder)
             return False
         return True
+
+    def _heard(self, holder: Holder, message: Any, fds: list[int]) -> None:
+        if type(message) is entries.Answered and not fds:
+            if message.pushed:
+                self.push(holder, message.pushed)
+            self._answered(holder, message.reply)
+            return
+        try:
+            self.said(holder, message, fds)
+        finally:
+            if fds:
+                with self.devices.aside.work(holder.uid):
+                    close_all(fds)
 
     def _lose(self, holder: Holder) -> None:
         """Its process is gone, or as good as; whoever waits for it must not do so for ever."""
@@ -267,12 +317,17 @@ class Connection:
             case entries.Nudge(), []:
                 if holder.kernel_handle:
                     self.write(replies.wake(holder.kernel_handle))
+            case entries.Ahead(), []:
+                reach.check_ahead(message, holder.ahead)
+                holder.ahead[message.command] = message
             case ((entries.Copy() | entries.Store() | entries.Take() | entries.AskFacts()), []):
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):
                     reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
-            case entries.MakeBus(unique), [] if holder.bus == self.domain.prefix:
-                creator = caller.credentials(self.request_of(holder, unique, abi.IOCTL))
+            case ((entries.MakeBus() | entries.MakeEndpoint()), []) if holder.may_make(
+                message, self.domain.prefix
+            ):
+                creator = caller.credentials(self.request_of(holder, message.unique, abi.IOCTL))
                 self.devices.call(partial(self.host.make, holder, creator, message))
             case _:
                 raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")

@@ -6,10 +6,11 @@
 
 Why threads, in a process that otherwise has none. To put bytes into a page of the cache waits while that
 page is being read, and it is us who are asked for it. To copy from a client's memory may mean to
-read a page of our own file, or of a file system of the client's that never answers. Whichever thread is
-stuck so, another takes the next event: all of them run the same loop. An event source is off from when
-it is taken until it has been dealt with (EPOLLONESHOT), so what one process says is dealt with in
-order, and by one thread at a time. What is shared is changed by single operations of Python's dicts.
+read a page of our own file, or of a file system of the client's that never answers. So whatever may
+wait is done inside `aside` (reach.py). One thread listens and does everything; another looks every
+reach.TICK_SECONDS, while there is traffic, whether it is stuck in there. If so, a new one takes over; the
+descriptor whose event the stuck one deals with is off until then, so what one process says is dealt with
+in order. What is shared is changed by single operations of Python's dicts.
 """
 
 from __future__ import annotations
@@ -28,12 +29,11 @@ from kbusd.supervisor import reach
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.domains import HOST, Domain
 from kbusd.supervisor.holder import Holder, Host
+from kbusd.supervisor.ready import Ready
 
-THREADS = 3
 MAX_REQUEST = (128 << 10) + 4096
 MAX_WAITING = 1024  # messages for a worker that does not listen
-RETRY_SECONDS = 0.01
-_ARMED = select.EPOLLIN | select.EPOLLONESHOT
+RETRY_MS = 10
 
 Handler = Callable[[bytearray], bool]
 """Called when there is something to read, with room for a request; says whether to listen on."""
@@ -67,15 +67,17 @@ class Devices:
             str, Clients
         ] = {}  # by the bus whose node they open, a prefix for control
         self.domains = {HOST.prefix: HOST}  # the bus of whose control node is this
+        self.endpoints: dict[tuple[str, str], int] = {}  # custom ones, by bus and node
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
         self.slow: set[Holder] = set()  # whom we have more to say than they listen to
         self.bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._jobs: deque[Callable[[], None]] = deque()
         self.epoll = select.epoll()
         self.handlers: dict[int, Handler] = {}
-        self.aside = reach.Aside(self._start_thread, THREADS)
-        for _ in range(THREADS):
-            self._start_thread()
+        self.aside = reach.Aside(self._take_over)
+        self._listener = threading.Thread()
+        self._at = -1  # the descriptor that it deals with
+        self._start_thread()
 
     # -- the supervisor's thread -----------------------------------------------------------------
 
@@ -95,6 +97,16 @@ class Devices:
         """Where those wait who open a node of this bus in this domain; "": its control node."""
         return None if "/" in bus else self.queues.get(domain.prefix + bus)
 
+    def domain_of(self, bus: str) -> Domain | None:
+        """In which a bus is, if that is still there."""
+        return self.domains.get(bus[: bus.rfind("/") + 1])
+
+    def endpoint(self, domain: Domain, opened: entries.Opened) -> int | None:
+        """The number of a custom endpoint, 0 for another node; None if it is gone."""
+        if not opened.bus or opened.endpoint == "bus":
+            return 0
+        return self.endpoints.get((domain.prefix + opened.bus, opened.endpoint))
+
     # -- any thread --------------------------------------------------------------------------------
 
     def call(self, job: Callable[[], None]) -> None:
@@ -110,27 +122,52 @@ class Devices:
     def listen(self, fd: int, handler: Handler) -> None:
         """Call it whenever there is something to read."""
         self.handlers[fd] = handler
-        self.epoll.register(fd, _ARMED)
+        self.epoll.register(fd, select.EPOLLIN)
+
+    def let_go(self) -> None:
+        """Said by a handler: what it is going to do has to do with no other event of its descriptor."""
+        if threading.current_thread() is self._listener:
+            self._at = -1
 
     def forget(self, fd: int) -> None:
         """Before it is closed. Its handler may be at work once more, unless it is that which calls."""
-        self.epoll.unregister(fd)
+        with suppress(OSError):  # it is off
+            self.epoll.unregister(fd)
         del self.handlers[fd]
 
     def _start_thread(self) -> None:
-        threading.Thread(target=self._serve, name="kbusd-device", daemon=True).start()
+        self._listener = threading.Thread(target=self._serve, name="kbusd-device", daemon=True)
+        self._listener.start()
 
     def _serve(self) -> None:
+        """Listen, until stuck for once."""
         buffer = bytearray(MAX_REQUEST)
-        while True:
-            for fd, _ in self.epoll.poll(RETRY_SECONDS if self.slow else None, 1):
-                self._handle(fd, buffer)
+        ready = Ready(self.epoll.fileno())
+        me = threading.current_thread()
+        self.aside.listener = threading.get_ident()
+        while self._listener is me:
+            self._at = fd = ready.wait(RETRY_MS if self.slow else -1)
+            handler = self.handlers.get(fd)
+            if handler is None:
+                pass  # it was forgotten meanwhile, or time is up
+            elif not handler(buffer):
+                self._turn(fd, handler, on=False)
+            elif self._listener is not me:
+                self._turn(fd, handler, on=True)
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:
                     self.kill(holder, f"leaves {MAX_WAITING} requests unread")
 
-    def _handle(self, fd: int, buffer: bytearray) -> None:
-        handler = self.handlers.get(fd)
-        if handler is not None and handler(buffer):
-            with suppress(OSError):  # it was forgotten meanwhile
-                self.epoll.modify(fd, _ARMED)
+    def _turn(self, fd: int, handler: Handler | None, *, on: bool) -> None:
+        """A descriptor is not listened to any more, or is again; if it is not that of another by now."""
+        if handler is not None and self.handlers.get(fd) is handler:
+            with suppress(OSError):  # it is so already
+                if on:
+                    self.epoll.register(fd, select.EPOLLIN)
+                else:
+                    self.epoll.unregister(fd)
+
+    def _take_over(self) -> None:
+        """Who listens is stuck, with the event of `_at`."""
+        self._turn(self._at, self.handlers.get(self._at), on=False)
+        self._start_thread()

@@ -7,19 +7,36 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from fcntl import F_GET_SEALS, fcntl
 from typing import Any, Protocol
 
 import msgspec
 
 from kbusd.rings import entries
+from kbusd.rings.entries import Credentials
 from kbusd.rings.line import MAX_RECORD, Line, LineError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
+
+Order = entries.MakeBus | entries.MakeEndpoint
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Somebody has opened a file, and waits for a worker: what is to be done with it, and the custom
+    endpoint of which the broker is told."""
+
+    work: Callable[..., None]
+    endpoint: int
+
+    def __call__(self, worker: Worker | None, credentials: Credentials) -> None:
+        self.work(worker, credentials)
 
 
 class Worker(Protocol):
@@ -33,14 +50,12 @@ class Host(Protocol):
     """What the supervisor does for us, in its own thread."""
 
     settings: Any
-    clients: Clients
+    openers: Clients
     journal: Journal
 
     def kill(self, number: int, reason: str) -> None: ...
 
-    def make(
-        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
-    ) -> None: ...
+    def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None: ...
 
 
 class Holder:
@@ -63,6 +78,8 @@ class Holder:
         self.why = errno.ECONNRESET  # what requests get when it is gone
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.pool = -1
+        self.events_at = -1
+        self.ahead: dict[int, entries.Ahead] = {}  # by command
         self.gone = False
         self.released = False
 
@@ -89,13 +106,28 @@ class Holder:
         if there is no pool."""
         return b"" if self.pool < 0 else os.pread(self.pool, size, offset).ljust(size, b"\0")
 
-    def take_pool(self, fd: int) -> None:
+    def readable(self) -> int:
+        """The poll(2) events that hold, if its worker says that POLLIN is one of them; else 0."""
+        if self.events_at < 0 or self.gone or self.why == errno.ESHUTDOWN:
+            return 0
+        events = int.from_bytes(os.pread(self.pool, 4, self.events_at), "little")
+        return events & 0xFFFF if events & select.POLLIN else 0
+
+    def take_pool(self, fd: int, events_at: int) -> None:
         """Raises LineError."""
         try:
             fcntl(fd, F_GET_SEALS)  # only a memfd has any, and is read without waiting for anybody
         except OSError:
             raise LineError("offered as a pool what is no memfd") from None
-        self.pool = fd
+        if not -1 <= events_at < 1 << 62:
+            raise LineError(f"has its events at {events_at}")
+        self.pool, self.events_at = fd, events_at
+
+    def may_make(self, order: Order, control: str) -> bool:
+        """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""
+        if isinstance(order, entries.MakeBus):
+            return self.bus == control
+        return self.bus != control and self.endpoint == "bus"
 
     def own(self, end: Callable[[], None]) -> bool:
         """Have `end` called when the file is closed; False if it is, or something else is to be."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from kbusd.cuse import abi, routing
 from kbusd.rings import entries
+from kbusd.rings.line import LineError
 from kbusd.supervisor import reach
 from kbusd.supervisor.connection import Connection
 from kbusd.supervisor.device import Devices
@@ -85,7 +86,7 @@ class Mount(Connection):
     def _want_tree(self, first: int) -> None:
         me = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
         work = partial(self._employ_tree, first)
-        self.devices.call(partial(self.host.clients.add, me, work))
+        self.devices.call(partial(self.host.openers.add, me, work))
 
     def _employ_tree(self, first: int, worker: Worker, credentials: entries.Credentials) -> None:
         tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.slow)
@@ -128,16 +129,20 @@ class Mount(Connection):
         self._want_tree(first=time.monotonic_ns())
         return hopeless
 
+    def push(self, holder: Holder, pushed: tuple[tuple[int, int], ...]) -> None:
+        if holder.pool < 0:
+            raise LineError("pushed pages of a pool that it has not given")
+        with self.devices.aside.work(holder.uid):
+            for offset, size in pushed:
+                reach.push(self.fuse, holder, offset, size)
+
     def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
         match message, fds:
             case entries.Opened(unique), []:
                 self.held[unique] = None, self.request_of(holder, unique, abi.OPEN)
                 self.devices.call(partial(self.grant, message))
-            case entries.Pool(), [fd] if holder.pool < 0:
-                holder.take_pool(fd)
+            case entries.Pool(events_at), [fd] if holder.pool < 0:
+                holder.take_pool(fd, events_at)
                 fds.clear()
-            case entries.Push(offset, size), [] if holder.pool >= 0:
-                with self.devices.aside.work(holder.uid):
-                    reach.push(self.fuse, holder, offset, size)
             case _:
                 super().said(holder, message, fds)

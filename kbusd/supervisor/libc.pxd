@@ -1,8 +1,28 @@
-# What a device server calls in libc that Python does not offer: process_vm_readv(2), mount(2), statx(2).
-from libc.stdint cimport uint32_t
+# What a device server calls in libc that Python does not offer, or not fast enough.
+from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from "<errno.h>" nogil:
     int errno
+    enum: EINTR
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    enum: CLOCK_MONOTONIC
+    int clock_gettime(int clock, timespec *time)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        int fd
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_wait(int epoll, epoll_event *events, int count, int timeout)
 
 cdef extern from *:
     """

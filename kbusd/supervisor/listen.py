@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM, SOMAXCONN, socket
 
 _UNESCAPED = frozenset(b"-_/.\\0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-_FIRST_PASSED_FD = 3  # sd_listen_fds(3)
-_MAX_PASSED_FDS = 64
 
 
 @dataclass(frozen=True)
@@ -32,19 +30,15 @@ class Listener:
             os.unlink(self.path)
 
 
-def open_listeners(kind: str, value: str) -> list[Listener]:
-    """Listen on an address (kbusd/policy/addresses.py). Raises OSError."""
-    return _passed() if kind == "systemd" else [_bind(kind, value)]
-
-
 def open_endpoint(name: str, path: str) -> Listener:
     """Listen for an endpoint at `path`, with the name behind it if that ends with a dot. Raises OSError."""
     if not path.startswith("/") or not name.isascii() or not re.fullmatch(r"[\w-]+", name):
         raise OSError(errno.EINVAL, "not a name, or no place, for an endpoint")
-    return _bind("path", path + name if path.endswith(".") else path, name)
+    return bind("path", path + name if path.endswith(".") else path, name)
 
 
-def _bind(kind: str, value: str, name: str = "") -> Listener:
+def bind(kind: str, value: str, name: str = "") -> Listener:
+    """Listen on an address (kbusd/policy/addresses.py). Raises OSError."""
     sock = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK)
     if kind == "path":
         _remove_stale(value)
@@ -54,7 +48,7 @@ def _bind(kind: str, value: str, name: str = "") -> Listener:
     else:
         sock.bind(b"\0" + os.fsencode(value))
     sock.listen(SOMAXCONN)
-    return Listener(sock, f"unix:{kind}={_escape(value)}", value if kind == "path" else "", name)
+    return Listener(sock, f"unix:{kind}={escape(value)}", value if kind == "path" else "", name)
 
 
 def _remove_stale(path: str) -> None:
@@ -71,23 +65,6 @@ def _remove_stale(path: str) -> None:
             raise OSError(errno.EADDRINUSE, "another bus answers on this socket")
 
 
-def _passed() -> list[Listener]:
-    """Sockets that the service manager passed (sd_listen_fds(3))."""
-    pid, count = os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS", "")
-    if pid != str(os.getpid()) or not count.isdigit() or not 0 < int(count) < _MAX_PASSED_FDS:
-        raise OSError(f"no sockets were passed (LISTEN_PID={pid}, LISTEN_FDS={count})")
-    listeners = []
-    for fd in range(_FIRST_PASSED_FD, _FIRST_PASSED_FD + int(count)):
-        sock = socket(fileno=fd)
-        if sock.family != AF_UNIX or sock.type != SOCK_STREAM:
-            raise OSError(f"descriptor {fd} is not a Unix stream socket")
-        sock.setblocking(False)
-        name = sock.getsockname()
-        kind, value = ("abstract", name[1:]) if isinstance(name, bytes) else ("path", name)
-        listeners.append(Listener(sock, f"unix:{kind}={_escape(value)}"))
-    return listeners
-
-
-def _escape(value: str | bytes) -> str:
+def escape(value: str | bytes) -> str:
     """Escape a value for an address (D-Bus Specification, "Server Addresses")."""
     return "".join(chr(b) if b in _UNESCAPED else f"%{b:02x}" for b in os.fsencode(value))

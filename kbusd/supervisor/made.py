@@ -26,22 +26,24 @@ from typing import Any
 import msgspec
 
 from kbusd.rings import entries, memfd
+from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, Domain, DomainError, read
-from kbusd.supervisor.holder import Holder
+from kbusd.supervisor.endpoints import Endpoints, node_for
+from kbusd.supervisor.holder import Holder, Order
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.mount import MountError
-from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Supervisor
+from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Pool, Supervisor
 
 CONTROL = "control"
 MAX_BUSES_PER_USER = 16  # kdbus: KDBUS_USER_MAX_BUSES
 MAX_BUSES = 64  # each has three processes at least, and a dozen descriptors here
 MAX_BUSES_OF_A_DOMAIN = 16
 MAX_NAME = 63
+FILE_SPARES = 2
 MAX_ABOUT = 16 << 10
-_GROUP, _WORLD = 1, 2  # flags of KDBUS_CMD_BUS_MAKE and _ENDPOINT_MAKE
 CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>
@@ -77,7 +79,9 @@ class Several(Supervisor):
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
         self.made: dict[str, MadeBus] = {}
+        self.openers = Clients()  # of files of the configured bus, and of control
         self.devices: Devices
+        self.endpoints: Endpoints
         self.begun = False
 
     def begin(self, configuration: bytes, node: entries.Node, where: Where) -> None:
@@ -87,7 +91,10 @@ class Several(Supervisor):
         self.where = where
         self.devices = devices = Devices(self)
         self.begun = True
-        devices.queues = {"": self.clients, node.bus: self.clients}
+        self.openers.of = self.clients.of
+        self.pools.append(Pool(FILE_SPARES, self.openers, files=True))
+        devices.queues = {"": self.openers, node.bus: self.openers}
+        self.endpoints = Endpoints(devices, self._tell_broker)
         nodes = node, entries.Node("", CONTROL, 0o666, node.uid, node.gid)
         if where.kdbusfs is not None:
             devices.transports.append(Mount(devices, where.kdbusfs, nodes))
@@ -109,7 +116,7 @@ class Several(Supervisor):
         devices = self.devices
         node = entries.Node(domain.prefix, CONTROL, 0o666, domain.first, domain.first)
         devices.domains[domain.prefix] = domain
-        devices.queues[domain.prefix] = self.clients
+        devices.queues[domain.prefix] = self.openers
         if domain.mount:
             os.makedirs(domain.mount, 0o755, exist_ok=True)
             devices.transports.append(Mount(devices, domain.mount, (node,), domain))
@@ -141,6 +148,10 @@ class Several(Supervisor):
                         self._open(domain)
             except (OSError, MountError, DomainError) as error:
                 self.journal.warn(f"domains not all as they should be: {error}")
+
+    def _tell_broker(self, bus: str, message: msgspec.Struct) -> None:
+        """The one of this bus."""
+        self.made.get(bus, self)._tell(BROKER, message)
 
     def stop(self) -> None:
         for bus in tuple(self.made.values()):
@@ -175,8 +186,19 @@ class Several(Supervisor):
         """How many there are."""
         return sum(len(bus.workers) for bus in (self, *self.made.values()))
 
-    def make(self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus) -> None:
-        """Start the bus that the worker of an open control node asks for."""
+    def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None:
+        """Make what the worker of an open file asks for: a bus, or an endpoint of its own bus."""
+        if isinstance(order, entries.MakeEndpoint):
+            bus = self.made.get(holder.bus)
+            owner = os.geteuid() if bus is None else bus.owner
+            number = self.endpoints.make(holder, creator, order, owner)
+            self._answer(holder, order.unique, number)
+        else:
+            self._make_bus(holder, creator, order)
+
+    def _make_bus(
+        self, holder: Holder, creator: entries.Credentials, order: entries.MakeBus
+    ) -> None:
         domain = self.devices.domains.get(holder.bus)
         number = errno.ESHUTDOWN if domain is None else self._refusal(domain, creator.uid, order)
         if number:
@@ -239,6 +261,7 @@ class Several(Supervisor):
     def _over(self, node: entries.Node) -> None:
         del self.made[node.bus]
         self.devices.queues.pop(node.bus, None)
+        self.endpoints.end_all(node.bus)
         for transport in self.devices.transports:
             transport.withdraw(node)
 
@@ -261,8 +284,6 @@ class MadeBus(Supervisor):
     `ready` is called once, with 0 when a worker waits for clients, else with an errno; `over` at the
     end."""
 
-    file_spares = 1
-
     def __init__(
         self,
         host: Several,
@@ -282,6 +303,7 @@ class MadeBus(Supervisor):
         self.profiles, self.max_workers = host.profiles, host.max_workers
         self.numbers = host.numbers  # a file's handle is the number of its worker
         self.clients.of = host.clients.of
+        self.pools = [Pool(1, self.clients, files=True)]
         self.maker = memfd.sealed("kbusd-maker", msgspec.msgpack.encode(maker))
 
     def start(self) -> None:
@@ -315,7 +337,7 @@ class MadeBus(Supervisor):
     def settle(self) -> None:
         if self.exit_status is None:
             super().settle()
-            if self.spare:
+            if self.pools[0].spare:
                 self._say_ready(0)
         if self.exit_status is not None:
             self.stop()
@@ -330,7 +352,7 @@ class MadeBus(Supervisor):
         self._say_ready(errno.EIO)
         self.over()  # first, so that who has a connection hears what it is that has ended
         super().stop()
-        while turn := self.turns.popleft() if self.turns else self.clients.next(lambda _: True):
+        while turn := self.clients.next(lambda _: True):
             credentials, client = turn
             self.clients.of[credentials.share] -= 1
             if callable(client):
@@ -345,9 +367,3 @@ class MadeBus(Supervisor):
         for fd in (self.configuration, self.maker, self.log_fd):
             if fd >= 0:
                 os.close(fd)
-
-
-def node_for(bus: str, endpoint: str, flags: int, owner: entries.Credentials) -> entries.Node:
-    """The node of a bus or an endpoint that its owner may use, and others as its flags say."""
-    others = 0o066 if flags & _WORLD else 0o060 if flags & _GROUP else 0
-    return entries.Node(bus, endpoint, 0o600 | others, owner.uid, owner.gid)

@@ -21,9 +21,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from select import POLLIN, POLLOUT, poll
 from socket import socket
 
@@ -34,7 +34,7 @@ from kbusd.rings.line import Line, LineError, adopt, close_all, pair
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
-from kbusd.supervisor.clients import Client, Clients, credentials_of
+from kbusd.supervisor.clients import Client, Clients, credentials_of, pidfd_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener, open_endpoint
 from kbusd.supervisor.spawn import spawn
@@ -44,13 +44,13 @@ LAUNCHER = "kbusd.supervisor.launcher"
 READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
-MAX_LOST = 12  # spare workers and zygotes, by themselves, in
-LOST_SECONDS = 10.0  # that time: it will not get better
+SPARES = 4
+# So many spare workers and zygotes end by themselves in that time: it will not get better.
+MAX_LOST, LOST_SECONDS = 12, 10.0
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once more and a pool
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
-MAX_TURNS = 4  # clients that wait for a spare worker of their kind, while there are others
 RETRY_SECONDS = 0.1  # after the system ran out of something
 
 
@@ -66,13 +66,24 @@ class Settings(msgspec.Struct, frozen=True):
     sockets: dict[str, str]  # of endpoints; "": what the paths of others begin with
 
 
-@dataclass
+@dataclass(eq=False)
+class Pool:
+    """Workers of one kind that wait, and the clients that wait for them. A connect costs a hand-over
+    while `wanted` last; forking one takes about 2 ms."""
+
+    wanted: int
+    clients: Clients
+    files: bool = False  # of devices, for which its workers are locked down
+    spare: deque[Worker] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
 class Worker:
     number: int
     pid: int
     pidfd: int
     line: Line
-    files: bool  # locked down to serve files, not sockets
+    pool: Pool
     client: entries.Credentials | None = None
 
     def __str__(self) -> str:
@@ -85,9 +96,6 @@ class Supervisor:
 
     `read` starts the process that reads the configuration, whose errors go to the descriptor that
     it is given; it returns the process's id and the memfd with the outcome."""
-
-    spares, file_spares = 4, 2
-    """Workers that wait: a connect costs a hand-over while they last; forking one takes about 2 ms."""
 
     def __init__(
         self,
@@ -111,11 +119,10 @@ class Supervisor:
         self.log_fd = -1
         self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
         self.workers: dict[int, Worker] = {}
-        self.spare: deque[Worker] = deque()
-        self.forking: dict[int, bool] = {}  # worker -> whether for files
-        self.turns: deque[tuple[entries.Credentials, Client]] = deque()
+        self.clients = Clients()  # by sockets
+        self.pools = [Pool(SPARES, self.clients)]
+        self.forking: dict[int, Pool] = {}  # by the number of the worker
         self.numbers = count(1)  # of workers
-        self.clients = Clients()
         self.incomplete: dict[int, entries.Share] = {}  # worker -> of whom no Hello has come
         self.pause_until = 0.0
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
@@ -138,10 +145,10 @@ class Supervisor:
         for name, profile in profiles.items():
             self.profiles[name] = memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
-        self.max_workers = max(files // FDS_PER_WORKER, self.spares)
+        self.max_workers = max(files // FDS_PER_WORKER, SPARES)
         self._start_broker()
         deadline = time.monotonic() + START_SECONDS
-        while not self.spare:
+        while not self.pools[0].spare:
             self._turn(0.5)
             if self.exit_status is not None or time.monotonic() > deadline:
                 why = f"{START_SECONDS:.0f} s were not enough, or a process of the bus ended"
@@ -178,11 +185,10 @@ class Supervisor:
             listener.close()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
+            os.waitpid(pid, 0)
         for worker in self.workers.values():
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        for pid in self.children:
-            os.waitpid(pid, 0)
         self.journal.relay()
 
     # -- the loop ------------------------------------------------------------------------------
@@ -210,7 +216,7 @@ class Supervisor:
         if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
             self._serve()
         # Forking would disturb those who are about to say Hello.
-        if not self.incomplete or any(have < wanted // 2 for _, wanted, have in self._kinds()):
+        if not self.incomplete or any(len(each.spare) < each.wanted // 2 for each in self.pools):
             self._refill()
         for line in self.lines.values():
             with suppress(OSError):
@@ -260,11 +266,10 @@ class Supervisor:
                 self._reload()
             case entries.Endpoints(names), []:
                 self._listen(names[:512])
-            case entries.Forked(number, pid), [line_fd, broker_fd, pidfd]:
-                files = self.forking.pop(number, False)
-                line = Line(adopt(line_fd), entries.ToSupervisor)
-                self.workers[number] = worker = Worker(number, pid, pidfd, line, files)
-                self.spare.append(worker)
+            case entries.Forked(number, pid), [line_fd, broker_fd, pidfd] if number in self.forking:
+                line, pool = Line(adopt(line_fd), entries.ToSupervisor), self.forking.pop(number)
+                self.workers[number] = worker = Worker(number, pid, pidfd, line, pool)
+                pool.spare.append(worker)
                 self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
                 os.close(broker_fd)
             case entries.Ended(number, status), []:
@@ -308,23 +313,16 @@ class Supervisor:
 
     def _serve(self) -> None:
         """Give spare workers to those whose turn it is."""
-        for _ in range(len(self.turns)):
-            self._give(*self.turns.popleft())
-        while self.spare and len(self.turns) < MAX_TURNS:
-            if (turn := self.clients.next(self._may_have_a_worker)) is None:
-                return
-            self._give(*turn)
+        for pool in self.pools:
+            while pool.spare and (turn := pool.clients.next(self._may_have_a_worker)):
+                self._give(pool.spare.popleft(), *turn)
 
-    def _give(self, credentials: entries.Credentials, client: Client) -> None:
-        """A spare worker of its kind, if there is one; else it waits for that."""
-        files = not isinstance(client, socket)
-        worker = next((each for each in self.spare if each.files == files), None)
-        if worker is None:
-            self.turns.append((credentials, client))
-            return
-        self.spare.remove(worker)
+    def _give(self, worker: Worker, credentials: entries.Credentials, client: Client) -> None:
         worker.client = credentials
-        self._tell(BROKER, entries.Assigned(worker.number, credentials, not files))
+        endpoint, fds = getattr(client, "endpoint", 0), pidfd_of(client)
+        hasty = isinstance(client, socket)
+        self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty, endpoint), fds)
+        close_all(fds)
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
@@ -338,22 +336,14 @@ class Supervisor:
         free = self.settings.limits["max_incomplete_connections"] - len(self.incomplete)
         return list(self.incomplete.values()).count(share) < free
 
-    def _kinds(self) -> Iterator[tuple[bool, int, int]]:
-        """Of workers for sockets, and for files: how many are to be spare, and how many are."""
-        for files, wanted in (False, self.spares), (True, self.file_spares):
-            if self.listeners if not files else "kdbus" in self.kinds:
-                yield files, wanted, sum(each.files == files for each in self.spare)
-
     def _refill(self) -> None:
-        room = self.max_workers - len(self.workers) - len(self.forking)
-        for files, wanted, have in self._kinds():
-            hurry = bool(self.workers) and have < wanted // 2
-            more = wanted - have - list(self.forking.values()).count(files)
-            for _ in range(min(room, more)):
-                number = next(self.numbers)
-                self._tell(ZYGOTE, entries.Fork(number, hurry, files))
-                self.forking[number] = files
-                room -= 1
+        for pool in self.pools:
+            missing = pool.wanted - len(pool.spare) - list(self.forking.values()).count(pool)
+            hurry = bool(self.workers) and len(pool.spare) < pool.wanted // 2
+            room = self.max_workers - len(self.workers) - len(self.forking)
+            for number in islice(self.numbers, max(0, min(missing, room))):
+                self._tell(ZYGOTE, entries.Fork(number, hurry, pool.files))
+                self.forking[number] = pool
 
     def _worker_ended(self, number: int, status: int) -> None:
         if (worker := self.workers.pop(number, None)) is None:
@@ -365,7 +355,7 @@ class Supervisor:
         if worker.client is not None:
             self.clients.of[worker.client.share] -= 1
         else:
-            self.spare.remove(worker)
+            worker.pool.spare.remove(worker)
             self._lose()
         self._tell(BROKER, entries.WorkerGone(number, reason))
         worker.line.close()
@@ -433,8 +423,7 @@ class Supervisor:
         if module in self.lines:  # a worker that is not locked down yet has the other end
             self.lines.pop(module).close()
         if module == READER:
-            self._configuration_read(code)
-            return
+            return self._configuration_read(code)
         self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
         if module == ZYGOTE:
             self._lose()

@@ -16,6 +16,7 @@ from typing import Any
 
 from kbusd.policy.endpoints import OWN, SEE, TALK, Asked
 from kbusd.rings.entries import (
+    AddMatch,
     ConnectionRemoved,
     Credentials,
     LogEntry,
@@ -25,6 +26,7 @@ from kbusd.rings.entries import (
     StartService,
 )
 from kbusd.rings.envelope import Envelope
+from kbusd.wire.match import parse
 from kbusd.workers import errors
 from kbusd.workers.driver import Action, Ask, Bus, Call, Driver, Refusal, Signal
 from kbusd.workers.introspection import BUS, INTROSPECTABLE, PEER, PROPERTIES
@@ -193,6 +195,8 @@ class BehindDriver(Driver):
 
     def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask | tuple[Any, ...]:
         match request:
+            case AddMatch(rule=rule) if parse(rule).eavesdrop:
+                raise Refusal(errors.ACCESS_DENIED, "Nobody eavesdrops from behind an endpoint")
             case RequestName(name=name) if self.sight.level(name) < OWN:
                 raise Refusal(
                     errors.ACCESS_DENIED,

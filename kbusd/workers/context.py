@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,6 +13,10 @@ from kbusd.rings.entries import Maker
 from kbusd.sandbox import selinux
 from kbusd.sandbox.compiled import Compiled
 from kbusd.workers.driver import Bus
+from kbusd.workers.replica import Replica
+
+if TYPE_CHECKING:
+    from kbusd.workers.name_policies import NamePolicies
 
 _MACHINE_ID_FILES = ("/etc/machine-id", "/var/lib/dbus/machine-id")
 
@@ -60,7 +65,7 @@ _decode = msgspec.msgpack.Decoder(Settings).decode
 
 class Context(msgspec.Struct, frozen=True):
     """`configuration` is replaced when the bus reads it again; workers keep theirs. `maker`: of a bus
-    that a program has made."""
+    that a program has made; `kdbus`: there may be clients of kdbus."""
 
     guid: str
     bus: Bus
@@ -68,6 +73,7 @@ class Context(msgspec.Struct, frozen=True):
     profile: Compiled
     log_fd: int
     maker: Maker | None = None
+    kdbus: bool = False
 
     @classmethod
     def make(
@@ -78,6 +84,7 @@ class Context(msgspec.Struct, frozen=True):
         profile: Compiled,
         log_fd: int,
         maker: bytes = b"",
+        kdbus: bool = False,
     ) -> Context:
         """`pid` is the supervisor's, which is the bus's to the outside."""
         decoded = _decode(configuration)
@@ -91,7 +98,21 @@ class Context(msgspec.Struct, frozen=True):
             selinux=selinux.enabled(),
             label=selinux.label(),
         )
-        return cls(guid, bus, decoded, profile, log_fd, made)
+        return cls(guid, bus, decoded, profile, log_fd, made, kdbus)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing but kdbus's policy allows anything, as on buses that programs make."""
+        return self.configuration.type == "kdbus"
+
+    def name_policies(self, replica: Replica) -> NamePolicies | None:
+        """What the policy that kdbus clients bring says, if there may be any."""
+        if not self.kdbus:
+            return None  # which saves memory
+        # The zygote has imported it: after lock-down no file can be opened.
+        from kbusd.workers.name_policies import NamePolicies
+
+        return NamePolicies(replica, self.bus.owner, self.closed)
 
     def with_configuration(self, configuration: bytes) -> Context:
         return msgspec.structs.replace(self, configuration=_decode(configuration))

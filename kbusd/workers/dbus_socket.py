@@ -103,6 +103,7 @@ class DBusSocket(Engine):
         what was read too much; `unix_fds`: descriptors were negotiated."""
         self.unix_fds = unix_fds
         self.prepare(client, supervisor, credentials)
+        self.driver.takes_fds = unix_fds
         self.reading = True
         if rest or fds:
             self.input.feed(rest, fds)
@@ -502,7 +503,13 @@ class DBusSocket(Engine):
             kind = type(action)
             if kind is drivers.Return:
                 self._bus_message(
-                    RETURN, action.reply_serial, None, None, action.signature, action.body
+                    RETURN,
+                    action.reply_serial,
+                    None,
+                    None,
+                    action.signature,
+                    action.body,
+                    fds=action.fds,
                 )
             elif kind is drivers.Error:
                 self.error(action.reply_serial, action.name, action.text)
@@ -524,9 +531,9 @@ class DBusSocket(Engine):
         self._bus_message(ERROR, reply_serial, None, name, "s", wire_body.string(text))
 
     def _bus_message(
-        self, type, reply_serial, member, error_name, signature, body, destination=None
+        self, type, reply_serial, member, error_name, signature, body, destination=None, fds=()
     ):
-        """A message from the bus itself to our client."""
+        """A message from the bus itself to our client. `fds` are ours to close."""
         number = self.monitors.next_serial()
         if type != SIGNAL:
             destination = self.driver.name
@@ -542,14 +549,15 @@ class DBusSocket(Engine):
         )
         # Of the bus's signals a monitor's worker makes its own copies, and the answers to them.
         if self.loaded and type != SIGNAL:
-            self.monitors.show(facts, number, reply_serial, body)
+            self.monitors.show(facts, number, reply_serial, body, fds)
         if self.loaded and not self.monitor:
             refusal = self.router.admit_from_bus(facts)
             if refusal is not None:
                 if type != SIGNAL:
                     self.monitors.show_refusal(BUS_NAME, number, refusal)
+                close_all(fds)
                 return
-        self._tell(facts, number, reply_serial, body)
+        self._tell(facts, number, reply_serial, body, fds)
         if self.monitor and type == SIGNAL:
             for refusal in self.router.refused_from_bus(
                 facts, lambda: wire_body.match_arguments(body, signature, False)
@@ -561,7 +569,7 @@ class DBusSocket(Engine):
                     wire_body.string(refusal),
                 )
 
-    def _tell(self, facts, serial, reply_serial, body: bytes):
+    def _tell(self, facts, serial, reply_serial, body: bytes, fds: tuple = ()):
         header = wire_header.build(
             ord("l"),
             facts.type,
@@ -573,12 +581,14 @@ class DBusSocket(Engine):
             facts.destination,
             BUS_NAME,
             facts.signature,
-            0,
+            len(fds),
             reply_serial != 0,
             reply_serial,
             serial,
             len(body),
         )
+        if fds:
+            self.output.begin_with_fds(fds)
         message: bytes = header + body
         data: cython.p_char = message
         length: cython.size_t = len(message)

@@ -51,6 +51,7 @@ from kbusd.rings.entries import (
     LogEntry,
     MonitorAttached,
     NameOwnerChanged,
+    ProcessOf,
     ReleaseName,
     ReloadConfig,
     RemoveEndpoint,
@@ -117,6 +118,7 @@ class Return(NamedTuple):
     reply_serial: int
     signature: str = ""
     body: bytes = b""
+    fds: tuple[int, ...] = ()  # the carrier's to close
 
 
 class Error(NamedTuple):
@@ -206,6 +208,7 @@ class Driver:
         self.bus = bus
         self.credentials = credentials
         self.pending = 0
+        self.takes_fds = False  # the client
         self._waiting: deque[Call] = deque()
         self._held_back: list[Action] | None = None
         self._hello_asked = False
@@ -417,7 +420,10 @@ class Driver:
                     )
                 return "ay", label.rstrip(b"\0")
             case "GetConnectionCredentials", [str(name)]:
-                return "a{sv}", self._credentials(self._connection(name, "credentials"))
+                connection = self._connection(name, "credentials")
+                if connection is not None and self.takes_fds:
+                    return self._ask(call, ProcessOf(0, connection.id), held=False)
+                return "a{sv}", self._credentials(connection)
             case "ReloadConfig", []:
                 return self._ask(call, ReloadConfig(0))
             case "GetId", []:
@@ -551,8 +557,15 @@ class Driver:
 
     # -- the broker's answers ----------------------------------------------------------------
 
-    def answer(self, token: Token, message: Reply | Failure, snapshot: bytes = b"") -> list[Action]:
-        """What to do when the broker has answered; `snapshot` is what came with Hello's reply.
+    def answer(
+        self,
+        token: Token,
+        message: Reply | Failure,
+        snapshot: bytes = b"",
+        fds: tuple[int, ...] = (),
+    ) -> list[Action]:
+        """What to do when the broker has answered; `snapshot` is what came with Hello's reply, `fds`
+        are what came with others, and go into a Return.
 
         All log entries that the request caused must have been given to `entry` before, except
         for Hello: there the log is read from the snapshot's position on, afterwards.
@@ -564,7 +577,7 @@ class Driver:
                 self._hello_asked = False
             actions = self._error(call, message.error, message.message)
         else:
-            actions = self._confirmed(call, token.request, message.value, snapshot)
+            actions = self._confirmed(call, token.request, message.value, snapshot, fds)
         if isinstance(token.request, BecomeMonitor) and self._held_back is not None:
             actions += self._held_back
             self._held_back = None
@@ -577,7 +590,9 @@ class Driver:
             actions += self._start(self._waiting.popleft())
         return actions
 
-    def _confirmed(self, call: Call, request: Request, value: Any, snapshot: bytes) -> list[Action]:
+    def _confirmed(
+        self, call: Call, request: Request, value: Any, snapshot: bytes, fds: tuple[int, ...]
+    ) -> list[Action]:
         match request:
             case Hello():
                 self.replica.me = _id(value)
@@ -596,15 +611,27 @@ class Driver:
             case Statistics():
                 reported = msgspec.convert(value, dict[str, int])
                 return self._return(call, "a{sv}", statistics.of_bus(self.replica, reported))
+            case ProcessOf(id=id):
+                connection = self.replica.connections.get(id)
+                if connection is None:
+                    return self._gone(call, "credentials", id)
+                found = self._credentials(connection)
+                if fds:
+                    found["ProcessFD"] = ("h", 0)
+                return [Return(call.serial, "a{sv}", _serialise("a{sv}", (found,)), fds)]
             case CountConnection(id=id):
                 reported = msgspec.convert(value, dict[str, int])
                 connection = self.replica.connections.get(id)
-                if connection is None:  # it has gone meanwhile
-                    refusal = _nobody("statistics", unique_name(id))
-                    return self._error(call, refusal.name, refusal.text)
+                if connection is None:
+                    return self._gone(call, "statistics", id)
                 return self._return(call, "a{sv}", statistics.of_connection(connection, reported))
             case _:
                 return self._return(call)
+
+    def _gone(self, call: Call, what: str, id: int) -> list[Action]:
+        """Whom the call asks about has gone meanwhile."""
+        refusal = _nobody(what, unique_name(id))
+        return self._error(call, refusal.name, refusal.text)
 
     # -- the log -----------------------------------------------------------------------------
 
@@ -766,6 +793,7 @@ def _arguments(call: Call, method: Method) -> list[Any]:
 
 def _serialise(signature: str, values: Sequence[Any]) -> bytes:
     body = b""
+    fds: list[int] = []  # a value of type h is the index of the next
     for codec, value in zip(_types(signature), values, strict=True):
-        body += codec.serialise(value, len(body), Endianness.little)
+        body += codec.serialise(value, len(body), Endianness.little, fds)
     return body

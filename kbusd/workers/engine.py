@@ -94,6 +94,7 @@ _CHANGES = frozenset(
         entries.MonitorAttached,
         entries.EndpointChanged,
         entries.NamePolicyChanged,
+        entries.CustomChanged,
         entries.PolicyChanged,
         entries.LabelApart,
     )
@@ -165,7 +166,8 @@ class Engine:
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
         label = self.context.bus.label.decode(errors="replace")
-        return Router(self.replica, policy, self.peers.say, label)
+        names = self.context.name_policies(self.replica)
+        return Router(self.replica, policy, self.peers.say, label, names)
 
     def run(self) -> None:
         """Serve the client until it goes."""
@@ -473,6 +475,7 @@ class Engine:
                 fds,
                 self.everyone
                 and not route.refusals
+                and not self.replica.policies  # of kdbus: some may not see it, and map the Broadcast
                 and self.credentials.label not in self.replica.restrained,
             )
             if self.peers.me in route.subscribers:
@@ -571,9 +574,14 @@ class Engine:
         )
 
     def _answer_driver(self, token, answer, fds):
-        snapshot = memfd.read(fds[0]) if fds else b""
+        snapshot = b""
+        passed: tuple = ()
+        if fds and isinstance(token.request, entries.Hello):
+            snapshot = memfd.read(fds[0])
+        elif fds:
+            passed = tuple([os.dup(fd) for fd in fds])
         try:
-            actions = self.driver.answer(token, answer, snapshot)
+            actions = self.driver.answer(token, answer, snapshot, passed)
         except (msgspec.MsgspecError, ReplicaError, TypeError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
         if snapshot and not self.loaded:

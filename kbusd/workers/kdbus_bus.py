@@ -20,6 +20,7 @@ import msgspec
 
 from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel
 from kbusd.kdbus import policy as policies
+from kbusd.kdbus.commands import EndpointMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
@@ -36,8 +37,9 @@ from kbusd.wire import body as wire_body
 from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
+from kbusd.workers.name_policies import NamePolicies
 from kbusd.workers.replica import BUS_ID, Connection, Replica
-from kbusd.workers.routing import ERROR, RETURN, SIGNAL, Args, Decision, Router
+from kbusd.workers.routing import SIGNAL, Decision, Router
 
 if TYPE_CHECKING:
     from kbusd.workers.kdbus_device import Device
@@ -49,8 +51,21 @@ MAX_KEPT = 4096
 """Descriptors in the queue, above which memfds are kept as their bytes."""
 STALLED_NS = 2_000_000_000
 """How long a SEND waits to be told of what became of its message by a worker that does not run."""
+_NO_IDS = (metadata.NO_ID, (1 << 64) - 1)
 SIGNALS = "type='signal'"
 OWNERS = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged'"
+
+
+def _last_cap() -> int:
+    """The highest capability that the kernel has (capabilities(7)); read before lock-down."""
+    try:
+        with open("/proc/sys/kernel/cap_last_cap") as file:
+            return min(int(file.read()), 63)
+    except (OSError, ValueError):
+        return 40
+
+
+LAST_CAP = _last_cap()
 
 _ERRNOS = {
     errors.ACCESS_DENIED: errno.EPERM,
@@ -69,62 +84,9 @@ _decode_known = msgspec.msgpack.Decoder(Known).decode
 
 
 class DeviceRouter(Router):
-    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel, and what policy
-    holders say must allow it, too. `owner`: of the bus."""
+    """As every worker's; but kdbus subscribers of a broadcast get it as a parcel."""
 
-    owner = 0
-    _policies: tuple[object, policies.Database] = (None, policies.Database())
-
-    def _may_send(
-        self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
-    ) -> str | None:
-        refusal = super()._may_send(envelope, receiver, names, fds)
-        connections = self.replica.connections
-        if refusal is None and receiver in connections:
-            me = connections[self.replica.me]
-            refusal = self._may_talk(envelope, me, connections[receiver])
-        return refusal
-
-    def admit(
-        self, envelope: Envelope, sender: Connection, fds: int, args: Args = tuple
-    ) -> str | None:
-        refusal = super().admit(envelope, sender, fds, args)
-        if refusal is None:
-            refusal = self._may_talk(envelope, sender, self.replica.connections[self.replica.me])
-        return refusal
-
-    def _may_talk(self, envelope: Envelope, sender: Connection, receiver: Connection) -> str | None:
-        """What the policy of kdbus clients says (kdbus/policy.py): of a signal, its receiver must be
-        allowed to talk to its sender, of a call the other way round. Names of which it says nothing
-        do not count, unless it speaks of another one of the same connection."""
-        if envelope.type in (RETURN, ERROR) or not self.replica.policies:
-            return None
-        asker, asked = (receiver, sender) if envelope.type == SIGNAL else (sender, receiver)
-        uid = asker.credentials.uid
-        if uid in (0, self.owner) or uid == asked.credentials.uid:
-            return None
-        database = self._database()
-        names = [name for name in asked.names if database.has(name)]
-        asks = asker.credentials
-        who = policies.Subject.of(asks.uid, asks.gid, asks.groups)
-        if not names or any(database.query(who, name) >= abi.POLICY_TALK for name in names):
-            return None
-        return f"policy does not let {asker.name} (uid {uid}) talk to the owner of {min(names)}"
-
-    def _database(self) -> policies.Database:
-        known = dict(self.replica.policies)
-        if self._policies[0] != known:
-            database = policies.Database()
-            for id, brought in known.items():
-                database.replace(
-                    id,
-                    [
-                        policies.Entry.of(each.name, each.wildcard, each.accesses)
-                        for each in brought
-                    ],
-                )
-            self._policies = known, database
-        return self._policies[1]
+    names: NamePolicies
 
     def _broadcast(
         self, envelope: Envelope, fds: int, args: Callable[[], Sequence[str | None]]
@@ -155,7 +117,8 @@ class DeviceRouter(Router):
     def is_open(self, sender: Connection, receiver: Connection) -> bool:
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
-            not self.replica.policies
+            self.names.refusal(sender, receiver) is None
+            and self.names.refusal(receiver, sender) is None
             and not self.replica.kept_apart(sender.id, receiver.id)
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
@@ -190,18 +153,23 @@ class Port:
         self._entry: entries.LogEntry | None = None
         self._went: Connection | None = None
         self._had = 0  # NAME flags of the owner before the entry
+        self._heard: set[int] = set()  # connections that our client knows of, behind its endpoint
         self.device: Device
         self.session: Session
 
     # -- the session's side (kbusd/kdbus/port.py) ----------------------------------------------
 
     @property
-    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
-        return self.device.maps
-
-    @property
     def sees_pids(self) -> bool:
         return self.device.sees_pids
+
+    @property
+    def space(self) -> int:
+        return self.device.space
+
+    @property
+    def maps(self) -> tuple[metadata.IdMap, metadata.IdMap]:
+        return self.device.maps
 
     def clock(self) -> tuple[int, int]:
         return time.monotonic_ns(), time.time_ns()
@@ -219,16 +187,46 @@ class Port:
         )
 
     async def connect(self, caller: Caller, who: Joining) -> tuple[int, bytes]:
-        about = parcel.encode(await self.device.about(caller, who))
-        self.hello = entries.Hello(0, who.flags, who.name, as_brought(who.policy), about)
+        found = await self.device.about(caller, who)
+        faked = found.faked and msgspec.structs.replace(found.faked, creds=self._faked(found.faked))
+        about = parcel.encode(msgspec.structs.replace(found, faked=faked))
+        brought = as_brought(policies.outside(who.policy, *self.maps))
+        self.hello = entries.Hello(0, who.flags, who.name, brought, about)
         await self._call_bus("Hello", "", b"")
         return self._replica.me, about
 
-    def is_privileged(self, uid: int) -> bool:
-        return uid in (0, self._context.bus.owner)
+    def is_privileged(self, who: Known | Connection) -> bool:
+        uid = who.uid if isinstance(who, Known) else who.credentials.uid
+        return uid in (0, self._context.bus.owner) and not who.custom
+
+    def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
+        """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
+        if who.creds is None:
+            return None
+        ids = [
+            id if id in _NO_IDS else self.maps[at >= 4].outside(id)
+            for at, id in enumerate(who.creds)
+        ]
+        a, b, c, d, e, f, g, h = ids
+        if None in ids:
+            raise Errno(errno.EINVAL, "pretends to be who its namespace does not have")
+        return a, b, c, d, e, f, g, h  # type: ignore[return-value]
+
+    async def refreshed(self, caller: Caller, about: bytes) -> bytes:
+        before = parcel.decode_about(about)
+        who = Joining(description=before.description, offered=before.offered, faked=before.faked)
+        return parcel.encode(await self.device.about(caller, who))
 
     async def set_policy(self, policy: tuple[policies.Entry, ...]) -> None:
+        policy = policies.outside(policy, *self.maps)
         await self._ask(entries.SetPolicy(0, as_brought(policy)))
+
+    async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
+        await self.device.make_endpoint(caller, order)
+
+    async def set_endpoint(self, policy: tuple[policies.Entry, ...]) -> None:
+        policy = policies.outside(policy, *self.maps)
+        await self._ask(entries.SetEndpoint(0, as_brought(policy)))
 
     async def describe(self, about: bytes) -> None:
         await self._ask(entries.Describe(0, about))
@@ -263,7 +261,7 @@ class Port:
 
     def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
         mine = self._replica.connections.get(self._replica.me)
-        if not to.kdbus or mine is None or not self.is_privileged(mine.credentials.uid):
+        if not to.kdbus or mine is None or not self.is_privileged(mine):
             return False  # nobody would believe us whose message it is
         sent = msgspec.structs.replace(parcel, origin=_encode_known(source))
         self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
@@ -291,10 +289,10 @@ class Port:
 
     def owner(self, name: str) -> int | None:
         id = self._replica.owner(name)
-        return None if id == BUS_ID else id
+        return None if id == BUS_ID or not self._sees_name(name) else id
 
     async def start_service(self, caller: Caller, name: str) -> int | None:
-        if name not in self._replica.activatable:
+        if name not in self._replica.activatable or not self._sees_name(name):
             return None
         text = wire_body.string(name)
         body = text + bytes(-len(text) % 4) + bytes(4)
@@ -311,6 +309,8 @@ class Port:
             return ()
         names = {*connection.names, *connection.waits_for}
         names.update(name for name, activator in replica.activators.items() if activator == id)
+        if id != replica.me:
+            names = set(filter(self._sees_name, names))
         return tuple(metadata.OwnedName(name, self._flags(name, id)) for name in sorted(names))
 
     def _flags(self, name: str, id: int) -> int:
@@ -325,8 +325,30 @@ class Port:
         connection = self._replica.connections.get(id)
         return None if connection is None else _known(connection)
 
+    def sees(self, who: Known) -> bool:
+        mine, other = self._mine, self._replica.connections.get(who.id)
+        if mine is None or other is None:
+            return True
+        return self.engine_router.names.sees(mine, other)
+
     def everybody(self) -> Iterable[Known]:
-        return map(_known, self._replica.connections.values())
+        return map(_known, filter(self._knows, list(self._replica.connections.values())))
+
+    @property
+    def _mine(self) -> Connection | None:
+        return self._replica.connections.get(self._replica.me)
+
+    def _sees_name(self, name: str) -> bool:
+        mine = self._mine
+        return mine is None or self.engine_router.names.sees_name(mine, name)
+
+    def _knows(self, who: Connection) -> bool:
+        """Whether our client may be told of a connection: behind a custom endpoint, of those that are
+        there, too, of those that it sees, and of those that it has heard of."""
+        mine = self._mine
+        if mine is None or not mine.custom or mine.custom == who.custom:
+            return True
+        return who.id in self._heard or self.engine_router.names.sees(mine, who)
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         memfds = _memfds(parcel, fds)
@@ -475,9 +497,10 @@ class Port:
     def make_router(
         self, replica: Replica, policy: ClientPolicy, say: Callable[[str], None]
     ) -> DeviceRouter:
-        label = self._context.bus.label.decode(errors="replace")
-        self.engine_router = DeviceRouter(replica, policy, say, label)
-        self.engine_router.owner = self._context.bus.owner
+        context = self._context
+        label = context.bus.label.decode(errors="replace")
+        names = NamePolicies(replica, context.bus.owner, context.closed)
+        self.engine_router = DeviceRouter(replica, policy, say, label, names)
         return self.engine_router
 
     def requests(self) -> bool:
@@ -494,8 +517,15 @@ class Port:
             for wait in list(self._sending.values()):
                 wait.done(None)
         self.engine.take_descriptors(self.session.accepts_fds)
-        now = time.monotonic_ns()
         deadline = self.session.deadline()
+        if deadline is not None or self._parcels or self._collecting:
+            self._expire(deadline)
+        self.device.nudge()
+        self.device.line.flush()
+
+    def _expire(self, deadline: int | None) -> None:
+        """What has waited too long: `deadline` is the session's."""
+        now = time.monotonic_ns()
         if deadline is not None and deadline <= now:
             self.session.tick()
             for serial, (_, _, until) in list(self._sent.items()):
@@ -509,20 +539,18 @@ class Port:
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
-        self.device.nudge()
-        self.device.line.flush()
 
     def timeout(self) -> int:
         """Milliseconds until `turn` has something to do by itself; -1: nothing."""
         if self.device.line.queue:
             return 1
+        deadline = self.session.deadline()
+        if deadline is None and not self._parcels and not self._collecting:
+            return -1
         times = [until for _, _, until in self._parcels.values()]
         times += [until for _, until in self._collecting.values()]
-        deadline = self.session.deadline()
         if deadline is not None:
             times.append(deadline)
-        if not times:
-            return -1
         left = (min(times) - time.monotonic_ns()) // 1_000_000 + 1
         return max(0, min(left, 60_000))
 
@@ -602,6 +630,7 @@ class Port:
                 if router.admit(what.facts(name), connection, found.fds) is not None:
                     return errno.EPERM
             self._receive(_known(connection), connection, found, data, fds, stamp)
+            self.device.show_events()  # whoever has sent it may look when it returns
         except Errno as error:
             return error.errno
         return 0
@@ -611,7 +640,7 @@ class Port:
         it was is the word of the privileged alone."""
         me, name = self._replica.me, found.dst_name or ""
         has_part = me in (self._replica.names.get(name), self._replica.activators.get(name))
-        trusted = self.is_privileged(connection.credentials.uid)
+        trusted = self.is_privileged(connection)
         if not has_part or not trusted or found.dst_id != me or found.is_reply or found.fds:
             raise ParcelError(f"passes on a message that was sent to {name!r}")
         try:
@@ -668,6 +697,7 @@ class Port:
                 whole.append(part)
         own = fds[len(memfds) :] if attached else ()
         self.session.receive(source, found, whole, stamp, own)
+        self._hear(source.id)
 
     def dbus_message(
         self,
@@ -723,6 +753,7 @@ class Port:
             )
             own = fds if self.device.attached is not None else ()
             self.session.receive(known, found, [data], stamp, own)
+            self._hear(known.id)
         except Errno as error:
             return f"The destination's queue does not take it: {error.text}"
         except GVariantError as error:
@@ -745,14 +776,23 @@ class Port:
         match self._entry:
             case entries.NameOwnerChanged(name, old, new):
                 has = self._flags(name, new) if new else 0
-                self.session.name_changed(name, old, new, self._had, has)
+                seen = self._sees_name(name)
+                self.session.name_changed(name, old, new, self._had, has, seen)
+                if seen and new:
+                    self._hear(new)
             case entries.ConnectionAdded(id, _, kdbus):
-                if id != self._replica.me:
+                if id != self._replica.me and self._knows(self._replica.connections[id]):
                     self.session.id_added(id, kdbus or 0)
             case entries.ConnectionRemoved(id) if self._went is not None:
-                self.session.id_removed(id, self._went.kdbus or 0)
+                self.session.id_removed(id, self._went.kdbus or 0, self._knows(self._went))
+                self._heard.discard(id)
             case entries.MonitorAttached(id, _, None):
                 self.session.id_removed(id, 0)
+
+    def _hear(self, id: int) -> None:
+        """Our client learns that there is this connection."""
+        if (mine := self._mine) is not None and mine.custom:
+            self._heard.add(id)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -835,7 +875,7 @@ class _Lazy:
 def _creator(maker: entries.Maker) -> metadata.Metadata:
     """What a program that has made a bus lets others know of itself."""
     who, about = maker.credentials, parcel.decode_about(maker.order.about)
-    known = {
+    known: dict[int, tuple[str, object]] = {
         abi.ATTACH_CREDS: ("creds", metadata.Creds(*[who.uid] * 4, *[who.gid] * 4)),
         abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, 0)),
         abi.ATTACH_AUXGROUPS: ("groups", who.groups),
@@ -845,6 +885,14 @@ def _creator(maker: entries.Maker) -> metadata.Metadata:
         abi.ATTACH_CMDLINE: ("cmdline", about.cmdline),
         abi.ATTACH_SECLABEL: ("label", who.label or None),
     }
+    process = who.process
+    if process is not None:
+        known |= {
+            abi.ATTACH_CREDS: ("creds", metadata.Creds(*process.uids, *process.gids)),
+            abi.ATTACH_CAPS: ("caps", metadata.Caps(LAST_CAP, *process.caps)),
+            abi.ATTACH_CGROUP: ("cgroup", process.cgroup or None),
+            abi.ATTACH_AUDIT: ("audit", _audit(process)),
+        }
     told = {name: value for flag, (name, value) in known.items() if maker.order.attach & flag}
     return msgspec.structs.replace(metadata.Metadata(), **told)
 
@@ -870,6 +918,25 @@ def _known(connection: Connection) -> Known:
     credentials = connection.credentials
     uid, gid = credentials.uid, credentials.gid
     label = credentials.label.rstrip(b"\0")
+    process = credentials.process
+    if process is not None:
+        return Known(
+            connection.id,
+            uid,
+            connection.names,
+            metadata.Creds(*process.uids, *process.gids),
+            metadata.Pids(credentials.pid, credentials.pid, credentials.parent),
+            credentials.groups,
+            label or None,
+            connection.kdbus or 0,
+            connection.kdbus is not None,
+            connection.custom,
+            metadata.Caps(LAST_CAP, *process.caps),
+            process.cgroup or None,
+            _audit(process),
+            process.space,
+            metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
+        )
     return Known(
         connection.id,
         uid,
@@ -880,7 +947,15 @@ def _known(connection: Connection) -> Known:
         label or None,
         connection.kdbus or 0,
         connection.kdbus is not None,
+        connection.custom,
     )
+
+
+def _audit(process: entries.Process) -> metadata.Audit | None:
+    if process.audit is None:
+        return None
+    login, session = process.audit
+    return metadata.Audit(session, login)
 
 
 def _destination(to: Known, parcel: Parcel) -> str:

@@ -16,16 +16,18 @@ import os
 import select
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import replies, requests
-from kbusd.kdbus import attach, layout, metadata, waits
-from kbusd.kdbus.commands import SPECS, BusMake
+from kbusd.kdbus import attach, layout, waits
+from kbusd.kdbus.commands import SPECS, BusMake, EndpointMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.metadata import SAME, IdMap
 from kbusd.kdbus.parcel import About, encode
 from kbusd.kdbus.port import Caller, Joining
 from kbusd.kdbus.session import Done, Session, fetch
@@ -43,21 +45,50 @@ _NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can b
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
 NEAR = 1024  # bytes that are fetched before what is asked for
+MAX_AHEAD = 8 << 10  # what the supervisor sends along with a request, unasked
+MAX_AHEAD_RANGES = 8
 
 
 class Request:
     """An ioctl(2) whose caller waits."""
 
-    def __init__(self, device: Device, header: requests.Header, ioctl: requests.Ioctl) -> None:
+    def __init__(
+        self,
+        device: Device,
+        header: requests.Header,
+        ioctl: requests.Ioctl,
+        ahead: tuple[tuple[int, bytes], ...] = (),
+    ) -> None:
+        """`ahead`: memory of the caller that came along."""
         self.unique = header.unique
         self.tid = header.tid
         self.ioctl = ioctl
         self.waits_for: Wait[Any] | None = None
         self._device = device
-        self._near: tuple[int, bytes] = (0, b"")
+        self._known = list(ahead)
         self._seen: tuple[int, bytes] = (0, b"")  # the beginning of the struct, as it is
+        self.looked_at: list[tuple[int, int]] = []
+        """Of the caller's memory: what to send along the next time."""
 
     async def peek(self, address: int, least: int, most: int) -> bytes:
+        found = self._find(address, least)
+        if found is None:
+            found = await self._fetch(address, least, most)
+        # What is peeked at says first how long it is (kbusd/kdbus/commands.py).
+        size = min(max(int.from_bytes(found[:8], "little"), least), most)
+        self.looked_at.append((address, size))
+        if address == self.ioctl.argument:
+            self._seen = address, found
+        return found
+
+    def _find(self, address: int, size: int) -> bytes | None:
+        """What is known of the memory there, if it is so much at least."""
+        for start, data in self._known:
+            if start <= address and address + size <= start + len(data):
+                return data[address - start :]
+        return None
+
+    async def _fetch(self, address: int, least: int, most: int) -> bytes:
         # What a program sends often lies close to the message that says so: fetched in one go, it need
         # not be asked for again. Before the address, only of the same page, which is there if it is.
         start = max(address - NEAR, address & -mmap.PAGESIZE)
@@ -65,15 +96,18 @@ class Request:
         found = near[address - start :]
         if len(found) < least:
             raise Errno(errno.EFAULT, f"no {least} bytes of memory at {address:#x}")
-        self._near = start, near
-        if address == self.ioctl.argument:
-            self._seen = address, found
+        self._known.append((start, near))
         return found
 
     async def copy(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        start, near = self._near
-        if all(start <= at and at + size <= start + len(near) for at, size in ranges):
-            return [near[at - start : at - start + size] for at, size in ranges]
+        self.looked_at += ranges
+        known = [self._find(at, size) for at, size in ranges]
+        if None not in known:
+            return [
+                data[:size]
+                for data, (_, size) in zip(known, ranges, strict=True)
+                if data is not None
+            ]
         found = await self._copied(ranges)
         if any(len(data) < size for data, (_, size) in zip(found, ranges, strict=True)):
             raise Errno(errno.EFAULT, "some of the message is not the caller's memory")
@@ -104,11 +138,8 @@ class Request:
 
     async def about(self, who: Joining) -> About:
         """What /proc says of the caller, as far as it could have chosen that itself."""
-        files: dict[str, bytes] = await self._device.ask(self.unique, entries.AskFacts(self.unique))
+        files = await self.facts()
         status = files.get("status", b"")
-        self._device.sees_pids = _levels(status) <= 1
-        if files.get("ns/user") != _NAMESPACE:
-            self._device.maps = _map(files, "uid_map"), _map(files, "gid_map")
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
             self.tid,
@@ -122,7 +153,20 @@ class Request:
             faked=who.faked,
         )
 
-    async def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
+    async def facts(self) -> dict[str, bytes]:
+        """What /proc says of the caller; our client's namespaces become known by it."""
+        device = self._device
+        files: dict[str, bytes] = await device.ask(self.unique, entries.AskFacts(self.unique))
+        device.sees_pids = _levels(files.get("status", b"")) <= 1
+        space = files.get("ns/pid", b"").strip(b"pid:[]")
+        device.space = int(space) if space.isdigit() else 0
+        with suppress(ValueError):
+            maps = [IdMap.read(files[name]) for name in ("uid_map", "gid_map") if name in files]
+            other = len(maps) == 2 and files.get("ns/user") != _NAMESPACE
+            device.maps = (maps[0], maps[1]) if other else (SAME, SAME)
+        return files
+
+    def answer(self, result: int, stores: Iterable[tuple[int, bytes]]) -> None:
         """End the ioctl: `stores` go into the caller's memory, if they are not there already."""
         image = bytearray(self.ioctl.out_size)
         start = self.ioctl.argument
@@ -135,12 +179,17 @@ class Request:
                 image[at : at + len(data)] = data
             elif not 0 <= at <= len(known) - len(data) or known[at : at + len(data)] != data:
                 left.append((address, data))
-        if left:
-            try:
-                await self._device.ask(self.unique, entries.Store(self.unique, tuple(left)))
-            except Errno as error:
-                result = -error.errno
         out = bytes(image) if len(known) >= len(image) else b""
+        if left:
+            waits.start(self._store(tuple(left), result, out), lambda _: None)
+        else:
+            self._device.answered(self.unique, replies.ioctl(self.unique, result, out))
+
+    async def _store(self, parts: tuple[tuple[int, bytes], ...], result: int, out: bytes) -> None:
+        try:
+            await self._device.ask(self.unique, entries.Store(self.unique, parts))
+        except Errno as error:
+            result = -error.errno
         self._device.answered(self.unique, replies.ioctl(self.unique, result, out))
 
 
@@ -156,10 +205,13 @@ class Device:
         self._pool: Pool | None = None
         self.held: dict[int, Request] = {}
         self._asked: dict[int, Wait[Any]] = {}
-        self.maps = metadata.SAME, metadata.SAME
         self.sees_pids = True  # of the namespace in which the supervisor is
-        self._polled = False
-        self._told = (0, 0)  # what the last poll was told: events, and how many had arrived
+        self.space = 0  # the pid namespace of our client
+        self.maps = SAME, SAME  # uids and gids of its user namespace
+        self._told = (0, 0)  # what who polls was told last: events, and how many had arrived
+        self._pushed: list[tuple[int, int]] = []
+        # By command: what, and whether it was said.
+        self._guesses: dict[int, tuple[object, bool]] = {}
 
     def requests(self, catch_up: Callable[[], None]) -> bool:
         """Take up everything that has come; False if the file is closed. Raises LineError."""
@@ -168,14 +220,14 @@ class Device:
                 message, fds = received
                 if isinstance(message, entries.Asked):
                     catch_up()  # what others have done before is to be seen by this
-                    self._request(message.request)
+                    self._request(message.request, message.ahead)
                 else:
                     self._given(message, fds)
         except EOFError:
             return False
         return True
 
-    def _request(self, raw: bytes) -> None:
+    def _request(self, raw: bytes, ahead: tuple[tuple[int, bytes], ...]) -> None:
         try:
             request = requests.decode(raw)
         except requests.Malformed:
@@ -183,7 +235,7 @@ class Device:
         unique = request.header.unique
         match request.body:
             case requests.Ioctl() as ioctl:
-                held = self.held[unique] = Request(self, request.header, ioctl)
+                held = self.held[unique] = Request(self, request.header, ioctl, ahead)
                 if ioctl.command == attach.COMMAND:
                     command = self._attach(held)
                 elif ioctl.command == attach.INSTALLED:
@@ -191,10 +243,9 @@ class Device:
                 else:
                     command = self.session.ioctl(held, ioctl.command, ioctl.argument, _first(ioctl))
                 waits.start(command, lambda result: self._ended(held, result))
-            case requests.Poll() as poll:
+            case requests.Poll():
                 events = self.session.poll()
                 self._told = events, self.session.arrived
-                self._polled = self._polled or poll.notify
                 self.line.send(entries.Answered(replies.poll(unique, events)))
             case requests.Interrupt(interrupted):
                 waiting = self.held.get(interrupted)
@@ -210,10 +261,10 @@ class Device:
         if asked.value is not None:
             try:
                 (fd,) = await held.take([asked.value])
-                attached = Attached(fd, self._uid)
                 if self.attached is not None:
+                    os.close(fd)
                     raise Errno(errno.EALREADY, "attached a second time")
-                self.attached = attached
+                attached = self.attached = Attached(fd, self._uid)
                 if self.cuse:
                     if self._pool is not None:
                         self._pool.hand(attached)
@@ -254,17 +305,46 @@ class Device:
     def _ended(self, held: Request, result: Done | Errno | Interrupted) -> None:
         start = held.ioctl.argument
         if isinstance(result, Interrupted):
-            answer = held.answer(-fuse.ERESTARTSYS, ())
+            held.answer(-fuse.ERESTARTSYS, ())
         elif isinstance(result, Errno):
             stores = [(start + poke.offset, poke.data) for poke in result.pokes]
-            answer = held.answer(-result.errno, stores)
+            held.answer(-result.errno, stores)
         else:
-            answer = held.answer(0, result.stores)
-        waits.start(answer, lambda _: None)
+            held.answer(0, result.stores)
 
     def answered(self, unique: int, reply: bytes) -> None:
-        del self.held[unique]
-        self.line.send(entries.Answered(reply))
+        request = self.held.pop(unique)
+        self.show_events()
+        pushed = tuple(self._pushed)
+        self._pushed.clear()
+        self.line.send(entries.Answered(reply, pushed))
+        self._guess(request)
+
+    def _guess(self, request: Request) -> None:
+        """If a command looks where the one before did, the next one will: have that sent along."""
+        ioctl, at_argument, ranges = request.ioctl, 0, []
+        if not request.looked_at:
+            return
+        for address, size in request.looked_at:
+            if address == ioctl.argument:
+                at_argument = size
+            elif size:
+                ranges.append((address, size))
+        total = at_argument + sum(size for _, size in ranges)
+        if not 0 < total <= MAX_AHEAD or len(ranges) > MAX_AHEAD_RANGES:
+            return
+        guess = entries.Ahead(ioctl.command, at_argument, tuple(ranges))
+        before, said = self._guesses.get(ioctl.command, (None, False))
+        if before != guess:
+            self._guesses[ioctl.command] = guess, False
+        elif not said:
+            self._guesses[ioctl.command] = guess, True
+            self.line.send(guess)
+
+    def show_events(self) -> None:
+        """Let the supervisor answer who polls, as long as there is something to read."""
+        if self._pool is not None:
+            self._pool.show(self.session.poll())
 
     def ask(self, unique: int, message: msgspec.Struct) -> Wait[Any]:
         """Ask the supervisor about a request that is held; one thing at a time."""
@@ -302,6 +382,13 @@ class Device:
             self._pool.hand(self.attached)
         return self._pool
 
+    async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
+        """Raises Errno."""
+        assert isinstance(caller, Request)
+        await caller.facts()  # policy speaks of ids of its namespace
+        asked = entries.MakeEndpoint(caller.unique, order.name, order.flags)
+        await self.ask(caller.unique, asked)
+
     async def about(self, caller: Caller, who: Joining) -> About:
         """Of the process that waits in a request that is held."""
         assert isinstance(caller, Request)
@@ -309,14 +396,14 @@ class Device:
 
     def nudge(self) -> None:
         """Wake who polls, if there is more to tell than they were told."""
+        self.show_events()
         events, arrived = self.session.poll(), self.session.arrived
-        if self._polled and (events & ~self._told[0] or arrived != self._told[1]):
+        if events & ~self._told[0] or arrived != self._told[1]:
             self._told = events, arrived
-            self._polled = False
             self.line.send(entries.Nudge())
 
     def push(self, offset: int, size: int) -> None:
-        self.line.send(entries.Push(offset, size))
+        self._pushed.append((offset, size))
 
 
 class Pool:
@@ -325,16 +412,19 @@ class Pool:
     def __init__(self, device: Device, size: int) -> None:
         self._device = device
         self._size = size
+        self._events = 0
         self._fd = -1  # to be handed to the client
         try:
-            fd = memfd.make("kbusd-pool", size)
+            # Behind the pool: which events hold. Clients of CUSE map no more than the pool.
+            whole = size + mmap.PAGESIZE
+            fd = memfd.make("kbusd-pool", whole)
             try:
-                self._memory = mmap.mmap(fd, size)
+                self._memory = mmap.mmap(fd, whole)
                 memfd.seal(fd)
                 if device.cuse:
                     self._fd = os.dup(fd)
                 else:
-                    device.line.send(entries.Pool(), [fd])
+                    device.line.send(entries.Pool(size), [fd])
             finally:
                 os.close(fd)
         except (OSError, OverflowError, ValueError) as error:
@@ -354,6 +444,12 @@ class Pool:
 
     def write(self, offset: int, data: bytes) -> None:
         self._memory[offset : offset + len(data)] = data
+
+    def show(self, events: int) -> None:
+        """Which poll(2) events hold now."""
+        if events != self._events:
+            self._events = events
+            self._memory[self._size : self._size + 4] = events.to_bytes(4, "little")
 
     def push(self, offset: int, size: int) -> None:
         if not self._device.cuse:  # else it is the client's memory
@@ -422,11 +518,6 @@ def _status(text: bytes, key: bytes) -> int:
         if name == key and value.strip().isdigit():
             return int(value)
     return 0
-
-
-def _map(files: dict[str, bytes], name: str) -> metadata.IdMap:
-    """Of a user namespace that is not ours."""
-    return metadata.IdMap.parse(files[name]) if name in files else metadata.SAME
 
 
 def _levels(status: bytes) -> int:

@@ -240,7 +240,7 @@ class DeviceEngine(DBusSocket):
     # -- from the bus --------------------------------------------------------------------------
 
     def _bus_message(
-        self, type, reply_serial, member, error_name, signature, body, destination=None
+        self, type, reply_serial, member, error_name, signature, body, destination=None, fds=()
     ):
         """What the bus says to our client: answers; signals it learns of by the log."""
         if reply_serial:

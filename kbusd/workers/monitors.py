@@ -58,8 +58,9 @@ class Monitors:
                     self.peers.peer(id), cython.address(mine), envelope, place, fds
                 )
 
-    def show(self, facts, serial, reply_serial, body: bytes):
-        """A message of the bus itself, which goes to our client too, or would have gone there."""
+    def show(self, facts, serial, reply_serial, body: bytes, fds: tuple = ()):
+        """A message of the bus itself, which goes to our client too, or would have gone there. `fds` stay
+        the caller's."""
         head: FrameHead
         if not self.replica.monitors:
             return
@@ -69,7 +70,8 @@ class Monitors:
         head.serial = serial
         head.reply_serial = reply_serial
         head.body_length = len(body)
-        self.copy(facts, cython.address(head), body, (), BUS_ID)
+        head.fds = len(fds)
+        self.copy(facts, cython.address(head), body, fds, BUS_ID)
 
     def show_refusal(self, destination, serial, text):
         """Message `serial` of `destination` was kept from one whom it was not addressed to alone:

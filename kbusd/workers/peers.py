@@ -711,7 +711,8 @@ class Peers:
         """Our half of an introduction: slots and descriptors; kept if the two halves cross."""
         ring = Ring()
         peer.asked(ring, self.status.take_slot(), self.status.take_slot())
-        peer.apart = peer.connection is None or bool(peer.connection.credentials.endpoint)
+        known = peer.connection
+        peer.apart = known is None or bool(known.credentials.endpoint or known.custom)
         if peer.apart and self.silent is None:
             self.silent = Broadcast(SILENT_SIZE)
             if self.begun:

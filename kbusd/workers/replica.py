@@ -23,6 +23,7 @@ from kbusd.rings.entries import (
     ConnectionAdded,
     ConnectionRemoved,
     Credentials,
+    CustomChanged,
     EndpointChanged,
     LabelApart,
     LogEntry,
@@ -78,15 +79,18 @@ class Watch:
 
 class Connection:
     """A client that has said Hello. `names` are those that it owns, `waits_for` those in whose queue
-    it is. `kdbus`: HELLO flags of one that came by a kdbus node."""
+    it is. `kdbus`: HELLO flags of one that came by a kdbus node; `custom`: endpoint of kdbus that it is behind."""
 
-    __slots__ = ("credentials", "id", "kdbus", "matches", "name", "names", "waits_for")
+    __slots__ = ("credentials", "custom", "id", "kdbus", "matches", "name", "names", "waits_for")
 
-    def __init__(self, id: int, credentials: Credentials, kdbus: int | None = None) -> None:
+    def __init__(
+        self, id: int, credentials: Credentials, kdbus: int | None = None, custom: int = 0
+    ) -> None:
         self.id = id
         self.name = unique_name(id)
         self.credentials = credentials
         self.kdbus = kdbus
+        self.custom = custom
         self.names: frozenset[str] = _NO_NAMES
         self.waits_for: frozenset[str] = _NO_NAMES
         self.matches: tuple[Watch, ...] = ()
@@ -254,12 +258,12 @@ def _decrement(counts: dict[_K, int], key: _K) -> None:
         del counts[key]
 
 
-def _keep(where: dict[str, _V], name: str, value: _V) -> None:
+def _keep(where: dict[_K, _V], key: _K, value: _V) -> None:
     """What is not there takes no room."""
     if value:
-        where[name] = value
+        where[key] = value
     else:
-        where.pop(name, None)
+        where.pop(key, None)
 
 
 class Replica:
@@ -278,6 +282,7 @@ class Replica:
         self.claims: dict[str, tuple[int, ...]] = {}  # flags, of names where they are not all 0
         self.activators: dict[str, int] = {}
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
+        self.custom: dict[int, tuple[PolicyEntry, ...]] = {}  # custom ones of kdbus
         self.kdbus_monitors: set[int] = set()
         self.apart: dict[bytes, LabelApart] = {}  # labels that SELinux keeps from others
         self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
@@ -306,6 +311,7 @@ class Replica:
         self.claims = {}
         self.activators = {}
         self.policies = dict(snapshot.policies)
+        self.custom = dict(snapshot.custom)
         self.endpoints = dict(snapshot.endpoints)
         self._views = {}
         self.monitors = {}
@@ -319,9 +325,9 @@ class Replica:
         self._index = None
         self._mine = MatchIndex()
         self._group_lists = {}
-        kdbus = dict(snapshot.kdbus)
+        kdbus, behind = dict(snapshot.kdbus), dict(snapshot.behind)
         for id, credentials in snapshot.connections:
-            self._add_connection(id, credentials, kdbus.get(id))
+            self._add_connection(id, credentials, kdbus.get(id), behind.get(id, 0))
         for name, owner in snapshot.names:
             self._change_owner(name, NOBODY, owner)
         for each in snapshot.queues:
@@ -337,8 +343,8 @@ class Replica:
     def apply(self, entry: LogEntry) -> None:
         """Take over one log entry. Raises ReplicaError if it contradicts the state."""
         match entry:
-            case ConnectionAdded(id, credentials, kdbus):
-                self._add_connection(id, credentials, kdbus)
+            case ConnectionAdded(id, credentials, kdbus, custom):
+                self._add_connection(id, credentials, kdbus, custom)
             case ConnectionRemoved(id):
                 self._remove_connection(id)
             case NameOwnerChanged(name, old, new, waiting, claims, activator):
@@ -355,6 +361,8 @@ class Replica:
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
+            case CustomChanged(number, policy):
+                _keep(self.custom, number, policy)
             case LabelApart():
                 self._keep_apart(*self.apart.values(), entry)
             case EndpointChanged(name, said):
@@ -394,13 +402,15 @@ class Replica:
             return one, other
         return None
 
-    def _add_connection(self, id: int, credentials: Credentials, kdbus: int | None) -> None:
+    def _add_connection(
+        self, id: int, credentials: Credentials, kdbus: int | None, custom: int
+    ) -> None:
         if id < 0 or id in self.connections or id in self.monitors:
             raise ReplicaError(f"connection {id} was added twice")
         groups = self._group_lists.setdefault(credentials.groups, credentials.groups)
         if groups is not credentials.groups:
             credentials = msgspec.structs.replace(credentials, groups=groups)
-        self.connections[id] = Connection(id, credentials, kdbus)
+        self.connections[id] = Connection(id, credentials, kdbus, custom)
 
     def _remove_connection(self, id: int) -> None:
         if id in self.monitors:
@@ -473,7 +483,8 @@ class Replica:
         watch.holders += (id,)
         connection.matches += (watch,)
         # Who came by an endpoint sees what that shows him, and nothing that is for others.
-        if eavesdrops(watch.text) and watch.rule.eavesdrop and not connection.credentials.endpoint:
+        inside = connection.credentials.endpoint or connection.custom
+        if eavesdrops(watch.text) and watch.rule.eavesdrop and not inside:
             self.eavesdroppers[id] = (*self.eavesdroppers.get(id, ()), watch)
 
     def _remove_match(self, id: int, text: str) -> None:

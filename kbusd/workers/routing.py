@@ -10,7 +10,7 @@ names the rule with its file and line.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kbusd.policy import decide as policy
 from kbusd.policy.endpoints import Asked
@@ -24,6 +24,9 @@ from kbusd.workers.replica import (
     Replica,
     unique_name,
 )
+
+if TYPE_CHECKING:
+    from kbusd.workers.name_policies import NamePolicies
 
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 NO_AUTO_START = 0x2
@@ -57,7 +60,7 @@ class Router:
     and what a rule with log="true" allows.
 
     `sight`: what our client sees of the bus, if it came by an endpoint. `looked`: whether the last answer
-    depends on the message's arguments."""
+    depends on the message's arguments. `names`: the policy of kdbus, which must allow it, too."""
 
     def __init__(
         self,
@@ -65,10 +68,12 @@ class Router:
         client_policy: policy.ClientPolicy,
         say: Callable[[str], None],
         bus_label: str = "",
+        names: NamePolicies | None = None,
     ) -> None:
         self.replica = replica
         self.policy = client_policy
         self.bus_label = bus_label
+        self.names = names
         self._say = say
         self._noted = False
         self.sight: Sight | None = None
@@ -236,7 +241,24 @@ class Router:
         self, envelope: Envelope, receiver: int, names: Sequence[str], fds: int
     ) -> str | None:
         """None if our client may send this to the owner of `names`, else why not."""
-        return self._sent(self.policy, envelope, self.replica.me, receiver, names, fds)
+        me = self.replica.me
+        connections = self.replica.connections
+        return self._sent(self.policy, envelope, me, receiver, names, fds) or self._may_talk(
+            envelope, connections.get(me), connections.get(receiver)
+        )
+
+    def _may_talk(
+        self, envelope: Envelope, sender: Connection | None, receiver: Connection | None
+    ) -> str | None:
+        """Of a signal, its receiver must be allowed to talk to its sender, of a call the other way
+        round; a reply was asked for. None is the bus."""
+        if self.names is None or sender is None or receiver is None:
+            return None
+        if envelope.type in (RETURN, ERROR):
+            return None
+        if envelope.type == SIGNAL:
+            return self.names.refusal(receiver, sender)
+        return self.names.refusal(sender, receiver)
 
     def _sent(
         self,
@@ -331,14 +353,18 @@ class Router:
             text = f"an endpoint does not let this through from {sender.name}"
             self._say(text)
             return text
-        refusal = self._sent(
-            self.policy.of(sender.credentials),
-            envelope,
-            sender.id,
-            me,
-            self.replica.policy_names(me),
-            fds,
-        ) or self._received(self.policy, envelope, sender.id, me, fds)
+        refusal = (
+            self._sent(
+                self.policy.of(sender.credentials),
+                envelope,
+                sender.id,
+                me,
+                self.replica.policy_names(me),
+                fds,
+            )
+            or self._received(self.policy, envelope, sender.id, me, fds)
+            or self._may_talk(envelope, sender, self.replica.connections.get(me))
+        )
         if refusal is not None:
             self._say(refusal)
         return refusal

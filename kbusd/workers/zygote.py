@@ -158,7 +158,8 @@ def main() -> None:
     line = Line(socket.socket(fileno=3), entries.ToZygote)
     made = "made" in kinds
     maker = read_all(9) if made else b""
-    context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker)
+    kdbus = "kdbus" in kinds
+    context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker, kdbus)
     for fd in (4, 5, 6, 7, 9) if made else (4, 5, 6, 7):
         os.close(fd)
     for _ in range(REHEARSALS):

@@ -49,7 +49,8 @@ class NotStarted(Exception):
 
 
 class Bus:
-    """A running bus. `pid` is the root of its process tree, `socket` where clients connect."""
+    """A running bus. `pid` is the root of its process tree, `socket` where clients connect, `node`
+    its file in a kdbusfs, if it has one."""
 
     def __init__(self, name: str, directory: Path, kbusd: Sequence[str]) -> None:
         """Raises `NotStarted`. `directory` is for its socket, configuration and log."""
@@ -57,6 +58,7 @@ class Bus:
         self.socket = directory / f"{name}.sock"
         self._log = directory / f"{name}.log"
         self.socket.unlink(missing_ok=True)
+        self.node: Path | None = None
         self._broker: DbusBroker | None = None
         if name == "dbus-broker":
             try:
@@ -68,6 +70,11 @@ class Bus:
             configuration = directory / f"{name}.conf"
             configuration.write_text(_CONFIGURATION.format(socket=self.socket))
             command = ["dbus-daemon"] if name == "dbus-daemon" else list(kbusd)
+            if name == "kbusd" and os.access("/dev/fuse", os.R_OK | os.W_OK) and not os.geteuid():
+                mount = directory / "kdbusfs"
+                mount.mkdir(exist_ok=True)
+                command.append(f"--kdbusfs={mount}")
+                self.node = mount / f"{os.geteuid()}-session" / "bus"
             self._start([*command, f"--config-file={configuration}"])
         self.pid = self._process.pid
 

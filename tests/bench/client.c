@@ -338,8 +338,15 @@ void client_close(struct client *client) {
 void client_request_name(struct client *client, const char *name) {
     struct message reply;
     driver_call(client, "RequestName", name, true, &reply);
-    if (load32(reply.body) != 1)
-        die("RequestName %s returned %u", name, load32(reply.body));
+    uint32_t code = load32(reply.body);
+    while (code == 2) { /* whoever has it was killed just now: the bus need not have noticed yet */
+        client_next(client, &reply);
+        if (reply.type == SIGNAL && reply.member && !strcmp(reply.member, "NameAcquired") &&
+            !strcmp((const char *)reply.body + 4, name))
+            code = 1;
+    }
+    if (code != 1)
+        die("RequestName %s returned %u", name, code);
 }
 
 void client_add_match(struct client *client, const char *rule) {

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 HERE = Path(__file__).parent
-PROGRAMS = ("calls", "fanout", "connects", "idle")
+PROGRAMS = ("calls", "fanout", "connects", "idle", "kdbusfs")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 PROGRAM_SECONDS = 60.0
 SETTLE_SECONDS = 5.0

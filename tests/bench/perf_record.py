@@ -54,7 +54,7 @@ def main() -> None:
             + ["-o", str(options.output)],
         )
         try:
-            results = measure(topology, bus.socket, bus.pid, options.seconds, HERE / "bin")
+            results = measure(topology, bus, options.seconds, HERE / "bin")
         finally:
             recorder.terminate()
             recorder.wait()

@@ -81,6 +81,32 @@ FIGURES = (
     Row("PSS per idle connection, MB", "idle", "pss_mb_each", False, absolute=2.5),
 )
 
+
+class DeviceRow(msgspec.Struct, frozen=True):
+    """The same of kdbusfs: µs (p50), and the ratio to the same over the socket of the same bus."""
+
+    label: str
+    test: str
+    socket: str = ""
+    absolute: float | None = None
+    ratio: float | None = None
+
+
+DEVICE_FIGURES = (
+    DeviceRow("read of a page", "kdbusfs-calls/read", absolute=30),
+    DeviceRow("write", "kdbusfs-calls/write", absolute=30),
+    DeviceRow("ioctl", "kdbusfs-calls/ioctl", absolute=30),
+    DeviceRow(
+        "SEND + poll + RECV + FREE of 64 B",
+        "kdbusfs-message/device",
+        "kdbusfs-message/socket",
+        absolute=200,
+    ),
+    DeviceRow("1 MiB by memfd", "kdbusfs-memfd/memfd", "kdbusfs-memfd/socket", ratio=1.0),
+    DeviceRow("1 MiB by vector", "kdbusfs-memfd/vector", "kdbusfs-memfd/socket"),
+    DeviceRow("one SEND to 64", "kdbusfs-fanout-64/device", "kdbusfs-fanout-64/socket"),
+)
+
 # What the plot shows: a label, the test, the metric, and whether more is better.
 PLOTTED = (
     ("round trip", "round-trip", "p50_us", False),
@@ -163,16 +189,20 @@ def _align(rows: Iterable[list[str]], left: int = 1) -> str:
     )
 
 
-def _judged(row: Row, figure: Spread | None, target: float | None) -> list[str]:
+def _judged(at_least: bool, figure: Spread | None, target: float | None) -> list[str]:
     """Cells: the figure with its spread, the target, and whether it is reached."""
-    if target is None:
-        return ["", "", ""]
-    wanted = f"{'≥' if row.at_least else '≤'} {target:g}"
-    if figure is None:
-        return ["–", wanted, "not measured"]
-    reached = figure.median >= target if row.at_least else figure.median <= target
-    shown = f"{_number(figure.median)} ({_number(figure.least)}–{_number(figure.greatest)})"
-    return [shown, wanted, "pass" if reached else "MISS"]
+    shown, wanted, verdict = "", "", ""
+    if figure is not None:
+        shown = f"{_number(figure.median)} ({_number(figure.least)}–{_number(figure.greatest)})"
+    if target is not None:
+        wanted = f"{'≥' if at_least else '≤'} {target:g}"
+        verdict = "not measured"
+        if figure is None:
+            shown = "–"
+        else:
+            reached = figure.median >= target if at_least else figure.median <= target
+            verdict = "pass" if reached else "MISS"
+    return [shown, wanted, verdict]
 
 
 def missed(recording: Recording) -> list[str]:
@@ -187,9 +217,16 @@ def missed(recording: Recording) -> list[str]:
                 if peer
                 else value(recording, OURS, row.test, row.metric)
             )
-            if figure is not None and _judged(row, figure, target)[2] == "MISS":
+            if _judged(row.at_least, figure, target)[2] == "MISS":
                 against = f" against {peer}" if peer else ""
                 lines.append(f"{row.label}{against}: {_number(figure.median)}, wanted {target:g}")
+    for each in DEVICE_FIGURES:
+        own, over = _device_figures(recording, each)
+        for found, target, what in ((own, each.absolute, "µs"), (over, each.ratio, "× the socket")):
+            if found is not None and _judged(False, found, target)[2] == "MISS":
+                lines.append(
+                    f"kdbusfs, {each.label}: {_number(found.median)} {what}, wanted {target:g}"
+                )
     return lines
 
 
@@ -200,13 +237,33 @@ def figures_table(recording: Recording) -> str:
     for row in FIGURES:
         if row.absolute is not None:
             own = value(recording, OURS, row.test, row.metric)
-            absolutes.append([row.label, *_judged(row, own, row.absolute)])
+            absolutes.append([row.label, *_judged(row.at_least, own, row.absolute)])
             continue
         cells = [row.label]
         for peer, target in ((DAEMON, row.daemon), (BROKER, row.broker)):
-            cells += _judged(row, ratio(recording, OURS, peer, row.test, row.metric), target)
+            figure = ratio(recording, OURS, peer, row.test, row.metric) if target else None
+            cells += _judged(row.at_least, figure, target)
         ratios.append(cells)
     return f"{_align(ratios)}\n\n{_align(absolutes)}"
+
+
+def device_table(recording: Recording) -> str:
+    """kdbusfs by itself, and over the socket of the same bus; "" if there was none."""
+    table = [["kdbusfs", "p50 µs", "target", "", "over the socket", "target", ""]]
+    for row in DEVICE_FIGURES:
+        own, over = _device_figures(recording, row)
+        if own is not None:
+            table.append(
+                [row.label, *_judged(False, own, row.absolute), *_judged(False, over, row.ratio)]
+            )
+    return _align(table) if len(table) > 1 else ""
+
+
+def _device_figures(recording: Recording, row: DeviceRow) -> tuple[Spread | None, Spread | None]:
+    """Microseconds, and the ratio."""
+    ours = _by_round(recording, OURS, row.test, "p50_us")
+    plain = _by_round(recording, OURS, row.socket, "p50_us")
+    return _spread(list(ours.values())), _spread([ours[n] / plain[n] for n in ours if n in plain])
 
 
 _SHOWN = (
@@ -262,6 +319,8 @@ def text(recording: Recording) -> str:
         medians_table(recording),
         figures_table(recording) if OURS in buses(recording) else "kbusd was not measured.",
     ]
+    if devices := device_table(recording):
+        parts.append(devices)
     if broken := failures(recording):
         parts.append("FAILED:\n" + "\n".join(broken))
     return "\n\n".join(parts) + "\n"

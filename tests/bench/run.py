@@ -126,7 +126,8 @@ class Runner:
                     self._running[name] = bus
             for topology in self._options.topologies:
                 for name in order:
-                    if name in self._running:
+                    bus = self._running.get(name)
+                    if bus is not None and (bus.node or not topology.device):
                         self._measure(number, topology, name)
                 print(".", end="", flush=True)
         finally:
@@ -137,7 +138,7 @@ class Runner:
     def _measure(self, number: int, topology: Topology, name: str) -> None:
         bus = self._running[name]
         try:
-            results = measure(topology, bus.socket, bus.pid, self._options.seconds, HERE / "bin")
+            results = measure(topology, bus, self._options.seconds, HERE / "bin")
         except Failed as error:
             what = f"{error}" if bus.alive() else f"{error}; the bus is dead"
             print(f"\nFAILED: {topology.name} on {name}: {what}\n{bus.log_tail()}", flush=True)

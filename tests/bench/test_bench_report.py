@@ -112,3 +112,26 @@ def test_cpu_of_a_process_that_came_and_went_is_counted_by_its_parent() -> None:
     before = {1: CpuTime(1_000_000_000, 0), 2: CpuTime(5_000_000_000, 0)}
     after = {1: CpuTime(1_500_000_000, 30_000_000), 3: CpuTime(200_000_000, 0)}
     assert cpu_used(before, after) == pytest.approx(0.73)
+
+
+def test_kdbusfs_is_judged_by_itself_and_against_the_socket_of_its_bus() -> None:
+    samples = [
+        report.Sample("kbusd", test, 0, {"p50_us": figure})
+        for test, figure in (
+            ("kdbusfs-calls/ioctl", 31.0),
+            ("kdbusfs-message/device", 150.0),
+            ("kdbusfs-message/socket", 15.0),
+            ("kdbusfs-memfd/memfd", 900.0),
+            ("kdbusfs-memfd/socket", 1000.0),
+        )
+    ]
+    recording = report.Recording(1, "", {}, {}, {}, samples)
+    table = report.device_table(recording)
+    assert line_of(table, "ioctl") == "ioctl 31.0 (31.0–31.0) ≤ 30 MISS"
+    assert line_of(table, "SEND").endswith("150 (150–150) ≤ 200 pass 10.0 (10.0–10.0)")
+    assert line_of(table, "1 MiB by memfd").endswith("0.900 (0.900–0.900) ≤ 1 pass")
+    assert report.missed(recording) == ["kdbusfs, ioctl: 31.0 µs, wanted 30"]
+
+
+def test_a_recording_without_kdbusfs_says_nothing_of_it(recorded: report.Recording) -> None:
+    assert report.device_table(recorded) == ""

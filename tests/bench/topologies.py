@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
+from buses import Bus
 from measure import Metrics, held_on_one_core, run_program
 
 MESSAGE_BYTES = 200
@@ -25,7 +26,8 @@ IDLE_CONNECTIONS = 200
 
 
 class Topology(msgspec.Struct, frozen=True):
-    """`arguments` follow the socket's path; "SECONDS" in them stands for the time to measure.
+    """`arguments` follow the socket's path; "SECONDS" in them stands for the time to measure. With
+    `device`, the path of the bus's node comes before them, and it is only for a bus that has one.
 
     With `one_core`, the bus and the clients are held on one core: without the scheduler's choice,
     which moves a round trip by a factor of three, what is left is the work itself.
@@ -35,10 +37,15 @@ class Topology(msgspec.Struct, frozen=True):
     program: str
     arguments: tuple[object, ...]
     one_core: bool = False
+    device: bool = False
 
 
 def _calls(name: str, pairs: int, window: int, size: int, signature: str) -> Topology:
     return Topology(name, "calls", (pairs, window, size, signature, "SECONDS"))
+
+
+def _device(name: str, what: str, count: int, size: int) -> Topology:
+    return Topology(name, "kdbusfs", (what, count, size, "SECONDS"), device=True)
 
 
 TOPOLOGIES = (
@@ -55,11 +62,15 @@ TOPOLOGIES = (
     ),
     *(_calls(f"payload-{name}", 1, 1, size, "ay") for name, size in PAYLOADS.items()),
     Topology("connect", "connects", (40, 10, 200)),
+    _device("kdbusfs-calls", "calls", 1, 64),
+    _device("kdbusfs-message", "message", 1, 64),
+    _device("kdbusfs-memfd", "memfd", 1, 1 << 20),
+    _device("kdbusfs-fanout-64", "message", 64, MESSAGE_BYTES),
 )
 
 
 def measure(
-    topology: Topology, socket: Path, daemon: int, seconds: float, bin_directory: Path
+    topology: Topology, bus: Bus, seconds: float, bin_directory: Path
 ) -> dict[str, Metrics]:
     """Runs it once. Returns metrics by "topology" or, with several phases, "topology/phase".
 
@@ -67,9 +78,10 @@ def measure(
     """
     arguments = [seconds if value == "SECONDS" else value for value in topology.arguments]
     memory = topology.program == "idle"
-    with held_on_one_core(daemon) if topology.one_core else nullcontext():
+    paths = [bus.socket, bus.node] if topology.device else [bus.socket]
+    with held_on_one_core(bus.pid) if topology.one_core else nullcontext():
         phases = run_program(
-            bin_directory, topology.program, [socket, *arguments], daemon, memory=memory
+            bin_directory, topology.program, [*paths, *arguments], bus.pid, memory=memory
         )
     results: dict[str, Metrics] = {}
     for phase, metrics in phases.items():

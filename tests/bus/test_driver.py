@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -96,6 +98,72 @@ def test_who_a_client_is(bus: Bus) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its groups")
+def pidfds() -> bool:
+    """Whether the kernel tells sockets the process at their other end by a descriptor (since 6.5)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        try:
+            os.close(ours.getsockopt(socket.SOL_SOCKET, 77))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.skipif(not pidfds(), reason="needs SO_PEERPIDFD")
+def test_the_process_of_a_client_by_descriptor(bus: Bus) -> None:
+    """As newer versions of dbus-daemon and dbus-broker have it, for those who take descriptors."""
+    asker, without = bus.connect(), bus.connect(fds=False)
+    pid = os.fork()
+    if pid == 0:
+        other = RawClient(bus.address)
+        other.request_name("test.driver.Process")
+        signal.pause()
+        os._exit(0)
+    procs.eventually(
+        lambda: asker.driver("NameHasOwner", "s", ("test.driver.Process",))[0], "it has its name"
+    )
+    where = DRIVER, DRIVER_PATH, DRIVER, "GetConnectionCredentials", "s", ("test.driver.Process",)
+    reply = asker.call(*where)
+    (fd,) = reply.fds
+    assert reply.args[0]["ProcessFD"] == ("h", 0)
+    assert reply.args[0]["ProcessID"] == ("u", pid)
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        assert re.search(rf"^Pid:\s+{pid}$", info.read(), re.M)
+    assert "ProcessFD" not in without.call(*where).args[0]
+    assert "ProcessFD" not in asker.driver("GetConnectionCredentials", "s", (DRIVER,))[0]
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert select.select([fd], [], [], 5)[0], "the descriptor is that process's"
+    os.close(fd)
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.skipif(not pidfds(), reason="needs SO_PEERPIDFD")
+def test_process_descriptors_are_not_kept(bus: Bus) -> None:
+    """Neither by a client's worker nor, once the client has gone, by the broker."""
+    asker = bus.connect()
+    broker = next(process for process in bus.tree() if process.comm.startswith("kbusd-broker"))
+
+    def held() -> list[int]:
+        """How many each has of processes; what else the broker has varies with the spare workers."""
+        each = [procs.descriptors(pid) for pid in (bus.worker_of(asker).pid, broker.pid)]
+        return [sum("pidfd" in link for link in links) for links in each]
+
+    def ask(name: str) -> None:
+        where = DRIVER, DRIVER_PATH, DRIVER, "GetConnectionCredentials", "s", (name,)
+        for fd in asker.call(*where).fds:
+            os.close(fd)
+
+    ask(asker.name)
+    assert held() == [0, 2]  # of the asker and of the fixture's own client
+    for _ in range(10):
+        client = RawClient(bus.address)
+        ask(client.name)
+        client.close()
+    procs.eventually(lambda: held() == [0, 2], "all are closed")
+
+
 def test_supplementary_groups(bus: Bus) -> None:
     before = os.getgroups()
     os.setgroups([2001, 2003])

@@ -164,6 +164,10 @@ def test_a_name_that_may_be_seen(place: Place) -> None:
     assert ask(app, "NameHasOwner", "t.See.It") == [True]
     assert ask(app, "GetNameOwner", "t.See.It") == [see.name]
     assert ask(app, "GetConnectionUnixUser", see.name) == [os.geteuid()]
+    reply = app.call(DRIVER, DRIVER_PATH, DRIVER, "GetConnectionCredentials", "s", (see.name,))
+    assert reply.args[0]["UnixUserID"] == ("u", os.geteuid())
+    for fd in reply.fds:
+        os.close(fd)
     for to in ("t.See.It", see.name):
         assert refusal(app, to, "/", "a.b", "C")[0] == "AccessDenied"
     assert nothing_came(see)
@@ -174,6 +178,10 @@ def test_others_know_who_is_behind_an_endpoint(place: Place) -> None:
     (told,) = ask(other, "GetConnectionCredentials", app.name)
     assert told["org.kbusd.Endpoint"] == ("s", "app")
     assert "org.kbusd.Endpoint" not in ask(other, "GetConnectionCredentials", other.name)[0]
+    (numbers,) = other.driver(
+        "GetConnectionStats", "s", (app.name,), interface=f"{DRIVER}.Debug.Stats"
+    )
+    assert numbers["UniqueName"] == ("s", app.name)
 
 
 def test_owner_changes_are_told_as_far_as_they_may_be_seen(place: Place) -> None:
@@ -420,6 +428,7 @@ def test_names_that_may_be_owned(place: Place) -> None:
     [
         (DRIVER, "UpdateActivationEnvironment", "a{ss}", ({"A": "b"},)),
         (DRIVER, "ReloadConfig", "", ()),
+        (DRIVER, "AddMatch", "s", ("eavesdrop='true'",)),
         (f"{DRIVER}.Monitoring", "BecomeMonitor", "asu", ([], 0)),
         (f"{DRIVER}.Debug.Stats", "GetStats", "", ()),
         (f"{DRIVER}.Debug.Stats", "GetAllMatchRules", "", ()),

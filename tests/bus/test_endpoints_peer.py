@@ -246,6 +246,7 @@ def test_names_are_owned(sides: tuple[Side, Side]) -> None:
     [
         (DRIVER, "UpdateActivationEnvironment", "a{ss}", ({"A": "b"},)),
         (DRIVER, "ReloadConfig", "", ()),
+        (DRIVER, "AddMatch", "s", ("eavesdrop='true'",)),
         (DRIVER, "NoSuchMethod", "", ()),
         (f"{DRIVER}.Monitoring", "BecomeMonitor", "asu", ([], 0)),
         (f"{DRIVER}.Debug.Stats", "GetStats", "", ()),

@@ -40,7 +40,7 @@ def test_every_process_is_confined_and_none_is_the_host_s_root(box: Inside) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     found = [row["process"] for row in json.loads(done.stdout)]
     roles = {each["role"] for each in found}
-    assert roles == {"supervisor", "launcher", "broker", "zygote", "worker"}
+    assert roles >= {"supervisor", "launcher", "broker", "zygote", "worker"}
     for each in found:
         if each["role"] not in ("supervisor", "launcher"):
             assert each["seccomp"] == 2 and each["no_new_privileges"], each

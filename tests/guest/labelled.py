@@ -13,6 +13,7 @@ privilege but for reading Debian's compiled policy modules, which only root may;
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -21,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .machine import HERE, REPOSITORY, Machine, Unbootable
@@ -46,7 +48,6 @@ def machine(job: str, files: dict[str, str], strict: bool = False) -> Machine:
     for tool in TOOLS:
         if not shutil.which(tool, path=_path()):
             raise Unbootable(f"there is no {tool}; as root: make check installs what it needs")
-    KEPT.mkdir(parents=True, exist_ok=True)
     disk, store = _disk(), policy(strict)
     _run(sys.executable, "-m", "compileall", "-q", str(REPOSITORY / "kbusd"))
     words = (REPOSITORY, sysconfig.get_path("platlib"), store)
@@ -63,8 +64,8 @@ def policy(strict: bool = False) -> Path:
     key = _key([versions, *(each.read_text() for each in (*sources, Path(__file__)))])
     kind = STRICT if strict else KIND
     place = KEPT / f"{kind}-policy-{key}"
-    if not place.exists():
-        with _making(f"{kind}-policy-", place) as new:
+    with _making(f"{kind}-policy-", place) as new:
+        if new:
             _run("cp", *map(str, sources), str(new))
             _run("make", "-sC", str(new), "strict" if strict else "all")
             root = new / "root"
@@ -98,8 +99,8 @@ def _disk() -> Path:
     wanted = _closure(PACKAGES)
     key = _key([_versions(wanted), Path(__file__).read_text()])
     place = KEPT / f"disk-{key}"
-    if not place.exists():
-        with _making("disk-", place) as new:
+    with _making("disk-", place) as new:
+        if new:
             _make_disk(new, wanted)
     return place / "disk"
 
@@ -193,23 +194,24 @@ def _key(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-class _making:
-    """A new directory that becomes `place` if all goes well; older ones with that prefix go."""
-
-    def __init__(self, prefix: str, place: Path) -> None:
-        self.prefix, self.place = prefix, place
-
-    def __enter__(self) -> Path:
-        self.new = Path(tempfile.mkdtemp(dir=KEPT, prefix="new-"))
-        return self.new
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            for old in KEPT.glob(f"{self.prefix}*"):
+@contextmanager
+def _making(prefix: str, place: Path) -> Iterator[Path | None]:
+    """None if `place` is there; else a new directory that becomes it if all goes well, when older ones
+    with that prefix go. One at a time, whoever else runs tests in this tree."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.exists():
+            yield None
+            return
+        new = Path(tempfile.mkdtemp(dir=KEPT, prefix="new-"))
+        try:
+            yield new
+            for old in KEPT.glob(f"{prefix}*"):
                 shutil.rmtree(old)
-            self.new.rename(self.place)
-        else:
-            shutil.rmtree(self.new)
+            new.rename(place)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _path() -> str:
@@ -232,6 +234,5 @@ def _run(*command: str, text: str = "") -> str:
 
 
 if __name__ == "__main__":
-    KEPT.mkdir(parents=True, exist_ok=True)
     for name, strict in RULES.items():
         (SOURCES / name).write_text(rules(strict))

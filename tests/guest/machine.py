@@ -82,7 +82,11 @@ class Machine:
             f"init={HERE / 'init.sh'}",
             f"KBUSD_GUEST={self.directory}",
             *(f"uml_dir={self.directory}", "umid=uml"),
-            *([f"ubd0={self.directory}/changes,{image}", "KBUSD_IMAGE=1"] if image else []),
+            *(
+                [f"ubd0={self.directory}/changes,{image}", "KBUSD_IMAGE=1", "log_buf_len=1M"]
+                if image
+                else []
+            ),
             *("con=null", "con0=fd:0,fd:1" if terminal else "con0=null,fd:1"),
             f"loglevel={4 if terminal else 7}",
         ]

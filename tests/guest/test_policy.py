@@ -13,11 +13,6 @@ from . import labelled
 GRANTING = {"create", "open", "execute", "connectto", "bind", "transition", "ptrace", "relabelto"}
 
 
-@pytest.fixture(autouse=True)
-def _place() -> None:
-    labelled.KEPT.mkdir(parents=True, exist_ok=True)
-
-
 @pytest.mark.parametrize(
     "name", ["worker.rules", pytest.param("worker-strict.rules", marks=pytest.mark.slow)]
 )

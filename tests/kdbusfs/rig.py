@@ -89,8 +89,14 @@ class Player:
         while not self.line.flush():
             assert select.select([], [self.line], [], SECONDS)[1], "nobody listens"
 
-    def answer(self, unique: int, result: int = 0, data: bytes = b"") -> None:
-        self.say(entries.Answered(replies.ioctl(unique, result, data)))
+    def answer(
+        self,
+        unique: int,
+        result: int = 0,
+        data: bytes = b"",
+        pushed: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        self.say(entries.Answered(replies.ioctl(unique, result, data), pushed))
 
     def serve_ioctl(self, result: int = 0) -> requests.Ioctl:
         """Answer the next request, an ioctl without data."""
@@ -125,11 +131,11 @@ class Rig:
         self.child = Child(self._use)
         # What is needed of the supervisor.
         self.settings = SimpleNamespace(limits={"max_connections_per_user": self.limit})
-        self.clients = Clients()
+        self.openers = Clients()
         self.journal: Any = SimpleNamespace(warn=self.warnings.append)
         self.players: dict[int, Player] = {}
         self.devices = Devices(self)
-        self.devices.queues = {NODE.bus: self.clients}
+        self.devices.queues = {NODE.bus: self.openers}
         atexit.register(self.tidy)
         if self.cuse:
             self.nodes = Nodes(self.devices, "rig", (NODE,))
@@ -176,7 +182,7 @@ class Rig:
         work(player.supervisors, credentials)
 
     def wanted(self) -> tuple[Player, Callable[..., None], entries.Credentials]:
-        while (turn := self.clients.next(lambda _: True)) is None:
+        while (turn := self.openers.next(lambda _: True)) is None:
             self.attend()
         credentials, work = turn
         assert not isinstance(work, socket.socket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -10,6 +11,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -96,7 +98,7 @@ def test_a_tree_with_one_file() -> None:
         "changed": 0o100640,
     }
     assert told["made"] and told["removed"]
-    assert not rig.killed and not rig.warnings and not os.path.exists(rig.path)
+    assert (rig.killed, rig.warnings, os.path.exists(rig.path)) == ([], [], False)
 
 
 WRONG = ["1-test", "0-test/\udcff\x01", "x" * 4095, f"{BUS}/x"]
@@ -307,10 +309,8 @@ def test_the_pool_is_what_the_client_maps_and_reads() -> None:
     for text, pushed in [(b"ABCDEF", False), (b"ghijkl", True), (b"GHIJKL", False)]:
         unique, _ = player.asked(requests.Ioctl)
         os.pwrite(pool, text, PAGE - 3)
-        if pushed:
-            player.say(entries.Push(PAGE - 3, 6))
-            player.say(entries.Push(0, 1 << 60))  # to the end and no further
-        player.answer(unique)
+        # To the end and no further.
+        player.answer(unique, pushed=((PAGE - 3, 6), (0, 1 << 60)) if pushed else ())
     assert player.ends()
     assert rig.end() == ["abcdef", "abcdef", "ghijkl", False, "GHIJKL"]
 
@@ -343,9 +343,7 @@ def test_pushing_what_is_being_read_never_gets_stuck() -> None:
     player.say(entries.Pool(), memfd.make("pool", 8 * PAGE))
     player.serve_ioctl()
     unique, _ = player.asked(requests.Ioctl)
-    for turn in range(1500):
-        player.say(entries.Push(turn % 8 * PAGE, PAGE))
-    player.answer(unique)
+    player.answer(unique, pushed=tuple((turn % 8 * PAGE, PAGE) for turn in range(1500)))
     assert rig.end() is True
 
 
@@ -380,7 +378,7 @@ def test_a_message_out_of_the_clients_own_pool() -> None:
     copied = 0
     while copied < 80:
         match player.receive()[0]:
-            case entries.Asked(raw):
+            case entries.Asked(raw, _):
                 request = requests.decode(raw)
                 assert isinstance(request.body, requests.Ioctl)
                 unique, data = request.header.unique, request.body.data
@@ -412,6 +410,169 @@ def test_who_polls_is_woken() -> None:
     unique, _ = player.asked(requests.Poll)
     player.say(entries.Answered(replies.poll(unique, select.POLLIN)))
     assert rig.end() == [[], [select.POLLIN]]
+
+
+@everywhere(NATIVE)
+def test_memory_that_a_worker_has_guessed_comes_along() -> None:
+    def client(path: str) -> Any:
+        near = array("B", b"what is near")
+        ends = [end for _, end in maps("")]
+        hole = next(end for end in ends if all(start != end for start, _ in maps("")))
+        told = array("Q", [address(near), hole])
+        with opened(path) as fd:
+            fcntl.ioctl(fd, command(5, 16), told)
+            for _ in range(2):
+                fcntl.ioctl(fd, command(6, 16), told)
+            fcntl.ioctl(fd, PLAIN)
+        return True
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, body = player.asked(requests.Ioctl)
+    near, hole = array("Q", body.data)
+    number = command(6, 16)
+    player.say(entries.Ahead(number, 16, ((near, 4), (near + 5, 7))))
+    player.answer(unique, 0, body.data)
+
+    asked = player.hear(entries.Asked)
+    request = requests.decode(asked.request)
+    assert isinstance(request.body, requests.Ioctl)
+    argument = request.body.argument
+    assert asked.ahead == ((argument, body.data), (near, b"what"), (near + 5, b"is near"))
+    # What is not there does not come, nor what is behind it; the next guess is instead of the last.
+    player.say(entries.Ahead(number, 0, ((near, 4), (hole, 8), (near, 4))))
+    player.answer(request.header.unique, 0, body.data)
+    asked = player.hear(entries.Asked)
+    assert asked.ahead == ((near, b"what"),)
+    player.answer(requests.decode(asked.request).header.unique, 0, body.data)
+
+    asked = player.hear(entries.Asked)  # another command
+    assert asked.ahead == ()
+    player.answer(requests.decode(asked.request).header.unique)
+    assert rig.end() is True
+
+
+@everywhere(NATIVE)
+def test_guessed_memory_may_be_the_clients_own_pool() -> None:
+    """To look there, we must answer a read of our own file meanwhile."""
+
+    def client(path: str) -> Any:
+        with opened(path) as fd, mmap.mmap(fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ):
+            fcntl.ioctl(fd, command(5, 8), array("Q", [maps(BUS)[0][0]]))
+            for _ in range(20):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                fcntl.ioctl(fd, PLAIN)
+        return True
+
+    rig = Rig(client)
+    player = rig.hire()
+    pool = memfd.make("pool", PAGE)
+    os.pwrite(pool, b"pool", 0)
+    player.say(entries.Pool(), pool)
+    unique, body = player.asked(requests.Ioctl)
+    at = array("Q", body.data)[0]
+    player.say(entries.Ahead(PLAIN, 0, ((at, 4),)))
+    player.answer(unique, 0, body.data)
+    for _ in range(20):
+        asked = player.hear(entries.Asked)
+        assert asked.ahead == ((at, b"pool"),)
+        player.answer(requests.decode(asked.request).header.unique)
+    assert rig.end() is True
+
+
+class Unanswered:
+    """A page of memory that is not there until `answer`, for whoever touches it (userfaultfd(2))."""
+
+    _API = struct.Struct("=3Q")
+    _REGISTER = struct.Struct("=4Q")
+
+    def __init__(self) -> None:
+        self.page = mmap.mmap(-1, PAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.page))
+        self.fd = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)
+        assert self.fd >= 0
+        fcntl.ioctl(self.fd, 0xC018AA3F, self._API.pack(0xAA, 0, 0))
+        fcntl.ioctl(self.fd, 0xC020AA00, self._REGISTER.pack(self.address, PAGE, 1, 0))
+
+    def answer(self) -> None:
+        """It is there, and full of zeros."""
+        fcntl.ioctl(self.fd, 0xC020AA04, self._REGISTER.pack(self.address, PAGE, 0, 0))
+
+
+@everywhere(NATIVE[:1])
+def test_while_guessed_memory_does_not_come_others_are_served_and_no_interrupt_is_lost() -> None:
+    def client(path: str) -> Any:
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        memory = Unanswered()
+        with opened(path) as fd, opened(path) as other:
+            fcntl.ioctl(fd, command(5, 8), array("Q", [memory.address]))
+            told = []
+
+            def meanwhile() -> None:
+                told.append(fcntl.ioctl(other, PLAIN))  # once the first is stuck
+                memory.answer()
+
+            thread = threading.Thread(target=meanwhile)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            thread.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+            thread.join()
+            return told
+
+    rig = Rig(client)
+    one, two = rig.hire(), rig.hire()
+    unique, body = one.asked(requests.Ioctl)
+    at = array("Q", body.data)[0]
+    one.say(entries.Ahead(PLAIN, 0, ((at, 4),)))
+    one.answer(unique, 0, body.data)
+    others, _ = two.asked(requests.Ioctl)
+    deadline = time.monotonic() + SECONDS
+    while not any(rig.mount.copying.values()):  # it is interrupted, but not passed on
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    two.answer(others, 7)
+    asked = one.hear(entries.Asked)
+    assert asked.ahead == ((at, bytes(4)),)
+    _, interrupt = one.asked(requests.Interrupt)
+    stuck = requests.decode(asked.request).header.unique
+    assert interrupt.unique == stuck
+    one.answer(stuck, -abi.ERESTARTSYS)
+    assert rig.end() == [7, "EINTR"]
+
+
+@everywhere(NATIVE)
+def test_who_polls_what_can_be_read_is_answered_without_the_worker() -> None:
+    def client(path: str) -> Any:
+        def events(fd: int) -> list[int]:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN | select.POLLOUT)
+            return [events for _, events in poll.poll(0)]
+
+        with opened(path) as fd:
+            told: list[Any] = []
+            for _ in range(3):
+                told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+                told.append(events(fd))
+            return told
+
+    rig = Rig(client)
+    player = rig.hire()
+    pool = memfd.make("pool", 2 * PAGE)
+    player.say(entries.Pool(PAGE), os.dup(pool))
+    both = select.POLLIN | select.POLLOUT
+    for events in (both, select.POLLOUT):
+        unique, _ = player.asked(requests.Ioctl)
+        os.pwrite(pool, events.to_bytes(4, "little"), PAGE)
+        player.answer(unique)
+    unique, _ = player.asked(requests.Poll)
+    player.say(entries.Answered(replies.poll(unique, select.POLLIN)))
+    unique, _ = player.asked(requests.Ioctl)
+    os.pwrite(pool, both.to_bytes(4, "little"), PAGE)
+    player.die()
+    both, dead = select.POLLIN | select.POLLOUT, select.POLLERR
+    assert rig.end() == ["", [both], "", [select.POLLIN], "ECONNRESET", [dead]]
 
 
 @everywhere(NATIVE)
@@ -585,7 +746,11 @@ MISCHIEF = [
     _say(lambda mine, others: entries.Take(others, (0,))),
     _say(lambda mine, others: entries.AskFacts(others)),
     _say(lambda mine, others: entries.Opened(mine, "0-test", "bus", 2, 0)),
-    _say(lambda mine, others: entries.Push(0, 1)),
+    _say(lambda mine, others: entries.Answered(replies.ioctl(mine, 0), ((0, 1),))),
+    _say(lambda mine, others: entries.Ahead(1, -1, ())),
+    _say(lambda mine, others: entries.Ahead(1, 8 << 10, ((0, 1),))),
+    _say(lambda mine, others: entries.Ahead(1, 0, ((0, 1),) * 9)),
+    _with_descriptor(lambda mine, others: entries.Ahead(1, 8, ())),
     _with_descriptor(lambda mine, others: entries.Pool()),
     _with_descriptor(lambda mine, others: entries.Nudge()),
     lambda bad, mine, others: bad.line.sock.send(b"\xc1"),

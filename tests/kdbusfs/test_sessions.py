@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +30,7 @@ pytestmark = [] if os.geteuid() == 0 else [pytest.mark.guest]
 LISTED = abi.LIST_NAMES | abi.LIST_QUEUED | abi.LIST_ACTIVATORS
 PRIMARY, IN_QUEUE = abi.NAME_PRIMARY, abi.NAME_IN_QUEUE
 NAME = "com.example.Name"
-CLONE_NEWPID = 0x20000000
+CLONE_NEWPID, CLONE_NEWUSER = 0x20000000, 0x10000000
 
 
 @pytest.fixture(scope="module")
@@ -373,15 +376,111 @@ def test_the_privileged_may_pretend(bus: KdbusBus) -> None:
         assert abi.ITEM_EXE not in found and abi.ITEM_AUXGROUPS not in found
 
 
-def test_one_in_another_pid_namespace_learns_no_pids(bus: KdbusBus) -> None:
-    a = bus.kdbus()
+def test_capabilities_cgroup_and_audit_are_the_kernels_word(bus: KdbusBus) -> None:
+    a, b = bus.kdbus(send=abi.ATTACH_ALL), bus.kdbus(recv=abi.ATTACH_ALL)
+    a.send(b.id, b"x")
+    told = {item.type: item.data for item in b.recv().items}
+    for found in (told, b.info(a.id)):
+        words = struct.unpack(f"={len(found[abi.ITEM_CAPS]) // 4}I", found[abi.ITEM_CAPS])
+        assert words[0] == int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+        status = Path("/proc/self/status").read_text()
+        caps = [int(each.split()[1], 16) for each in status.splitlines() if each[:3] == "Cap"][:4]
+        assert [words[n] | words[n + 1] << 32 for n in (1, 3, 5, 7)] == caps
+        cgroup = found[abi.ITEM_CGROUP].removesuffix(b"\0").decode()
+        assert f":{cgroup}\n" in Path("/proc/self/cgroup").read_text()
+        session, login = layout.AUDIT.unpack(found[abi.ITEM_AUDIT])
+        assert session == int(Path("/proc/self/sessionid").read_text())
+        assert login == int(Path("/proc/self/loginuid").read_text())
+    modest = bus.kdbus()
+    assert not {abi.ITEM_CAPS, abi.ITEM_CGROUP, abi.ITEM_AUDIT} & set(b.info(modest.id))
+
+
+def test_a_message_tells_of_the_thread_that_sends_it(bus: KdbusBus) -> None:
+    a, b = bus.kdbus(send=abi.ATTACH_ALL), bus.kdbus(recv=abi.ATTACH_ALL)
+    tids: list[int] = []
+
+    def send() -> None:
+        Path("/proc/thread-self/comm").write_text("another")
+        tids.append(threading.get_native_id())
+        a.send(b.id, b"x")
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    thread.join()
+    a.send(b.id, b"x")
+    own = Path("/proc/self/comm").read_text().strip()
+    for tid, comm in ((tids[0], "another"), (os.getpid(), own)):
+        told = {item.type: item.data for item in b.recv().items}
+        assert layout.PIDS.unpack(told[abi.ITEM_PIDS])[:2] == (os.getpid(), tid)
+        assert told[abi.ITEM_TID_COMM] == comm.encode() + b"\0"
+
+
+def in_namespace(flags: int, do: Callable[[], None], maps: str = "") -> None:
+    """Do it in a process of its own, the first in new namespaces."""
+    ready, go = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        assert LIBC.unshare(CLONE_NEWPID) == 0
-        inner = os.fork()  # the first in the new namespace
-        if inner == 0:
-            pids = bus.kdbus().info(a.id)[abi.ITEM_PIDS]
-            os._exit(layout.PIDS.unpack(pids) != (0, 0, 0))
-        os._exit(os.waitpid(inner, 0)[1] != 0)
+        try:
+            assert LIBC.unshare(flags) == 0
+            os.write(ready[1], b"!")
+            os.read(go[0], 1)
+            inner = os.fork()
+            if inner == 0:
+                do()
+                os._exit(0)
+            os._exit(os.waitpid(inner, 0)[1] != 0)
+        except BaseException as error:  # noqa: BLE001  (it would run the rest of the tests)
+            print(f"in the child: {error!r}", flush=True)
+            os._exit(1)
+    os.read(ready[0], 1)
+    for name in ("uid_map", "gid_map") if maps else ():
+        Path(f"/proc/{child}/{name}").write_text(maps)
+    os.write(go[1], b"!")
+    for fd in (*ready, *go):
+        os.close(fd)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_ids_are_told_as_the_receivers_namespace_has_them(bus: KdbusBus) -> None:
+    root, nobody = bus.kdbus(), bus.kdbus()
+    os.seteuid(65534)
+    try:
+        other = bus.kdbus()
+    finally:
+        os.seteuid(0)
+    root.acquire(NAME)
+
+    def inside() -> None:
+        client = bus.kdbus()
+        for id, uid in ((root.id, 7), (other.id, 65534)):
+            creds = layout.CREDS.unpack(client.info(id)[abi.ITEM_CREDS])
+            assert creds[3] == uid, creds
+        # And so are those of policy.
+        made = {"flags": abi.HELLO_POLICY_HOLDER}
+        bus.kdbus(**made, chain=brought("com.example.In", (USER, OWN, 7)))  # type: ignore[arg-type]
+        again = brought("com.example.Out", (USER, OWN, 0))
+        assert fails(lambda: bus.kdbus(**made, chain=again)) == "EINVAL"  # type: ignore[arg-type]
+        pretend = items.build(abi.ITEM_CREDS, layout.CREDS.pack(*[7] * 8))
+        fake = bus.kdbus(send=abi.ATTACH_ALL, chain=(pretend,))
+        fake.send(root.id, b"of 7")
+        pretend = items.build(abi.ITEM_CREDS, layout.CREDS.pack(*[0] * 8))
+        assert fails(lambda: bus.kdbus(chain=(pretend,))) == "EINVAL"
+
+    root.update(items.build(abi.ITEM_ATTACH_FLAGS_RECV, layout.U64.pack(abi.ATTACH_ALL)))
+    in_namespace(CLONE_NEWUSER, inside, "7 0 1\n")
+    told = {item.type: item.data for item in root.recv().items}
+    assert layout.CREDS.unpack(told[abi.ITEM_CREDS]) == (0,) * 8
+    assert layout.CREDS.unpack(nobody.info(root.id)[abi.ITEM_CREDS])[0] == 0
+
+
+def test_one_in_another_pid_namespace_learns_pids_of_that_alone(bus: KdbusBus) -> None:
+    a = bus.kdbus()
+
+    def inside() -> None:
+        client, other = bus.kdbus(), bus.kdbus()
+        assert layout.PIDS.unpack(client.info(a.id)[abi.ITEM_PIDS]) == (0, 0, 0)
+        assert layout.PIDS.unpack(client.info(other.id)[abi.ITEM_PIDS]) == (1, 1, 0)
+        other.close()
+
+    in_namespace(CLONE_NEWPID, inside)
     assert layout.PIDS.unpack(bus.kdbus().info(a.id)[abi.ITEM_PIDS])[0] == os.getpid()

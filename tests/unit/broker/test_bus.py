@@ -60,6 +60,24 @@ def test_no_unique_name_is_spent_on_a_connection_without_hello() -> None:
     assert world.client(2).unique_name == ":1.1"
 
 
+def test_the_process_of_a_client_is_known_by_descriptor_while_it_is_there() -> None:
+    world = World()
+    a, b = world.client(1), world.client(2)
+    closed: list[int] = []
+    world.close = closed.append  # type: ignore[method-assign]
+    assert world.ask(a, e.ProcessOf(5, b.id)) == [(1, e.Reply(5))]
+    world.bus.worker_started(3, 3)
+    world.bus.assigned(3, e.Credentials(1, 1, 1), True, pidfd=99)
+    world.ask(world.bus.connections[3], e.Hello(1))
+    assert world.ask(a, e.ProcessOf(6, 3)) == [(1, e.Reply(6), 99)]
+    for id in (-1, 0, 77):
+        assert world.ask(a, e.ProcessOf(7, id)) == [(1, e.Reply(7))]
+    world.bus.gone(3)
+    assert closed == [99]
+    world.bus.assigned(3, e.Credentials(1, 1, 1), True, pidfd=98)  # it went before
+    assert closed == [99, 98]
+
+
 def test_second_hello_is_refused() -> None:
     world = World()
     a = world.client(1)

@@ -195,6 +195,8 @@ def test_there_are_so_many_at_most() -> None:
         (e.Describe(5, b""), "AccessDenied"),
         (e.AskAbout(5, 1), "AccessDenied"),
         (e.AddMatch(5, "type='signal'"), None),
+        (e.AddMatch(5, "type='signal',eavesdrop='true'"), "AccessDenied"),
+        (e.CountConnection(5, 1), "AccessDenied"),
     ],
 )
 def test_what_the_worker_may_ask(message: e.Request, refused: str | None) -> None:
@@ -231,6 +233,19 @@ def test_whom_it_gets_to_know() -> None:
     assert introduced(app, wants)
     assert introduced(other, app)
     assert introduced(hidden, app)
+
+
+def test_whose_process_it_may_know() -> None:
+    one = world(APP)
+    app = one.client(1, endpoint="app")
+    hidden, seen = one.client(2), one.client(3)
+    one.ask(seen, e.RequestName(1, "t.See", 0))
+    hidden.pidfd, seen.pidfd, app.pidfd = 92, 93, 91
+    assert one.ask(app, e.ProcessOf(5, hidden.id)) == [(1, e.Reply(5))]
+    assert one.ask(app, e.ProcessOf(6, seen.id)) == [(1, e.Reply(6), 93)]
+    assert one.ask(app, e.ProcessOf(7, app.id)) == [(1, e.Reply(7), 91)]
+    assert one.ask(hidden, e.ProcessOf(8, app.id)) == [(2, e.Reply(8), 91)]
+    assert error(one.ask(app, e.CountConnection(9, seen.id))[0]) == "AccessDenied"
 
 
 def test_one_that_is_no_more_takes_nobody() -> None:

@@ -14,9 +14,11 @@ USER, WORLD = 1, 3
 TALK, OWN = 1, 2
 
 
-def join(world: World, worker: int, hello: e.Hello, uid: int = OWNER) -> Connection:
+def join(
+    world: World, worker: int, hello: e.Hello, uid: int = OWNER, custom: int = 0
+) -> Connection:
     world.bus.worker_started(worker, 1)
-    world.bus.assigned(worker, credentials(worker, uid))
+    world.bus.assigned(worker, credentials(worker, uid), custom=custom)
     connection = world.bus.connections[worker]
     world.ask(connection, hello)
     return connection
@@ -96,6 +98,17 @@ def test_policy_says_who_may_own() -> None:
         world.ask(a, e.SetPolicy(9, (opened,)))
 
 
+def test_on_a_made_bus_what_no_policy_allows_is_denied() -> None:
+    world = World(type="kdbus")
+    other, owner = world.client(1, uid=7), world.client(2, uid=OWNER)
+    refused = world.ask(other, e.RequestName(2, "a.b", 0))[0][1]
+    assert isinstance(refused, e.Failure) and refused.error.endswith("AccessDenied")
+    assert world.ask(owner, e.RequestName(2, "a.c", 0))[-1] == (2, e.Reply(2, 1))
+    entry = e.PolicyEntry("a.b", False, ((USER, OWN, 7),))
+    join(world, 3, e.Hello(1, HOLDER, policy=(entry,)))
+    assert world.ask(other, e.RequestName(3, "a.b", 0))[-1] == (1, e.Reply(3, 1))
+
+
 def test_a_monitor_is_one_from_the_beginning() -> None:
     world = World()
     monitor = join(world, 1, e.Hello(1, MONITOR))
@@ -115,3 +128,74 @@ def test_what_a_worker_says_of_its_client_is_told_to_who_asks() -> None:
     assert world.ask(b, e.AskAbout(4, 99)) == [(2, e.Reply(4, b""))]
     with pytest.raises(Violation):
         world.ask(a, e.Describe(3, bytes(1 << 15)))
+
+
+# -- custom endpoints --------------------------------------------------------------------------
+
+MADE = 9  # the worker of who makes one
+
+
+def endpoint(world: World, *policy: e.PolicyEntry) -> Connection:
+    """Have one made; its maker, who is no connection."""
+    world.bus.worker_started(MADE, 1)
+    world.bus.assigned(MADE, credentials(MADE, OWNER))
+    world.bus.endpoint_made(MADE)
+    maker = world.bus.connections[MADE]
+    world.ask(maker, e.SetEndpoint(1, policy))
+    return maker
+
+
+def error(world: World, connection: Connection, request: e.Request) -> str:
+    """The last part of the error's name, "" if it is none."""
+    answer = world.ask(connection, request)[-1][1]
+    return answer.error.rpartition(".")[2] if isinstance(answer, e.Failure) else ""
+
+
+def test_an_endpoint_says_what_who_is_behind_it_owns_and_sees() -> None:
+    world = World()
+    own = e.PolicyEntry("a.b", False, ((WORLD, OWN, 0),))
+    see = e.PolicyEntry("c", True, ((USER, 0, OWNER),))
+    maker = endpoint(world, own, see)
+    assert log(world) == [e.CustomChanged(MADE, (own, see))]
+    inside = join(world, 1, e.Hello(1, 0), custom=MADE)
+    assert log(world)[-1] == e.ConnectionAdded(1, credentials(1, OWNER), 0, MADE)
+    outside = join(world, 2, e.Hello(1, 0, about=b"of 2"))
+    assert error(world, inside, e.RequestName(2, "a.b", 0)) == ""
+    assert error(world, inside, e.RequestName(3, "c.d", 0)) == "AccessDenied"
+    assert error(world, inside, e.StartService(4, "c.d", False)) == "AccessDenied"
+    assert error(world, outside, e.RequestName(5, "c.e", 0)) == ""
+    assert world.ask(inside, e.AskAbout(6, 2)) == [(1, e.Reply(6, b"of 2"))]
+    world.ask(outside, e.ReleaseName(7, "c.e"))
+    assert world.ask(inside, e.AskAbout(8, 2)) == [(1, e.Reply(8, b""))]
+    snapshot = world.bus.snapshot(0, 0)
+    assert (snapshot.behind, snapshot.custom) == (((1, MADE),), ((MADE, (own, see)),))
+    assert error(world, maker, e.SetEndpoint(9, (own, own))) == "FileExists"
+    world.events.clear()
+    world.bus.gone(MADE)
+    assert log(world) == [e.CustomChanged(MADE, ())]
+    assert error(world, inside, e.RequestName(10, "a.b", 0)) == "AccessDenied"
+
+
+@pytest.mark.parametrize("kind", [ACTIVATOR, HOLDER, MONITOR])
+def test_nobody_behind_an_endpoint_is_privileged(kind: int) -> None:
+    world = World(type="kdbus")
+    any = e.PolicyEntry("a", True, ((WORLD, OWN, 0),))
+    endpoint(world, any)
+    hello = e.Hello(1, kind, "a.b" if kind == ACTIVATOR else "")
+    assert join(world, 1, hello, uid=0, custom=MADE).id == 0
+    inside = join(world, 2, e.Hello(1, 0), uid=0, custom=MADE)
+    assert error(world, inside, e.RequestName(2, "a.b", 0)) == "AccessDenied"  # the bus's policy
+    assert error(world, inside, e.BecomeMonitor(3, ())) == "AccessDenied"
+
+
+def test_only_who_has_made_an_endpoint_says_its_policy() -> None:
+    world = World()
+    a = world.client(1)
+    with pytest.raises(Violation):
+        world.ask(a, e.SetEndpoint(2, ()))
+    maker = endpoint(world)
+    with pytest.raises(Violation):
+        world.ask(maker, e.RequestName(2, "a.b", 0))
+    for wrong in ("a", "a..b"):
+        with pytest.raises(Violation):
+            world.ask(maker, e.SetEndpoint(3, (e.PolicyEntry(wrong, False, ()),)))

@@ -112,3 +112,13 @@ def test_what_is_granted() -> None:
     )
     assert metadata.granted(0, wanted, in_proc=True) == wanted
     assert metadata.granted(abi.ATTACH_ALL, 0, in_proc=True) == 0
+
+
+def test_a_map_is_read_as_the_kernel_writes_it() -> None:
+    text = b"         0     100000      65536\n     65536       1000          1\n"
+    ids = IdMap.read(text)
+    assert ids.ranges == ((0, 100000, 65536), (65536, 1000, 1))
+    assert (ids.inside(1000), ids.outside(5)) == (65536, 100005)
+    assert IdMap.read(b"").shown(0) == OVERFLOW_ID
+    with pytest.raises(ValueError):
+        IdMap.read(b"no numbers here")

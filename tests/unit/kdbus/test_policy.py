@@ -8,6 +8,7 @@ import pytest
 
 from kbusd.kdbus import abi, items, policy
 from kbusd.kdbus.items import Item
+from kbusd.kdbus.metadata import IdMap
 from kbusd.kdbus.policy import Access, Database, Entry, Subject, View
 from tests.unit.kdbus.refused import refused
 
@@ -124,6 +125,14 @@ def test_the_default_endpoint() -> None:
     assert view.may_see_name(BOB, "a.b") and view.may_see(BOB, [])
 
 
+def test_a_bus_with_another_policy_beside_this_one() -> None:
+    view = View(database(name("a.b"), access(USER, OWN, 1000)), None, closed=False)
+    assert view.may_own(BOB, "c.d") and not view.may_own(BOB, "a.b")
+    assert view.may_talk(BOB, 0, []) and view.may_talk(BOB, 0, ["c.d"])
+    assert not view.may_talk(BOB, 0, ["c.d", "a.b"])
+    assert view.may_talk(ALICE, 0, ["c.d", "a.b"])
+
+
 def test_a_custom_endpoint_only_takes_away() -> None:
     bus = database(name("a.b"), access(WORLD, OWN))
     own = database(
@@ -152,3 +161,17 @@ def test_items_of_a_command_are_read() -> None:
         abi.ITEM_POLICY_ACCESS, struct.pack("=3Q", WORLD, TALK, 0)
     )
     assert policy.parse(items.split(data, 0), None, True)[0].accesses == (Access(WORLD, TALK, 0),)
+
+
+def test_ids_are_those_of_the_namespace_of_whoever_says_them() -> None:
+    said = policy.parse((name("a.b"), access(USER, OWN, 0), access(GROUP, TALK, 5)), None, True)
+    uids, gids = IdMap(((0, 100000, 10),)), IdMap(((5, 7, 1),))
+    (entry,) = policy.outside(said, uids, gids)
+    assert entry.accesses == (Access(USER, OWN, 100000), Access(GROUP, TALK, 7))
+    for wrong in (IdMap(()), IdMap(((1, 1, 1),))):
+        with refused("EINVAL"):
+            policy.outside(said, wrong, gids)
+    (world,) = policy.outside(
+        policy.parse((name("a.b"), access(WORLD, SEE)), None, True), uids, gids
+    )
+    assert world.accesses == (Access(WORLD, SEE, 0),)

@@ -8,11 +8,24 @@ import struct
 
 import pytest
 
-from kbusd.kdbus import abi, items, layout
+from kbusd.kdbus import abi, items, layout, metadata, waits
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.parcel import BYTES, Parcel
+from kbusd.kdbus.port import Known
+from kbusd.kdbus.session import FRESH_NS, Session
 from kbusd.kdbus.waits import Interrupted
 from tests.unit.kdbus.refused import refused
-from tests.unit.kdbus.world import POOL, SECOND, Client, Message, World, any_id, any_name, bits
+from tests.unit.kdbus.world import (
+    POOL,
+    SECOND,
+    Client,
+    Message,
+    Run,
+    World,
+    any_id,
+    any_name,
+    bits,
+)
 
 READABLE = 0x41
 
@@ -130,6 +143,74 @@ def test_a_message_comes_whole_with_who_sent_it(pair: tuple[Client, Client]) -> 
     assert not readable(b)
     with refused("EAGAIN"):
         b.recv()
+
+
+def test_who_sends_is_who_does_so_now(world: World) -> None:
+    a, b = world.client(send=abi.ATTACH_ALL), world.client(recv=abi.ATTACH_ALL)
+
+    def sent(tid: int = 9) -> tuple[bytes, int]:
+        """What is told of a message of this thread, which says HELLO as 9."""
+        run = Run(a.port)
+        message = a.message(b.id)
+        run.tid = tid
+        run.memory = {
+            a.STRUCT: a.struct(abi.CMD_SEND, layout.U64.pack(a.MESSAGE)),
+            a.MESSAGE: message,
+            a.PAYLOAD: a.payload,
+        }
+        waits.start(a.session.ioctl(run, abi.CMD_SEND, a.STRUCT, b""), run.ended)
+        a.end(run)
+        got = b.recv()
+        pids = layout.PIDS.unpack(got.all(abi.ITEM_PIDS)[0].data)
+        return got.all(abi.ITEM_TID_COMM)[0].data, pids[1]
+
+    assert sent() == (b"thread\0", 9)
+    a.port.comm = b"other"
+    assert sent(10) == (b"other\0", 10)
+    assert sent(9) == (b"other\0", 9)
+    a.port.comm = b"renamed"
+    asked = a.port.refreshes
+    assert [sent() for _ in range(5)] == [(b"other\0", 9)] * 5
+    assert a.port.refreshes == asked  # not at each
+    world.now += FRESH_NS
+    assert sent() == (b"renamed\0", 9)
+
+
+def test_who_offers_nothing_of_the_kind_is_not_looked_at(world: World) -> None:
+    a, b = world.client(), world.client(recv=abi.ATTACH_ALL)
+    for _ in range(3):
+        world.now += FRESH_NS
+        a.send(b.id)
+        assert layout.PIDS.unpack(b.recv().all(abi.ITEM_PIDS)[0].data)[1] == 9
+    assert a.port.refreshes == 0
+
+
+def test_ids_are_those_of_the_receivers_namespace(world: World) -> None:
+    a, b = world.client(uid=1000), world.client(recv=abi.ATTACH_ALL)
+    shifted = metadata.IdMap(((0, 1000, 1),))
+    b.port.maps = shifted, metadata.IdMap(())
+    a.send(b.id)
+    got = b.recv()
+    nobody = metadata.OVERFLOW_ID
+    creds = layout.CREDS.unpack(got.all(abi.ITEM_CREDS)[0].data)
+    assert creds == (0,) * 4 + (nobody,) * 4
+    assert got.all(abi.ITEM_AUXGROUPS)[0].data == layout.U64.pack(nobody) * 2
+    b.do(abi.CMD_CONN_INFO, struct.pack("=2Q", a.id, abi.ATTACH_ALL))
+
+
+@pytest.mark.parametrize(("space", "expected"), [(7, (5, 5, 1)), (8, (0, 0, 0)), (0, (0, 0, 0))])
+def test_pids_are_those_of_the_receivers_namespace_if_it_is_the_senders(
+    world: World, space: int, expected: tuple[int, int, int]
+) -> None:
+    b = world.client(recv=abi.ATTACH_ALL)
+    b.port.sees_pids, b.port.space = False, 7
+    source = Known(
+        50, 1000, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(900, 900, 800), (), None,
+        space=space, inside=metadata.Pids(5, 5, 1),
+    )  # fmt: skip
+    found = Parcel(0, 0, b.id, abi.PAYLOAD_DBUS, 1, 0, ((BYTES, 8, 0),))
+    b.session.receive(source, found, [bytes(8)], 7)
+    assert layout.PIDS.unpack(b.recv().all(abi.ITEM_PIDS)[0].data) == expected
 
 
 def test_metadata_is_what_the_sender_offers_and_the_receiver_asks_for(world: World) -> None:
@@ -378,9 +459,9 @@ def test_a_call_is_answered_once(pair: tuple[Client, Client]) -> None:
     b.send(a.id, reply=8, payload=b"answer")
     got = a.recv()
     assert (got.reply, got.payload) == (8, b"answer")
-    with refused("EBADSLT"):
+    with refused("EPERM"):
         b.send(a.id, reply=8)
-    with refused("EBADSLT"):
+    with refused("EPERM"):
         a.send(b.id, reply=8)
     assert a.session.deadline() is None
 
@@ -423,7 +504,7 @@ def test_a_call_that_is_not_answered_in_time(pair: tuple[Client, Client], sync: 
         got = a.recv()
         assert (got.src_id, got.reply) == (abi.SRC_ID_KERNEL, 8)
         assert got.all(abi.ITEM_REPLY_TIMEOUT)
-    with refused("EBADSLT"):
+    with refused("EPERM"):
         b.send(a.id, reply=8)
     assert not readable(a)
 
@@ -456,7 +537,7 @@ def test_a_call_is_cancelled_by_a_descriptor(pair: tuple[Client, Client]) -> Non
     assert not a.port.watched and not a.port.open
     assert a.session.deadline() is None
     b.recv()
-    with refused("EBADSLT"):
+    with refused("EPERM"):
         b.send(a.id, reply=8)
 
 
@@ -716,3 +797,85 @@ def test_only_some_commands_are_for_every_kind_of_connection(world: World) -> No
             holder.do(command, b"")
     with refused("EAGAIN"):
         monitor.recv()
+
+
+# -- custom endpoints --------------------------------------------------------------------------
+
+
+def endpoint_make(client: Client, name: str = "1000-apps") -> bytes:
+    return client.do(abi.CMD_ENDPOINT_MAKE, b"", items.string(abi.ITEM_MAKE_NAME, name))
+
+
+def test_a_file_that_makes_an_endpoint_updates_it_and_nothing_else(world: World) -> None:
+    maker = world.client(hello=False)
+    maker.session = maker.port.session = Session(maker.port, owner=True)
+    policy = items.string(abi.ITEM_NAME, "a.b")
+    with refused("EBADFD"):
+        maker.do(abi.CMD_ENDPOINT_UPDATE, b"", policy)
+    endpoint_make(maker)
+    assert maker.port.made.name == "1000-apps"
+    maker.do(abi.CMD_ENDPOINT_UPDATE, b"", policy)
+    assert [each.name for each in maker.port.policy] == ["a.b"]
+    for again in (maker.hello, lambda: endpoint_make(maker), lambda: maker.acquire("a.b")):
+        with refused("EBADFD"):
+            again()
+
+
+@pytest.mark.parametrize("how", [{}, {"owner": True, "custom": True}])
+def test_an_endpoint_is_made_by_the_privileged_at_the_buss_own_node(
+    world: World, how: dict[str, bool]
+) -> None:
+    client = world.client(hello=False)
+    client.session = client.port.session = Session(client.port, **how)
+    with refused("EPERM"):
+        endpoint_make(client)
+
+
+def test_two_commands_do_not_set_a_file_up_at_once(world: World) -> None:
+    maker = world.client(hello=False)
+    maker.session = maker.port.session = Session(maker.port, owner=True)
+    world.hold = True
+    name = items.string(abi.ITEM_MAKE_NAME, "1000-apps")
+    run = maker.begin(abi.CMD_ENDPOINT_MAKE, maker.struct(abi.CMD_ENDPOINT_MAKE, b"", name))
+    for again in (maker.hello, lambda: endpoint_make(maker)):
+        with refused("EBADFD"):
+            again()
+    world.go()
+    maker.end(run)
+
+
+def test_whom_one_does_not_see_is_not_there_but_is_answered(world: World) -> None:
+    a, b = world.client(), world.client()
+    run = b.call(a.id, cookie=9)
+    b.end(run)
+    world.hidden.add(b.id)
+    with refused("ENXIO"):
+        a.send(b.id)
+    with refused("ENXIO"):
+        a.send(b.id, reply=8)
+    with refused("ENXIO"):
+        a.do(abi.CMD_CONN_INFO, struct.pack("=2Q", b.id, 0))
+    a.send(b.id, reply=9)
+    assert b.recv().reply == 9
+
+
+def test_who_is_behind_an_endpoint_has_the_endpoints_part_of_a_pool(world: World) -> None:
+    a = world.client()
+    one, two = (
+        Known(
+            n, 1000, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(1, 1, 0), (), None,
+            custom=end,
+        )
+        for n, end in ((50, 0), (51, 7))
+    )  # fmt: skip
+    found = Parcel(0, 0, a.id, abi.PAYLOAD_DBUS, 1, 0, ((BYTES, 8000, 0),))
+
+    def fill(source: Known) -> int:
+        for number in range(100):
+            try:
+                a.session.receive(source, found, [bytes(8000)], 7)
+            except Errno:
+                return number
+        return 100
+
+    assert fill(one) and fill(two) and not fill(one)

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from kbusd.kdbus import abi, bloom, items, layout, match, metadata, ownership, waits
-from kbusd.kdbus.commands import SPECS
+from kbusd.kdbus.commands import SPECS, EndpointMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.items import Item
 from kbusd.kdbus.message import Memfd
-from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, encode, split
+from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, decode_about, encode, split
 from kbusd.kdbus.policy import Entry
 from kbusd.kdbus.port import Joining, Known
 from kbusd.kdbus.session import Done, Session
@@ -50,6 +50,7 @@ class World:
         self.queues: dict[str, list[int]] = {}
         self.asked: dict[tuple[str, int], int] = {}  # RequestName's flags
         self.services: dict[str, Client] = {}
+        self.hidden: set[int] = set()  # connections that nobody sees
         self.hold = False
         self.held: list[Wait[None]] = []
 
@@ -117,10 +118,10 @@ class Port:
         self.attached = False  # whether it gets descriptors,
         self.takes = True  # and whether its socket takes them
         self.handed: list[tuple[int, tuple[int, ...]]] = []
+        self.refreshes, self.comm = 0, b"thread"
+        self.sees_pids, self.space = True, 0
+        self.maps = metadata.SAME, metadata.SAME
         self.watched: dict[int, Callable[[], None]] = {}
-
-    maps = metadata.SAME, metadata.SAME
-    sees_pids = True
 
     def clock(self) -> tuple[int, int]:
         return self.world.now, self.world.now + 7
@@ -142,8 +143,19 @@ class Port:
         self.said = encode(msgspec.structs.replace(about, faked=who.faked))
         return self.id, self.said
 
-    def is_privileged(self, uid: int) -> bool:
-        return uid == 0
+    def is_privileged(self, who: Known) -> bool:
+        return who.uid == 0
+
+    async def make_endpoint(self, caller: object, order: EndpointMake) -> None:
+        await self.world.turn()
+        self.made = order
+
+    async def set_endpoint(self, policy: tuple[Entry, ...]) -> None:
+        await self.world.turn()
+        self.policy = policy
+
+    def sees(self, who: Known) -> bool:
+        return who.id not in self.world.hidden
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
         await self.world.turn()
@@ -167,6 +179,12 @@ class Port:
 
     def moved(self, to: Known, name: str) -> None:
         raise AssertionError("nobody activates")
+
+    async def refreshed(self, caller: Run, about: bytes) -> bytes:
+        await self.world.turn()
+        self.refreshes += 1
+        known = decode_about(about)
+        return encode(msgspec.structs.replace(known, tid=caller.tid, tid_comm=self.comm))
 
     def leave(self) -> None:
         self.world.remove(self.id)

@@ -43,7 +43,7 @@ def test_each_profile_compiles_with_and_without_selinux(name: str) -> None:
         assert bool(compiled.bpf) == profile.seccomp.enabled
         assert len(compiled.bpf) % 8 == 0
         assert bool(compiled.selinux) == (
-            selinux and bool(profile.selinux and profile.selinux.type)
+            selinux and bool(profile.selinux and profile.selinux.enabled)
         )
 
 

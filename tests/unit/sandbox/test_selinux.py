@@ -22,7 +22,7 @@ class Changes:
     def bind(self, _: object) -> None:
         pass
 
-    def recv(self, _: int) -> bytes:
+    def recvmsg(self, _: int) -> bytes:
         raise BlockingIOError
 
 

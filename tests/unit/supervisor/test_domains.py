@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kbusd.rings.entries import Node
+from kbusd.rings.entries import Node, Share
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, MAX_CONNECTIONS, Domain, DomainError, read
@@ -27,7 +27,8 @@ def test_its_users_are_called_as_in_the_container() -> None:
 
 
 def test_its_users_together_have_a_limit() -> None:
-    of = {0: 5000, 99_999: 5000, 100_000: MAX_CONNECTIONS - 1}
+    of: dict[Share, int] = {0: 5000, 99_999: 5000, 100_000: MAX_CONNECTIONS - 2}
+    of[100_001, "behind an endpoint"] = 1
     assert BOX.full(of) == HOST.full(of) == ""
     of[165_535] = 1
     assert "domain box has 1024 connections" in BOX.full(of)

@@ -31,7 +31,7 @@ def test_a_worker_is_to_be_killed_that_has_ended_and_was_reaped() -> None:
     os.waitpid(pid, 0)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        one.workers[3] = Worker(3, pid, pidfd, Line(ours, entries.ToSupervisor))
+        one.workers[3] = Worker(3, pid, pidfd, Line(ours, entries.ToSupervisor), False)
         for number in (3, 4):
             one.said(entries.Kill(number, "it is not needed"), [])
         one.workers[3].line.close()

@@ -9,8 +9,17 @@ import pytest
 
 from kbusd.policy import configuration
 from kbusd.policy.decide import ClientPolicy
-from kbusd.rings.entries import ConnectionAdded, Credentials, NameOwnerChanged
+from kbusd.rings.entries import (
+    ConnectionAdded,
+    ConnectionRemoved,
+    Credentials,
+    CustomChanged,
+    NameOwnerChanged,
+    NamePolicyChanged,
+    PolicyEntry,
+)
 from kbusd.rings.envelope import Envelope
+from kbusd.workers.name_policies import NamePolicies
 from kbusd.workers.replica import Replica
 from kbusd.workers.routing import ACCESS_DENIED, CALL, RETURN, SIGNAL, Router
 
@@ -36,7 +45,8 @@ class Worker:
         for id in (ALICE, BOB):
             self.replica.apply(ConnectionAdded(id, person(id)))
         self.replica.apply(NameOwnerChanged("com.bob", 0, BOB))
-        self.router = Router(self.replica, policy, self.log.append)
+        names = NamePolicies(self.replica, 0, closed=False)
+        self.router = Router(self.replica, policy, self.log.append, names=names)
 
     def sends(self, message: Envelope) -> bool:
         return self.router.decide(message, 0, 0, lambda: ()).error is None
@@ -116,3 +126,39 @@ def test_a_message_of_unknown_type_goes_nowhere(
     alice, _ = workers("")
     error = alice.router.decide(envelope(5), 0, 0, lambda: ()).error
     assert error == (ACCESS_DENIED, "Message bus will not accept messages of unknown type\n")
+
+
+WORLD, TALK = 3, 1
+CAROL = 3  # behind a custom endpoint of kdbus
+
+
+def test_kdbuss_policy_holds_between_d_bus_clients_too(
+    workers: Callable[[str], tuple[Worker, Worker]],
+) -> None:
+    alice, bob = workers("")
+    for each in (alice, bob):
+        each.replica.apply(NamePolicyChanged(ALICE, (PolicyEntry("com.bob", False, ()),)))
+    assert not alice.sends(envelope()) and not bob.takes(envelope())
+    assert bob.takes(envelope(RETURN))  # which was asked for
+    assert not alice.takes(envelope(SIGNAL, to=None), BOB)
+    assert bob.takes(envelope(SIGNAL, to=None))
+    for each in (alice, bob):
+        entry = PolicyEntry("com.bob", False, ((WORLD, TALK, 0),))
+        each.replica.apply(NamePolicyChanged(ALICE, (entry,)))
+    assert alice.sends(envelope())
+    assert bob.takes(envelope()) and alice.takes(envelope(SIGNAL, to=None), BOB)
+
+
+def test_who_is_behind_an_endpoint_reaches_no_d_bus_client_unasked(
+    workers: Callable[[str], tuple[Worker, Worker]],
+) -> None:
+    _, bob = workers("")
+    bob.replica.apply(ConnectionAdded(CAROL, person(CAROL), 0, 7))
+    assert not bob.takes(envelope(), CAROL)
+    entry = PolicyEntry("com.bob", False, ((WORLD, TALK, 0),))
+    bob.replica.apply(CustomChanged(7, (entry,)))
+    assert bob.takes(envelope(), CAROL)
+    bob.replica.apply(CustomChanged(7, ()))
+    assert not bob.takes(envelope(), CAROL)
+    assert bob.sends(envelope(to=f":1.{CAROL}"))  # from outside it is a connection as others are
+    bob.replica.apply(ConnectionRemoved(CAROL))

@@ -16,7 +16,14 @@ from kbusd.kdbus.metadata import Creds, Pids
 from kbusd.kdbus.parcel import BYTES, MEMFD, Parcel, ParcelError
 from kbusd.kdbus.port import Known
 from kbusd.rings import memfd
-from kbusd.rings.entries import ConnectionAdded, Credentials, NameOwnerChanged
+from kbusd.rings.entries import (
+    ConnectionAdded,
+    Credentials,
+    CustomChanged,
+    NameOwnerChanged,
+    NamePolicyChanged,
+    PolicyEntry,
+)
 from kbusd.workers.kdbus_bus import Port
 from kbusd.workers.replica import Replica
 
@@ -54,16 +61,19 @@ class Received:
         self.messages.append((source.id, parts))
 
 
-def port(policy: Policy, peer: int = 1000 + PEER) -> tuple[Port, Received]:
+def port(
+    policy: Policy, peer: int = 1000 + PEER, closed: bool = False, behind: int = 0
+) -> tuple[Port, Received]:
     bus = SimpleNamespace(system=False, owner=OWNER, label=b"")
-    context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None)
+    context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None, closed=closed)
     made = Port(context, "0-test", SimpleNamespace())
-    made.device = SimpleNamespace(attached=None)  # type: ignore[assignment]
+    made.device = SimpleNamespace(attached=None, show_events=lambda: None)  # type: ignore[assignment]
     replica = Replica()
     replica.me = ME
     for id in (ME, PEER):
         uid = peer if id == PEER else 1000 + id
-        replica.apply(ConnectionAdded(id, Credentials(uid, 1000, 50), 0))
+        endpoint = behind if id == PEER else 0
+        replica.apply(ConnectionAdded(id, Credentials(uid, 1000, 50), 0, endpoint))
     made.make_router(replica, policy, lambda _: None)  # type: ignore[arg-type]
     session = made.session = Received()  # type: ignore[assignment]
     return made, session
@@ -162,3 +172,42 @@ def test_nobody_else_says_whose_a_message_was() -> None:
     with pytest.raises(ParcelError):
         give(bus, passed)
     assert not session.messages
+
+
+def test_on_a_made_bus_whom_no_policy_lets_talk_is_refused_by_the_receiver_too() -> None:
+    bus, session = port(Policy(), closed=True)
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    entry = PolicyEntry("a.b", False, ((abi.POLICY_ACCESS_WORLD, abi.POLICY_TALK, 0),))
+    replica = bus.engine_router.replica
+    replica.apply(NamePolicyChanged(PEER, (entry,)))
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    replica.apply(NameOwnerChanged("a.b", 0, ME))
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == 0
+    assert session.messages == [(PEER, [b"raw"])]
+
+
+@pytest.mark.parametrize("peer", [0, 1000 + ME, 1000 + PEER])
+def test_who_is_behind_an_endpoint_that_does_not_let_it_talk_is_refused(peer: int) -> None:
+    bus, session = port(Policy(), peer, behind=5)
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    replica = bus.engine_router.replica
+    replica.apply(NameOwnerChanged("a.b", 0, ME))
+    for access, number in ((abi.POLICY_SEE, errno.EPERM), (abi.POLICY_TALK, 0)):
+        entry = PolicyEntry("a.b", False, ((abi.POLICY_ACCESS_WORLD, access, 0),))
+        replica.apply(CustomChanged(5, (entry,)))
+        assert give(bus, message((BYTES, 3, 0)), b"raw") == number
+    replica.apply(CustomChanged(5, ()))
+    assert give(bus, message((BYTES, 3, 0)), b"raw") == errno.EPERM
+    assert session.messages == [(PEER, [b"raw"])]
+
+
+@pytest.mark.parametrize("peer", [0, OWNER])
+def test_nobody_behind_an_endpoint_passes_messages_on(peer: int) -> None:
+    bus, _ = port(Policy(), peer, behind=5)
+    bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
+    source = Known(77, 5, frozenset(), Creds(*[5] * 8), Pids(1, 1, 0), (), None)
+    passed = msgspec.structs.replace(
+        message(), origin=msgspec.msgpack.encode(source), dst_name="a.b"
+    )
+    with pytest.raises(ParcelError):
+        give(bus, passed)

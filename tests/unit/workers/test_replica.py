@@ -474,3 +474,14 @@ def test_a_snapshot_replaces_everything() -> None:
     assert (replica.activatable, replica.policy_generation) == (("new.service",), 4)
     assert ask(replica, sender=5)[0] == ()
     assert ask(replica, sender=5, member="N")[0] == (5,)
+
+
+def test_nobody_behind_a_custom_endpoint_of_kdbus_overhears() -> None:
+    replica = Replica()
+    who = Credentials(1000, 100, 50)
+    for id, custom in ((1, 0), (2, 7), (3, 0)):
+        replica.apply(ConnectionAdded(id, who, None, custom))
+    for id in (1, 2):
+        replica.apply(MatchAdded(id, "eavesdrop='true',type='method_call'"))
+    asked = replica.overhearing(1, 3, ":1.3", "/p", None, "M", tuple)
+    assert asked[0] == (1,)

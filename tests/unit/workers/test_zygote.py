@@ -53,7 +53,7 @@ class Stage:
                 self.said.close()
                 worker.main = main
                 zygote.QUIET_SECONDS = quiet
-                zygote.Zygote(made, Line(ours, entries.ToZygote)).run()
+                zygote.Zygote(made, made.profile, Line(ours, entries.ToZygote)).run()
             finally:
                 os._exit(0)  # by EOFError, when the supervisor is gone
         ours.close()

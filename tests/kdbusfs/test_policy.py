@@ -1,0 +1,98 @@
+"""A bus that a program has made: what its policy does not allow is denied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbusd.kdbus import abi, layout
+from tests.kdbusfs.kclient import KdbusClient
+from tests.kdbusfs.test_buses import Maker
+from tests.kdbusfs.test_clients import FILE, NODE, KdbusBus, fails, to_name
+from tests.kdbusfs.test_sessions import brought, signal_filter
+
+UID = os.geteuid()
+WORLD, USER = abi.POLICY_ACCESS_WORLD, abi.POLICY_ACCESS_USER
+TALK, OWN = abi.POLICY_TALK, abi.POLICY_OWN
+NAME = "com.example.Made"
+
+# Other users are who it is about.
+pytestmark = [] if UID == 0 else [pytest.mark.guest]
+
+
+@pytest.fixture(scope="module", params=[FILE, NODE])
+def made(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The node of a bus that the world may open."""
+    bus = KdbusBus(request.param)
+    root = Path(bus.node).parents[1]
+    bloom = layout.BLOOM_PARAMETER.pack(64, 8)
+    with Maker(root).make(f"{UID}-denies", abi.MAKE_ACCESS_WORLD, bloom):
+        yield str(root / f"{UID}-denies" / "bus")
+    bus.stop()
+
+
+def test_who_made_it_may_do_anything(made: str) -> None:
+    with KdbusClient(made) as one, KdbusClient(made) as two:
+        one.acquire(NAME)
+        two.send(0, b"to the name", to_name(NAME))
+        assert one.recv().payload == b"to the name"
+
+
+def as_user(uid: int, node: str, **how: Any) -> KdbusClient:
+    """A connection of another user: he is who opened the file."""
+    os.setegid(uid)
+    os.seteuid(uid)
+    try:
+        return KdbusClient(node, **how)
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def test_others_own_and_reach_nothing_but_what_policy_allows(made: str) -> None:
+    with KdbusClient(made) as owner, as_user(1, made) as client, as_user(1, made) as own:
+        owner.acquire(NAME)
+        assert client.list(abi.LIST_NAMES) == {owner.id: [NAME]}  # seen it may be
+        client.info(name=NAME)
+        assert fails(lambda: client.acquire("com.example.Any")) == "EPERM"
+        assert fails(lambda: client.send(owner.id, b"x")) == "EPERM"
+        assert fails(lambda: client.send(0, b"x", to_name(NAME))) == "EPERM"
+        assert fails(lambda: client.call(owner.id, b"x")) == "EPERM"
+        owner.send(client.id, b"the maker talks to anybody")
+        assert client.recv().payload == b"the maker talks to anybody"
+        client.send(own.id, b"to the same user")
+        assert own.recv().payload == b"to the same user"
+        for each in (client, own):
+            each.add_match()
+        owner.send(abi.DST_ID_BROADCAST, b"not for those", signal_filter(), flags=abi.MSG_SIGNAL)
+        client.send(abi.DST_ID_BROADCAST, b"for one's own", signal_filter(), flags=abi.MSG_SIGNAL)
+        assert own.recv().payload == b"for one's own"
+        assert not owner.readable()
+
+
+def test_a_policy_holder_opens_what_it_says_and_no_more(made: str) -> None:
+    holds = abi.HELLO_POLICY_HOLDER
+    entry = brought(NAME, (USER, OWN, 1), (WORLD, TALK, 0))
+    with (
+        KdbusClient(made, flags=holds, chain=entry) as holder,
+        as_user(1, made) as owner,
+        as_user(2, made) as other,
+    ):
+        owner.acquire(NAME)
+        assert fails(lambda: owner.acquire(NAME + "2")) == "EPERM"
+        assert fails(lambda: other.acquire(NAME)) == "EPERM"
+        other.send(0, b"to the name", to_name(NAME))
+        other.send(owner.id, b"to its owner")
+        assert [owner.recv().payload for _ in range(2)] == [b"to the name", b"to its owner"]
+        assert fails(lambda: owner.send(other.id, b"x")) == "EPERM"
+        other.add_match()
+        owner.send(abi.DST_ID_BROADCAST, b"news", signal_filter(), flags=abi.MSG_SIGNAL)
+        assert other.recv().payload == b"news"
+        holder.update(*brought(NAME, (USER, OWN, 1)))
+        assert fails(lambda: other.send(owner.id, b"x")) == "EPERM"
+        owner.release(NAME)
+        assert fails(lambda: other.send(owner.id, b"x")) == "EPERM"

@@ -1,0 +1,150 @@
+"""An open file: what its worker asks the supervisor for, and what it guesses. The test is the supervisor,
+and the client's memory; the bus is one in memory."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kbusd.cuse import abi as fuse
+from kbusd.kdbus import abi, layout
+from kbusd.kdbus.session import Session
+from kbusd.rings import entries
+from kbusd.rings.line import Line, pair
+from kbusd.workers.kdbus_device import Device
+from tests.unit.kdbus.world import Port, World
+
+COMMAND, MESSAGE, PAYLOAD = 0x1000, 0x20000, 0x30000  # far apart: nothing lies near anything
+POOL = 1 << 16
+
+
+class File:
+    """One open file, a connection, and another that gets what it sends."""
+
+    def __init__(self) -> None:
+        ours, theirs = pair()
+        self.line = Line(ours, entries.FromDeviceWorker)
+        self.other = World().client()
+        port = Port(self.other.port.world, 1000)
+        port.session = Session(port)
+        self.device = Device(Line(theirs, entries.ToDeviceWorker), port.session, 1000, "fuse")
+        port.make_pool = self.device.make_pool  # type: ignore[assignment, method-assign]
+        self.memory: dict[int, bytes] = {}
+        self.ahead: dict[int, entries.Ahead] = {}
+        self.asked: list[entries.Copy] = []
+        self.unique = 0
+        self.pool = -1
+        hello = struct.pack("=10Q", 96, 1, 0, 0, 0, 0, 0, POOL, 0, 0) + bytes(16)
+        assert self.ioctl(abi.CMD_HELLO, COMMAND, hello, len(hello)) == 0
+        self.asked.clear()
+
+    def ioctl(self, command: int, address: int, data: bytes = b"", out: int = 0) -> int:
+        """What it returns; what the worker asks for is answered out of `memory`."""
+        self.unique += 2
+        body = fuse.IOCTL_IN.pack(5, 0, command, address, len(data), out) + data
+        head = fuse.IN_HEADER.pack(40 + len(body), fuse.IOCTL, self.unique, 3, 0, 0, 9, 0, 0)
+        guess = self.ahead.get(command, entries.Ahead(command, 0, ()))
+        ranges = [(address, guess.at_argument)] if guess.at_argument else []
+        came = tuple((at, self._read(at, size)) for at, size in (*ranges, *guess.ranges))
+        self.line.send(entries.Asked(head + body, came))
+        for _ in range(20):
+            self.device.requests(lambda: None)
+            answer = None
+            while (received := self.line.receive()) is not None:
+                heard = self._hear(*received)
+                answer = heard if answer is None else answer
+            if answer is not None:
+                return answer
+        raise AssertionError("no answer")
+
+    def _hear(self, message: Any, fds: list[int]) -> int | None:
+        match message:
+            case entries.Copy(unique, ranges):
+                self.asked.append(message)
+                data = [self._read(at, size) for at, size in ranges]
+                sizes = tuple(map(len, data))
+                self.line.send(entries.Copied(unique, 0, sizes, b"".join(data)))
+            case entries.Ahead(command):
+                self.ahead[command] = message
+            case entries.Pool():
+                self.pool, self.events_at = fds[0], message.events_at
+            case entries.Answered(reply):
+                result, *_ = fuse.IOCTL_OUT.unpack_from(reply, fuse.OUT_HEADER.size)
+                return int(result)
+        return None
+
+    def _read(self, address: int, size: int) -> bytes:
+        for start, data in self.memory.items():
+            if start <= address < start + len(data):
+                return data[address - start : address - start + size]
+        return b""
+
+    def send(self, payload: bytes, message: int = MESSAGE) -> int:
+        item = struct.pack("=4Q", 32, abi.ITEM_PAYLOAD_VEC, len(payload), PAYLOAD)
+        head = layout.MESSAGE.pack(96, 0, 0, self.other.id, 0, abi.PAYLOAD_DBUS, 1, 0)
+        self.memory = {message: head + item, PAYLOAD: payload}
+        return self.ioctl(abi.CMD_SEND, COMMAND, struct.pack("=7Q", 56, 0, 0, message, 0, 0, 0))
+
+
+@pytest.fixture
+def file() -> Iterator[File]:
+    made = File()
+    yield made
+    made.line.close()
+    made.device.line.close()
+
+
+def test_what_is_looked_at_twice_comes_along_from_then_on(file: File) -> None:
+    for payload in (b"one", b"two"):
+        assert file.send(payload) == 0
+    assert file.asked
+    file.asked.clear()
+    assert file.send(b"3rd") == 0
+    assert not file.asked
+    assert [file.other.recv().payload for _ in range(3)] == [b"one", b"two", b"3rd"]
+
+
+def test_a_guess_that_is_wrong_costs_a_question_and_no_more(file: File) -> None:
+    for _ in range(2):
+        file.send(b"one")
+    file.asked.clear()
+    assert file.send(b"moved", MESSAGE + 0x8000) == 0
+    assert file.send(b"a longer one", MESSAGE) == 0
+    assert file.asked
+    received = [file.other.recv().payload for _ in range(4)]
+    assert received == [b"one", b"one", b"moved", b"a longer one"]
+
+
+def test_the_struct_of_a_command_that_the_kernel_does_not_bring_is_guessed_too(file: File) -> None:
+    file.memory = {COMMAND: struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)}
+    for _ in range(3):
+        file.asked.clear()
+        assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == -11  # EAGAIN
+    assert not file.asked
+
+
+def test_large_payloads_are_not_guessed(file: File) -> None:
+    for _ in range(4):
+        file.asked.clear()
+        assert file.send(bytes(9000)) == 0
+        file.other.recv()
+    assert file.asked and not file.ahead
+
+
+def test_the_supervisor_is_shown_what_poll_is_to_say(file: File) -> None:
+    def shown() -> int:
+        return int.from_bytes(os.pread(file.pool, 4, file.events_at), "little")
+
+    assert file.events_at == POOL
+    assert not shown() & select.POLLIN
+    file.other.send(file.device.session.id)  # type: ignore[union-attr]
+    file.device.nudge()
+    assert shown() & select.POLLIN
+    file.memory = {COMMAND: struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)}
+    assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == 0
+    assert not shown() & select.POLLIN
