@@ -2,7 +2,8 @@
 
 kbusd and dbus-daemon read the same file: one listen address, a policy that allows everything,
 limits that the benchmark does not touch. dbus-broker gets the equal of it from `dbus_broker`.
-All run in the foreground as children of the harness; a bus ends with `stop()`, whatever it did.
+Two more are kbusd again: with kdbusfs, which costs its workers some memory, and without confinement, so
+that what that costs is seen. All run in the foreground as children of the harness; a bus ends with `stop()`, whatever it did.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ from __future__ import annotations
 import os
 import select
 import subprocess
+import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from dbus_broker import DbusBroker
 
-NAMES = ("kbusd", "dbus-daemon", "dbus-broker")
+NAMES = ("kbusd", "dbus-daemon", "dbus-broker", "kdbusfs", "unconfined")
+PRIVILEGED = ("kdbusfs", "unconfined")  # root's, as they mount something
 START_SECONDS = 20
+# kbusd reads an admin's profiles from /etc: this /etc is its own.
+_OTHER_ETC = """mount -t overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" overlay /etc
+exec "$@"
+"""
+_OFF = ("user", "groups", "capabilities", "securebits", "no-new-privileges", "not-dumpable")
+_OFF += ("namespaces", "landlock", "selinux", "seccomp")
 
 _CONFIGURATION = """\
 <!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
@@ -42,6 +52,12 @@ _CONFIGURATION = """\
   <limit name="max_replies_per_connection">50000</limit>
 </busconfig>
 """
+
+
+def available() -> list[str]:
+    """Those that can be had here: mounting is for root."""
+    mounts = os.geteuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
+    return [name for name in NAMES if mounts or name not in PRIVILEGED]
 
 
 class NotStarted(Exception):
@@ -70,7 +86,9 @@ class Bus:
             configuration = directory / f"{name}.conf"
             configuration.write_text(_CONFIGURATION.format(socket=self.socket))
             command = ["dbus-daemon"] if name == "dbus-daemon" else list(kbusd)
-            if name == "kbusd" and os.access("/dev/fuse", os.R_OK | os.W_OK) and not os.geteuid():
+            if name == "unconfined":
+                command = [*_with_profiles_off(directory), *command]
+            if name == "kdbusfs":
                 mount = directory / "kdbusfs"
                 mount.mkdir(exist_ok=True)
                 command.append(f"--kdbusfs={mount}")
@@ -121,6 +139,20 @@ class Bus:
             if self._process.stdout is not None:
                 self._process.stdout.close()
         self.socket.unlink(missing_ok=True)
+
+
+def _with_profiles_off(directory: Path) -> list[str]:
+    """What to put in front of kbusd's command, so that no profile of its confines anything."""
+    etc = Path(tempfile.mkdtemp(prefix="etc-", dir=directory))
+    (etc / "work").mkdir()
+    profiles = etc / "upper" / "kbusd" / "profiles"
+    profiles.mkdir(parents=True)
+    off = "".join(f'[{key}]\nwhy = "To be compared with"\nenabled = false\n' for key in _OFF)
+    for shipped in Path(__file__).parents[2].glob("profiles/*.toml"):
+        title = tomllib.loads(shipped.read_text()).get("title", shipped.stem)
+        head = f'title = "{title}"\nwhy = "To be compared with"\n'
+        (profiles / shipped.name).write_text(head + off)
+    return ["unshare", "--mount", "sh", "-ec", _OTHER_ETC, str(etc)]
 
 
 def _line_within(fd: int, seconds: float) -> str:

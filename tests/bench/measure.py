@@ -9,14 +9,19 @@ has reaped (in clock ticks, /proc/PID/stat). Memory is the sum of the tree's PSS
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import msgspec
+
+from kbusd.sandbox import kernel
+from kbusd.sandbox.compile import compile_all
 
 HERE = Path(__file__).parent
 PROGRAMS = ("calls", "fanout", "connects", "idle", "kdbusfs")
@@ -218,3 +223,22 @@ def run_program(
             except BrokenPipeError:
                 pass
     return phases
+
+
+def filter_load_ms(times: int = 31) -> float:
+    """The median of what a child needs to load a worker's filter."""
+    compiled = compile_all("")["worker"]
+    found = []
+    for _ in range(times):
+        reader, writer = os.pipe()
+        if (pid := os.fork()) == 0:
+            kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+            before = time.perf_counter_ns()
+            kernel.load_filter(compiled.bpf)
+            os.write(writer, struct.pack("Q", time.perf_counter_ns() - before))
+            os._exit(0)
+        found.append(struct.unpack("Q", os.read(reader, 8))[0])
+        os.close(reader)
+        os.close(writer)
+        os.waitpid(pid, 0)
+    return median(found) / 1e6

@@ -17,6 +17,8 @@ import msgspec
 OURS = "kbusd"
 DAEMON = "dbus-daemon"
 BROKER = "dbus-broker"
+KDBUSFS = "kdbusfs"
+UNCONFINED = "unconfined"
 
 CAVEATS = """\
 What these figures can't show. The clients share the cores with the bus and cost about as much
@@ -107,6 +109,16 @@ DEVICE_FIGURES = (
     DeviceRow("one SEND to 64", "kdbusfs-fanout-64/device", "kdbusfs-fanout-64/socket"),
 )
 
+# kbusd over kbusd without its profiles: what confinement costs.
+CONFINED = (
+    Row("connect + Hello, p50", "connect/spaced", "p50_us", False, 1.3),
+    Row("connect + Hello, sustained", "connect/sustained", "ms_per_connect", False, 1.3),
+    Row("round trip, time", "round-trip", "p50_us", False),
+    Row("pipelined calls, throughput", "pipelined", "per_second", True, 0.95),
+    Row("64 KiB payload, throughput", "payload-64KiB", "mb_per_second", True, 0.95),
+)
+FILTER_LOAD = Row("filter load, ms a worker", "filter-load", "filter_load_ms", False, absolute=0.2)
+
 # What the plot shows: a label, the test, the metric, and whether more is better.
 PLOTTED = (
     ("round trip", "round-trip", "p50_us", False),
@@ -164,9 +176,15 @@ def ratio(recording: Recording, bus: str, peer: str, test: str, metric: str) -> 
 
 
 def buses(recording: Recording) -> list[str]:
-    """Those that were measured, ours first."""
+    """Those that are compared and were measured, ours first."""
     seen = {sample.bus for sample in recording.samples}
     return [bus for bus in (OURS, DAEMON, BROKER) if bus in seen]
+
+
+def _columns(recording: Recording) -> list[str]:
+    """All that were measured."""
+    seen = {sample.bus for sample in recording.samples}
+    return [*buses(recording), *(bus for bus in (KDBUSFS, UNCONFINED) if bus in seen)]
 
 
 def _number(figure: float) -> str:
@@ -220,6 +238,10 @@ def missed(recording: Recording) -> list[str]:
             if _judged(row.at_least, figure, target)[2] == "MISS":
                 against = f" against {peer}" if peer else ""
                 lines.append(f"{row.label}{against}: {_number(figure.median)}, wanted {target:g}")
+    for row in CONFINED:
+        over = ratio(recording, OURS, UNCONFINED, row.test, row.metric)
+        if over is not None and _judged(row.at_least, over, row.daemon)[2] == "MISS":
+            lines.append(f"{row.label}, confined: {_number(over.median)}, wanted {row.daemon:g}")
     for each in DEVICE_FIGURES:
         own, over = _device_figures(recording, each)
         for found, target, what in ((own, each.absolute, "µs"), (over, each.ratio, "× the socket")):
@@ -247,6 +269,19 @@ def figures_table(recording: Recording) -> str:
     return f"{_align(ratios)}\n\n{_align(absolutes)}"
 
 
+def confinement_table(recording: Recording) -> str:
+    """kbusd over kbusd unconfined; "" if that was not measured."""
+    table = [["kbusd over kbusd unconfined", "ratio", "target", ""]]
+    for row in CONFINED:
+        over = ratio(recording, OURS, UNCONFINED, row.test, row.metric)
+        if over is not None:
+            table.append([row.label, *_judged(row.at_least, over, row.daemon)])
+    own = value(recording, OURS, FILTER_LOAD.test, FILTER_LOAD.metric)
+    if own is not None:
+        table.append([FILTER_LOAD.label, *_judged(False, own, FILTER_LOAD.absolute)])
+    return _align(table) if len(table) > 1 else ""
+
+
 def device_table(recording: Recording) -> str:
     """kdbusfs by itself, and over the socket of the same bus; "" if there was none."""
     table = [["kdbusfs", "p50 µs", "target", "", "over the socket", "target", ""]]
@@ -261,8 +296,8 @@ def device_table(recording: Recording) -> str:
 
 def _device_figures(recording: Recording, row: DeviceRow) -> tuple[Spread | None, Spread | None]:
     """Microseconds, and the ratio."""
-    ours = _by_round(recording, OURS, row.test, "p50_us")
-    plain = _by_round(recording, OURS, row.socket, "p50_us")
+    ours = _by_round(recording, KDBUSFS, row.test, "p50_us")
+    plain = _by_round(recording, KDBUSFS, row.socket, "p50_us")
     return _spread(list(ours.values())), _spread([ours[n] / plain[n] for n in ours if n in plain])
 
 
@@ -281,12 +316,13 @@ _SHOWN = (
     ("ms_per_connect", "ms each"),
     ("pss_mb_each", "PSS MB each"),
     ("processes_after", "processes"),
+    ("filter_load_ms", "ms"),
 )
 
 
 def medians_table(recording: Recording) -> str:
     """Every figure: the median over the rounds, for each bus."""
-    names = buses(recording)
+    names = _columns(recording)
     rows = [["test", "figure", *names]]
     tests = dict.fromkeys(sample.test for sample in recording.samples)
     for test in tests:
@@ -319,8 +355,7 @@ def text(recording: Recording) -> str:
         medians_table(recording),
         figures_table(recording) if OURS in buses(recording) else "kbusd was not measured.",
     ]
-    if devices := device_table(recording):
-        parts.append(devices)
+    parts += filter(None, (device_table(recording), confinement_table(recording)))
     if broken := failures(recording):
         parts.append("FAILED:\n" + "\n".join(broken))
     return "\n\n".join(parts) + "\n"

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import buses
+import measure as measured
 import msgspec
 import report
 from measure import HERE, Failed, compile_programs
@@ -40,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="length of one measurement (0.35)")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 0.2 s")
     parser.add_argument("--only", default="", help="topologies, by the beginning of their names")
-    parser.add_argument("--buses", default=",".join(buses.NAMES))
+    parser.add_argument("--buses", default=",".join(buses.available()))
     parser.add_argument("--kbusd", default="", help="the command, instead of this environment's")
     parser.add_argument(
         "--allow-missing", action="store_true", help="go on without a bus that can't be started"
@@ -120,14 +121,19 @@ class Runner:
         order = [name for name in self._options.buses if name not in self.missing]
         if number % 2:
             order.reverse()
+        wanted = {name for each in self._options.topologies for name in order if each.is_for(name)}
+        order = [name for name in order if name in wanted]
         try:
             for name in order:
                 if (bus := self._start(name)) is not None:
                     self._running[name] = bus
+            if "unconfined" in order:
+                figures = {"filter_load_ms": measured.filter_load_ms()}
+                self.samples.append(report.Sample("kbusd", "filter-load", number, figures))
             for topology in self._options.topologies:
                 for name in order:
                     bus = self._running.get(name)
-                    if bus is not None and (bus.node or not topology.device):
+                    if bus is not None and topology.is_for(name):
                         self._measure(number, topology, name)
                 print(".", end="", flush=True)
         finally:

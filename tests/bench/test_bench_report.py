@@ -116,7 +116,7 @@ def test_cpu_of_a_process_that_came_and_went_is_counted_by_its_parent() -> None:
 
 def test_kdbusfs_is_judged_by_itself_and_against_the_socket_of_its_bus() -> None:
     samples = [
-        report.Sample("kbusd", test, 0, {"p50_us": figure})
+        report.Sample("kdbusfs", test, 0, {"p50_us": figure})
         for test, figure in (
             ("kdbusfs-calls/ioctl", 31.0),
             ("kdbusfs-message/device", 150.0),
@@ -135,3 +135,28 @@ def test_kdbusfs_is_judged_by_itself_and_against_the_socket_of_its_bus() -> None
 
 def test_a_recording_without_kdbusfs_says_nothing_of_it(recorded: report.Recording) -> None:
     assert report.device_table(recorded) == ""
+
+
+def test_confinement_is_judged_against_kbusd_without_it() -> None:
+    samples = [
+        report.Sample(bus, test, 0, figures)
+        for bus, test, figures in (
+            ("kbusd", "pipelined", {"per_second": 90.0}),
+            ("unconfined", "pipelined", {"per_second": 100.0}),
+            ("kbusd", "connect/spaced", {"p50_us": 120.0}),
+            ("unconfined", "connect/spaced", {"p50_us": 100.0}),
+            ("kbusd", "filter-load", {"filter_load_ms": 0.1}),
+        )
+    ]
+    recording = report.Recording(1, "", {}, {}, {}, samples)
+    table = report.confinement_table(recording)
+    assert line_of(table, "pipelined") == (
+        "pipelined calls, throughput 0.900 (0.900–0.900) ≥ 0.95 MISS"
+    )
+    assert line_of(table, "connect + Hello, p50").endswith("1.20 (1.20–1.20) ≤ 1.3 pass")
+    assert line_of(table, "filter load").endswith("0.100 (0.100–0.100) ≤ 0.2 pass")
+    assert report.missed(recording) == ["pipelined calls, throughput, confined: 0.900, wanted 0.95"]
+
+
+def test_a_recording_of_one_kbusd_says_nothing_of_confinement(recorded: report.Recording) -> None:
+    assert report.confinement_table(recorded) == ""

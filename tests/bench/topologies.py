@@ -23,11 +23,12 @@ PAYLOADS = {
     "8MiB": 8388608,
 }
 IDLE_CONNECTIONS = 200
+COMPARED = ("round-trip", "pipelined", "payload-64KiB", "connect")  # with and without confinement
 
 
 class Topology(msgspec.Struct, frozen=True):
     """`arguments` follow the socket's path; "SECONDS" in them stands for the time to measure. With
-    `device`, the path of the bus's node comes before them, and it is only for a bus that has one.
+    `device`, the path of the bus's node comes before them, and it is only for kdbusfs.
 
     With `one_core`, the bus and the clients are held on one core: without the scheduler's choice,
     which moves a round trip by a factor of three, what is left is the work itself.
@@ -38,6 +39,12 @@ class Topology(msgspec.Struct, frozen=True):
     arguments: tuple[object, ...]
     one_core: bool = False
     device: bool = False
+
+    def is_for(self, bus: str) -> bool:
+        """Whether it is measured on this bus."""
+        if self.device or bus == "kdbusfs":
+            return self.device and bus == "kdbusfs"
+        return bus != "unconfined" or self.name in COMPARED
 
 
 def _calls(name: str, pairs: int, window: int, size: int, signature: str) -> Topology:
