@@ -582,7 +582,7 @@ def _lie(line: Line, unique: int, order: list[int], union: Any, answer: Any) -> 
         chance = random.Random(number)
         fds = [chance.choice((0, 1, line.fileno())) for _ in range(chance.choice((0, 0, 1, 4)))]
         if isinstance(lie, bytes):
-            line.sock.send(lie, socket.MSG_NOSIGNAL)
+            line.sock.sendmsg([lie], [], socket.MSG_NOSIGNAL)
         else:
             if hasattr(lie, "unique") and chance.random() < 0.7:
                 lie = msgspec.structs.replace(lie, unique=unique)

@@ -78,10 +78,10 @@ def _device_taken_over(real: Callable[..., None], run: Callable[..., None]) -> C
         ready = select.poll()
         ready.register(sock, select.POLLIN)
         ready.poll()
-        if said := sock.recv(MAX_RECORD, socket.MSG_PEEK):
+        if said := sock.recvmsg(MAX_RECORD, 0, socket.MSG_PEEK)[0]:
             asked = requests.decode(decode(said).request)
             if isinstance(asked.body, requests.Ioctl) and asked.body.command == IOCTL:
-                sock.recv(MAX_RECORD)
+                sock.recvmsg(MAX_RECORD)
                 order = json.loads(asked.body.data.rstrip(b"\0"))
                 run(Line(sock, entries.ToDeviceWorker), asked.header.unique, order)
         real(context, engine, device, sock, broker)

@@ -28,6 +28,9 @@ INSTEAD: dict[str, tuple[int, ...]] = {
     "fork": (0,) * 6,
     "prctl": (3, 0, 0, 0, 0, 0),  # PR_GET_DUMPABLE
 }
+# By itself it returns to anywhere, and what is called there next is chance; the zygote makes it properly each
+# time that a worker ends.
+NOWHERE = "rt_sigreturn"
 FORKS = ("clone", "fork", "vfork")
 # A worker's filter is loaded over the zygote's: a call must pass both.
 UNDER = {"worker": "zygote", "kdbus-worker": "zygote"}
@@ -47,7 +50,8 @@ def rules(name: str) -> Iterator[tuple[profiles.Rule, str, bool]]:
     for rule in seccomp.rules:
         selinux = rule.when == "selinux"
         if rule.when in conditions(selinux):
-            yield from ((rule, call, selinux) for call in rule.calls if number(call) >= 0)
+            calls = (call for call in rule.calls if number(call) >= 0 and call != NOWHERE)
+            yield from ((rule, call, selinux) for call in calls)
 
 
 def bits(names: tuple[str, ...]) -> int:
