@@ -187,7 +187,7 @@ def _fetch(pid: int, number: int) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if os.geteuid() != 0:
-        raise ProfileError("kbusctl", "", "profile learn needs root")
+        raise ProfileError("", "", "profile learn needs root")
     profile = profiles.load(options.profile)
     with tempfile.TemporaryDirectory(prefix="kbusctl-learn-") as folder:
         os.chmod(folder, 0o711)
@@ -239,7 +239,7 @@ def _until(
     while not there():
         learner.serve()
         if supervisor.poll() is not None or time.monotonic() > deadline:
-            raise ProfileError("kbusctl", "", "the bus did not start; see the lines above")
+            raise ProfileError("", "", "the bus did not start; see the lines above")
 
 
 def report(learner: Learner) -> Iterator[str]:

@@ -198,7 +198,7 @@ def _test(options: argparse.Namespace) -> int:
     call = call_name(options.call, options.arch)
     arguments = [number(text) for text in options.arguments]
     if len(arguments) > 6:
-        raise ProfileError("kbusctl", "", "a system call has at most six arguments")
+        raise ProfileError("", "", "a system call has at most six arguments")
     said = judge(profile, call, arguments, conditions(arch=options.arch))
     if said.rule is not None:
         print(f"{call}: {said.action}, by {said.rule.origin}{_conditions(said.rule)}")
@@ -219,9 +219,9 @@ def call_name(text: str, arch: str | None) -> str:
         try:
             return bytes(pyseccomp.resolve_syscall(which, int(text))).decode()
         except ValueError:
-            raise ProfileError("kbusctl", "", f"{arch} has no system call {text}") from None
+            raise ProfileError("", "", f"{arch} has no system call {text}") from None
     if pyseccomp.resolve_syscall(which, text) == -1:
-        raise ProfileError("kbusctl", "", f"{text} is no system call that libseccomp knows")
+        raise ProfileError("", "", f"{text} is no system call that libseccomp knows")
     return text
 
 
