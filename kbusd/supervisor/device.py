@@ -154,6 +154,7 @@ class Devices:
                 self._turn(fd, handler, on=False)
             elif self._listener is not me:
                 self._turn(fd, handler, on=True)
+            del handler  # and with it a node that has been withdrawn
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:
                     self.kill(holder, f"leaves {MAX_WAITING} requests unread")

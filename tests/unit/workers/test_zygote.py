@@ -6,6 +6,7 @@ It runs in a process of its own, the test plays the supervisor.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from typing import NoReturn
 import pytest
 
 from kbusd.rings import entries
-from kbusd.rings.line import Line, close_all, pair
+from kbusd.rings.line import Line, pair
 from kbusd.workers import worker, zygote
 from tests.unit.workers.test_rehearsal import context
 
@@ -61,6 +62,7 @@ class Stage:
         self.line = Line(sock, entries.FromZygote)
         sock.settimeout(SECONDS)
         self.workers: list[socket.socket] = []
+        self.pidfds: list[int] = []
 
     def want(self, *numbers: int, hurry: bool = False) -> None:
         for number in numbers:
@@ -73,7 +75,8 @@ class Stage:
         message, fds = received
         assert isinstance(message, entries.Forked)
         self.workers.append(socket.socket(fileno=fds[0]))
-        close_all(fds[1:])
+        os.close(fds[1])
+        self.pidfds.append(fds[2])
         return message.worker
 
     def close(self) -> None:
@@ -82,6 +85,11 @@ class Stage:
         self.line.close()
         os.waitpid(self.pid, 0)
         self.said.close()
+        for pidfd in self.pidfds:
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            assert ended.poll(SECONDS * 1000), "a worker is left"
+            os.close(pidfd)
 
 
 Start = Callable[[float], Stage]
@@ -98,8 +106,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield one
     for stage in stages:
         stage.close()
-    with pytest.raises(ChildProcessError):  # no worker is left
-        os.waitpid(-1, os.WNOHANG)
 
 
 def test_workers_rehearse_if_there_is_time(start: Start) -> None:
