@@ -58,7 +58,8 @@ class Done(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message in the pool. `expects` is what its sender waits for: (id, cookie).
+    """A message in the pool. `expects` is what its sender waits for: (id, cookie); `answers`, the same of
+    an interrupted call of ours.
 
     `fds` are its descriptors in the order of its items, `fds_at` where their numbers belong in the slice, and
     `counted` those that its sender answers for; `incomplete`: it had some that were not kept. `kept`: all of
@@ -72,6 +73,7 @@ class Entry:
     counted: int = 0
     incomplete: bool = False
     expects: tuple[int, int] | None = None
+    answers: tuple[int, int] | None = None
     kept: tuple[Known, Parcel, Sequence[bytes | int]] | None = None
 
 
@@ -267,9 +269,18 @@ class Session:
             self._pool.release(entry.slice)
         return decoded.pokes + commands.recv_result(offset, size, flags, lost)
 
-    def _unqueue(self, ticket: int) -> None:
+    def _unqueue(self, ticket: int) -> Entry:
         entry = self._queue.remove(ticket)
         self._quota.remove(entry.user, entry.memory, entry.counted)
+        return entry
+
+    def _answered_meanwhile(self, header: message.Header) -> int | None:
+        """The ticket of the reply to a call that a signal interrupted, which the system makes once more."""
+        for ticket, entry in self._queue:
+            if entry.answers is not None and entry.answers[1] == header.cookie:
+                if header.dst_id in (entry.answers[0], abi.DST_ID_NAME):
+                    return ticket
+        return None
 
     def _hand(self, entry: Entry) -> int:
         """The client is about to see this message: it gets the descriptors. Returns RETURN flags."""
@@ -446,6 +457,8 @@ class Session:
                 call = self._calls.resume(found.header.cookie) if sync else None
                 if call is not None:
                     answered: Entry | None = await self._wait(caller, call, Wait())
+                elif sync and (ticket := self._answered_meanwhile(found.header)) is not None:
+                    answered = self._unqueue(ticket)
                 else:
                     answered = await self._post(caller, found, sync)
             finally:
@@ -677,7 +690,9 @@ class Session:
         call = self._calls.take(source.id, parcel.reply_or_timeout)
         wait = self._waiting.get(call)
         if wait is None:
-            self._enqueue(source, parcel, parts, seqnum, fds)
+            entry = self._enqueue(source, parcel, parts, seqnum, fds)
+            if call.interrupted:
+                entry.answers = call.callee, call.cookie
             return
         try:
             entry = self._place(source, parcel, parts, seqnum, fds, KERNEL_USER, accounted=False)

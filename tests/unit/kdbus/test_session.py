@@ -571,6 +571,27 @@ def test_what_was_answered_while_the_call_was_interrupted_is_in_the_queue(
     assert a.recv().payload == b"late"
 
 
+def test_a_call_that_was_answered_while_it_was_interrupted_is_not_sent_again(
+    pair: tuple[Client, Client],
+) -> None:
+    a, b = pair
+    run = a.call(b.id, cookie=8, sync=True)
+    assert run.waits_for is not None
+    run.waits_for.fail(Interrupted())
+    with pytest.raises(Interrupted):
+        a.end(run)
+    b.recv()
+    b.send(a.id, reply=8, payload=b"late")
+    again = a.call(b.id, cookie=8, sync=True)
+    a.end(again)
+    with refused("EAGAIN"):
+        b.recv()  # nothing was sent twice
+    with refused("EAGAIN"):
+        a.recv()  # nor was the answer given twice
+    new = a.call(b.id, cookie=8, sync=True)
+    assert b.recv() and new.result is None
+
+
 def test_calls_without_number_are_refused(pair: tuple[Client, Client]) -> None:
     a, _ = pair
     b = a.world.client(uid=1002, pool=16 * POOL)
