@@ -186,7 +186,11 @@ def main() -> int:
         SCHEMA,
         datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         described,
-        {name: buses.version(name, kbusd) for name in options.buses},
+        {
+            each: buses.version(each, kbusd)
+            for each in options.buses
+            if each not in buses.PRIVILEGED
+        },
         {"rounds": options.rounds, "seconds": options.seconds, "only": options.only},
         runner.samples,
     )
