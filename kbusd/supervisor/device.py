@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -63,9 +64,7 @@ class Devices:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.transports: list[Transport] = []
-        self.queues: dict[
-            str, Clients
-        ] = {}  # by the bus whose node they open, a prefix for control
+        self.queues: dict[str, Clients] = {}  # by the bus of the node; a prefix for control
         self.domains = {HOST.prefix: HOST}  # the bus of whose control node is this
         self.endpoints: dict[tuple[str, str], int] = {}  # custom ones, by bus and node
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
@@ -163,7 +162,9 @@ class Devices:
         try:
             return handler(buffer)
         except Exception as error:  # noqa: BLE001 (one client's event must not be the end of all devices)
-            self.host.journal.warn(f"a device met what it was not made for: {error!r}")
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{error!r} in {at.filename}:{at.lineno}"
+            self.host.journal.warn(f"a bug of kbusd's devices: {what}; what was asked for is lost")
             return True
 
     def _turn(self, fd: int, handler: Handler | None, *, on: bool) -> None:

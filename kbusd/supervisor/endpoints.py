@@ -58,9 +58,7 @@ class Endpoints:
             return errno.ESHUTDOWN
         if uid not in (domain.first, owner):
             return errno.EPERM
-        known = domain.inside(uid)
-        good = re.fullmatch(rf"{known}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
-        if not good or len(order.name) > MAX_NAME:
+        if not may_be_called(order.name, domain.inside(uid)):
             return errno.EINVAL
         if (holder.bus, order.name) in self._devices.endpoints:
             return errno.EEXIST
@@ -79,6 +77,12 @@ class Endpoints:
         """The bus ends."""
         for number in [each for each, node in self._nodes.items() if node.bus == bus]:
             self.end(number)
+
+
+def may_be_called(name: str, uid: int | None) -> bool:
+    """Whether a bus or an endpoint of this user may have that name; the uid is that of its domain."""
+    good = re.fullmatch(rf"{uid}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", name, re.ASCII)
+    return good is not None and len(name) <= MAX_NAME
 
 
 _GROUP, _WORLD = 1, 2  # flags of KDBUS_CMD_BUS_MAKE and _ENDPOINT_MAKE

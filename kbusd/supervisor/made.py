@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import secrets
 import syslog
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, Domain, DomainError, read
-from kbusd.supervisor.endpoints import Endpoints, node_for
+from kbusd.supervisor.endpoints import Endpoints, may_be_called, node_for
 from kbusd.supervisor.holder import Holder, Order
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
@@ -41,7 +40,6 @@ CONTROL = "control"
 MAX_BUSES_PER_USER = 16  # kdbus: KDBUS_USER_MAX_BUSES
 MAX_BUSES = 64  # each has three processes at least, and a dozen descriptors here
 MAX_BUSES_OF_A_DOMAIN = 16
-MAX_NAME = 63
 FILE_SPARES = 2
 MAX_ABOUT = 16 << 10
 CONFIGURATION = b"""<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
@@ -227,9 +225,7 @@ class Several(Supervisor):
             bus.stop()
 
     def _refusal(self, domain: Domain, uid: int, order: entries.MakeBus) -> int:
-        known = domain.inside(uid)
-        good = re.fullmatch(rf"{known}-[A-Za-z0-9_.-]*[A-Za-z0-9_]", order.name, re.ASCII)
-        if not good or len(order.name) > MAX_NAME or len(order.about) > MAX_ABOUT:
+        if not may_be_called(order.name, domain.inside(uid)) or len(order.about) > MAX_ABOUT:
             return errno.EINVAL
         name = domain.prefix + order.name
         if name in self.devices.queues or name in self.made:
