@@ -22,6 +22,7 @@ extensions = [
         [path],
         include_dirs=["kbusd/rings"],
         extra_compile_args=["-O2", "-std=c11", "-Wall", "-Wno-unused-function"],
+        extra_link_args=["-Wl,-z,now", "-Wl,-z,noseparate-code"],
     )
     for path in COMPILED
 ]

@@ -1,6 +1,6 @@
 """The broker's I/O: one thread, one epoll, lines to supervisor, launcher and every worker.
 
-Reads records, hands them to `bus.py`, and is the Outside that it acts through. Nothing blocks: a
+Reads records, hands them to `bus.py`, and is the Outside that it acts through. No worker can block it: a
 record that its reader does not take is queued, and a worker with too many of those is ended. A
 line that breaks its rules costs its worker and nobody else; when the supervisor's line closes the
 bus is over.
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kbusd.broker.bus import Bus
+from kbusd.broker.connection import Connection
 from kbusd.broker.log import Log
 from kbusd.broker.refusal import Violation
 from kbusd.policy import configuration
@@ -58,6 +59,7 @@ from kbusd.sandbox import selinux
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
+SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -158,6 +160,8 @@ class Server:
                 connection = self._bus.connections[worker]
                 if connection.credentials is None or isinstance(message, SetEndpoint):
                     self._from_supervisor()  # what it said is there already, if this is honest
+                if connection.credentials is None:
+                    self._await_client(connection)
                 if worker in self._lines:
                     self._bus.handle(connection, message, fds)
             finally:
@@ -192,6 +196,14 @@ class Server:
                 self._epoll.modify(line.fileno(), _READ)
         except OSError:
             pass  # it is gone; its line says so next
+
+    def _await_client(self, connection: Connection) -> None:
+        """A worker was quick: the supervisor gives it a client, and then says so to us."""
+        word = select.poll()
+        word.register(self._supervisor.fileno(), select.POLLIN)
+        while connection.credentials is None and word.poll(SUPERVISOR_SECONDS * 1000):
+            if not self._next_from_supervisor():
+                return
 
     # -- supervisor and launcher ---------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The supervisor's loop: what it waits for, and what it does then.
 
     socket readable  -> accept, ask the kernel who it is; the client waits for its turn
-    a spare worker   -> tell the broker whose turn it is, hand the client over
+    a spare worker   -> hand the client whose turn it is over, tell the broker
     broker says      -> Kill: end that worker; Joined: its client is complete;
                         ReloadWanted: read the configuration again
     zygote says      -> Forked: a spare more; Ended: tell the broker
@@ -319,8 +319,6 @@ class Supervisor:
         worker.client = credentials
         endpoint, fds = getattr(client, "endpoint", 0), pidfd_of(client)
         hasty = isinstance(client, socket)
-        self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty, endpoint), fds)
-        close_all(fds)
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
@@ -328,6 +326,9 @@ class Supervisor:
                 worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:
             client(worker, credentials)
+        # Second, so that the broker does not take the processor that this worker is about to have.
+        self._tell(BROKER, entries.Assigned(worker.number, credentials, hasty, endpoint), fds)
+        close_all(fds)
 
     def _may_have_a_worker(self, share: entries.Share) -> bool:
         """Nobody takes more than half of what is left of the places for those without a Hello."""

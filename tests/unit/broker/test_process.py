@@ -7,8 +7,10 @@ import mmap
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -157,6 +159,17 @@ def running(broker: Broker) -> Iterator[Broker]:
 def snapshot(fd: int) -> e.Snapshot:
     with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as data:
         return _decode_snapshot(data[:])
+
+
+def test_a_hello_may_overtake_the_word_of_who_says_it(broker: Broker) -> None:
+    worker = broker.spare()
+    worker.line.send(e.Hello(1))
+    while struct.unpack("i", fcntl.ioctl(worker.line.fileno(), termios.TIOCOUTQ, bytes(4)))[0]:
+        assert broker.process.poll() is None  # it has not read it yet
+    broker.line.send(e.Assigned(worker.number, credentials(worker.number, 1000)))
+    reply, (fd,) = hear(worker.line)
+    os.close(fd)
+    assert isinstance(reply, e.Reply)
 
 
 def test_hello_gives_an_id_and_a_snapshot_from_which_the_log_leads_on(broker: Broker) -> None:
