@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
@@ -58,30 +58,40 @@ class Zygote:
         self.locking: dict[int, Locking] = {}  # by the pipe that they say it on
         self.epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
 
-    def fork(self, number: int, files: bool) -> None:
-        supervisors, ours = pair()
-        brokers, theirs = pair()
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()
-        if pid == 0:
-            status = 70
-            try:
-                # What else we have inherited is closed by the lock-down, before a client comes.
-                context = self.context
-                if files:
-                    context = msgspec.structs.replace(context, profile=self.for_files)
-                worker.main(context, ours, theirs, writer, not self.hurry)
-            except BaseException as error:  # the process ends here, whatever it was
-                os.write(2, f"kbusd-worker: {type(error).__name__}: {error}\n".encode())
-                if os.environ.get("KBUSD_TRACEBACK"):
-                    sys.excepthook(*sys.exc_info())
-            finally:
-                os._exit(status)
-        os.close(writer)
-        ours.close()
-        theirs.close()
-        self.locking[reader] = Locking(number, pid, supervisors, brokers)
-        self.epoll.register(reader, select.EPOLLIN)
+    def fork(self) -> None:
+        """Fork those that are wanted. One right after the other: between two forks we, too, would copy
+        every page that we write to."""
+        nests = [(each, pair(), pair(), os.pipe2(os.O_CLOEXEC)) for each in self.wanted]
+        pids: list[int] = []
+        for each, (_, ours), (_, theirs), (_, writer) in nests:
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                self._live(each, ours, theirs, writer)
+        for pid, (each, line, brokers, (reader, writer)) in zip(pids, nests, strict=True):
+            os.close(writer)
+            line[1].close()
+            brokers[1].close()
+            self.locking[reader] = Locking(each.worker, pid, line[0], brokers[0])
+            self.epoll.register(reader, select.EPOLLIN)
+        self.wanted.clear()
+        self.hurry = False
+
+    def _live(
+        self, fork: entries.Fork, ours: socket.socket, theirs: socket.socket, writer: int
+    ) -> NoReturn:
+        """The worker's life."""
+        try:
+            # What else we have inherited is closed by the lock-down, before a client comes.
+            context = self.context
+            if fork.files:
+                context = msgspec.structs.replace(context, profile=self.for_files)
+            worker.main(context, ours, theirs, writer, not self.hurry)
+        except BaseException as error:  # the process ends here, whatever it was
+            os.write(2, f"kbusd-worker: {type(error).__name__}: {error}\n".encode())
+            if os.environ.get("KBUSD_TRACEBACK"):
+                sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(70)
 
     def locked(self, reader: int) -> None:
         """The worker says one byte, or has ended."""
@@ -142,10 +152,7 @@ class Zygote:
                 else:
                     self.receive()
             if not ready or self.hurry:
-                for each in self.wanted:
-                    self.fork(each.worker, each.files)
-                self.wanted.clear()
-                self.hurry = False
+                self.fork()
             self.line.flush()
 
 
