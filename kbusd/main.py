@@ -11,11 +11,10 @@ import contextlib
 import os
 import re
 import resource
-import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -31,11 +30,11 @@ from kbusd.supervisor.listen import Listener, bind, escape
 from kbusd.supervisor.made import CONFIGURATION, Several, Where
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
-from kbusd.supervisor.supervisor import READER, StartError, Supervisor
+from kbusd.supervisor.supervisor import READER, Read, StartError, Supervisor
 
 _FIRST_PASSED_FD = 3  # sd_listen_fds(3)
 _MAX_PASSED_FDS = 64
-MIN_FILES = 128  # descriptors that the supervisor may have: its own and those of a few workers
+MIN_FILES = 128  # descriptors that the supervisor may have: OTHER_FDS and those of a dozen workers
 USAGE = """kbusd [--session | --system | --config-file=FILE] [--address=ADDRESS]
              [--fork | --nofork] [--print-address[=FD]] [--print-pid[=FD]] [--nopidfile]
              [--syslog | --syslog-only | --nosyslog] [--systemd-activation]
@@ -99,7 +98,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
+def reader_of(options: argparse.Namespace) -> Read:
     """What starts the confined process that reads the configuration: given a descriptor for its
     errors, returns its process id and the memfd that it writes the compiled outcome to."""
     which = (
@@ -123,9 +122,13 @@ def reader_of(options: argparse.Namespace) -> Callable[[int], tuple[int, int]]:
 
 
 def spawn_reader(which: list[str], keep: dict[int, int], stderr: int) -> tuple[int, int]:
-    """Start it with these arguments and descriptors."""
+    """Start it with these arguments and descriptors. Raises OSError."""
     outcome = os.memfd_create("kbusd-configuration-read", os.MFD_CLOEXEC)
-    return spawn(READER, which, {1: outcome, **keep}, stderr), outcome
+    try:
+        return spawn(READER, which, {1: outcome, **keep}, stderr), outcome
+    except OSError:
+        os.close(outcome)
+        raise
 
 
 def node_of(settings: Settings) -> Node:
@@ -311,7 +314,7 @@ def _run(
     options: argparse.Namespace,
     settings: Settings,
     configuration: bytes,
-    read: Callable[[int], tuple[int, int]],
+    read: Read,
 ) -> int:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < MIN_FILES:
         _fail(f"too few descriptors: limit nofile is under {MIN_FILES}")
@@ -338,7 +341,7 @@ def _run(
     where = Where(kdbusfs, options.cuse, options.domains)
     has_devices = where != Where(None, None, None)
     kind = Several if has_devices else Supervisor
-    supervisor = kind(configuration, listeners, secrets.token_hex(16), journal, read)
+    supervisor = kind(configuration, listeners, journal, read)
     try:
         for warning in settings.warnings:
             journal.warn(warning)

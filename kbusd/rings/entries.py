@@ -681,10 +681,10 @@ class Forked(msgspec.Struct, frozen=True, array_like=True, tag="forked"):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="worker_ended"):
-    """zygote -> supervisor. The worker's process was reaped; `status` is waitpid's."""
+    """zygote -> supervisor. The worker's process was reaped; `code`: its exit status, or minus the signal."""
 
     worker: int
-    status: int
+    code: int
 
 
 FromZygote = Forked | Ended

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import syslog
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -170,10 +169,13 @@ class Several(Supervisor):
         for bus in tuple(self.made.values()):
             bus.settle()
 
-    def ended(self, pid: int, status: int) -> None:
-        super().ended(pid, status)
+    def waits(self) -> bool:
+        return super().waits() or any(bus.retry_at > 0 for bus in self.made.values())
+
+    def ended(self, pid: int, code: int) -> None:
+        super().ended(pid, code)
         for bus in self.made.values():
-            bus.ended(pid, status)
+            bus.ended(pid, code)
 
     def kill(self, number: int, reason: str) -> None:
         """A worker broke a rule."""
@@ -291,7 +293,7 @@ class MadeBus(Supervisor):
     ) -> None:
         journal = _Journal(host.journal, name)
         self.host = host
-        super().__init__(configuration, (), secrets.token_hex(16), journal, host.read)
+        super().__init__(configuration, (), journal, host.read)
         self.name, self.owner = name, maker.credentials.uid
         self.ready: Callable[[int], None] | None = ready
         self.over = over
@@ -335,6 +337,8 @@ class MadeBus(Supervisor):
             super().settle()
             if self.pools[0].spare:
                 self._say_ready(0)
+            elif self.ready and self.retry_at:
+                self.exit_status = 1
         if self.exit_status is not None:
             self.stop()
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 
 import kbusd
@@ -23,14 +24,14 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
     # Our own import path (see start.py). An editable installation is not on it by itself.
     ours = os.path.dirname(next(iter(kbusd.__path__)))
     path = [ours, *(each for each in sys.path if each and each != ours)]
-    # First out of the way of each other, then each to its place.
-    clear = max(2, *fds) + 1
-    high = {to: fcntl(fd, F_DUPFD_CLOEXEC, clear) for to, fd in {**fds, 2: stderr}.items()}
-    actions: list[tuple[object, ...]] = [
-        (os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1)
-    ]
-    actions += [(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in high.items()]
-    try:
+    actions: list[tuple[object, ...]] = []
+    with ExitStack() as held:
+        null = held.enter_context(open(os.devnull, "r+b", 0)).fileno()
+        # First out of the way of each other, then each to its place.
+        for to, fd in {0: null, 1: null, 2: stderr, **fds}.items():
+            high = fcntl(fd, F_DUPFD_CLOEXEC, max(2, *fds) + 1)
+            held.callback(os.close, high)
+            actions.append((os.POSIX_SPAWN_DUP2, high, to))
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments],
@@ -40,6 +41,3 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
             setsigmask=[],
             setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD],
         )
-    finally:
-        for fd in high.values():
-            os.close(fd)

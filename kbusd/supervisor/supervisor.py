@@ -6,6 +6,8 @@
                         ReloadWanted: read the configuration again
     zygote says      -> Forked: a spare more; Ended: tell the broker
     a child ends     -> broker: the bus ends; zygote, launcher: started again; reader: configured
+    no descriptors,  -> what exists goes on; what could not be started is tried again, later each
+    memory, processes   time; a configuration stays in force till another is read
     SIGTERM, SIGINT  -> end everything, leave nothing; SIGHUP: the broker wants it read again
 
 Privileged: it holds the listening sockets and may end any process of the bus. It reads nothing
@@ -15,7 +17,7 @@ that a client wrote. Trusts the kernel and its configuration; decodes what child
 from __future__ import annotations
 
 import os
-import resource
+import secrets
 import signal
 import time
 from collections import deque
@@ -24,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
+from resource import RLIMIT_NOFILE, getrlimit
 from select import POLLIN, POLLOUT, poll
 from socket import socket
 
@@ -45,13 +48,16 @@ READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
 SPARES = 4
-# So many spare workers and zygotes end by themselves in that time: it will not get better.
-MAX_LOST, LOST_SECONDS = 12, 10.0
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once more and a pool
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
-RETRY_SECONDS = 0.1  # after the system ran out of something
+# After the system ran out of something, or a process ended by itself; twice that the next time, and so on.
+RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 5.0
+
+
+# Given where its errors are to go, returns the process's id and the memfd with the outcome. Raises OSError.
+Read = Callable[[int], tuple[int, int]]
 
 
 class StartError(Exception):
@@ -94,21 +100,15 @@ class Worker:
 class Supervisor:
     """Runs one bus until it is told to stop.
 
-    `read` starts the process that reads the configuration, whose errors go to the descriptor that
-    it is given; it returns the process's id and the memfd with the outcome."""
+    `read` starts the process that reads the configuration."""
 
     def __init__(
-        self,
-        configuration: bytes,
-        listeners: Sequence[Listener],
-        guid: str,
-        journal: Journal,
-        read: Callable[[int], tuple[int, int]],
+        self, configuration: bytes, listeners: Sequence[Listener], journal: Journal, read: Read
     ) -> None:
         self._configure(configuration)
         self.listeners = list(listeners)
-        self.guid = guid
-        self.address = ";".join(f"{each.address},guid={guid}" for each in listeners)
+        self.guid = secrets.token_hex(16)
+        self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
         self.journal = journal
         self.read = read
         self.reading = -1  # the memfd of a reader at work
@@ -117,7 +117,9 @@ class Supervisor:
         self.lines: dict[str, Line] = {}  # to broker and zygote
         self.profiles: dict[str, int] = {}  # sealed memfds
         self.log_fd = -1
-        self.lost: deque[float] = deque(maxlen=MAX_LOST)  # when
+        self.missing: set[str] = set()  # modules that are to run and do not
+        self.retry_at = 0.0  # when to start them, and spare workers, again
+        self.delay = RETRY_SECONDS
         self.workers: dict[int, Worker] = {}
         self.clients = Clients()  # by sockets
         self.pools = [Pool(SPARES, self.clients)]
@@ -139,18 +141,17 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         profiles = sandbox.compile_all(self.settings.user)
-        self.soft_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # confine raises it
+        self.soft_files = getrlimit(RLIMIT_NOFILE)[0]  # confine raises it
         for warning in apply.confine(profiles["supervisor"]):
             self.journal.warn(warning)
         for name, profile in profiles.items():
             self.profiles[name] = memfd.sealed(f"kbusd-profile-{name}", sandbox.encode(profile))
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FDS
-        self.max_workers = max(files // FDS_PER_WORKER, SPARES)
+        self.max_workers = (getrlimit(RLIMIT_NOFILE)[0] - OTHER_FDS) // FDS_PER_WORKER
         self._start_broker()
         deadline = time.monotonic() + START_SECONDS
         while not self.pools[0].spare:
             self._turn(0.5)
-            if self.exit_status is not None or time.monotonic() > deadline:
+            if self.exit_status is not None or self.retry_at or time.monotonic() > deadline:
                 raise StartError("no worker got ready, in time or at all; see the lines above")
 
     def _start(self, module: str, arguments: Sequence[str], *fds: int) -> socket:
@@ -195,8 +196,12 @@ class Supervisor:
     def run(self) -> int:
         """Serve until told to stop; returns the exit status."""
         while self.exit_status is None:
-            self._turn(RETRY_SECONDS if self.pause_until > time.monotonic() else None)
+            self._turn(RETRY_SECONDS if self.waits() else None)
         return self.exit_status
+
+    def waits(self) -> bool:
+        """Whether there will be something to do though nothing happens."""
+        return self.retry_at > 0 or self.pause_until > time.monotonic()
 
     def _turn(self, seconds: float | None) -> None:
         """Wait, so long at most, and do what there is to do."""
@@ -214,12 +219,12 @@ class Supervisor:
         """What there is to do, whatever has happened."""
         if BROKER in self.lines and not self.lines[BROKER].queue:  # else it could not keep up
             self._serve()
-        # Forking would disturb those who are about to say Hello.
-        if not self.incomplete or any(len(each.spare) < each.wanted // 2 for each in self.pools):
-            self._refill()
-        for line in self.lines.values():
-            with suppress(OSError):
-                line.flush()
+        if self.retry_at <= time.monotonic():
+            self.retry_at = 0.0
+            self._start_missing()
+            # Forking would disturb those who are about to say Hello.
+            if not self.incomplete or any(p.wanted // 2 > len(p.spare) for p in self.pools):
+                self._refill()
 
     def sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
         """What we wait for now: descriptor, events, and what to do then."""
@@ -242,7 +247,8 @@ class Supervisor:
         try:
             while (received := line.receive()) is not None:
                 self.said(*received)
-        except (EOFError, LineError) as error:
+            line.flush()
+        except (EOFError, LineError, OSError) as error:
             if isinstance(error, LineError):
                 self.journal.warn(f"{module}: {error}")
             # It ends by that, if it has not already, and waitpid will say so.
@@ -253,14 +259,14 @@ class Supervisor:
         match message, fds:
             case entries.BrokerReady(), [log_fd] if self.log_fd < 0:
                 self.log_fd = log_fd
-                self._start_launcher()
-                self._start_zygote()
+                self.missing |= {LAUNCHER, ZYGOTE}
             case entries.Kill(number, reason), []:
                 with suppress(KeyError, ProcessLookupError):  # it has ended already
                     self.journal.warn(f"ending {self.workers[number]}: {reason}")
                     signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
+                self.delay = RETRY_SECONDS
             case entries.ReloadWanted(), []:
                 self._reload()
             case entries.Endpoints(names), []:
@@ -271,8 +277,8 @@ class Supervisor:
                 pool.spare.append(worker)
                 self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
                 os.close(broker_fd)
-            case entries.Ended(number, status), []:
-                self._worker_ended(number, status)
+            case entries.Ended(number, code), []:
+                self._worker_ended(number, code)
             case _:
                 close_all(fds)
                 raise LineError(f"sent {message} with {len(fds)} descriptors")
@@ -302,12 +308,11 @@ class Supervisor:
                 self.pause_until = time.monotonic() + RETRY_SECONDS
             return
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
-        if not (why := self.clients.refusal(credentials, limit)):
-            client.setblocking(False)  # for the worker, which may not change it
-            self.clients.add(credentials, client)
-            return
-        self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
-        client.close()
+        if why := self.clients.refusal(credentials, limit):
+            self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
+            return client.close()
+        client.setblocking(False)  # for the worker, which may not change it
+        self.clients.add(credentials, client)
 
     def _serve(self) -> None:
         """Give spare workers to those whose turn it is."""
@@ -344,11 +349,11 @@ class Supervisor:
                 self._tell(ZYGOTE, entries.Fork(number, hurry, pool.files))
                 self.forking[number] = pool
 
-    def _worker_ended(self, number: int, status: int) -> None:
+    def _worker_ended(self, number: int, code: int) -> None:
         if (worker := self.workers.pop(number, None)) is None:
             return
         self.incomplete.pop(number, None)
-        if reason := describe(os.waitstatus_to_exitcode(status)) if status else "":
+        if reason := describe(code) if code else "":
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
             self.clients.of[worker.client.share] -= 1
@@ -359,13 +364,21 @@ class Supervisor:
         worker.line.close()
         os.close(worker.pidfd)
 
-    def _lose(self) -> None:
-        """Something ended by itself and is made anew, but not if that happens again and again."""
-        now = time.monotonic()
-        if len(self.lost) == MAX_LOST and now - self.lost[0] < LOST_SECONDS:
-            self.journal.warn(f"{MAX_LOST} processes ended within {LOST_SECONDS:.0f} s: giving up")
-            self.exit_status = 1
-        self.lost.append(now)
+    def _start_missing(self) -> None:
+        while self.missing:
+            module = self.missing.pop()
+            try:
+                getattr(self, f"_start_{module.rpartition('.')[2]}")()  # _start_zygote, say
+            except OSError as error:
+                self.journal.warn(f"cannot start {module}: {error.strerror}")
+                return self._lose(module)
+
+    def _lose(self, *modules: str) -> None:
+        """Something ended by itself, or could not be started. It is made anew; later each time, until
+        a client is served again."""
+        self.missing.update(modules)
+        self.retry_at = time.monotonic() + self.delay
+        self.delay = min(2 * self.delay, MAX_RETRY_SECONDS)
 
     # -- configuration -------------------------------------------------------------------------
 
@@ -375,20 +388,22 @@ class Supervisor:
 
     def _reload(self) -> None:
         if self.reading < 0:
-            pid, self.reading = self.read(self.journal.stderr)
-            self.children[pid] = READER
+            self.missing.add(READER)
+
+    def _start_reader(self) -> None:
+        pid, self.reading = self.read(self.journal.stderr)
+        self.children[pid] = READER
 
     def _configuration_read(self, code: int) -> None:
-        data = os.pread(self.reading, os.fstat(self.reading).st_size, 0)
-        os.close(self.reading)
-        self.reading = -1
         if code == 0:
-            os.close(self.configuration)
-            self._configure(data)
+            os.close(self.configuration)  # one descriptor, for the new one
+            self._configure(os.pread(self.reading, os.fstat(self.reading).st_size, 0))
             self.journal.say("configuration read again")
             self._tell(ZYGOTE, entries.Configured(), [self.configuration])
         else:
             self.journal.warn("configuration not read again; the one in force stays")
+        os.close(self.reading)
+        self.reading = -1
         self._tell(BROKER, entries.Reconfigured(), [self.configuration] if code == 0 else [])
 
     # -- signals and children ------------------------------------------------------------------
@@ -405,17 +420,16 @@ class Supervisor:
     def _reap(self) -> None:
         with suppress(ChildProcessError):
             while (pid := (ended := os.waitpid(-1, os.WNOHANG))[0]) != 0:
-                self.ended(pid, ended[1])
+                self.ended(pid, os.waitstatus_to_exitcode(ended[1]))
 
-    def ended(self, pid: int, status: int) -> None:
+    def ended(self, pid: int, code: int) -> None:
         """A process has, which may be of this bus."""
-        if pid in self.children:
-            self._child_ended(pid, os.waitstatus_to_exitcode(status))
+        if module := self.children.pop(pid, ""):
+            self._child_ended(module, pid, code)
         for worker in [each for each in self.workers.values() if each.pid == pid]:
-            self._worker_ended(worker.number, status)
+            self._worker_ended(worker.number, code)
 
-    def _child_ended(self, pid: int, code: int) -> None:
-        module = self.children.pop(pid)
+    def _child_ended(self, module: str, pid: int, code: int) -> None:
         if module in self.lines:
             self._receive(module)  # its last words
         if module in self.lines:  # a worker that is not locked down yet has the other end
@@ -423,10 +437,7 @@ class Supervisor:
         if module == READER:
             return self._configuration_read(code)
         self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
-        if module == ZYGOTE:
-            self._lose()
-            self._start_zygote()
-        elif module == LAUNCHER and code < 0:
-            self._start_launcher()
+        if module == ZYGOTE or (module == LAUNCHER and code < 0):
+            self._lose(module)
         else:
             self.exit_status = 1

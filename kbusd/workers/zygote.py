@@ -117,7 +117,8 @@ class Zygote:
             for reader in [fd for fd, each in self.locking.items() if each.pid == ended.si_pid]:
                 self.locked(reader)
             pid, status = os.waitpid(ended.si_pid, 0)
-            self.line.send(entries.Ended(self.workers.pop(pid), status))
+            code = os.waitstatus_to_exitcode(status)
+            self.line.send(entries.Ended(self.workers.pop(pid), code))
 
     def receive(self) -> None:
         while (received := self.line.receive()) is not None:
@@ -175,8 +176,12 @@ def main() -> None:
     zygote = Zygote(context, for_files, line)
     gc.collect()
     gc.freeze()
-    with contextlib.suppress(EOFError, LineError, ConnectionError):
+    try:
         zygote.run()
+    except (EOFError, LineError, ConnectionError):
+        pass  # the bus has ended
+    except OSError as error:  # the system is out of something; the supervisor knows what to do
+        raise SystemExit(f"kbusd-zygote: cannot make a worker: {error.strerror}") from None
 
 
 if __name__ == "__main__":

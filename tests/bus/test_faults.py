@@ -5,8 +5,11 @@ Each test has bystanders whose traffic must go on, in order and complete, while 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,10 +18,11 @@ import pytest
 
 from . import procs
 from . import wireformat as w
-from .daemon import Bus
+from .daemon import OPEN_POLICY, Bus, configuration, need_a_tree_for_all
 from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
 
 SEED = 20150401
+ALONE = 64231  # a uid that nobody else on the machine has
 SECONDS = 20.0
 
 
@@ -465,6 +469,88 @@ def test_descriptors_run_out(start_bus: Callable[..., Bus]) -> None:
     pair.go_on()
     pair.end()
     procs.eventually(lambda: connects(bus), "there is room again")
+
+
+@contextlib.contextmanager
+def no_descriptor_free(bus: Bus) -> Iterator[None]:
+    """The supervisor gets no further one meanwhile."""
+    used = {int(name) for name in os.listdir(f"/proc/{bus.pid}/fd")}
+    first_free = next(n for n in itertools.count() if n not in used)
+    before = resource.prlimit(bus.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(bus.pid, resource.RLIMIT_NOFILE, (first_free, before[1]))
+    yield
+    resource.prlimit(bus.pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.kbusd_only
+def test_a_reload_without_a_descriptor_is_made_up_for(start_bus: Callable[..., Bus]) -> None:
+    """It was the end of the bus."""
+    bus = start_bus()
+    pair = Bystanders(bus)
+    with no_descriptor_free(bus):
+        bus.process.send_signal(signal.SIGHUP)
+        logged(bus, "cannot start kbusd.policy.reader: Too many open files")
+        pair.go_on()
+    logged(bus, "configuration read again")
+    pair.go_on()
+    pair.end()
+    assert bus.connect().driver("ReloadConfig") == []
+
+
+@pytest.mark.kbusd_only
+def test_a_zygote_without_a_descriptor_is_made_up_for(start_bus: Callable[..., Bus]) -> None:
+    """It was the end of the bus. Who is connected goes on, who comes waits."""
+    bus = start_bus()
+    pair = Bystanders(bus)
+    (zygote,) = [p for p in bus.tree() if p.comm == "kbusd-zygote" and p.ppid == bus.pid]
+    with no_descriptor_free(bus):
+        os.kill(zygote.pid, signal.SIGKILL)
+        logged(bus, "cannot start kbusd.workers.zygote: Too many open files")
+        pair.go_on()
+        late = RawSocket(bus.address)
+        late.write(b"\0AUTH EXTERNAL\r\nDATA\r\n")
+        procs.eventually(
+            lambda: bus.log().count("cannot start kbusd.workers.zygote") >= 3, "it is tried again"
+        )
+        pair.go_on()
+    while not late.read_line().startswith(b"OK "):
+        pass
+    late.close()
+    for _ in range(10):
+        bus.connect()
+    pair.end()
+
+
+@pytest.mark.kbusd_only
+def test_processes_run_out(start_bus: Callable[..., Bus]) -> None:
+    """Who is connected goes on, who comes waits till somebody leaves."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become a user that has no other process")
+    become = ["setpriv", f"--reuid={ALONE}", f"--regid={ALONE}", "--clear-groups", "--"]
+    need_a_tree_for_all(become)
+    bus = start_bus(
+        configuration(
+            f"unix:abstract=kbusd-test-{os.getpid()}",
+            policy=OPEN_POLICY.replace("<allow", '<allow user="*"/><allow', 1),
+        ),
+        prefix=[*become, "prlimit", "--nproc=14:14", "--"],
+    )
+    pair = Bystanders(bus)
+    clients: list[RawSocket] = []
+    while "cannot make a worker: Resource temporarily unavailable" not in bus.log():
+        clients.append(RawSocket(bus.address))
+        clients[-1].write(b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n")
+        assert len(clients) < 50
+        pair.go_on(5)
+    late = RawSocket(bus.address)
+    late.write(b"\0AUTH EXTERNAL\r\nDATA\r\n")
+    pair.go_on()
+    for client in clients:
+        client.close()
+    while not late.read_line().startswith(b"OK "):
+        pass
+    late.close()
+    pair.end()
 
 
 def test_full_shared_memory_directory(start_bus: Callable[..., Bus]) -> None:

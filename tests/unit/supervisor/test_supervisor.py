@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import socket
+import time
 
 import msgspec
+import pytest
 
+from kbusd.main import spawn_reader
 from kbusd.rings import entries
 from kbusd.rings.line import Line
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.supervisor import Supervisor, Worker
+from kbusd.supervisor.supervisor import ZYGOTE, Supervisor, Worker
 
 SETTINGS = {"user": "", "limits": {}, "sockets": {"": ""}}
 
@@ -19,7 +24,7 @@ SETTINGS = {"user": "", "limits": {}, "sockets": {"": ""}}
 def supervisor(**sockets: str) -> Supervisor:
     configuration = msgspec.msgpack.encode(SETTINGS | {"sockets": {"": "", **sockets}})
     journal = Journal(to_stderr=False, to_syslog=False, relays=False)
-    return Supervisor(configuration, (), "0" * 32, journal, lambda _: (0, 0))
+    return Supervisor(configuration, (), journal, lambda _: (0, 0))
 
 
 def test_a_worker_is_to_be_killed_that_has_ended_and_was_reaped() -> None:
@@ -62,11 +67,62 @@ def test_a_worker_killed_by_a_signal_without_a_name_is_not_the_end_of_the_bus() 
     pid = os.fork()
     if pid == 0:
         os.kill(os.getpid(), signal.SIGRTMIN + 2)
-    status = os.waitpid(pid, 0)[1]
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         worker = Worker(3, pid, os.dup(0), Line(ours, entries.ToSupervisor), one.pools[0])
         worker.client = entries.Credentials(1, 1, 1)
         one.workers[3] = worker
-        one.said(entries.Ended(3, status), [])
+        one.said(entries.Ended(3, code), [])
     assert not one.workers
+
+
+@pytest.mark.parametrize("code", [0x7F, -0x7F, 1 << 62, -(1 << 62)])
+def test_a_zygote_that_was_taken_over_makes_up_how_a_worker_ended(code: int) -> None:
+    """A status that no process has was an exception, and the end of the bus."""
+    one = supervisor()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        worker = Worker(3, 1 << 30, os.dup(0), Line(ours, entries.ToSupervisor), one.pools[0])
+        worker.client = entries.Credentials(1, 1, 1)
+        one.workers[3] = worker
+        one.said(entries.Ended(3, code), [])
+    assert not one.workers
+
+
+def test_what_can_not_be_started_is_tried_later_each_time() -> None:
+    one = supervisor()
+    one.max_workers = 0
+    tried = []
+
+    def start() -> None:
+        tried.append(one.delay)
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    one._start_zygote = start  # type: ignore[method-assign]
+    one._lose(ZYGOTE)
+    for _ in range(10):
+        assert one.waits() and one.retry_at > time.monotonic()
+        one.settle()  # too early
+        one.retry_at = time.monotonic()
+        one.settle()
+    assert tried == [0.2, 0.4, 0.8, 1.6, 3.2] + [5.0] * 5
+    one.said(entries.Joined(7), [])
+    one._start_zygote = lambda: None  # type: ignore[method-assign]
+    one.retry_at = time.monotonic()
+    one.settle()
+    assert not one.missing and not one.waits() and one.delay == 0.1
+
+
+def test_descriptors_are_not_lost_by_what_can_not_be_started() -> None:
+    """Each try that failed half-way kept some, for good."""
+    before = os.listdir("/proc/self/fd")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for more in range(8):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (len(before) + more, hard))
+            with pytest.raises(OSError, match="Too many open files"):
+                spawn_reader(["--session"], dict.fromkeys(range(3, 10), 0), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.listdir("/proc/self/fd") == before
