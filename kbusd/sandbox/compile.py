@@ -20,6 +20,7 @@ from kbusd.sandbox import constants, profiles
 from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
+from kbusd.sandbox.selinux import knows as selinux_knows
 
 __all__ = [
     "Compiled",
@@ -64,6 +65,7 @@ def compile_profile(
     all. `selinux`: whether the rules for SELinux systems apply; by default found out. `arch`: what
     the filter is for, of ARCHITECTURES; by default this machine.
     Raises ProfileError for a name that nothing has, or a required user that does not exist."""
+    found_out = selinux is None
     selinux = selinux_enabled() if selinux is None else selinux
     here = conditions(selinux, arch)
     notes: list[str] = []
@@ -95,6 +97,14 @@ def compile_profile(
     landlock = None
     if _enabled(profile, "landlock") and profile.landlock:
         landlock = tuple(Path(p.path, p.write) for p in profile.landlock.paths if p.when in here)
+    domain = ""
+    if selinux and _enabled(profile, "selinux") and profile.selinux:
+        domain = profile.selinux.type
+        if found_out and not selinux_knows(domain):
+            notes.append(f"SELinux's policy has no domain {domain}: install the module kbus.pp")
+            domain = ""
+        if not _of_the_machine():
+            required.discard("selinux")
     bpf = b""
     if _enabled(profile, "seccomp") and profile.seccomp:
         rules = [rule for rule in profile.seccomp.rules if rule.when in here]
@@ -116,9 +126,7 @@ def compile_profile(
         limits=tuple(_limits(profile.limits)),
         unshare=unshare,
         landlock=landlock,
-        selinux=profile.selinux.type
-        if selinux and profile.selinux and profile.selinux.enabled
-        else "",
+        selinux=domain,
         bpf=bpf,
     )
 
@@ -126,6 +134,12 @@ def compile_profile(
 def _enabled(profile: profiles.Profile, section: str) -> bool:
     value = getattr(profile, section)
     return value is not None and bool(value.enabled)
+
+
+def _of_the_machine() -> bool:
+    """Whether we are its root, whom a policy can give domains; not a user, nor a container's root."""
+    with open("/proc/self/uid_map") as users:
+        return os.geteuid() == 0 and users.read().split() == ["0", "0", str((1 << 32) - 1)]
 
 
 def _user(

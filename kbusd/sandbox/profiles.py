@@ -119,7 +119,8 @@ class Landlock(_Section, frozen=True):
 
 
 class Selinux(_Section, frozen=True):
-    """setcon(3) to `type`, the other fields of the context kept; only where SELinux is enabled."""
+    """setcon(3) to `type`, the other fields of the context kept; only where SELinux is enabled and its
+    policy has the type. Required of a bus that the machine's root starts."""
 
     type: Annotated[str, msgspec.Meta(pattern="^([A-Za-z][A-Za-z0-9_.]*)?$")] = ""
 

@@ -422,7 +422,7 @@ class Supervisor:
         if module == READER:
             return self._configuration_read(code)
         self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
-        if module == ZYGOTE:
+        if module == ZYGOTE and (code <= 0 or self.workers):  # else the first could not be confined
             self._lose()
             self._start_zygote()
         elif module == LAUNCHER and code < 0:

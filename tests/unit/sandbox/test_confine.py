@@ -234,3 +234,11 @@ def test_a_log_file_of_any_size_can_be_written_to(name: str, tmp_path: Path) -> 
         assert run(lambda: os.write(fd, b"a line\n"), COMPILED[name]).said == "7"
     finally:
         os.close(fd)
+
+
+def test_a_demanded_domain_that_can_not_be_had_stops_the_process() -> None:
+    worker = msgspec.structs.replace(COMPILED["worker"], selinux="no_such_t")
+    demanded = msgspec.structs.replace(worker, required=worker.required | {"selinux"})
+    assert "[selinux] is required but can't be had" in run(lambda: apply.confine(demanded)).said
+    wanted = msgspec.structs.replace(worker, required=worker.required - {"selinux"})
+    assert "profile worker: no selinux:" in run(lambda: apply.confine(wanted)).said
