@@ -17,7 +17,7 @@ from contextlib import suppress
 import pyseccomp
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode
+from kbusd.sandbox.compiled import USERS, Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
 from kbusd.sandbox.selinux import knows as selinux_knows
@@ -74,10 +74,13 @@ def compile_profile(
         for section in profiles.SECTIONS
         if _enabled(profile, section) and getattr(profile, section).required
     }
-    uid = gid = groups = capabilities = bounding = None
+    uid = gid = apart = groups = capabilities = bounding = None
     if _enabled(profile, "user") and profile.user and profile.user.names:
         wanted = (user, *profile.user.names) if user else profile.user.names
         uid, gid = _user(profile.user.origin, wanted, profile.user.required, notes)
+        if (apart := profile.user.apart) and not _there(apart):
+            notes.append(f"its children share a user: there is no user {apart} in this namespace")
+            apart = None
     if _enabled(profile, "groups") and profile.groups:
         groups = tuple(_group(profile.groups.origin, name) for name in profile.groups.keep)
     if _enabled(profile, "capabilities") and profile.capabilities:
@@ -85,7 +88,7 @@ def compile_profile(
         capabilities = _bits(
             at, "capabilities.keep", profile.capabilities.keep, constants.CAPABILITIES, shift=True
         )
-        bounding = capabilities if profile.capabilities.bounding == "keep-only" else None
+        bounding = {"keep-only": capabilities, "none": 0}.get(profile.capabilities.bounding)
     securebits = 0
     if _enabled(profile, "securebits") and profile.securebits:
         at = profile.securebits.origin
@@ -117,6 +120,7 @@ def compile_profile(
         notes=tuple(notes),
         uid=uid,
         gid=gid,
+        apart=apart,
         groups=groups,
         capabilities=capabilities,
         bounding=bounding,
@@ -134,6 +138,13 @@ def compile_profile(
 def _enabled(profile: profiles.Profile, section: str) -> bool:
     value = getattr(profile, section)
     return value is not None and bool(value.enabled)
+
+
+def _there(first: int) -> bool:
+    """Whether these users are mapped in our user namespace."""
+    with open("/proc/self/uid_map") as users:
+        ranges = [tuple(map(int, line.split())) for line in users]
+    return any(at <= first and first + USERS <= at + count for at, _, count in ranges)
 
 
 def _of_the_machine() -> bool:
@@ -266,15 +277,17 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
     file, line = profiles.where(rule.origin)
     given = [
         kind
-        for kind in ("equals", "one_of", "not_equals", "without", "including")
+        for kind in ("equals", "one_of", "not_equals", "without", "including", "users")
         if getattr(argument, kind) is not None
     ]
     if len(given) != 1:
         problem = (
             f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without,"
-            " including"
+            " including, users"
         )
         raise ProfileError(file, key, problem, line=line)
+    if argument.users is not None:
+        return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - USERS, argument.users)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
     values = [_lookup(file, key, name, constants.ARGUMENTS, line) for name in names]

@@ -34,6 +34,8 @@ _PART = re.compile(r"[\w-]+")  # of `$.seccomp.rules[3].calls`
 _NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
 
 Why = Annotated[str, msgspec.Meta(min_length=8)]
+Users = Annotated[int, msgspec.Meta(ge=65536, le=0xFFFE0000, multiple_of=65536)]
+"""The first of 65536 users that follow each other."""
 Condition = Literal["always", "selinux", "no-selinux", "x86-64", "arm64"]
 
 
@@ -51,9 +53,11 @@ class _Section(
 
 
 class User(_Section, frozen=True):
-    """Applied by root only. `names`: the first that exists. Empty: stays who it is."""
+    """Applied by root only. `names`: the first that exists. Empty: stays who it is. `apart`: what is forked
+    by a process that keeps CAP_SETUID becomes a user of its own, one of these."""
 
     names: tuple[str, ...] = ()
+    apart: Users | None = None
 
 
 class Groups(_Section, frozen=True):
@@ -66,7 +70,7 @@ class Capabilities(_Section, frozen=True):
     """`keep`: permitted and effective. `bounding`: what an execve could still bring."""
 
     keep: tuple[str, ...] = ()
-    bounding: Literal["keep-only", "all"] = "keep-only"
+    bounding: Literal["keep-only", "none", "all"] = "keep-only"
 
 
 class Securebits(_Section, frozen=True):
@@ -131,7 +135,8 @@ class Argument(
     """One condition on argument `index` (from 0). Exactly one of the others is given.
 
     `equals`: this value or all of these flags together and no other; `one-of`: any of the
-    values; `not-equals`: any other value; `without`: none of the flags; `including`: all of them."""
+    values; `not-equals`: any other value; `without`: none of the flags; `including`: all of them;
+    `users`: one of these users."""
 
     index: Annotated[int, msgspec.Meta(ge=0, le=5)]
     equals: tuple[str, ...] | None = None
@@ -139,6 +144,7 @@ class Argument(
     not_equals: str | None = None
     without: tuple[str, ...] | None = None
     including: tuple[str, ...] | None = None
+    users: Users | None = None
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kbusd.sandbox import apply, inforce, kernel, profiles
+from kbusd.sandbox import apply, compile, inforce, kernel, profiles
 from kbusd.sandbox.compile import compile_profile, decode, encode
 from kbusd.sandbox.compiled import Compiled
 from kbusd.sandbox.errors import ProfileError, SandboxError, Unavailable
@@ -44,11 +44,36 @@ def test_root_becomes_somebody_without_any_privilege(name: str) -> None:
     assert found.uids == (uid,) * 4 and uid != 0
     assert found.gids == (gid,) * 4
     assert found.groups == ()
-    assert found.effective == found.permitted == found.inheritable == found.ambient == 0
-    assert found.bounding == 0
+    kept = COMPILED[name].capabilities
+    assert kept == (1 << 7 if name == "zygote" else 0)  # CAP_SETUID, for its children
+    assert found.effective == found.permitted == kept
+    assert found.bounding == found.inheritable == found.ambient == 0
     assert found.no_new_privileges
     assert found.dumpable is False
     assert found.limits["core"] == (0, 0)
+
+
+@as_root
+def test_a_worker_becomes_a_user_of_its_own_and_can_be_no_other() -> None:
+    zygote = without_filter("zygote")
+    found = [looked(run(look, without_filter("worker"), before=zygote).said) for _ in range(2)]
+    first = COMPILED["worker"].apart or 0
+    for each in found:
+        assert each.uids == (first + each.pid % 65536,) * 4
+        assert each.gids == (COMPILED["zygote"].gid,) * 4
+        assert each.permitted == each.bounding == 0
+    assert found[0].uids != found[1].uids
+    assert run(lambda: os.setresuid(0, 0, 0), COMPILED["zygote"]).by_filter
+
+
+def test_users_that_this_namespace_does_not_have_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert COMPILED["worker"].apart
+    monkeypatch.setattr(compile, "_there", lambda _: False)
+    compiled = compile_profile(profiles.load("worker"))
+    assert compiled.apart is None
+    assert "its children share a user" in " ".join(compiled.notes)
 
 
 @pytest.mark.parametrize("name", CONFINED)
