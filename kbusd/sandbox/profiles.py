@@ -13,6 +13,7 @@ import difflib
 import re
 import stat
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -245,14 +246,15 @@ def find(name: str, below: Path | None = None) -> Path:
                 f"chown root {file} && chmod 644 {file}",
             )
         return file
+    raise ProfileError(f"{name}.toml", "", *_missing(name, names()))
+
+
+def _missing(name: str, known: Iterable[str]) -> tuple[str, str]:
+    """That there is no such profile, and which is meant."""
     places = ", ".join(str(folder) for folder in directories())
-    close = difflib.get_close_matches(name, names(), 1)
-    raise ProfileError(
-        f"{name}.toml",
-        "",
-        f"there is no such profile in {places}",
-        f"did you mean {close[0]}?" if close else "reinstall kbusd",
-    )
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return f"there is no profile `{name}` in {places}", hint
 
 
 def load(name: str) -> Profile:
@@ -289,21 +291,32 @@ def _load(file: Path, below: tuple[Path, ...]) -> Profile:
 
 
 def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
-    if file in below:
-        raise ProfileError(str(file), "extends", "the profile extends itself")
-    profile = parse(file.read_bytes(), str(file))
+    text = file.read_bytes()
+    profile = parse(text, str(file))
     if not profile.extends:
         return [profile]
+
+    def wrong(problem: str, hint: str) -> ProfileError:
+        line = Lines(text.decode()).of("extends")
+        return ProfileError(str(file), "extends", problem, hint, line)
+
+    known = ["base", *names()]
     if not _NAME.match(profile.extends):
-        hint = "lower-case letters and dashes"
-        raise ProfileError(str(file), "extends", "not a profile name", hint)
+        hint = f"a name and no path; there are {', '.join(known)}"
+        raise wrong(f"`{profile.extends}` is not a profile name", hint)
     beside = file.with_name(f"{profile.extends}.toml")
     if beside == file and file.parent in directories()[:-1]:
         parent = find(profile.extends, below=file)  # ours, of the same name
     elif beside.exists() and file.parent not in directories():
         parent = beside
-    else:
+    elif any((folder / beside.name).exists() for folder in directories()):
         parent = find(profile.extends)
+    else:
+        raise wrong(*_missing(profile.extends, known))
+    if parent in (*below, file):
+        raise wrong(
+            "the profile extends itself", "only one in /etc/kbusd/profiles has one below it"
+        )
     return [profile, *_chain(parent, (*below, file))]
 
 
@@ -318,8 +331,11 @@ def parse(text: bytes, file: str) -> Profile:
     try:
         decoded = text.decode()
         raw = tomllib.loads(decoded)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(file, "", f"is not TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise ProfileError(file, "", "is not UTF-8", "save it as UTF-8", line) from None
+    except tomllib.TOMLDecodeError as error:
+        raise _not_toml(file, str(error), decoded) from None
     lines = Lines(decoded)
     for key in ("name", "files"):
         if key in raw:
@@ -331,6 +347,32 @@ def parse(text: bytes, file: str) -> Profile:
     except msgspec.ValidationError as error:
         raise _explain(file, _named(str(error), raw), lines) from None
     return msgspec.structs.replace(profile, files=(file,))
+
+
+_TOML_HINTS = {
+    "Invalid value": 'text stands in "quotes"; true, false and numbers do not',
+    "Expected '='": "a line is `key = value`, or a section in brackets",
+    "Expected newline": "a key and its value have a line of their own",
+    "Cannot declare": "it is there already; rules, paths and removals have [[two brackets]] each time",
+    "Cannot overwrite": "the key is there already",
+    "Unclosed": "a bracket that was opened above is not closed",
+    "Unterminated": "a quote that was opened is not closed",
+    "Illegal character": 'a text that goes on to the next line stands in """three quotes"""',
+    "Expected ']": "a section is [name], a rule [[seccomp.rules]]",
+}
+
+
+def _not_toml(file: str, said: str, text: str) -> ProfileError:
+    """What tomllib says, `Problem (at line 3, column 5)`, with the line where it belongs, and a hint."""
+    problem, _, at = said.partition(" (at ")
+    place = re.match(r"line (\d+), column (\d+)", at)
+    line = int(place[1]) if place else len(text.splitlines())
+    hint = next((hint for key, hint in _TOML_HINTS.items() if problem.startswith(key)), "")
+    if not place:
+        hint = "something is missing: a value, or the end of a list or of a text in three quotes"
+    column = f" at column {place[2]}" if place else " at the end"
+    problem = f"is not TOML{column}: {problem[:1].lower()}{problem[1:]}"
+    return ProfileError(file, "", problem, hint or "kbusd-profile(5) has an example", line)
 
 
 def _mark(table: dict[str, Any], place: Place, file: str, lines: Lines) -> None:
