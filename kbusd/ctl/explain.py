@@ -119,6 +119,12 @@ def explain(death: Death, profile: profiles.Profile, more: str = "") -> Iterator
     if any(not rule.arguments for rule in near):
         yield "  The profile allows it now: it was changed since, or a filter above this one killed."
         return
+    if removals := profiles.removals(profile, call):
+        for removal in removals:
+            yield f"  Its rule was removed by {removal.origin}: {removal.why}"
+        yield "  If a library has reason to call it, take that out, or have a rule in its place, with"
+        yield '  errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
+        return
     own = f"{profiles.OVERRIDES / profile.name}.toml"
     if near:
         yield "  It came with other arguments; the kernel does not say which. `kbusctl profile learn` does."

@@ -3,7 +3,7 @@
 A profile is a TOML file; kbusd-profile(5) describes it for its authors. Every section and rule
 says `why`. A profile may extend another; a section that it gives replaces the parent's, except
 that limits are merged by name, and seccomp rules by call: what a child says of a system call
-replaces what its parent said of it. Trusts the files that it finds (by
+replaces what its parent said of it, and `remove` withdraws that. Trusts the files that it finds (by
 place and owner, never by environment), but reports every mistake in them by file, line and key.
 """
 
@@ -13,9 +13,9 @@ import difflib
 import re
 import stat
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -169,10 +169,21 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     origin: str = ""
 
 
+class Removal(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """System calls of which all rules are withdrawn that the profile has which this one extends."""
+
+    why: Why
+    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    origin: str = ""
+
+
 class Seccomp(_Section, frozen=True):
     """seccomp(2). What no rule names ends the process, as does a foreign architecture."""
 
     rules: tuple[Rule, ...] = ()
+    remove: tuple[Removal, ...] = ()
     sets: dict[str, Calls] = {}
 
 
@@ -198,6 +209,8 @@ class Profile(
     name: str = ""
     files: tuple[str, ...] = ()
 
+
+_Named = TypeVar("_Named", Rule, Removal)
 
 SECTIONS = (
     "user",
@@ -320,6 +333,13 @@ def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
     return [profile, *_chain(parent, (*below, file))]
 
 
+def removals(profile: Profile, call: str) -> list[Removal]:
+    """What withdraws the rules for this call."""
+    return [
+        each for each in (profile.seccomp.remove if profile.seccomp else ()) if call in each.calls
+    ]
+
+
 def where(origin: str) -> tuple[str, int]:
     """The file and the line of an origin."""
     file, _, line = origin.rpartition(":")
@@ -428,7 +448,7 @@ def _explain(file: str, text: str, lines: Lines) -> ProfileError:
 
 def _fields() -> set[str]:
     structs = (Profile, User, Groups, Capabilities, Securebits, Limit, Namespaces, Landlock)
-    more = (Path_, Selinux, Rule, Argument, Seccomp, Calls)
+    more = (Path_, Selinux, Rule, Argument, Seccomp, Calls, Removal)
     return {
         field.encode_name
         for struct in (*structs, *more)
@@ -441,9 +461,14 @@ def _merge(parent: Profile, child: Profile) -> Profile:
     if seccomp is not None and seccomp.enabled and parent.seccomp is not None:
         sets = parent.seccomp.sets | seccomp.sets
         rules = [_expand(rule, sets) for rule in seccomp.rules]
+        removals = [_expand(each, sets) for each in seccomp.remove]
         own = {call for rule in rules for call in rule.calls}
+        gone = _removed(removals, own, parent.seccomp.rules)
         seccomp = msgspec.structs.replace(
-            seccomp, rules=(*_without(parent.seccomp.rules, own), *rules), sets=sets
+            seccomp,
+            rules=(*_without(parent.seccomp.rules, own | gone), *rules),
+            remove=(*_without(parent.seccomp.remove, own), *removals),
+            sets=sets,
         )
     elif seccomp is None:
         seccomp = parent.seccomp
@@ -462,15 +487,37 @@ def _merge(parent: Profile, child: Profile) -> Profile:
     )
 
 
+def _removed(removals: Iterable[Removal], own: Container[str], rules: tuple[Rule, ...]) -> set[str]:
+    """The calls to withdraw from `rules`. Raises ProfileError for one that is not in them."""
+    known = {call for rule in rules for call in rule.calls}
+    calls = set()
+    for each in removals:
+        for call in each.calls:
+            if call in own:
+                problem = f"`{call}` has a rule in this file as well"
+                hint = "leave it out here: that rule replaces those of the profile that this one extends"
+            elif call not in known:
+                problem = f"`{call}` has no rule in the profile that this one extends"
+                close = difflib.get_close_matches(call, known, 1, 0.5)
+                hint = f"did you mean `{close[0]}`?" if close else "there is nothing to remove"
+            else:
+                calls.add(call)
+                continue
+            file, line = where(each.origin)
+            raise ProfileError(file, "seccomp.remove", problem, hint, line)
+    return calls
+
+
 def _with_sets(profile: Profile) -> Profile:
     if profile.seccomp is None:
         return profile
+    _removed(profile.seccomp.remove, (), ())  # there is nothing below
     rules = tuple(_expand(rule, profile.seccomp.sets) for rule in profile.seccomp.rules)
     seccomp = msgspec.structs.replace(profile.seccomp, rules=rules)
     return msgspec.structs.replace(profile, seccomp=seccomp)
 
 
-def _expand(rule: Rule, sets: dict[str, Calls]) -> Rule:
+def _expand(rule: _Named, sets: dict[str, Calls]) -> _Named:
     """With the calls that `@NAME` stands for. Raises ProfileError."""
     calls: list[str] = []
     for call in rule.calls:
@@ -486,7 +533,7 @@ def _expand(rule: Rule, sets: dict[str, Calls]) -> Rule:
     return msgspec.structs.replace(rule, calls=tuple(calls))
 
 
-def _without(rules: tuple[Rule, ...], calls: set[str]) -> list[Rule]:
+def _without(rules: tuple[_Named, ...], calls: set[str]) -> list[_Named]:
     rest = [
         msgspec.structs.replace(rule, calls=tuple(c for c in rule.calls if c not in calls))
         for rule in rules

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
 from kbusd.ctl.main import main
+from kbusd.sandbox import profiles
+
+from .test_profile import REMOVES
 
 
 def line(syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e") -> str:
@@ -54,3 +58,14 @@ def test_what_tells_of_no_process_of_ours_is_said_so(
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert main(["explain"]) == 1
     assert "no line tells of a process of kbusd" in capsys.readouterr().out
+
+
+def test_a_call_that_an_override_removed_is_told_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "worker.toml"
+    file.write_text(REMOVES)
+    file.chmod(0o644)
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    assert main(["explain", line(275)]) == 0
+    assert f"was removed by {file}:5: bodies are small" in capsys.readouterr().out

@@ -331,6 +331,59 @@ def test_a_mistake_names_file_key_and_hint(
         assert f"{file}:{caught.value.line}: {key}" in said
 
 
+REMOVE = (
+    'extends = "worker"\n' + WHY + "[seccomp]\n" + WHY + "[[seccomp.remove]]\n" + WHY + "calls = "
+)
+
+
+def test_an_override_can_take_away_what_ours_allows(folder: Path) -> None:
+    file = write(folder, "worker", REMOVE + '["splice", "read"]\n')
+    profile = profiles.load("worker")
+    for call, action in (("splice", "kill"), ("read", "kill"), ("sendto", "allow")):
+        assert judge(profile, call, [0, 0, 0, 0, 0, 2], conditions(False)).action == action
+    assert [each.origin for each in profiles.removals(profile, "read")] == [f"{file}:5"]
+    assert not profiles.removals(profile, "sendto")
+
+
+def test_what_is_removed_can_be_given_again_further_down(tmp_path: Path) -> None:
+    write(tmp_path, "less", REMOVE + '["splice", "read"]\n')
+    again = REMOVE.replace("worker", "less").replace("remove", "rules") + '["read"]\n'
+    profile = profiles.load_file(write(tmp_path, "again", again))
+    assert judge(profile, "read", [], conditions(False)).action == "allow"
+    assert not profiles.removals(profile, "read")
+    assert profiles.removals(profile, "splice")
+
+
+@pytest.mark.parametrize(
+    ("calls", "more", "words"),
+    [
+        ('["splce"]', "", ["has no rule in the profile that this", "did you mean `splice`?"]),
+        ('["reboot"]', "", ["`reboot` has no rule", "nothing to remove"]),
+        ('["@all"]', "", ["there is no set `@all`"]),
+        (
+            '["splice"]',
+            "[[seccomp.rules]]\n" + WHY + 'calls = ["splice"]\n',
+            ["has a rule in this file as well", "leave it out"],
+        ),
+    ],
+)
+def test_what_can_not_be_removed_is_told(
+    folder: Path, calls: str, more: str, words: list[str]
+) -> None:
+    file = write(folder, "worker", REMOVE + calls + "\n" + more)
+    with pytest.raises(ProfileError) as caught:
+        profiles.load("worker")
+    for each in (f"{file}:5: ", *words):
+        assert each in str(caught.value)
+
+
+def test_where_nothing_is_extended_nothing_can_be_removed(folder: Path) -> None:
+    whole = REMOVE.replace('extends = "worker"\n', "") + '["read"]\n'
+    write(folder, "worker", whole)
+    with pytest.raises(ProfileError, match=r"toml:4: seccomp.remove: `read` has no rule"):
+        profiles.load("worker")
+
+
 @pytest.mark.parametrize(("arch", "allowed"), [("arm64", True), ("x86-64", False)])
 def test_a_rule_can_be_for_one_architecture(folder: Path, arch: str, allowed: bool) -> None:
     write(folder, "worker", RULE + WHY + 'calls = ["uname"]\nwhen = "arm64"\n')
