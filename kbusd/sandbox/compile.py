@@ -88,6 +88,8 @@ def compile_profile(
         capabilities = _bits(
             at, "capabilities.keep", profile.capabilities.keep, constants.CAPABILITIES, shift=True
         )
+        if profile.user and profile.user.apart and not apart:
+            capabilities &= ~(1 << constants.CAPABILITIES["setuid"])  # kept for that
         bounding = {"keep-only": capabilities, "none": 0}.get(profile.capabilities.bounding)
     securebits = 0
     if _enabled(profile, "securebits") and profile.securebits:

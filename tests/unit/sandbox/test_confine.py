@@ -74,6 +74,7 @@ def test_users_that_this_namespace_does_not_have_are_not_used(
     compiled = compile_profile(profiles.load("worker"))
     assert compiled.apart is None
     assert "its children share a user" in " ".join(compiled.notes)
+    assert compile_profile(profiles.load("zygote")).capabilities == 0
 
 
 @pytest.mark.parametrize("name", CONFINED)
