@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.kbusd_only
 REPOSITORY = Path(__file__).parents[2]
 ORDINARY_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
-_PTRACE = {"seize": 0x4206, "interrupt": 0x4207, "filter": 0x420C, "detach": 17}
+_PTRACE = {"seize": 0x4206, "interrupt": 0x4207, "filter": 0x420C, "about": 0x420D, "detach": 17}
 
 PING = "org.freedesktop.DBus.Peer.Ping"
 
@@ -95,6 +96,10 @@ def filters_of(pid: int) -> list[bytes]:
     while (length := libc.ptrace(_PTRACE["filter"], pid, len(found), None)) > 0:
         program = ctypes.create_string_buffer(length * 8)
         libc.ptrace(_PTRACE["filter"], pid, len(found), program)
+        about = struct.pack("QQ", len(found), 0)  # struct seccomp_metadata
+        told = ctypes.create_string_buffer(about)
+        assert libc.ptrace(_PTRACE["about"], pid, len(about), told) == len(about)
+        assert struct.unpack_from("QQ", told.raw)[1] == 2, "what it has fail is logged, too"
         found.append(program.raw)
     libc.ptrace(_PTRACE["detach"], pid, None, None)
     return found

@@ -412,7 +412,7 @@ FORBIDDEN: dict[str, tuple[Act, ...]] = {
     ),
     "kbusd_zygote_t": (
         *EVERYBODY,
-        *INSIDE[:-1],
+        *(act for act in INSIDE[:-1] if act[0] != "setuid"),  # its filter says to whom
         ("setcon", becomes("kbusd_broker_t"), "dyntransition", "kbusd_broker_t", "process"),
         ("worker", on("kbusd_worker_t", traces), "ptrace", "kbusd_worker_t", "process"),
     ),

@@ -13,11 +13,13 @@ from kbusd.sandbox import profiles
 from .test_profile import REMOVES
 
 
-def line(syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e") -> str:
+def line(
+    syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e", code: str = "80000000"
+) -> str:
     return (
         "[ 7.1] audit: type=1326 audit(1732612345.123:45): auid=4294967295 uid=100 gid=65534"
         f' ses=4294967295 subj=unconfined pid=812 comm="{comm}" exe="/usr/bin/python3.11" sig=31'
-        f" arch={arch} syscall={syscall} compat=0 ip=0x7f5d1c code=0x80000000"
+        f" arch={arch} syscall={syscall} compat=0 ip=0x7f5d1c code=0x{code}"
     )
 
 
@@ -30,6 +32,10 @@ def line(syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e") -> st
         (line(0x40000000 | 1), ["of another architecture", "attack"]),
         (line(1, arch="40000003"), ["of another architecture (0x40000003)"]),
         (line(0), ["read (0)", "allows it now"]),
+        (
+            line(257, code="50000"),
+            ["openat (257) was answered with an error", "EACCES, by ", "path"],
+        ),
         (line(53, "kbusd-zygote"), ["socketpair (53) is not in profile zygote", "AF_UNIX"]),
     ],
 )
