@@ -72,7 +72,7 @@ check-all: check
 # The policy module (docs/selinux.md).
 selinux:
 	$(call install,selinux-policy-dev)
-	$(MAKE) -C selinux
+	$(MAKE) -C selinux all strict
 
 # For instance: make bench BENCH="--quick --only round-trip,fanout"
 bench: build

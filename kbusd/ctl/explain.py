@@ -1,4 +1,4 @@
-"""`kbusctl explain`: why the kernel ended a process, from its line in the kernel log.
+"""`kbusctl explain`: why the kernel ended a process, or told it no, from its line in the kernel log.
 
 The line (audit type 1326, seccomp(2)) tells the process, the architecture and the number of the call; not
 the arguments.
@@ -22,29 +22,32 @@ from kbusd.sandbox.compile import ARCHITECTURES, conditions
 from kbusd.sandbox.judge import condition
 
 _LINE = re.compile(r"\btype=(?:1326|SECCOMP)\b")
-_FIELD = re.compile(r"\b(pid|comm|sig|arch|syscall)=(\"[^\"]*\"|\S+)")
+_FIELD = re.compile(r"\b(pid|comm|arch|syscall|code)=(\"[^\"]*\"|\S+)")
 _AUDIT = {0xC000003E: "x86-64", 0xC00000B7: "arm64"}  # AUDIT_ARCH_* of linux/audit.h
 _X32 = 0x40000000
+_ERRNO = 0x00050000  # SECCOMP_RET_ERRNO of linux/seccomp.h
 
 
-class Death(msgspec.Struct, frozen=True):
-    """What one line tells. `arch`: as in audit.h."""
+class Refused(msgspec.Struct, frozen=True):
+    """What one line tells. `arch`: as in audit.h. `softly`: with an errno, and the process lives."""
 
     pid: int
     comm: str
     arch: int
     number: int
+    softly: bool = False
 
 
 def add_to(commands: Any) -> None:
     """The command `explain`."""
     command = commands.add_parser(
-        "explain", help="why a process died by SIGSYS, from the line in the kernel log"
+        "explain",
+        help="why a process died by SIGSYS, or was told no, from the line in the kernel log",
     )
     command.add_argument(
         "line", nargs="*", help="the line; by default standard input, or the kernel log"
     )
-    command.add_argument("--pid", type=int, help="only the death of this process")
+    command.add_argument("--pid", type=int, help="only what this process was refused")
     command.set_defaults(run=_run)
 
 
@@ -55,19 +58,20 @@ def _run(options: argparse.Namespace) -> int:
         lines = list(_kernel_log())
     else:
         lines = list(sys.stdin)
-    deaths = [death for line in lines if (death := parse(line)) is not None]
-    deaths = [death for death in deaths if options.pid in (None, death.pid)]
+    refusals = [refusal for line in lines if (refusal := parse(line)) is not None]
+    refusals = [refusal for refusal in refusals if options.pid in (None, refusal.pid)]
     titles = {profiles.load(name).title: name for name in profiles.names()}
-    ours = [death for death in deaths if death.comm in titles]
-    alike: dict[tuple[str, int, int], list[Death]] = {}
-    for death in ours:
-        alike.setdefault((death.comm, death.arch, death.number), []).append(death)
-    for deaths in alike.values():
-        more = f" and {len(deaths) - 1} more like it" if len(deaths) > 1 else ""
-        profile = profiles.load(titles[deaths[0].comm])
-        print("\n".join(explain(deaths[-1], profile, more)))
+    ours = [refusal for refusal in refusals if refusal.comm in titles]
+    alike: dict[tuple[str, int, int, bool], list[Refused]] = {}
+    for refusal in ours:
+        kind = (refusal.comm, refusal.arch, refusal.number, refusal.softly)
+        alike.setdefault(kind, []).append(refusal)
+    for refusals in alike.values():
+        more = f" and {len(refusals) - 1} more like it" if len(refusals) > 1 else ""
+        profile = profiles.load(titles[refusals[0].comm])
+        print("\n".join(explain(refusals[-1], profile, more)))
     if not ours:
-        of_others = ", ".join(sorted({death.comm for death in deaths}))
+        of_others = ", ".join(sorted({refusal.comm for refusal in refusals}))
         print(
             f"no line tells of a process of kbusd{f', but of {of_others}' if of_others else ''};"
             " a line has type=1326, comm= and syscall="
@@ -75,36 +79,44 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if ours else 1
 
 
-def parse(line: str) -> Death | None:
+def parse(line: str) -> Refused | None:
     """None if it is not such a line."""
     fields = {key: value.strip('"') for key, value in _FIELD.findall(line)}
     if not _LINE.search(line) or not {"comm", "syscall"} <= fields.keys():
         return None
     try:
-        return Death(
+        return Refused(
             int(fields.get("pid", "0")),
             fields["comm"],
             int(fields.get("arch", "0"), 16),
             int(fields["syscall"]),
+            int(fields.get("code", "0"), 16) == _ERRNO,
         )
     except ValueError:
         return None
 
 
-def explain(death: Death, profile: profiles.Profile, more: str = "") -> Iterator[str]:
-    """In words, with what to do. `more`: how many died of the same."""
-    arch = _AUDIT.get(death.arch, "")
-    who = f"{death.comm} (pid {death.pid}{more})"
-    if not arch or (arch == "x86-64" and death.number & _X32):
-        yield f"{who} made call {death.number} of another architecture ({death.arch:#x})."
+def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iterator[str]:
+    """In words, with what to do. `more`: how many were refused the same."""
+    arch = _AUDIT.get(refusal.arch, "")
+    who = f"{refusal.comm} (pid {refusal.pid}{more})"
+    if not arch or (arch == "x86-64" and refusal.number & _X32):
+        yield f"{who} made call {refusal.number} of another architecture ({refusal.arch:#x})."
         yield "  No library does so by itself: it is an attack, or a program for another machine."
         return
     try:
-        call = bytes(pyseccomp.resolve_syscall(ARCHITECTURES[arch], death.number)).decode()
+        call = bytes(pyseccomp.resolve_syscall(ARCHITECTURES[arch], refusal.number)).decode()
     except ValueError:
-        yield f"{who} made call {death.number}, which is newer than this libseccomp."
-        call = str(death.number)
-    yield f"{who}: {call} ({death.number}) is not in profile {profile.name} ({profile.files[0]})."
+        yield f"{who} made call {refusal.number}, which is newer than this libseccomp."
+        call = str(refusal.number)
+    if refusal.softly:
+        yield f"{who}: {call} ({refusal.number}) was answered with an error, and the process went on."
+        for rule in profile.seccomp.rules if profile.seccomp else ():
+            if rule.errno and call in rule.calls and rule.when in conditions(arch=arch):
+                yield f"  {rule.errno}, by {rule.origin}: {rule.why}"
+        yield "  A library that probes does no harm. A worker that asks again and again may be taken over."
+        return
+    yield f"{who}: {call} ({refusal.number}) is not in profile {profile.name} ({profile.files[0]})."
     here = conditions(arch=arch)
     seccomp = profile.seccomp
     assert seccomp is not None
@@ -118,6 +130,12 @@ def explain(death: Death, profile: profiles.Profile, more: str = "") -> Iterator
         )
     if any(not rule.arguments for rule in near):
         yield "  The profile allows it now: it was changed since, or a filter above this one killed."
+        return
+    if removals := profiles.removals(profile, call):
+        for removal in removals:
+            yield f"  Its rule was removed by {removal.origin}: {removal.why}"
+        yield "  If a library has reason to call it, take that out, or have a rule in its place, with"
+        yield '  errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
         return
     own = f"{profiles.OVERRIDES / profile.name}.toml"
     if near:

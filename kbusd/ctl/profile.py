@@ -108,6 +108,9 @@ def describe(profile: profiles.Profile) -> Iterator[str]:
     for rule in profile.seccomp.rules if profile.seccomp.enabled else ():
         yield f"  {_action(rule)} {' '.join(rule.calls)}{_conditions(rule)}   {rule.origin}"
         yield from _wrap(rule.why)
+    for removal in profile.seccomp.remove if profile.seccomp.enabled else ():
+        yield f"  removed {' '.join(removal.calls)}   {removal.origin}"
+        yield from _wrap(removal.why)
 
 
 def _section(key: str, section: Any) -> Iterator[str]:
@@ -117,7 +120,7 @@ def _section(key: str, section: Any) -> Iterator[str]:
     yield from _wrap(section.why)
     for field in msgspec.structs.fields(section):
         value = getattr(section, field.name)
-        if field.encode_name in ("why", "enabled", "required", "origin", "rules", "sets"):
+        if field.encode_name in ("why", "enabled", "required", "origin", "rules", "remove", "sets"):
             continue
         if field.name == "paths":
             for path in value:
@@ -178,7 +181,7 @@ def _flat(profile: profiles.Profile) -> list[str]:
     parts |= {f"limits.{name}": limit for name, limit in profile.limits.items()}
     for key, section in parts.items():
         raw = msgspec.to_builtins(section)
-        for field in ("why", "origin", "rules", "sets", "paths"):
+        for field in ("why", "origin", "rules", "remove", "sets", "paths"):
             raw.pop(field, None)
         lines.append(f"[{key}] " + " ".join(f"{k}={_plain(v)}" for k, v in sorted(raw.items())))
     assert profile.seccomp is not None and profile.landlock is not None
@@ -209,6 +212,8 @@ def _test(options: argparse.Namespace) -> int:
         print(f"{call}: ends the process")
         for rule in said.near:
             print(f"  {_action(rule)} only{_conditions(rule)}, {rule.origin}")
+        for removal in profiles.removals(profile, call):
+            print(f"  removed by {removal.origin}", *_wrap(removal.why), sep="\n")
     return 0 if said.action == ALLOW else 1
 
 

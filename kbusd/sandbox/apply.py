@@ -16,10 +16,11 @@ import stat
 from collections.abc import Callable, Iterable
 
 from kbusd.sandbox import kernel
-from kbusd.sandbox.compiled import Compiled
+from kbusd.sandbox.compiled import USERS, Compiled
 from kbusd.sandbox.errors import Unavailable
 
 _SETPCAP = 1 << 8
+_SETUID = 1 << 7
 _SYS_ADMIN = 1 << 21
 _ATTRIBUTE = "/proc/thread-self/attr/current"
 
@@ -54,6 +55,10 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if root:
         warnings += (f"profile {compiled.name}: {note}" for note in compiled.notes)
         _change_user(compiled, step)
+    elif compiled.apart is not None and capable & _SETUID:
+        # Live processes differ in their numbers; most so differ in this.
+        own = compiled.apart + os.getpid() % USERS
+        step("user", lambda: os.setresuid(own, own, own))
     if compiled.capabilities is not None:
         _settle_capabilities(compiled, capable, root, step)
     if compiled.not_dumpable:

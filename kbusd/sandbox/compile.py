@@ -17,9 +17,10 @@ from contextlib import suppress
 import pyseccomp
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compiled import Compiled, Limit, Path, decode, encode
+from kbusd.sandbox.compiled import USERS, Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
+from kbusd.sandbox.selinux import knows as selinux_knows
 
 __all__ = [
     "Compiled",
@@ -31,6 +32,7 @@ __all__ = [
 
 ARCHITECTURES = {"x86-64": pyseccomp.Arch.X86_64, "arm64": pyseccomp.Arch.AARCH64}
 _NATIVE = pyseccomp.system_arch()
+_TREE = 2  # seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 _MOST_CALLS = 600  # numbers are below it
 
@@ -64,6 +66,7 @@ def compile_profile(
     all. `selinux`: whether the rules for SELinux systems apply; by default found out. `arch`: what
     the filter is for, of ARCHITECTURES; by default this machine.
     Raises ProfileError for a name that nothing has, or a required user that does not exist."""
+    found_out = selinux is None
     selinux = selinux_enabled() if selinux is None else selinux
     here = conditions(selinux, arch)
     notes: list[str] = []
@@ -72,10 +75,13 @@ def compile_profile(
         for section in profiles.SECTIONS
         if _enabled(profile, section) and getattr(profile, section).required
     }
-    uid = gid = groups = capabilities = bounding = None
+    uid = gid = apart = groups = capabilities = bounding = None
     if _enabled(profile, "user") and profile.user and profile.user.names:
         wanted = (user, *profile.user.names) if user else profile.user.names
         uid, gid = _user(profile.user.origin, wanted, profile.user.required, notes)
+        if (apart := profile.user.apart) and not _there(apart):
+            notes.append(f"its children share a user: there is no user {apart} in this namespace")
+            apart = None
     if _enabled(profile, "groups") and profile.groups:
         groups = tuple(_group(profile.groups.origin, name) for name in profile.groups.keep)
     if _enabled(profile, "capabilities") and profile.capabilities:
@@ -83,7 +89,9 @@ def compile_profile(
         capabilities = _bits(
             at, "capabilities.keep", profile.capabilities.keep, constants.CAPABILITIES, shift=True
         )
-        bounding = capabilities if profile.capabilities.bounding == "keep-only" else None
+        if profile.user and profile.user.apart and not apart:
+            capabilities &= ~(1 << constants.CAPABILITIES["setuid"])  # kept for that
+        bounding = {"keep-only": capabilities, "none": 0}.get(profile.capabilities.bounding)
     securebits = 0
     if _enabled(profile, "securebits") and profile.securebits:
         at = profile.securebits.origin
@@ -95,6 +103,14 @@ def compile_profile(
     landlock = None
     if _enabled(profile, "landlock") and profile.landlock:
         landlock = tuple(Path(p.path, p.write) for p in profile.landlock.paths if p.when in here)
+    domain = ""
+    if selinux and _enabled(profile, "selinux") and profile.selinux:
+        domain = profile.selinux.type
+        if found_out and not selinux_knows(domain):
+            notes.append(f"SELinux's policy has no domain {domain}: install the module kbus.pp")
+            domain = ""
+        if not _of_the_machine():
+            required.discard("selinux")
     bpf = b""
     if _enabled(profile, "seccomp") and profile.seccomp:
         rules = [rule for rule in profile.seccomp.rules if rule.when in here]
@@ -107,6 +123,7 @@ def compile_profile(
         notes=tuple(notes),
         uid=uid,
         gid=gid,
+        apart=apart,
         groups=groups,
         capabilities=capabilities,
         bounding=bounding,
@@ -116,9 +133,7 @@ def compile_profile(
         limits=tuple(_limits(profile.limits)),
         unshare=unshare,
         landlock=landlock,
-        selinux=profile.selinux.type
-        if selinux and profile.selinux and profile.selinux.enabled
-        else "",
+        selinux=domain,
         bpf=bpf,
     )
 
@@ -126,6 +141,19 @@ def compile_profile(
 def _enabled(profile: profiles.Profile, section: str) -> bool:
     value = getattr(profile, section)
     return value is not None and bool(value.enabled)
+
+
+def _there(first: int) -> bool:
+    """Whether these users are mapped in our user namespace."""
+    with open("/proc/self/uid_map") as users:
+        ranges = [tuple(map(int, line.split())) for line in users]
+    return any(at <= first and first + USERS <= at + count for at, _, count in ranges)
+
+
+def _of_the_machine() -> bool:
+    """Whether we are its root, whom a policy can give domains; not a user, nor a container's root."""
+    with open("/proc/self/uid_map") as users:
+        return os.geteuid() == 0 and users.read().split() == ["0", "0", str((1 << 32) - 1)]
 
 
 def _user(
@@ -197,9 +225,13 @@ def _all_calls() -> list[str]:
 
 
 def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
-    """The BPF program. Architecture first (libseccomp does so), default and foreign: kill."""
+    """The BPF program. Architecture first (libseccomp does so), default and foreign: kill.
+
+    A tree by the call's number and no list: when a filter is loaded, the kernel runs it once for every call there
+    is, to find those that it need not ask about later. With a list that took most of the time."""
     program = pyseccomp.SyscallFilter(pyseccomp.KILL_PROCESS)
     program.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
+    program.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, _TREE)
     if arch != _NATIVE:
         program.add_arch(arch)
         program.remove_arch(_NATIVE)
@@ -252,15 +284,17 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
     file, line = profiles.where(rule.origin)
     given = [
         kind
-        for kind in ("equals", "one_of", "not_equals", "without", "including")
+        for kind in ("equals", "one_of", "not_equals", "without", "including", "users")
         if getattr(argument, kind) is not None
     ]
     if len(given) != 1:
         problem = (
             f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without,"
-            " including"
+            " including, users"
         )
         raise ProfileError(file, key, problem, line=line)
+    if argument.users is not None:
+        return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - USERS, argument.users)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
     values = [_lookup(file, key, name, constants.ARGUMENTS, line) for name in names]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+USERS = 65536  # of a profile's [user] apart
+
 
 class Path(msgspec.Struct, frozen=True, array_like=True):
     """A file hierarchy that Landlock leaves reachable, to read or also to write."""
@@ -39,6 +41,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     uid: int | None = None
     gid: int | None = None
+    apart: int | None = None
     groups: tuple[int, ...] | None = None
     capabilities: int | None = None
     bounding: int | None = None

@@ -126,7 +126,7 @@ def differences(
 ) -> list[str]:
     """How `found` falls short of its profile `wanted`, in words; empty if it does not.
 
-    User and bounding set are expected to change only if the supervisor is root's. `parent`: with
+    User, bounding set and SELinux domain are expected to change only if the supervisor is root's. `parent`: with
     a filter of its own a process has more filters than its parent."""
     wrong: list[str] = []
     privileged = supervisor.uids[1] == 0
@@ -159,7 +159,7 @@ def differences(
             wrong.append(f"seccomp mode is {SECCOMP_MODES.get(found.seccomp, found.seccomp)}")
         elif found.filters is not None and found.filters <= above:
             wrong.append(f"has {found.filters} filters, no more than its parent")
-    if wanted.selinux and selinux_type(found.label) != wanted.selinux:
+    if privileged and wanted.selinux and selinux_type(found.label) != wanted.selinux:
         wrong.append(f"SELinux label is {found.label or 'none'}, want type {wanted.selinux}")
     return wrong
 

@@ -71,9 +71,10 @@ def condition(argument: profiles.Argument) -> str:
         ("not_equals", "is not"),
         ("without", "without"),
         ("including", "with"),
+        ("users", "is a user from"),
     ):
         if (value := getattr(argument, kind)) is not None:
-            names = (value,) if isinstance(value, str) else value
+            names = (str(value),) if isinstance(value, str | int) else value
             between = ", " if kind == "one_of" else "|"
             return f"argument {argument.index} {word} {between.join(names) or '0'}"
     return f"argument {argument.index}"

@@ -29,7 +29,6 @@ from cython.cimports.libc.stdlib import free, malloc
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
-PR_SET_SECCOMP = 22
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_SECUREBITS = 28
@@ -39,8 +38,8 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _CAPABILITY_VERSION_3 = cython.declare(cython.uint, 0x20080522)
-_SECCOMP_MODE_FILTER = cython.declare(cython.ulong, 2)
 _SET_MODE_FILTER = cython.declare(cython.ulong, 1)
+_FILTER_LOG = cython.declare(cython.ulong, 2)
 _FILTER_NEW_LISTENER = cython.declare(cython.ulong, 8)
 _FILTER_WAIT_KILLABLE = cython.declare(cython.ulong, 32)
 _LANDLOCK_CREATE_RULESET = cython.declare(cython.long, 444)
@@ -120,11 +119,11 @@ def drop_bounding(keep: uint64_t):
 def load_filter(bpf: bytes):
     """seccomp(2) SECCOMP_SET_MODE_FILTER with an array of struct sock_filter (8 bytes each).
 
-    By prctl(2), whose number needs no table per architecture; there is one thread only."""
+    The kernel logs calls that it has fail, too, not only those that kill."""
     program: sock_fprog
     program.length = len(bpf) // 8
     program.filter = cython.cast(cython.p_char, bpf)
-    _check(c_prctl(PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, cython.address(program), _NONE, _NONE))
+    _check(syscall(SYS_seccomp, _SET_MODE_FILTER, _FILTER_LOG, cython.address(program)))
 
 
 def load_listening_filter(bpf: bytes):

@@ -3,7 +3,6 @@ from collections.abc import Iterable
 PR_SET_DUMPABLE: int
 PR_SET_KEEPCAPS: int
 PR_SET_NAME: int
-PR_SET_SECCOMP: int
 PR_CAPBSET_READ: int
 PR_CAPBSET_DROP: int
 PR_SET_SECUREBITS: int

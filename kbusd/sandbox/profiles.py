@@ -3,7 +3,7 @@
 A profile is a TOML file; kbusd-profile(5) describes it for its authors. Every section and rule
 says `why`. A profile may extend another; a section that it gives replaces the parent's, except
 that limits are merged by name, and seccomp rules by call: what a child says of a system call
-replaces what its parent said of it. Trusts the files that it finds (by
+replaces what its parent said of it, and `remove` withdraws that. Trusts the files that it finds (by
 place and owner, never by environment), but reports every mistake in them by file, line and key.
 """
 
@@ -13,8 +13,9 @@ import difflib
 import re
 import stat
 import tomllib
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -34,6 +35,8 @@ _PART = re.compile(r"[\w-]+")  # of `$.seccomp.rules[3].calls`
 _NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
 
 Why = Annotated[str, msgspec.Meta(min_length=8)]
+Users = Annotated[int, msgspec.Meta(ge=65536, le=0xFFFE0000, multiple_of=65536)]
+"""The first of 65536 users that follow each other."""
 Condition = Literal["always", "selinux", "no-selinux", "x86-64", "arm64"]
 
 
@@ -51,9 +54,11 @@ class _Section(
 
 
 class User(_Section, frozen=True):
-    """Applied by root only. `names`: the first that exists. Empty: stays who it is."""
+    """Applied by root only. `names`: the first that exists. Empty: stays who it is. `apart`: what is forked
+    by a process that keeps CAP_SETUID becomes a user of its own, one of these."""
 
     names: tuple[str, ...] = ()
+    apart: Users | None = None
 
 
 class Groups(_Section, frozen=True):
@@ -66,7 +71,7 @@ class Capabilities(_Section, frozen=True):
     """`keep`: permitted and effective. `bounding`: what an execve could still bring."""
 
     keep: tuple[str, ...] = ()
-    bounding: Literal["keep-only", "all"] = "keep-only"
+    bounding: Literal["keep-only", "none", "all"] = "keep-only"
 
 
 class Securebits(_Section, frozen=True):
@@ -119,7 +124,8 @@ class Landlock(_Section, frozen=True):
 
 
 class Selinux(_Section, frozen=True):
-    """setcon(3) to `type`, the other fields of the context kept; only where SELinux is enabled."""
+    """setcon(3) to `type`, the other fields of the context kept; only where SELinux is enabled and its
+    policy has the type. Required of a bus that the machine's root starts."""
 
     type: Annotated[str, msgspec.Meta(pattern="^([A-Za-z][A-Za-z0-9_.]*)?$")] = ""
 
@@ -130,7 +136,8 @@ class Argument(
     """One condition on argument `index` (from 0). Exactly one of the others is given.
 
     `equals`: this value or all of these flags together and no other; `one-of`: any of the
-    values; `not-equals`: any other value; `without`: none of the flags; `including`: all of them."""
+    values; `not-equals`: any other value; `without`: none of the flags; `including`: all of them;
+    `users`: one of these users."""
 
     index: Annotated[int, msgspec.Meta(ge=0, le=5)]
     equals: tuple[str, ...] | None = None
@@ -138,6 +145,7 @@ class Argument(
     not_equals: str | None = None
     without: tuple[str, ...] | None = None
     including: tuple[str, ...] | None = None
+    users: Users | None = None
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -161,10 +169,21 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     origin: str = ""
 
 
+class Removal(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"
+):
+    """System calls of which all rules are withdrawn that the profile has which this one extends."""
+
+    why: Why
+    calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    origin: str = ""
+
+
 class Seccomp(_Section, frozen=True):
     """seccomp(2). What no rule names ends the process, as does a foreign architecture."""
 
     rules: tuple[Rule, ...] = ()
+    remove: tuple[Removal, ...] = ()
     sets: dict[str, Calls] = {}
 
 
@@ -190,6 +209,8 @@ class Profile(
     name: str = ""
     files: tuple[str, ...] = ()
 
+
+_Named = TypeVar("_Named", Rule, Removal)
 
 SECTIONS = (
     "user",
@@ -238,14 +259,15 @@ def find(name: str, below: Path | None = None) -> Path:
                 f"chown root {file} && chmod 644 {file}",
             )
         return file
+    raise ProfileError(f"{name}.toml", "", *_missing(name, names()))
+
+
+def _missing(name: str, known: Iterable[str]) -> tuple[str, str]:
+    """That there is no such profile, and which is meant."""
     places = ", ".join(str(folder) for folder in directories())
-    close = difflib.get_close_matches(name, names(), 1)
-    raise ProfileError(
-        f"{name}.toml",
-        "",
-        f"there is no such profile in {places}",
-        f"did you mean {close[0]}?" if close else "reinstall kbusd",
-    )
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return f"there is no profile `{name}` in {places}", hint
 
 
 def load(name: str) -> Profile:
@@ -282,22 +304,40 @@ def _load(file: Path, below: tuple[Path, ...]) -> Profile:
 
 
 def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
-    if file in below:
-        raise ProfileError(str(file), "extends", "the profile extends itself")
-    profile = parse(file.read_bytes(), str(file))
+    text = file.read_bytes()
+    profile = parse(text, str(file))
     if not profile.extends:
         return [profile]
+
+    def wrong(problem: str, hint: str) -> ProfileError:
+        line = Lines(text.decode()).of("extends")
+        return ProfileError(str(file), "extends", problem, hint, line)
+
+    known = ["base", *names()]
     if not _NAME.match(profile.extends):
-        hint = "lower-case letters and dashes"
-        raise ProfileError(str(file), "extends", "not a profile name", hint)
+        hint = f"a name and no path; there are {', '.join(known)}"
+        raise wrong(f"`{profile.extends}` is not a profile name", hint)
     beside = file.with_name(f"{profile.extends}.toml")
     if beside == file and file.parent in directories()[:-1]:
         parent = find(profile.extends, below=file)  # ours, of the same name
     elif beside.exists() and file.parent not in directories():
         parent = beside
-    else:
+    elif any((folder / beside.name).exists() for folder in directories()):
         parent = find(profile.extends)
+    else:
+        raise wrong(*_missing(profile.extends, known))
+    if parent in (*below, file):
+        raise wrong(
+            "the profile extends itself", "only one in /etc/kbusd/profiles has one below it"
+        )
     return [profile, *_chain(parent, (*below, file))]
+
+
+def removals(profile: Profile, call: str) -> list[Removal]:
+    """What withdraws the rules for this call."""
+    return [
+        each for each in (profile.seccomp.remove if profile.seccomp else ()) if call in each.calls
+    ]
 
 
 def where(origin: str) -> tuple[str, int]:
@@ -311,8 +351,11 @@ def parse(text: bytes, file: str) -> Profile:
     try:
         decoded = text.decode()
         raw = tomllib.loads(decoded)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ProfileError(file, "", f"is not TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise ProfileError(file, "", "is not UTF-8", "save it as UTF-8", line) from None
+    except tomllib.TOMLDecodeError as error:
+        raise _not_toml(file, str(error), decoded) from None
     lines = Lines(decoded)
     for key in ("name", "files"):
         if key in raw:
@@ -324,6 +367,32 @@ def parse(text: bytes, file: str) -> Profile:
     except msgspec.ValidationError as error:
         raise _explain(file, _named(str(error), raw), lines) from None
     return msgspec.structs.replace(profile, files=(file,))
+
+
+_TOML_HINTS = {
+    "Invalid value": 'text stands in "quotes"; true, false and numbers do not',
+    "Expected '='": "a line is `key = value`, or a section in brackets",
+    "Expected newline": "a key and its value have a line of their own",
+    "Cannot declare": "it is there already; rules, paths and removals have [[two brackets]] each time",
+    "Cannot overwrite": "the key is there already",
+    "Unclosed": "a bracket that was opened above is not closed",
+    "Unterminated": "a quote that was opened is not closed",
+    "Illegal character": 'a text that goes on to the next line stands in """three quotes"""',
+    "Expected ']": "a section is [name], a rule [[seccomp.rules]]",
+}
+
+
+def _not_toml(file: str, said: str, text: str) -> ProfileError:
+    """What tomllib says, `Problem (at line 3, column 5)`, with the line where it belongs, and a hint."""
+    problem, _, at = said.partition(" (at ")
+    place = re.match(r"line (\d+), column (\d+)", at)
+    line = int(place[1]) if place else len(text.splitlines())
+    hint = next((hint for key, hint in _TOML_HINTS.items() if problem.startswith(key)), "")
+    if not place:
+        hint = "something is missing: a value, or the end of a list or of a text in three quotes"
+    column = f" at column {place[2]}" if place else " at the end"
+    problem = f"is not TOML{column}: {problem[:1].lower()}{problem[1:]}"
+    return ProfileError(file, "", problem, hint or "kbusd-profile(5) has an example", line)
 
 
 def _mark(table: dict[str, Any], place: Place, file: str, lines: Lines) -> None:
@@ -379,7 +448,7 @@ def _explain(file: str, text: str, lines: Lines) -> ProfileError:
 
 def _fields() -> set[str]:
     structs = (Profile, User, Groups, Capabilities, Securebits, Limit, Namespaces, Landlock)
-    more = (Path_, Selinux, Rule, Argument, Seccomp, Calls)
+    more = (Path_, Selinux, Rule, Argument, Seccomp, Calls, Removal)
     return {
         field.encode_name
         for struct in (*structs, *more)
@@ -392,9 +461,14 @@ def _merge(parent: Profile, child: Profile) -> Profile:
     if seccomp is not None and seccomp.enabled and parent.seccomp is not None:
         sets = parent.seccomp.sets | seccomp.sets
         rules = [_expand(rule, sets) for rule in seccomp.rules]
+        removals = [_expand(each, sets) for each in seccomp.remove]
         own = {call for rule in rules for call in rule.calls}
+        gone = _removed(removals, own, parent.seccomp.rules)
         seccomp = msgspec.structs.replace(
-            seccomp, rules=(*_without(parent.seccomp.rules, own), *rules), sets=sets
+            seccomp,
+            rules=(*_without(parent.seccomp.rules, own | gone), *rules),
+            remove=(*_without(parent.seccomp.remove, own), *removals),
+            sets=sets,
         )
     elif seccomp is None:
         seccomp = parent.seccomp
@@ -413,15 +487,37 @@ def _merge(parent: Profile, child: Profile) -> Profile:
     )
 
 
+def _removed(removals: Iterable[Removal], own: Container[str], rules: tuple[Rule, ...]) -> set[str]:
+    """The calls to withdraw from `rules`. Raises ProfileError for one that is not in them."""
+    known = {call for rule in rules for call in rule.calls}
+    calls = set()
+    for each in removals:
+        for call in each.calls:
+            if call in own:
+                problem = f"`{call}` has a rule in this file as well"
+                hint = "leave it out here: that rule replaces those of the profile that this one extends"
+            elif call not in known:
+                problem = f"`{call}` has no rule in the profile that this one extends"
+                close = difflib.get_close_matches(call, known, 1, 0.5)
+                hint = f"did you mean `{close[0]}`?" if close else "there is nothing to remove"
+            else:
+                calls.add(call)
+                continue
+            file, line = where(each.origin)
+            raise ProfileError(file, "seccomp.remove", problem, hint, line)
+    return calls
+
+
 def _with_sets(profile: Profile) -> Profile:
     if profile.seccomp is None:
         return profile
+    _removed(profile.seccomp.remove, (), ())  # there is nothing below
     rules = tuple(_expand(rule, profile.seccomp.sets) for rule in profile.seccomp.rules)
     seccomp = msgspec.structs.replace(profile.seccomp, rules=rules)
     return msgspec.structs.replace(profile, seccomp=seccomp)
 
 
-def _expand(rule: Rule, sets: dict[str, Calls]) -> Rule:
+def _expand(rule: _Named, sets: dict[str, Calls]) -> _Named:
     """With the calls that `@NAME` stands for. Raises ProfileError."""
     calls: list[str] = []
     for call in rule.calls:
@@ -437,7 +533,7 @@ def _expand(rule: Rule, sets: dict[str, Calls]) -> Rule:
     return msgspec.structs.replace(rule, calls=tuple(calls))
 
 
-def _without(rules: tuple[Rule, ...], calls: set[str]) -> list[Rule]:
+def _without(rules: tuple[_Named, ...], calls: set[str]) -> list[_Named]:
     rest = [
         msgspec.structs.replace(rule, calls=tuple(c for c in rule.calls if c not in calls))
         for rule in rules

@@ -437,7 +437,8 @@ class Supervisor:
         if module == READER:
             return self._configuration_read(code)
         self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
-        if module == ZYGOTE or (module == LAUNCHER and code < 0):
+        # A zygote that fails before there is a worker could not confine the first.
+        if (module == ZYGOTE and (code <= 0 or self.workers)) or (module == LAUNCHER and code < 0):
             self._lose(module)
         else:
             self.exit_status = 1

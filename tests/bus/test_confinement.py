@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.kbusd_only
 REPOSITORY = Path(__file__).parents[2]
 ORDINARY_USER = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
-_PTRACE = {"seize": 0x4206, "interrupt": 0x4207, "filter": 0x420C, "detach": 17}
+_PTRACE = {"seize": 0x4206, "interrupt": 0x4207, "filter": 0x420C, "about": 0x420D, "detach": 17}
 
 PING = "org.freedesktop.DBus.Peer.Ping"
 
@@ -64,7 +65,9 @@ def check(rows: list[dict[str, Any]]) -> None:
         assert by_role[role]["seccomp"] == 2
         assert by_role[role]["filters"] == above + filters
         assert by_role[role]["no_new_privileges"]
-        assert by_role[role]["permitted"] == 0
+        of_root = by_role["supervisor"]["uids"][0] == 0 and by_role["zygote"]["uids"][0] != 0
+        setuid = 1 << 7 if role == "zygote" and of_root else 0
+        assert by_role[role]["permitted"] == setuid
 
 
 def test_a_bus_with_clients_is_confined_as_its_profiles_say(bus: Bus) -> None:
@@ -77,6 +80,8 @@ def test_a_bus_with_clients_is_confined_as_its_profiles_say(bus: Bus) -> None:
         for row in rows:
             root = row["process"]["role"] in ("supervisor", "launcher")
             assert (0 in row["process"]["uids"]) == root
+        users = [r["process"]["uids"][0] for r in rows if r["process"]["role"] == "worker"]
+        assert len(set(users)) == len(users), "each worker is a user of its own"
 
 
 def filters_of(pid: int) -> list[bytes]:
@@ -91,6 +96,10 @@ def filters_of(pid: int) -> list[bytes]:
     while (length := libc.ptrace(_PTRACE["filter"], pid, len(found), None)) > 0:
         program = ctypes.create_string_buffer(length * 8)
         libc.ptrace(_PTRACE["filter"], pid, len(found), program)
+        about = struct.pack("QQ", len(found), 0)  # struct seccomp_metadata
+        told = ctypes.create_string_buffer(about)
+        assert libc.ptrace(_PTRACE["about"], pid, len(about), told) == len(about)
+        assert struct.unpack_from("QQ", told.raw)[1] == 2, "what it has fail is logged, too"
         found.append(program.raw)
     libc.ptrace(_PTRACE["detach"], pid, None, None)
     return found

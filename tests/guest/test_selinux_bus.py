@@ -10,6 +10,7 @@ import errno
 import json
 import mmap
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from kbusd.client import kdbus
+from kbusd.sandbox import selinux
 from tests.bus import procs
 from tests.bus.rawclient import BusError, RawClient
 
@@ -34,6 +36,7 @@ SOCKET = "/run/dbus/system_bus_socket"
 ADDRESS = f"unix:path={SOCKET}"
 PID_FILE = Path("/run/dbus/pid")
 LOG = Path("/run/kbusd-test-log")
+SECOND = "unix:path=/run/kbusd/second"
 OURS = (
     "kbusd_t",
     "kbusd_config_t",
@@ -53,9 +56,9 @@ CONFIGURATION = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Con
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _init() -> None:
+def _init(log_file: Path = LOG, *options: str) -> None:
     """What init does: run it, and take what it says."""
-    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     null = os.open("/dev/null", os.O_RDWR)
     reader, writer = os.pipe()
     if os.fork():
@@ -67,7 +70,8 @@ def _init() -> None:
     for to, fd in ((0, null), (1, null), (2, writer)):
         os.dup2(fd, to)
     os.closerange(3, 256)
-    command = ["/usr/bin/kbusd", "--system", "--nofork", "--cuse", "--kdbusfs", "/run/kbusd/fs"]
+    options = options or ("--system", "--nofork", "--cuse", "--kdbusfs", "/run/kbusd/fs")
+    command = ["/usr/bin/kbusd", *options]
     os.execve(command[0], command, {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
 
 
@@ -95,9 +99,11 @@ class System:
     def pid(self) -> int:
         return int(PID_FILE.read_text())
 
-    def note(self) -> None:
+    def note(self, but: str = "nothing") -> None:
         """What was refused to the bus, but not to those who tried it on purpose."""
         for each in self.refusals.take():
+            if but in each.line:
+                continue
             pid = int(each.line.split(" pid=")[1].split()[0])
             if each.who not in OURS or pid in Inhabitant.everyone or each.what <= OF_EXEC:
                 continue
@@ -160,6 +166,39 @@ def test_each_process_is_in_its_domain(system: System) -> None:
     differ = {text for row in rows for text in row["differences"] if "SELinux" in text}
     assert rows and not differ
     client.close()
+
+
+def test_a_bus_that_can_not_be_in_its_domains_does_not_start(system: System) -> None:
+    """Root starts it from a shell: what it then is, may not become what the others are."""
+    command = ["/usr/bin/python3", "/usr/bin/kbusd", "--system", "--nofork", "--address", SECOND]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=40)
+    assert done.returncode == 1
+    assert "profile config-reader: [selinux] is required but can't be had here" in done.stderr
+
+
+def test_a_worker_that_can_not_be_in_its_domain_serves_nobody(system: System) -> None:
+    """An admin has named one that the zygote may not become."""
+    override, log = Path("/etc/kbusd/profiles/worker.toml"), Path("/run/kbusd-second-log")
+    override.parent.mkdir()
+    why = 'why = "for the test"'
+    override.write_text(f'extends = "worker"\n{why}\n[selinux]\n{why}\ntype = "kbusd_launcher_t"\n')
+    subprocess.run(["restorecon", "-RF", "/etc/kbusd"], check=True)
+    options = ("--system", "--nofork", "--nopidfile", "--address", SECOND)
+    second = Inhabitant("init_t", lambda: _init(log, *options))
+    try:
+        second.go()
+        assert second.wait() == 0  # the bus has ended
+    finally:
+        shutil.rmtree(override.parent)
+    said = log.read_text()
+    assert "profile worker: [selinux] is required but can't be had here: Permission denied" in said
+    assert "a worker could not be confined" in said
+    system.note(but="dyntransition")
+
+
+def test_where_the_policy_has_no_such_domain_none_is_demanded(system: System) -> None:
+    assert selinux.knows("kbusd_worker_t")
+    assert not selinux.knows("no_such_t")
 
 
 @contextmanager
@@ -373,7 +412,7 @@ FORBIDDEN: dict[str, tuple[Act, ...]] = {
     ),
     "kbusd_zygote_t": (
         *EVERYBODY,
-        *INSIDE[:-1],
+        *(act for act in INSIDE[:-1] if act[0] != "setuid"),  # its filter says to whom
         ("setcon", becomes("kbusd_broker_t"), "dyntransition", "kbusd_broker_t", "process"),
         ("worker", on("kbusd_worker_t", traces), "ptrace", "kbusd_worker_t", "process"),
     ),

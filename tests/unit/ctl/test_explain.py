@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 
 from kbusd.ctl.main import main
+from kbusd.sandbox import profiles
+
+from .test_profile import REMOVES
 
 
-def line(syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e") -> str:
+def line(
+    syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e", code: str = "80000000"
+) -> str:
     return (
         "[ 7.1] audit: type=1326 audit(1732612345.123:45): auid=4294967295 uid=100 gid=65534"
         f' ses=4294967295 subj=unconfined pid=812 comm="{comm}" exe="/usr/bin/python3.11" sig=31'
-        f" arch={arch} syscall={syscall} compat=0 ip=0x7f5d1c code=0x80000000"
+        f" arch={arch} syscall={syscall} compat=0 ip=0x7f5d1c code=0x{code}"
     )
 
 
@@ -26,6 +32,10 @@ def line(syscall: int, comm: str = "kbusd-worker", arch: str = "c000003e") -> st
         (line(0x40000000 | 1), ["of another architecture", "attack"]),
         (line(1, arch="40000003"), ["of another architecture (0x40000003)"]),
         (line(0), ["read (0)", "allows it now"]),
+        (
+            line(257, code="50000"),
+            ["openat (257) was answered with an error", "EACCES, by ", "path"],
+        ),
         (line(53, "kbusd-zygote"), ["socketpair (53) is not in profile zygote", "AF_UNIX"]),
     ],
 )
@@ -54,3 +64,14 @@ def test_what_tells_of_no_process_of_ours_is_said_so(
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     assert main(["explain"]) == 1
     assert "no line tells of a process of kbusd" in capsys.readouterr().out
+
+
+def test_a_call_that_an_override_removed_is_told_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "worker.toml"
+    file.write_text(REMOVES)
+    file.chmod(0o644)
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    assert main(["explain", line(275)]) == 0
+    assert f"was removed by {file}:5: bodies are small" in capsys.readouterr().out

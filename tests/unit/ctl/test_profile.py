@@ -51,6 +51,29 @@ def test_list_tells_which_file_is_in_force(
     assert "why: expected `str`" in said(capsys, "list", status=1)
 
 
+REMOVES = """extends = "worker"
+why = "nobody passes large bodies here"
+[seccomp]
+why = "as ours, without the pipes for large bodies"
+[[seccomp.remove]]
+why = "bodies are small; nothing splices"
+calls = ["splice", "pipe2"]
+"""
+
+
+def test_what_an_override_removes_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    which = str(tmp_path / "mine.toml")
+    Path(which).write_text(REMOVES)
+    shown = said(capsys, "show", which)
+    assert f"removed splice pipe2   {which}:5\n      bodies are small" in shown
+    changed = said(capsys, "diff", "worker", which, status=1).splitlines()
+    assert [line for line in changed if line.startswith("+")] == [f"+++ {which}"]
+    assert any(line.startswith("-splice: allow if") for line in changed)
+    assert f"removed by {which}:5\n      bodies" in said(capsys, "test", which, "splice", status=1)
+
+
 def test_show_tells_where_each_rule_comes_from(
     capsys: pytest.CaptureFixture[str], own: str
 ) -> None:

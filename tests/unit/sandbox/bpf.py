@@ -14,12 +14,18 @@ ERRNO = 0x00050000
 
 def run(program: bytes, arch: int, number: int, arguments: Sequence[int]) -> int:
     """What the filter returns for this call; raises ValueError for an instruction it can't have."""
+    return follow(program, arch, number, arguments)[0]
+
+
+def follow(program: bytes, arch: int, number: int, arguments: Sequence[int]) -> tuple[int, int]:
+    """And after how many instructions."""
     data = _DATA.pack(number, arch, 0, *arguments)
-    at = a = x = 0
+    at = a = x = steps = 0
     memory = [0] * 16
     while True:
         code, yes, no, k = _INSTRUCTION.unpack_from(program, at * 8)
         at += 1
+        steps += 1
         match code:
             case 0x20:  # ld [k]
                 (a,) = struct.unpack_from("<I", data, k)
@@ -48,6 +54,6 @@ def run(program: bytes, arch: int, number: int, arguments: Sequence[int]) -> int
             case 0x45:  # jset
                 at += yes if a & k else no
             case 0x06:  # ret #k
-                return int(k)
+                return int(k), steps
             case _:
                 raise ValueError(f"instruction {code:#x} at {at - 1}")

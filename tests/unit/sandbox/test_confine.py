@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kbusd.sandbox import apply, inforce, kernel, profiles
+from kbusd.sandbox import apply, compile, inforce, kernel, profiles
 from kbusd.sandbox.compile import compile_profile, decode, encode
 from kbusd.sandbox.compiled import Compiled
 from kbusd.sandbox.errors import ProfileError, SandboxError, Unavailable
@@ -44,11 +44,37 @@ def test_root_becomes_somebody_without_any_privilege(name: str) -> None:
     assert found.uids == (uid,) * 4 and uid != 0
     assert found.gids == (gid,) * 4
     assert found.groups == ()
-    assert found.effective == found.permitted == found.inheritable == found.ambient == 0
-    assert found.bounding == 0
+    kept = COMPILED[name].capabilities
+    assert kept == (1 << 7 if name == "zygote" else 0)  # CAP_SETUID, for its children
+    assert found.effective == found.permitted == kept
+    assert found.bounding == found.inheritable == found.ambient == 0
     assert found.no_new_privileges
     assert found.dumpable is False
     assert found.limits["core"] == (0, 0)
+
+
+@as_root
+def test_a_worker_becomes_a_user_of_its_own_and_can_be_no_other() -> None:
+    zygote = without_filter("zygote")
+    found = [looked(run(look, without_filter("worker"), before=zygote).said) for _ in range(2)]
+    first = COMPILED["worker"].apart or 0
+    for each in found:
+        assert each.uids == (first + each.pid % 65536,) * 4
+        assert each.gids == (COMPILED["zygote"].gid,) * 4
+        assert each.permitted == each.bounding == 0
+    assert found[0].uids != found[1].uids
+    assert run(lambda: os.setresuid(0, 0, 0), COMPILED["zygote"]).by_filter
+
+
+def test_users_that_this_namespace_does_not_have_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert COMPILED["worker"].apart
+    monkeypatch.setattr(compile, "_there", lambda _: False)
+    compiled = compile_profile(profiles.load("worker"))
+    assert compiled.apart is None
+    assert "its children share a user" in " ".join(compiled.notes)
+    assert compile_profile(profiles.load("zygote")).capabilities == 0
 
 
 @pytest.mark.parametrize("name", CONFINED)
@@ -234,3 +260,11 @@ def test_a_log_file_of_any_size_can_be_written_to(name: str, tmp_path: Path) -> 
         assert run(lambda: os.write(fd, b"a line\n"), COMPILED[name]).said == "7"
     finally:
         os.close(fd)
+
+
+def test_a_demanded_domain_that_can_not_be_had_stops_the_process() -> None:
+    worker = msgspec.structs.replace(COMPILED["worker"], selinux="no_such_t")
+    demanded = msgspec.structs.replace(worker, required=worker.required | {"selinux"})
+    assert "[selinux] is required but can't be had" in run(lambda: apply.confine(demanded)).said
+    wanted = msgspec.structs.replace(worker, required=worker.required - {"selinux"})
+    assert "profile worker: no selinux:" in run(lambda: apply.confine(wanted)).said

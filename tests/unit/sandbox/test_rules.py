@@ -70,6 +70,8 @@ def satisfying(argument: profiles.Argument) -> list[int]:
         return [0, ALL & ~bits(argument.without) & 0x7F]
     if argument.including is not None:
         return [bits(argument.including)]
+    if argument.users is not None:
+        return [argument.users, argument.users + 65535]
     assert argument.not_equals is not None
     return [constants.ARGUMENTS[argument.not_equals] ^ 1]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from kbusd.sandbox import selinux
+from kbusd.sandbox import compile, profiles, selinux
 from kbusd.sandbox.selinux import AccessVectors
 
 SEND, OWN = 4, 1  # bits as a policy may have them
@@ -112,3 +113,42 @@ def test_a_label_that_the_kernel_does_not_know_may_nothing(root: Path) -> None:
     said: list[str] = []
     assert not vectors(said).allows(b"", b"b_t", "send_msg")
     assert "does not say" in said[0]
+
+
+def test_whether_the_policy_has_a_domain_is_asked_with_a_label_like_ours(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "current").write_text("system_u:system_r:init_t:s0-s0:c0.c9\0")
+    monkeypatch.setattr(selinux, "LABEL", str(root / "current"))
+    assert selinux.knows("kbusd_worker_t")  # there is no such file: who may not ask, tries
+    (root / "context").touch()
+    assert selinux.knows("kbusd_worker_t")
+    assert (root / "context").read_text() == "system_u:object_r:kbusd_worker_t:s0-s0:c0.c9"
+
+    def refuses(*_: object) -> int:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(selinux.os, "write", refuses)
+    assert not selinux.knows("kbusd_worker_t")
+
+
+@pytest.mark.parametrize("of_the_machine", [True, False])
+def test_a_domain_is_demanded_of_root_s_bus_if_the_policy_has_it(
+    monkeypatch: pytest.MonkeyPatch, of_the_machine: bool
+) -> None:
+    monkeypatch.setattr(compile, "selinux_enabled", lambda: True)
+    monkeypatch.setattr(compile, "selinux_knows", lambda _: True)
+    monkeypatch.setattr(compile, "_of_the_machine", lambda: of_the_machine)
+    compiled = compile.compile_profile(profiles.load("worker"))
+    assert ("selinux" in compiled.required) == of_the_machine
+    assert compiled.selinux == "kbusd_worker_t"
+
+
+def test_a_policy_without_our_module_is_told_and_no_domain_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compile, "selinux_enabled", lambda: True)
+    monkeypatch.setattr(compile, "selinux_knows", lambda _: False)
+    compiled = compile.compile_profile(profiles.load("worker"))
+    assert not compiled.selinux
+    assert "SELinux's policy has no domain kbusd_worker_t" in " ".join(compiled.notes)
