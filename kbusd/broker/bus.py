@@ -174,6 +174,7 @@ class Bus:
         else:
             connection.credentials = credentials
             connection.custom = custom
+            connection.file = not hasty
             connection.pidfd = pidfd
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:

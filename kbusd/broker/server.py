@@ -38,6 +38,7 @@ from kbusd.rings.entries import (
     Launch,
     LaunchEnded,
     LauncherLine,
+    Left,
     Listening,
     LogEntry,
     Look,
@@ -183,7 +184,10 @@ class Server:
             line.close()
         self._wake_up.discard(worker)
         self._broken.pop(worker, None)
+        connection = self._bus.connections.get(worker)
         self._bus.gone(worker, reason)
+        if connection is not None and connection.file:
+            self._tell_supervisor(Left(worker))
 
     def _flush(self, worker: int) -> None:
         line = self._lines[worker]

@@ -595,6 +595,13 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     worker: int
 
 
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+    """broker -> supervisor. The connection of this worker, which served a file, is gone, if there was one,
+    and that stands in the log."""
+
+    worker: int
+
+
 class BrokerReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """broker -> supervisor, its first word. fd: the control log's memfd, sealed."""
 
@@ -606,7 +613,7 @@ class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
     names: tuple[str, ...]
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady | Endpoints
+ToSupervisor = ReloadWanted | Kill | Joined | Left | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------
@@ -810,10 +817,13 @@ ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):
     """-> supervisor. The answer to a request that is held, as the kernel wants it
     (kbusd/cuse/replies.py). Everything sent before it is done before it, Nudge included; and so is
-    `pushed`: (offset, size) of what is to be renewed in the client's page cache from the Pool."""
+    `pushed`: (offset, size) of what is to be renewed in the client's page cache from the Pool.
+
+    `last`: the connection ends with it (BYEBYE); what is asked next, by whatever file, is to see that."""
 
     reply: bytes
     pushed: tuple[tuple[int, int], ...] = ()
+    last: bool = False
 
 
 class Ahead(msgspec.Struct, frozen=True, array_like=True, tag="ahead"):
