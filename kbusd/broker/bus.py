@@ -180,6 +180,12 @@ class Bus:
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
 
+    def entering(self, worker: int, credentials: Credentials) -> None:
+        """Who says HELLO by a file need not be who has opened it."""
+        connection = self.connections.get(worker)
+        if connection is not None and connection.file and connection.id == NOT_YET:
+            connection.credentials = credentials
+
     def endpoint_made(self, worker: int) -> None:
         """Its client has made a custom endpoint."""
         if worker in self.connections:

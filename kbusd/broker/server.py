@@ -32,7 +32,9 @@ from kbusd.rings.entries import (
     EndLaunch,
     EndpointMade,
     Endpoints,
+    Entering,
     FromLauncher,
+    Hello,
     Joined,
     Kill,
     Launch,
@@ -59,6 +61,7 @@ from kbusd.sandbox import selinux
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
+_AFTER_SUPERVISOR = (Hello, SetEndpoint)
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -157,7 +160,7 @@ class Server:
             message, fds = received
             try:
                 connection = self._bus.connections[worker]
-                if connection.credentials is None or isinstance(message, SetEndpoint):
+                if connection.credentials is None or isinstance(message, _AFTER_SUPERVISOR):
                     self._from_supervisor()  # what it said is there already, if this is honest
                 if worker in self._lines:
                     self._bus.handle(connection, message, fds)
@@ -229,6 +232,8 @@ class Server:
                 case Assigned(worker, credentials, hasty, custom) if len(fds) <= 1:
                     pidfd = fds.pop() if fds else -1
                     self._bus.assigned(worker, credentials, hasty, custom, pidfd)
+                case Entering(worker, credentials):
+                    self._bus.entering(worker, credentials)
                 case EndpointMade(worker):
                     self._bus.endpoint_made(worker)
                 case WorkerGone(worker, reason):

@@ -81,7 +81,7 @@ class Connection:
             return  # it was interrupted meanwhile
         clients = self.devices.clients_of(self.domain, opened.bus)
         endpoint = self.devices.endpoint(self.domain, opened)
-        credentials = caller.credentials(request)
+        credentials = caller.credentials(request, whole=False)
         if clients is None or endpoint is None:
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
@@ -327,6 +327,11 @@ class Connection:
             raise LineError(f"meddled with request {unique}, which it does not hold")
         return request
 
+    def _is_hello(self, holder: Holder, unique: int) -> bool:
+        request = self.request_of(holder, unique, abi.IOCTL)
+        command: int = _IOCTL.unpack_from(request, _BEHIND_HANDLE)[0]
+        return command == caller.HELLO
+
     def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
         """What is left of `fds` is closed. Raises LineError if it may not say that."""
         match message, fds:
@@ -336,6 +341,12 @@ class Connection:
             case entries.Ahead(), []:
                 reach.check_ahead(message, holder.ahead)
                 holder.ahead[message.command] = message
+            case entries.AskFacts(unique), [] if self._is_hello(holder, unique):
+                request = self.request_of(holder, unique)
+                with self.devices.aside.work(holder.uid):
+                    who, files = caller.credentials(request), caller.facts(caller.ids(request)[2])
+                facts = entries.Facts(unique, files, who)
+                self.devices.call(partial(self.host.enter, holder, who, facts))
             case ((entries.Copy() | entries.Store() | entries.Take() | entries.AskFacts()), []):
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):

@@ -57,6 +57,8 @@ class Host(Protocol):
 
     def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None: ...
 
+    def enter(self, holder: Holder, who: entries.Credentials, facts: entries.Facts) -> None: ...
+
 
 class Holder:
     """Whoever holds requests: the worker of an open file, or the tree."""

@@ -184,6 +184,12 @@ class Several(Supervisor):
         """How many there are."""
         return sum(len(bus.workers) for bus in (self, *self.made.values()))
 
+    def enter(self, holder: Holder, who: entries.Credentials, facts: entries.Facts) -> None:
+        """Somebody says HELLO by a file: the broker is told first who that is, then its worker."""
+        self._tell_broker(holder.bus, entries.Entering(holder.number, who))
+        with suppress(OSError):
+            holder.send(facts)
+
     def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None:
         """Make what the worker of an open file asks for: a bus, or an endpoint of its own bus."""
         if isinstance(order, entries.MakeEndpoint):

@@ -219,6 +219,7 @@ class Device:
         self.line = line
         self.session = session
         self.attached: Attached | None = None
+        self.entering: Callable[[entries.Credentials], None] | None = None  # called at HELLO
         self.cuse = transport == "cuse"
         self._uid = uid
         self._pool: Pool | None = None
@@ -380,6 +381,8 @@ class Device:
             if wait is None:
                 return
             if isinstance(message, entries.Facts):
+                if message.who is not None and self.entering is not None:
+                    self.entering(message.who)
                 wait.done(message.files)
             elif message.errno:
                 wait.fail(Errno(message.errno, "the kernel or the supervisor refused"))
@@ -487,6 +490,7 @@ def serve(
     privileged = device.credentials.uid in (0, context.bus.owner)
     port.session = Session(port, owner=privileged, custom=device.endpoint != "bus")
     port.device = Device(line, port.session, device.credentials.uid, device.transport)
+    port.device.entering = serving.entering
     serving.serve_device(port, line.fileno(), device.credentials)
     line.flush()  # the answer to BYEBYE
 
