@@ -174,10 +174,17 @@ class Bus:
         else:
             connection.credentials = credentials
             connection.custom = custom
+            connection.file = not hasty
             connection.pidfd = pidfd
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
+
+    def entering(self, worker: int, credentials: Credentials) -> None:
+        """Who says HELLO by a file need not be who has opened it."""
+        connection = self.connections.get(worker)
+        if connection is not None and connection.file and connection.id == NOT_YET:
+            connection.credentials = credentials
 
     def endpoint_made(self, worker: int) -> None:
         """Its client has made a custom endpoint."""

@@ -27,6 +27,7 @@ class Connection:
         "complaints",
         "credentials",
         "custom",
+        "file",
         "id",
         "introduced",
         "introductions",
@@ -52,6 +53,7 @@ class Connection:
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
         self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
+        self.file = False  # its client has opened one of kdbus
         self.custom = 0  # endpoint of kdbus that it is behind (custom_endpoints.py)
         self.about = b""  # what its worker tells others who ask
         self.monitor: tuple[str, ...] | None = None

@@ -33,12 +33,15 @@ from kbusd.rings.entries import (
     EndLaunch,
     EndpointMade,
     Endpoints,
+    Entering,
     FromLauncher,
+    Hello,
     Joined,
     Kill,
     Launch,
     LaunchEnded,
     LauncherLine,
+    Left,
     Listening,
     LogEntry,
     Look,
@@ -60,6 +63,7 @@ from kbusd.sandbox import selinux
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
+_AFTER_SUPERVISOR = (Hello, SetEndpoint)
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -158,7 +162,7 @@ class Server:
             message, fds = received
             try:
                 connection = self._bus.connections[worker]
-                if connection.credentials is None or isinstance(message, SetEndpoint):
+                if connection.credentials is None or isinstance(message, _AFTER_SUPERVISOR):
                     self._from_supervisor()  # what it said is there already, if this is honest
                 if connection.credentials is None:
                     self._await_client(connection)
@@ -187,7 +191,10 @@ class Server:
             line.close()
         self._wake_up.discard(worker)
         self._broken.pop(worker, None)
+        connection = self._bus.connections.get(worker)
         self._bus.gone(worker, reason)
+        if connection is not None and connection.file:
+            self._tell_supervisor(Left(worker))
 
     def _flush(self, worker: int) -> None:
         line = self._lines[worker]
@@ -237,6 +244,8 @@ class Server:
                 case Assigned(worker, credentials, hasty, custom) if len(fds) <= 1:
                     pidfd = fds.pop() if fds else -1
                     self._bus.assigned(worker, credentials, hasty, custom, pidfd)
+                case Entering(worker, credentials):
+                    self._bus.entering(worker, credentials)
                 case EndpointMade(worker):
                     self._bus.endpoint_made(worker)
                 case WorkerGone(worker, reason):

@@ -16,6 +16,9 @@ from kbusd.cuse import abi
 
 _ELEMENT = "[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 MAX_PATH = 255
+# Requests that nobody waits for, as RELEASE, which the kernel has on the way at a time. It keeps back those above,
+# which is not to happen: what their process asks next would come first.
+_BACKGROUND = 0xFFFF
 _NODE = re.compile(f"{_ELEMENT}(?:/{_ELEMENT})*")
 
 
@@ -67,7 +70,17 @@ def init(unique: int, kernel_flags: int, max_readahead: int, max_write: int) -> 
     return reply(
         unique,
         abi.INIT_OUT.pack(
-            abi.MAJOR, abi.MINOR, max_readahead, flags, 64, 48, max_write, 1, pages, 0, 0
+            abi.MAJOR,
+            abi.MINOR,
+            max_readahead,
+            flags,
+            _BACKGROUND,
+            _BACKGROUND,
+            max_write,
+            1,
+            pages,
+            0,
+            0,
         ),
     )
 

@@ -17,7 +17,7 @@ Share = int | tuple[int, str]
 
 
 class Process(msgspec.Struct, frozen=True, array_like=True):
-    """What /proc says of the process that has opened a kdbus file, as it was then (proc(5)).
+    """What /proc says of the process that says HELLO by a kdbus file, as it is then (proc(5)).
 
     `uids` and `gids`: real, effective, saved, of file systems. `caps`: inheritable, permitted, effective,
     bounding. `audit`: login uid and session. `space`: its pid namespace; `pids`: what that calls it and
@@ -547,6 +547,14 @@ class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigur
     are faulty and the configuration in force stays."""
 
 
+class Entering(msgspec.Struct, frozen=True, array_like=True, tag="entering"):
+    """supervisor -> broker. A process of these credentials says HELLO by the file that the worker serves; it
+    need not be the one that has opened it. Before that, and never after it."""
+
+    worker: int
+    credentials: Credentials
+
+
 class EndpointMade(msgspec.Struct, frozen=True, array_like=True, tag="endpoint_made"):
     """supervisor -> broker. The client of this worker has made a custom endpoint, and says its policy."""
 
@@ -573,6 +581,7 @@ SupervisorMessage = (
     | ReloadAsked
     | Listening
     | EndpointMade
+    | Entering
 )
 
 
@@ -595,6 +604,13 @@ class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     worker: int
 
 
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+    """broker -> supervisor. The connection of this worker, which served a file, is gone, if there was one,
+    and that stands in the log."""
+
+    worker: int
+
+
 class BrokerReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """broker -> supervisor, its first word. fd: the control log's memfd, sealed."""
 
@@ -606,7 +622,7 @@ class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
     names: tuple[str, ...]
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | BrokerReady | Endpoints
+ToSupervisor = ReloadWanted | Kill | Joined | Left | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------
@@ -791,10 +807,13 @@ class Given(msgspec.Struct, frozen=True, array_like=True, tag="given"):
 
 class Facts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
     """Answers AskFacts: files of /proc/TID of the caller by their names ("status", "cmdline", ...),
-    as the kernel has them; what can't be read is left out. Links ("exe", "root") as their target."""
+    as the kernel has them; what can't be read is left out. Links ("exe", "root") as their target.
+
+    `who`: the caller of HELLO, as the broker was told; None for other commands."""
 
     unique: int
     files: dict[str, bytes]
+    who: Credentials | None = None
 
 
 class Made(msgspec.Struct, frozen=True, array_like=True, tag="made"):
@@ -810,10 +829,13 @@ ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):
     """-> supervisor. The answer to a request that is held, as the kernel wants it
     (kbusd/cuse/replies.py). Everything sent before it is done before it, Nudge included; and so is
-    `pushed`: (offset, size) of what is to be renewed in the client's page cache from the Pool."""
+    `pushed`: (offset, size) of what is to be renewed in the client's page cache from the Pool.
+
+    `last`: the connection ends with it (BYEBYE); what is asked next, by whatever file, is to see that."""
 
     reply: bytes
     pushed: tuple[tuple[int, int], ...] = ()
+    last: bool = False
 
 
 class Ahead(msgspec.Struct, frozen=True, array_like=True, tag="ahead"):

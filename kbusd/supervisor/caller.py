@@ -16,6 +16,7 @@ from struct import Struct
 from kbusd.rings.entries import Credentials, Process
 from kbusd.supervisor import calls
 
+HELLO = 0xC0609580  # KDBUS_CMD_HELLO (linux/kdbus.h)
 _IDS = Struct("=III")  # uid, gid, thread; in the head of a request
 _IDS_AT = 24
 _FILES = (
@@ -34,8 +35,9 @@ def ids(request: bytes) -> tuple[int, int, int]:
     return uid, gid, tid
 
 
-def credentials(request: bytes) -> Credentials:
-    """The same with its process, groups and security label; the request is held."""
+def credentials(request: bytes, *, whole: bool = True) -> Credentials:
+    """The same with its process, groups and security label, and what else /proc has of it, if it is to be
+    `whole`; the request is held."""
     uid, gid, tid = ids(request)
     number, parent, label = 0, 0, b""
     groups: tuple[int, ...] = ()
@@ -46,7 +48,7 @@ def credentials(request: bytes) -> Credentials:
         groups = _numbers(fields[b"Groups"])
         with suppress(OSError):  # where no security module labels processes
             label = _read(tid, "attr/current").rstrip(b"\0\n")
-        process = _process(tid, parent, fields)
+        process = _process(tid, parent, fields) if whole else None
     return Credentials(uid, gid, number, groups, label, parent, process)
 
 

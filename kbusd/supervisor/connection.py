@@ -17,6 +17,7 @@ import errno
 import os
 import select
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from struct import Struct
@@ -80,7 +81,7 @@ class Connection:
             return  # it was interrupted meanwhile
         clients = self.devices.clients_of(self.domain, opened.bus)
         endpoint = self.devices.endpoint(self.domain, opened)
-        credentials = caller.credentials(request)
+        credentials = caller.credentials(request, whole=False)
         if clients is None or endpoint is None:
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
@@ -109,6 +110,7 @@ class Connection:
         )
         file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
         self.files[file.number] = file
+        self.devices.closings.opened(file.number)
         device = entries.Device(
             credentials, opened.bus, opened.endpoint, opened.flags, self.transport
         )
@@ -150,7 +152,13 @@ class Connection:
             self._release(holder)
 
     def request(self, request: bytes) -> None:
-        """Deal with one. Raises ValueError if no kernel sends it."""
+        """Deal with one, or have it wait. Raises ValueError if no kernel sends it."""
+        closings = self.devices.closings
+        if not (closings.busy and closings.postpone(self, request)):
+            self.deal(request)
+
+    def deal(self, request: bytes) -> None:
+        """Deal with one now. Raises ValueError if no kernel sends it."""
         opcode, unique, _, number = routing.route(request)
         if opcode == routing.INTERRUPT:
             self._interrupt(number, request)
@@ -176,8 +184,7 @@ class Connection:
                 replies.reply(unique, data) if data else replies.failure(unique, errno.EINVAL)
             )
         elif opcode == abi.RELEASE:
-            self._release(holder)
-            self.write(replies.reply(unique))
+            self.closed(holder, unique)
         else:
             self.write(replies.failure(unique, _REFUSALS.get(opcode, errno.ENOTDIR)))
 
@@ -237,9 +244,14 @@ class Connection:
         else:
             self.fail(unique, errno.EINTR)  # if it is there, it waits for a worker
 
-    def _release(self, holder: Holder) -> None:
+    def closed(self, holder: Holder, unique: int) -> None:
+        """The RELEASE of a file, which nobody waits for."""
+        self._release(holder)
+        self.write(replies.reply(unique))
+
+    def _release(self, holder: Holder, done: Callable[[], object] | None = None) -> None:
         self.files.pop(holder.number, None)
-        holder.end(released=True)
+        self.devices.closings.close(holder, self.domain, done)
 
     def write(self, reply: bytes) -> bool:
         """False if nobody waits for it any more."""
@@ -277,6 +289,8 @@ class Connection:
         if type(message) is entries.Answered and not fds:
             if message.pushed:
                 self.push(holder, message.pushed)
+            if message.last:
+                self.devices.closings.last(holder, self.domain)
             self._answered(holder, message.reply)
             return
         try:
@@ -313,6 +327,11 @@ class Connection:
             raise LineError(f"meddled with request {unique}, which it does not hold")
         return request
 
+    def _is_hello(self, holder: Holder, unique: int) -> bool:
+        request = self.request_of(holder, unique, abi.IOCTL)
+        command: int = _IOCTL.unpack_from(request, _BEHIND_HANDLE)[0]
+        return command == caller.HELLO
+
     def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
         """What is left of `fds` is closed. Raises LineError if it may not say that."""
         match message, fds:
@@ -322,6 +341,12 @@ class Connection:
             case entries.Ahead(), []:
                 reach.check_ahead(message, holder.ahead)
                 holder.ahead[message.command] = message
+            case entries.AskFacts(unique), [] if self._is_hello(holder, unique):
+                request = self.request_of(holder, unique)
+                with self.devices.aside.work(holder.uid):
+                    who, files = caller.credentials(request), caller.facts(caller.ids(request)[2])
+                facts = entries.Facts(unique, files, who)
+                self.devices.call(partial(self.host.enter, holder, who, facts))
             case ((entries.Copy() | entries.Store() | entries.Take() | entries.AskFacts()), []):
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 with self.devices.aside.work(holder.uid):

@@ -23,6 +23,7 @@ from kbusd.rings import entries
 from kbusd.supervisor.connection import Connection
 from kbusd.supervisor.device import MAX_REQUEST, Devices
 from kbusd.supervisor.domains import HOST, Domain
+from kbusd.supervisor.holder import Holder
 
 CUSE = "/dev/cuse"
 DEVICES = "/sys/dev/char"
@@ -138,6 +139,10 @@ class CuseNode(Connection):
         self.held[unique] = None, request
         opened = entries.Opened(unique, self.node.bus, self.node.endpoint, 0, flags)
         self.devices.call(partial(self.grant, opened))
+
+    def closed(self, holder: Holder, unique: int) -> None:
+        """close(2) waits for the answer."""
+        self._release(holder, partial(self.write, replies.reply(unique)))
 
     def close(self) -> None:
         """The node goes; who waits in a request gets ESHUTDOWN. Others may be about to use the descriptor: its number stays taken till they are

@@ -28,6 +28,7 @@ from typing import Protocol
 from kbusd.rings import entries
 from kbusd.supervisor import reach
 from kbusd.supervisor.clients import Clients
+from kbusd.supervisor.closing import Closings
 from kbusd.supervisor.domains import HOST, Domain
 from kbusd.supervisor.holder import Holder, Host
 from kbusd.supervisor.ready import Ready
@@ -74,6 +75,7 @@ class Devices:
         self.epoll = select.epoll()
         self.handlers: dict[int, Handler] = {}
         self.aside = reach.Aside(self._take_over)
+        self.closings = Closings(self.listen, self.call)
         self._listener = threading.Thread()
         self._at = -1  # the descriptor that it deals with
         self._start_thread()
@@ -145,7 +147,7 @@ class Devices:
         me = threading.current_thread()
         self.aside.listener = threading.get_ident()
         while self._listener is me:
-            self._at = fd = ready.wait(RETRY_MS if self.slow else -1)
+            self._at = fd = ready.wait(RETRY_MS if self.slow or self.closings.busy else -1)
             handler = self.handlers.get(fd)
             if handler is None:
                 pass  # it was forgotten meanwhile, or time is up
@@ -153,6 +155,8 @@ class Devices:
                 self._turn(fd, handler, on=False)
             elif self._listener is not me:
                 self._turn(fd, handler, on=True)
+            if self.closings.busy:
+                self.closings.expire()
             del handler  # and with it a node that has been withdrawn
             for holder in tuple(self.slow):
                 if holder.flush() > MAX_WAITING:

@@ -2,7 +2,8 @@
 
     a file of a bus's node asks for one  -> checked, the bus's broker is told, the node is published
     a client opens that node             -> the broker is told that it comes by this endpoint
-    the file is closed, or the bus ends  -> the node is withdrawn, who has it open is cut off
+    the file is closed, or the bus ends  -> the node is withdrawn, who has it open is cut off; and if the
+                                            file's worker ends, as its policy goes with that
 
 What an endpoint lets through is between its maker and the broker. An endpoint's number is that of the worker
 of the file that made it, so that none is taken for another of the same name.
@@ -39,7 +40,8 @@ class Endpoints:
         if number := self._refusal(holder, maker.uid, order, owner):
             return number
         node = node_for(holder.bus, order.name, order.flags, maker)
-        if not holder.own(partial(self._devices.call, partial(self.end, holder.number))):
+        end = partial(self._devices.call, partial(self.end, holder.number))
+        if not holder.own(end, bound=True):
             return errno.EBADFD  # it is closed already, or has made one before
         self._nodes[holder.number] = node
         self._devices.endpoints[node.bus, node.endpoint] = holder.number

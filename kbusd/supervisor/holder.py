@@ -57,6 +57,8 @@ class Host(Protocol):
 
     def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None: ...
 
+    def enter(self, holder: Holder, who: entries.Credentials, facts: entries.Facts) -> None: ...
+
 
 class Holder:
     """Whoever holds requests: the worker of an open file, or the tree."""
@@ -77,6 +79,7 @@ class Holder:
         self.bus = self.endpoint = ""
         self.why = errno.ECONNRESET  # what requests get when it is gone
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
+        self.bound = False  # or as its worker
         self.pool = -1
         self.events_at = -1
         self.ahead: dict[int, entries.Ahead] = {}  # by command
@@ -129,12 +132,13 @@ class Holder:
             return self.bus == control
         return self.bus != control and self.endpoint == "bus"
 
-    def own(self, end: Callable[[], None]) -> bool:
-        """Have `end` called when the file is closed; False if it is, or something else is to be."""
+    def own(self, end: Callable[[], None], *, bound: bool = False) -> bool:
+        """Have `end` called when the file is closed, and if it is `bound` when its worker has ended; False
+        if that is so, or something else is to be called."""
         with self.lock:
-            if self.released or self.owned is not None:
+            if self.released or self.owned is not None or (bound and self.gone):
                 return False
-            self.owned = end
+            self.owned, self.bound = end, bound
             return True
 
     def cut(self) -> None:
@@ -155,5 +159,5 @@ class Holder:
             if self.gone and self.released and self.pool >= 0:
                 os.close(self.pool)
                 self.pool = -1
-        if released and self.owned is not None:
+        if self.owned is not None and (released or self.bound):
             self.owned()

@@ -186,6 +186,12 @@ class Several(Supervisor):
         """How many there are."""
         return sum(len(bus.workers) for bus in (self, *self.made.values()))
 
+    def enter(self, holder: Holder, who: entries.Credentials, facts: entries.Facts) -> None:
+        """Somebody says HELLO by a file: the broker is told first who that is, then its worker."""
+        self._tell_broker(holder.bus, entries.Entering(holder.number, who))
+        with suppress(OSError):
+            holder.send(facts)
+
     def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None:
         """Make what the worker of an open file asks for: a bus, or an endpoint of its own bus."""
         if isinstance(order, entries.MakeEndpoint):
@@ -218,7 +224,7 @@ class Several(Supervisor):
             partial(self._over, node),
         )
         self.made[bus.name] = bus
-        if not holder.own(partial(self.devices.call, partial(self._end, bus))):
+        if not holder.own(partial(self.devices.call, partial(self._stop, bus))):
             self._end(bus)  # it is closed already, or has made one before
         try:
             bus.start()
@@ -256,12 +262,25 @@ class Several(Supervisor):
         if bus.exit_status is None:
             bus.exit_status = 0
 
+    def _stop(self, bus: MadeBus) -> None:
+        """The file that made it is closed: who asks for it next is to be told that it is not there."""
+        self._end(bus)
+        if bus.name in self.made:
+            bus.stop()
+
+    def said(self, message: msgspec.Struct, fds: list[int]) -> None:
+        if isinstance(message, entries.Left) and self.begun and not fds:
+            self.devices.closings.left(message.worker)
+        else:
+            super().said(message, fds)
+
     def _over(self, node: entries.Node) -> None:
         del self.made[node.bus]
         self.devices.queues.pop(node.bus, None)
         self.endpoints.end_all(node.bus)
         for transport in self.devices.transports:
             transport.withdraw(node)
+        self.devices.closings.over(node.bus)
 
 
 class _Journal(Journal):
@@ -327,6 +346,12 @@ class MadeBus(Supervisor):
     def _hear(self, module: str) -> None:
         if module in self.lines and self.exit_status is None:
             self._receive(module)
+
+    def said(self, message: msgspec.Struct, fds: list[int]) -> None:
+        if isinstance(message, entries.Left):
+            self.host.said(message, fds)
+        else:
+            super().said(message, fds)
 
     def _refill(self) -> None:
         if self.host.workers_of_all() < self.max_workers:

@@ -27,6 +27,7 @@ from kbusd.kdbus import attach, layout, waits
 from kbusd.kdbus.commands import SPECS, BusMake, EndpointMake
 from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.handle import State
 from kbusd.kdbus.metadata import SAME, IdMap
 from kbusd.kdbus.parcel import About, encode
 from kbusd.kdbus.port import Caller, Joining
@@ -63,12 +64,30 @@ class Request:
         self.unique = header.unique
         self.tid = header.tid
         self.ioctl = ioctl
-        self.waits_for: Wait[Any] | None = None
+        self._waits_for: Wait[Any] | None = None
+        self._interrupted = False
         self._device = device
         self._known = list(ahead)
         self._seen: tuple[int, bytes] = (0, b"")  # the beginning of the struct, as it is
         self.looked_at: list[tuple[int, int]] = []
         """Of the caller's memory: what to send along the next time."""
+
+    @property
+    def waits_for(self) -> Wait[Any] | None:
+        """What a signal to the caller ends; one that came before there was anything counts, too."""
+        return self._waits_for
+
+    @waits_for.setter
+    def waits_for(self, wait: Wait[Any] | None) -> None:
+        self._waits_for = wait
+        if wait is not None and self._interrupted:
+            wait.fail(Interrupted())
+
+    def interrupt(self) -> None:
+        """The kernel says so, once."""
+        self._interrupted = True
+        if self._waits_for is not None:
+            self._waits_for.fail(Interrupted())
 
     async def peek(self, address: int, least: int, most: int) -> bytes:
         found = self._find(address, least)
@@ -200,6 +219,7 @@ class Device:
         self.line = line
         self.session = session
         self.attached: Attached | None = None
+        self.entering: Callable[[entries.Credentials], None] | None = None  # called at HELLO
         self.cuse = transport == "cuse"
         self._uid = uid
         self._pool: Pool | None = None
@@ -249,8 +269,8 @@ class Device:
                 self.line.send(entries.Answered(replies.poll(unique, events)))
             case requests.Interrupt(interrupted):
                 waiting = self.held.get(interrupted)
-                if waiting is not None and waiting.waits_for is not None:
-                    waiting.waits_for.fail(Interrupted())
+                if waiting is not None:
+                    waiting.interrupt()
             case _:
                 self.line.send(entries.Answered(replies.failure(unique, errno.ENOSYS)))
 
@@ -317,7 +337,8 @@ class Device:
         self.show_events()
         pushed = tuple(self._pushed)
         self._pushed.clear()
-        self.line.send(entries.Answered(reply, pushed))
+        last = isinstance(self.session, Session) and self.session.state == State.GONE
+        self.line.send(entries.Answered(reply, pushed, last))
         self._guess(request)
 
     def _guess(self, request: Request) -> None:
@@ -360,6 +381,8 @@ class Device:
             if wait is None:
                 return
             if isinstance(message, entries.Facts):
+                if message.who is not None and self.entering is not None:
+                    self.entering(message.who)
                 wait.done(message.files)
             elif message.errno:
                 wait.fail(Errno(message.errno, "the kernel or the supervisor refused"))
@@ -467,6 +490,7 @@ def serve(
     privileged = device.credentials.uid in (0, context.bus.owner)
     port.session = Session(port, owner=privileged, custom=device.endpoint != "bus")
     port.device = Device(line, port.session, device.credentials.uid, device.transport)
+    port.device.entering = serving.entering
     serving.serve_device(port, line.fileno(), device.credentials)
     line.flush()  # the answer to BYEBYE
 

@@ -75,6 +75,11 @@ class DeviceEngine(DBusSocket):
         self.prepare(device, device, credentials)
         self.run()
 
+    def entering(self, credentials) -> None:
+        """Who says HELLO: not always the one who has opened the file."""
+        self.credentials = self.driver.credentials = credentials
+        self._take_policy()
+
     def make_router(self, policy):
         return self.front.make_router(self.replica, policy, self.peers.say)
 

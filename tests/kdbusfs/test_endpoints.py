@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -301,19 +302,40 @@ def test_who_is_behind_one_is_cut_off_when_it_ends(bus: KdbusBus) -> None:
         inside = KdbusClient(made.node)
         inside.acquire(NAME)
         made.close()
-
-        def cut() -> bool:
-            try:
-                inside.send(inside.id, b"x")  # may still go well: close(2) does not wait for us
-            except OSError as error:
-                return error.errno in (errno.ESHUTDOWN, errno.ENOTCONN)
-            return False
-
-        procs.eventually(cut, "cut off")
+        assert fails(lambda: inside.send(inside.id, b"x")) in ("ESHUTDOWN", "ENOTCONN")
         inside.close()
-    procs.eventually(lambda: outside.list(abi.LIST_NAMES) == {}, "its names are free")
+    assert outside.list(abi.LIST_NAMES) == {}
     with Endpoint(bus.node) as again, KdbusClient(again.node) as fresh:
         assert fails(lambda: fresh.acquire(NAME)) == EPERM  # it is another one
+
+
+def test_a_makers_worker_that_dies_takes_its_endpoint_along(bus: KdbusBus) -> None:
+    # Nobody could say any more what it lets through.
+    with Endpoint(bus.node) as made, KdbusClient(made.node) as inside:
+        worker = busiest(bus, lambda: made.set(*brought(NAME, (WORLD, OWN, 0))))
+        os.kill(worker, signal.SIGKILL)
+        procs.eventually(lambda: not os.path.exists(made.node), "its node is gone")
+        assert fails(lambda: inside.send(inside.id, b"x")) in ("ESHUTDOWN", "ENOTCONN")
+        assert fails(lambda: made.set(*brought(NAME, (WORLD, OWN, 0)))) == "ECONNRESET"
+    with Endpoint(bus.node):
+        pass  # the name is free again
+
+
+def busiest(bus: KdbusBus, do: Callable[[], object]) -> int:
+    """The worker that wakes up most often while something is done: it is done by that."""
+
+    def wakes() -> dict[int, int]:
+        found = {}
+        for worker in bus.workers():
+            text = Path(f"/proc/{worker.pid}/status").read_text()
+            found[worker.pid] = int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+        return found
+
+    before = wakes()
+    for _ in range(50):
+        do()
+    after = wakes()
+    return max(after, key=lambda pid: after[pid] - before.get(pid, 0))
 
 
 def test_one_of_a_made_bus_ends_with_that(bus: KdbusBus) -> None:

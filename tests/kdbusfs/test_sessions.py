@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import struct
 import threading
 import time
@@ -393,6 +395,43 @@ def test_capabilities_cgroup_and_audit_are_the_kernels_word(bus: KdbusBus) -> No
         assert login == int(Path("/proc/self/loginuid").read_text())
     modest = bus.kdbus()
     assert not {abi.ITEM_CAPS, abi.ITEM_CGROUP, abi.ITEM_AUDIT} & set(b.info(modest.id))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
+def test_a_connection_is_the_process_that_says_hello(bus: KdbusBus) -> None:
+    """Whoever has opened the file, and passed it on."""
+    told = abi.ATTACH_CREDS | abi.ATTACH_PIDS | abi.ATTACH_CAPS | abi.ATTACH_AUXGROUPS
+    watcher = bus.kdbus(recv=told)
+    other = bus.connect()
+    passed = KdbusClient(bus.node, hello=False)
+
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            os.setgroups([4242])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            passed.hello(send=told)
+            passed.send(watcher.id, b"x")
+            signal.pause()
+        os._exit(1)
+    try:
+        got = watcher.recv()
+        creds, pids = got.item(abi.ITEM_CREDS), got.item(abi.ITEM_PIDS)
+        caps, groups = got.item(abi.ITEM_CAPS), got.item(abi.ITEM_AUXGROUPS)
+        assert creds and pids and caps and groups
+        assert layout.CREDS.unpack(creds) == (65534,) * 8
+        assert layout.PIDS.unpack(pids) == (pid, pid, os.getpid())
+        assert struct.unpack_from("=I", groups) == (4242,)
+        last, *words = struct.unpack(f"={len(caps) // 4}I", caps)
+        assert last and not any(words[:6])  # nothing inheritable, permitted, effective
+        name = f":1.{got.src}"
+        assert other.driver("GetConnectionUnixUser", "s", [name]) == [65534]
+        assert other.driver("GetConnectionUnixProcessID", "s", [name]) == [pid]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        passed.close()
 
 
 def test_a_message_tells_of_the_thread_that_sends_it(bus: KdbusBus) -> None:

@@ -38,9 +38,9 @@ def test_init() -> None:
     assert len(data) == 64
     fields = struct.unpack_from("=4I2H2I2H", data)
     flags = abi.ASYNC_READ | abi.BIG_WRITES | abi.MAX_PAGES
-    assert fields == (7, 31, 1 << 17, flags, 64, 48, 1 << 20, 1, 256, 0)
+    assert fields == (7, 31, 1 << 17, flags, 0xFFFF, 0xFFFF, 1 << 20, 1, 256, 0)
     assert struct.unpack_from("=4I2H2I2H", opened(replies.init(2, 0, 0, 4096)))[3:9] == (
-        (0, 64, 48, 4096, 1, 0)
+        (0, 0xFFFF, 0xFFFF, 4096, 1, 0)
     )
 
 

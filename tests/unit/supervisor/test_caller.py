@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kbusd.kdbus import abi
 from kbusd.supervisor import caller, calls
 
 
@@ -68,3 +69,7 @@ def test_what_proc_says_of_a_caller() -> None:
 )
 def test_one_cgroup_of_several_is_told(text: bytes, path: bytes) -> None:
     assert caller._cgroup(text) == path
+
+
+def test_hello_is_known_by_its_number() -> None:
+    assert caller.HELLO == abi.CMD_HELLO

@@ -1,0 +1,205 @@
+"""Files that were closed, or said BYEBYE, and whose connections are not gone yet.
+
+close(2) of a file in a mount does not wait for us, but the kernel tells us of it before any later request
+of the same process. What is asked from then on waits till the effect stands in the log of the bus, which
+workers read before they answer. A CUSE node's close(2) does wait for us, till then.
+
+    a file is closed    -> its worker ends -> the broker says Left
+    it made something   -> that is withdrawn, in the supervisor's thread
+
+Nobody waits for more than WAIT_SECONDS, as the worker may have been taken over; a user whose worker took
+longer is not waited for by others for a while, nor is one who closes many files at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from kbusd.cuse import abi, routing
+from kbusd.supervisor import caller
+from kbusd.supervisor.domains import Domain
+from kbusd.supervisor.holder import Holder
+
+WAIT_SECONDS = 1.0
+TARDY_SECONDS = 60.0
+MAX_FOR_OTHERS = 8  # of one uid that are going at a time, for requests of others to wait for them
+_OF_FILES = frozenset({abi.IOCTL, abi.POLL})
+_OF_TREES = frozenset({abi.LOOKUP, abi.GETATTR, abi.OPEN, abi.OPENDIR, abi.READDIR, abi.ACCESS})
+
+
+class Asked(Protocol):
+    """A connection to the kernel (connection.py)."""
+
+    domain: Domain
+
+    def deal(self, request: bytes) -> None:
+        """With a request, now."""
+
+
+@dataclass
+class _Going:
+    uid: int
+    domain: Domain
+    bus: str
+    until: float
+    missing: int  # of what has to happen
+    owned: bool  # something ends with it that is in the tree
+    done: Callable[[], object] | None  # closed by a client that waits for it
+
+
+@dataclass
+class _Waiting:
+    requests: list[bytes]  # one, and what interrupts it
+    after: set[int] = field(default_factory=set)
+
+
+class Closings:
+    """Of all files. `busy`: whether there is any, so that requests must be shown to `postpone`."""
+
+    def __init__(
+        self,
+        listen: Callable[[int, Callable[[bytearray], bool]], None],
+        call: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """`listen`: have it called when there is something to read; `call`: in the supervisor's thread."""
+        self.busy = False
+        self._call = call
+        self._open: dict[int, bool] = {}  # by number of the worker: whether its connection is gone
+        self._going: dict[int, _Going] = {}
+        self._tardy: dict[int, float] = {}  # uids, until when
+        self._waiting: dict[tuple[Asked, int], _Waiting] = {}
+        self._ready: deque[tuple[Asked, int]] = deque()
+        self._lock = threading.Lock()
+        self._bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        listen(self._bell, self._go_on)
+
+    def opened(self, number: int) -> None:
+        """This worker serves a file."""
+        self._open[number] = False
+
+    def last(self, holder: Holder, domain: Domain) -> None:
+        """Its connection ends, while its file is open."""
+        with self._lock:
+            if not self._open.get(holder.number, True) and holder.number not in self._going:
+                self._begin(holder, domain, 1, None)
+
+    def close(
+        self, holder: Holder, domain: Domain, done: Callable[[], object] | None = None
+    ) -> None:
+        """Its file is closed; `done` is to be called when all see it."""
+        with self._lock:
+            gone = self._open.pop(holder.number, True)
+            owned = holder.owned is not None
+            missing = owned + (not gone)
+            if missing:
+                self._begin(holder, domain, missing, done)
+        holder.end(released=True)
+        if owned:
+            self._call(partial(self._step, holder.number))
+        elif not missing and done is not None:
+            done()
+
+    def left(self, number: int) -> None:
+        """The broker says so: whatever this connection had is nobody's or another's."""
+        with self._lock:
+            if number in self._open:
+                self._open[number] = True
+        self._step(number)
+
+    def over(self, bus: str) -> None:
+        """This bus has ended: of its connections nothing is said any more."""
+        for number, each in list(self._going.items()):
+            if each.bus == bus:
+                self._finish(number)
+
+    def expire(self) -> None:
+        """Give up on what takes too long."""
+        now = time.monotonic()
+        for number, each in list(self._going.items()):
+            if each.until <= now:
+                self._tardy[each.uid] = now + TARDY_SECONDS
+                self._finish(number)
+
+    def postpone(self, connection: Asked, request: bytes) -> bool:
+        """Whether this request waits, for what was closed before."""
+        opcode, unique, _, number = routing.route(request)
+        with self._lock:
+            if opcode == routing.INTERRUPT:
+                if (waiting := self._waiting.get((connection, number))) is None:
+                    return False
+                waiting.requests.append(request)
+                return True
+            if opcode not in (_OF_FILES if number else _OF_TREES):
+                return False
+            after = self._awaited(connection.domain, caller.ids(request)[0], number == 0)
+            if after:
+                self._waiting[connection, unique] = _Waiting([request], after)
+            return bool(after)
+
+    def _awaited(self, domain: Domain, uid: int, tree: bool) -> set[int]:
+        of, now = Counter(each.uid for each in self._going.values()), time.monotonic()
+        return {
+            number
+            for number, each in self._going.items()
+            if each.domain is domain
+            and (each.owned or not tree)
+            and (
+                each.uid == uid
+                or (of[each.uid] <= MAX_FOR_OTHERS and self._tardy.get(each.uid, 0) <= now)
+            )
+        }
+
+    def _begin(
+        self, holder: Holder, domain: Domain, missing: int, done: Callable[[], object] | None
+    ) -> None:
+        before = self._going.get(holder.number)
+        until = before.until if before else time.monotonic() + WAIT_SECONDS
+        self._going[holder.number] = _Going(
+            holder.uid, domain, holder.bus, until, missing, holder.owned is not None, done
+        )
+        self.busy = True
+
+    def _step(self, number: int) -> None:
+        with self._lock:
+            if (going := self._going.get(number)) is None:
+                return
+            going.missing -= 1
+        if going.missing <= 0:
+            self._finish(number)
+
+    def _finish(self, number: int) -> None:
+        with self._lock:
+            going = self._going.pop(number, None)
+            for key, waiting in self._waiting.items():
+                if number in waiting.after:
+                    waiting.after.remove(number)
+                    if not waiting.after:
+                        self._ready.append(key)
+            if self._ready:
+                with suppress(BlockingIOError):
+                    os.write(self._ring, b"!")
+            self.busy = bool(self._going or self._waiting)
+        if going is not None and going.done is not None:
+            going.done()
+
+    def _go_on(self, _: bytearray) -> bool:
+        """With one request that waits for nothing any more; the bell rings on while there are others."""
+        with self._lock:
+            key = self._ready.popleft() if self._ready else None
+            waiting = None if key is None else self._waiting.pop(key)
+            if not self._ready:
+                with suppress(BlockingIOError):
+                    os.read(self._bell, 4096)
+            self.busy = bool(self._going or self._waiting)
+        if key is not None and waiting is not None:
+            for request in waiting.requests:
+                key[0].deal(request)
+        return True
