@@ -419,7 +419,7 @@ class Pool:
             whole = size + mmap.PAGESIZE
             fd = memfd.make("kbusd-pool", whole)
             try:
-                self._memory = mmap.mmap(fd, whole)
+                self.buffer = mmap.mmap(fd, whole)
                 memfd.seal(fd)
                 if device.cuse:
                     self._fd = os.dup(fd)
@@ -443,13 +443,13 @@ class Pool:
             raise Errno(number, f"the pool can't be handed over: {error}") from None
 
     def write(self, offset: int, data: bytes) -> None:
-        self._memory[offset : offset + len(data)] = data
+        self.buffer[offset : offset + len(data)] = data
 
     def show(self, events: int) -> None:
         """Which poll(2) events hold now."""
         if events != self._events:
             self._events = events
-            self._memory[self._size : self._size + 4] = events.to_bytes(4, "little")
+            self.buffer[self._size : self._size + 4] = events.to_bytes(4, "little")
 
     def push(self, offset: int, size: int) -> None:
         if not self._device.cuse:  # else it is the client's memory
