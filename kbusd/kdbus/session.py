@@ -78,6 +78,8 @@ class Session:
         self.kind = 0  # Hello.kind
         self.box: Mailbox
         """Since HELLO."""
+        self.ordinary: Mailbox | None = None
+        """The same as long as RECV and FREE may be carried out."""
         self._owner = owner and not custom
         self._custom = custom
         self._entering = False
@@ -185,6 +187,7 @@ class Session:
             self._fresh_until = self.bus.clock()[0] + FRESH_NS
             self.state, self.kind = State.CONNECTION, hello.kind
             self.box = Mailbox(hello.pool_size, memory)
+            self.ordinary = None if self.kind == abi.HELLO_POLICY_HOLDER else self.box
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
             self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
@@ -914,7 +917,7 @@ class Session:
         """The connection ends: BYEBYE, or its file is closed. What it still owed is forsaken."""
         if self.state != State.CONNECTION:
             return
-        self.state = State.GONE
+        self.state, self.ordinary = State.GONE, None
         for wait in list(self._waiting.values()):
             wait.fail(Errno(errno.ECONNRESET, "the connection has ended"))
         for _, entry in self.box.queue:
