@@ -28,7 +28,7 @@ class Maker(Protocol):
 class Control:
     """Takes BUS_MAKE, once."""
 
-    arrived = 0
+    arrived, ordinary = 0, None
 
     def __init__(self) -> None:
         self.state = State.CONTROL

@@ -1,10 +1,6 @@
-"""Messages: what a sender may hand in, and how one lies in a receiver's pool (kdbus.message(7)).
+"""Messages: what a sender may hand in, notifications, and lists (kdbus.message(7)).
 
-After ipc/kdbus/message.c. In a pool a message is its header, its items, the metadata items, and then
-the bytes of its vectors, each behind the other. PAYLOAD_OFF items say where those are, counted from
-the header; a vector of zeroes has no bytes, only a length and NO_OFFSET. After a vector of zeroes and
-after a memfd, length % 8 bytes are left free, so that each later byte stands in memory as it stands
-in the payload, modulo 8. BLOOM_FILTER is for the bus alone and is left out.
+After ipc/kdbus/message.c. How a message lies in a receiver's pool is `mailbox.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ import msgspec
 from kbusd.kdbus import abi, bloom, items, layout, match, metadata, names
 from kbusd.kdbus.commands import Parsed
 from kbusd.kdbus.errors import Errno
-from kbusd.kdbus.layout import align8
 
 
 class Header(msgspec.Struct, frozen=True):
@@ -143,72 +138,6 @@ def _check_header(header: Header, sync: bool) -> None:
         raise Errno(errno.EINVAL, "SEND with SYNC_REPLY, but the message expects no reply")
     elif signal and header.reply_or_timeout:
         raise Errno(errno.EINVAL, "a signal can't be a reply")
-
-
-# -- in a pool -------------------------------------------------------------------------------
-
-
-class Placed(msgspec.Struct, frozen=True):
-    """Where a message's bytes go in a slice of `size` bytes; offsets are from the slice's start.
-
-    `head` goes to 0. `vectors` are offsets, one for each Vector that is not of zeroes, in their order;
-    bytes between them are 0. Numbers of descriptors are -1 in `head`: when they are known, the 32-bit
-    numbers of the message's fds go to `fds_at`, those of its memfds to `memfds_at`.
-    """
-
-    size: int
-    head: bytes
-    vectors: tuple[int, ...]
-    fds_at: int
-    memfds_at: tuple[int, ...]
-
-
-def place(
-    header: Header,
-    parts: Iterable[Part] = (),
-    fds: int = 0,
-    dst_name: str | None = None,
-    notice: bytes = b"",
-    attached: bytes = b"",
-) -> Placed:
-    """Lay out a message with `fds` descriptors for one receiver.
-
-    `notice` is the item of a notification and `attached` are metadata items, all padded.
-    """
-    chain: list[bytes] = [notice]
-    at = layout.MESSAGE.size + len(notice)
-    length = 0  # of the bytes that follow the items
-    offsets: list[tuple[int, int]] = []  # which item, and where from the end of all items
-    memfds_at = []
-    for part in parts:
-        if isinstance(part, Memfd):
-            data = layout.MEMFD.pack(part.start, part.size, -1, 0)
-            memfds_at.append(at + items.HEADER + 16)
-            chain.append(items.build(abi.ITEM_PAYLOAD_MEMFD, data))
-            length += part.size % 8
-        else:
-            if part.address:
-                offsets.append((len(chain), length))
-                length += part.size
-            else:
-                length += part.size % 8
-            data = layout.VECTOR.pack(part.size, abi.NO_OFFSET)
-            chain.append(items.build(abi.ITEM_PAYLOAD_OFF, data))
-        at += len(chain[-1])
-    fds_at = at + items.HEADER if fds else 0
-    if fds:
-        chain.append(items.build(abi.ITEM_FDS, layout.I32.pack(-1) * fds))
-    if dst_name is not None:
-        chain.append(items.string(abi.ITEM_DST_NAME, dst_name))
-    chain.append(attached)
-    size = layout.MESSAGE.size + sum(map(len, chain))
-    vectors = []
-    for index, offset in offsets:
-        vectors.append(size + offset)
-        whole = chain[index]
-        chain[index] = whole[:-8] + layout.U64.pack(size + offset)
-    head = layout.MESSAGE.pack(size, *msgspec.structs.astuple(header)) + b"".join(chain)
-    return Placed(align8(size + length), head, tuple(vectors), fds_at, tuple(memfds_at))
 
 
 # -- notifications ---------------------------------------------------------------------------

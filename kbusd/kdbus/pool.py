@@ -11,17 +11,15 @@ What others queue is accounted: half of the pool is kept from it, and one sendin
 of what is left of the other half, its own share counted as left.
 """
 
-from __future__ import annotations
-
 import errno
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 
+import cython
 import msgspec
+from cython.cimports.libc.stdint import int64_t
 
 from kbusd.kdbus import abi
 from kbusd.kdbus.errors import Errno
-from kbusd.kdbus.layout import align8
 
 KERNEL_USER = 0
 """The account of the bus's own messages."""
@@ -36,44 +34,49 @@ class Statistics(msgspec.Struct, frozen=True):
     slices: int
 
 
-@dataclass(slots=True, eq=False)
+@cython.cclass
 class Slice:
-    """`size` bytes in use from `offset`."""
+    """`size` bytes in use from `offset`. `held`: by the bus; `published`: by the client."""
 
-    offset: int
-    size: int
-    accounted: bool
-    held: bool = True  # by the bus
-    published: bool = False
+    def __init__(self, offset: int64_t, size: int64_t, accounted: cython.bint):
+        self.offset = offset
+        self.size = size
+        self.accounted = accounted
+        self.held = True
+        self.published = False
 
 
+@cython.cclass
 class Pool:
     """The slices of a pool of `size` bytes."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int64_t):
         self.size = size
         self.accounted = 0
-        self._busy: dict[int, Slice] = {}
+        self._busy = {}
         self._free = [(size, 0)]  # (size, offset), sorted
         self._free_from = {0: size}  # offset -> size
         self._free_to = {size: 0}  # end -> offset
 
-    def alloc(self, size: int, accounted: bool) -> Slice:
+    def alloc(self, size, accounted):
         """A slice of at least `size` (one or more) bytes. Raises Errno EXFULL."""
-        size = align8(size)
-        at = bisect_left(self._free, (size, -1))
+        found: int64_t
+        offset: int64_t
+        size = (size + 7) & ~cython.cast(int64_t, 7)
+        at: cython.Py_ssize_t = bisect_left(self._free, (size, -1))
         if at == len(self._free):
             raise Errno(errno.EXFULL, f"no {size} bytes in a row are free in the pool")
         found, offset = self._free[at]
         self._take(found, offset)
         if found > size:
             self._give(found - size, offset + size)
-        slice = self._busy[offset] = Slice(offset, size, accounted)
+        slice: Slice = Slice(offset, size, accounted)
+        self._busy[offset] = slice
         if accounted:
             self.accounted += size
         return slice
 
-    def publish(self, slice: Slice) -> tuple[int, int]:
+    def publish(self, slice):
         """Show a slice to the client, who must free it. Returns its offset and size."""
         slice.published = True
         return slice.offset, slice.size
@@ -83,18 +86,18 @@ class Pool:
         """The offset and size that stand for no slice; the client may free them to no effect."""
         return self.size, 0
 
-    def release(self, slice: Slice) -> None:
+    def release(self, slice):
         """The bus lets go of a slice that it holds."""
         slice.held = False
         if slice.accounted:
             self.accounted -= slice.size
         self._drop(slice)
 
-    def free(self, offset: int) -> None:
+    def free(self, offset):
         """The client lets go of what was published at `offset`. Raises Errno ENXIO if nothing was."""
         if offset == self.size:
             return
-        slice = self._busy.get(offset)
+        slice: Slice = self._busy.get(offset)
         if slice is None or not slice.published:
             raise Errno(errno.ENXIO, f"nothing that could be freed begins at {offset}")
         slice.published = False
@@ -105,54 +108,56 @@ class Pool:
         used = sum(slice.size for slice in self._busy.values())
         return Statistics(self.size, used, self.accounted, len(self._busy))
 
-    def _drop(self, slice: Slice) -> None:
+    def _drop(self, slice):
         if slice.held or slice.published:
             return
         del self._busy[slice.offset]
-        offset, end = slice.offset, slice.offset + slice.size
+        offset: int64_t = slice.offset
+        end: int64_t = offset + slice.size
+        length: int64_t
         if end in self._free_from:
-            following = self._free_from[end]
-            self._take(following, end)
-            end += following
+            length = self._free_from[end]
+            self._take(length, end)
+            end += length
         if offset in self._free_to:
-            before = self._free_to[offset]
-            self._take(offset - before, before)
-            offset = before
+            length = offset - cython.cast(int64_t, self._free_to[offset])
+            offset -= length
+            self._take(length, offset)
         self._give(end - offset, offset)
 
-    def _give(self, size: int, offset: int) -> None:
+    def _give(self, size, offset):
         insort(self._free, (size, offset))
         self._free_from[offset] = size
         self._free_to[offset + size] = offset
 
-    def _take(self, size: int, offset: int) -> None:
+    def _take(self, size, offset):
         del self._free[bisect_left(self._free, (size, offset))]
         del self._free_from[offset]
         del self._free_to[offset + size]
 
 
-@dataclass(slots=True)
+@cython.cclass
 class _Share:
-    memory: int = 0
-    messages: int = 0
-    fds: int = 0
+    def __init__(self):
+        self.memory = self.messages = self.fds = 0
 
 
+@cython.cclass
 class Quota:
     """What each sending user has queued in one connection's pool."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool):
         self._pool = pool
-        self._shares: dict[int, _Share] = {}
+        self._shares = {}
 
-    def check(self, user: int, memory: int, fds: int) -> None:
+    def check(self, user, memory, fds):
         """Raise Errno if `user` may not queue a message of `memory` bytes with `fds` descriptors.
 
         ENOBUFS: too many bytes or messages; EMFILE: too many descriptors.
         """
-        share = self._shares.get(user) or _Share()
-        left = self._pool.size // 2 - self._pool.accounted
-        most = (left + share.memory) // 3
+        share: _Share = self._shares.get(user) or _Share()
+        left: int64_t = self._pool.size // 2 - self._pool.accounted
+        most: int64_t = (left + share.memory) // 3
         if left < 0 or most < share.memory + memory:
             raise Errno(
                 errno.ENOBUFS,
@@ -168,17 +173,19 @@ class Quota:
                 errno.EMFILE, f"user {user} has {share.fds} descriptors on the way to the receiver"
             )
 
-    def add(self, user: int, memory: int, fds: int) -> None:
+    def add(self, user, memory, fds):
         """Count a message. Raises Errno as `check` does, and then counts nothing."""
         self.check(user, memory, fds)
-        share = self._shares.setdefault(user, _Share())
+        share: _Share = self._shares.get(user)
+        if share is None:
+            share = self._shares[user] = _Share()
         share.memory += memory
         share.messages += 1
         share.fds += fds
 
-    def remove(self, user: int, memory: int, fds: int) -> None:
+    def remove(self, user, memory, fds):
         """A message that was added is no longer queued."""
-        share = self._shares[user]
+        share: _Share = self._shares[user]
         share.memory -= memory
         share.messages -= 1
         share.fds -= fds

@@ -69,6 +69,10 @@ class Joining(msgspec.Struct, frozen=True):
 class Memory(Protocol):
     """What the client maps."""
 
+    @property
+    def buffer(self) -> Any:
+        """All of it, writable."""
+
     def write(self, offset: int, data: bytes) -> None:
         """Into the pool; the client may not see it yet."""
 

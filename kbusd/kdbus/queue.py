@@ -5,48 +5,46 @@ lowest number, if that is not above the one asked for. What could not be queued 
 count is reported once.
 """
 
-from __future__ import annotations
-
 import errno
 import heapq
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+
+import cython
+from cython.cimports.libc.stdint import int64_t
 
 from kbusd.kdbus.errors import Errno
 
-T = TypeVar("T")
 
-
-class Queue(Generic[T]):
+@cython.cclass
+class Queue:
     """Messages of a kind of the caller's choosing, each with a priority (lower is more urgent)."""
 
-    def __init__(self) -> None:
-        self._entries: dict[int, T] = {}  # arrival -> message
-        self._urgent: list[tuple[int, int]] = []  # heap of (priority, arrival), some of them gone
+    def __init__(self):
+        self._entries = {}  # arrival -> message
+        self._urgent = []  # heap of (priority, arrival), some of them gone
         self._arrivals = 0
         self._lost = 0
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[tuple[int, T]]:
+    def __iter__(self):
         """Each message with the ticket by which it is removed, the oldest first."""
         return iter(list(self._entries.items()))
 
     @property
-    def readable(self) -> bool:
+    def readable(self):
         """Whether poll(2) is to say POLLIN: there is a message, or the loss of one to be told."""
         return bool(self._entries) or self._lost > 0
 
-    def push(self, message: T, priority: int) -> int:
+    def push(self, message, priority):
         """Queue a message; returns its ticket."""
-        ticket = self._arrivals
+        ticket: int64_t = self._arrivals
         self._arrivals += 1
         self._entries[ticket] = message
         heapq.heappush(self._urgent, (priority, ticket))
         return ticket
 
-    def peek(self, priority: int | None = None) -> tuple[int, T]:
+    def peek(self, priority=None):
         """The next message and its ticket: the oldest, or the most urgent if `priority` is given.
 
         Raises Errno EAGAIN if there is none, or none at least as urgent as `priority`.
@@ -65,7 +63,7 @@ class Queue(Generic[T]):
                 return ticket, self._entries[ticket]
         raise Errno(errno.EAGAIN, f"the queue has no message of priority {priority} or better")
 
-    def remove(self, ticket: int) -> T:
+    def remove(self, ticket):
         """Take a message out, from wherever it stands."""
         message = self._entries.pop(ticket)
         if len(self._urgent) > 2 * len(self._entries) + 16:
@@ -74,11 +72,12 @@ class Queue(Generic[T]):
             heapq.heapify(self._urgent)
         return message
 
-    def lose(self) -> None:
+    def lose(self):
         """Count a message that this connection should have got and did not."""
         self._lost += 1
 
-    def take_lost(self) -> int:
+    def take_lost(self):
         """How many were lost since this was last asked."""
-        lost, self._lost = self._lost, 0
+        lost: int64_t = self._lost
+        self._lost = 0
         return lost

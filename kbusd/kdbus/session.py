@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import select
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -29,11 +28,11 @@ from kbusd.kdbus.calls import Call, Calls
 from kbusd.kdbus.commands import SPECS, Spec
 from kbusd.kdbus.errors import Errno, Poke
 from kbusd.kdbus.handle import State
+from kbusd.kdbus.mailbox import Entry, Mailbox
 from kbusd.kdbus.names import is_well_known
 from kbusd.kdbus.parcel import Faked, Parcel
-from kbusd.kdbus.pool import KERNEL_USER, Pool, Quota, Slice
+from kbusd.kdbus.pool import KERNEL_USER
 from kbusd.kdbus.port import Bus, Caller, Joining, Known
-from kbusd.kdbus.queue import Queue
 from kbusd.kdbus.waits import Interrupted, Wait
 
 PAGE = 4096
@@ -54,27 +53,6 @@ class Done(msgspec.Struct, frozen=True):
     """A command is carried out. `stores` (address, bytes) go into the caller's memory."""
 
     stores: tuple[tuple[int, bytes], ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A message in the pool. `expects` is what its sender waits for: (id, cookie); `answers`, the same of
-    an interrupted call of ours.
-
-    `fds` are its descriptors in the order of its items, `fds_at` where their numbers belong in the slice, and
-    `counted` those that its sender answers for; `incomplete`: it had some that were not kept. `kept`: all of
-    it, if it was sent to a name that may go from or to an activator."""
-
-    slice: Slice
-    user: int
-    memory: int
-    fds: Sequence[int] = ()
-    fds_at: tuple[int, ...] = ()
-    counted: int = 0
-    incomplete: bool = False
-    expects: tuple[int, int] | None = None
-    answers: tuple[int, int] | None = None
-    kept: tuple[Known, Parcel, Sequence[bytes | int]] | None = None
 
 
 async def fetch(caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
@@ -98,6 +76,10 @@ class Session:
         self.arrived = 0
         """How many messages have come, or were lost: whoever polls is to be woken when it grows."""
         self.kind = 0  # Hello.kind
+        self.box: Mailbox
+        """Since HELLO."""
+        self.ordinary: Mailbox | None = None
+        """The same as long as RECV and FREE may be carried out."""
         self._owner = owner and not custom
         self._custom = custom
         self._entering = False
@@ -105,7 +87,6 @@ class Session:
         self._sender, self._fresh_until = 0, 0  # whom `_sent_about` is about, and until when
         self._accept_fd = False
         self._attach_send = self._attach_recv = 0
-        self._queue: Queue[Entry] = Queue()
         self._matches = match.Matches()
         # Of matches about signals (True), and about what the bus announces (False).
         self._cookies: dict[bool, list[int]] = {True: [], False: []}
@@ -113,8 +94,6 @@ class Session:
         self._waiting: dict[Call, Wait[Entry]] = {}  # those in a synchronous SEND
         self.kept = 0
         """Descriptors in the queue."""
-        # By slice: where numbers are to be written.
-        self._installing: dict[int, tuple[int, ...]] = {}
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
 
     @property
@@ -128,7 +107,7 @@ class Session:
         """The events that hold now."""
         if self.state != State.CONNECTION:
             return HUNG_UP
-        return WRITABLE | (READABLE if self._queue.readable else 0)
+        return WRITABLE | (READABLE if self.box.queue.readable else 0)
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -164,8 +143,8 @@ class Session:
                 pokes = free.pokes
                 if free.value is not None:
                     with _writing(pokes):
-                        self._pool.free(free.value)
-                        self._installing.pop(free.value, None)
+                        self.box.pool.free(free.value)
+                        self.box.installing.pop(free.value, None)
             case abi.CMD_NAME_ACQUIRE:
                 pokes = await self._acquire(whole)
             case abi.CMD_NAME_RELEASE:
@@ -203,12 +182,12 @@ class Session:
                 id, about = await self.bus.connect(caller, _joining(hello, admitted))
             finally:
                 self._entering = False
-            self.id, self._about, self._memory = id, about, memory
+            self.id, self._about = id, about
             self._sent_about, self._sender = about, caller.tid
             self._fresh_until = self.bus.clock()[0] + FRESH_NS
             self.state, self.kind = State.CONNECTION, hello.kind
-            self._pool = Pool(hello.pool_size)
-            self._quota = Quota(self._pool)
+            self.box = Mailbox(hello.pool_size, memory)
+            self.ordinary = None if self.kind == abi.HELLO_POLICY_HOLDER else self.box
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
             self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
@@ -235,7 +214,7 @@ class Session:
         decoded = commands.decode_byebye(whole)
         if decoded.value is not None:
             with _writing(decoded.pokes):
-                if len(self._queue):
+                if len(self.box.queue):
                     raise Errno(errno.EBUSY, "BYEBYE with messages in the queue")
             self.end()
         return decoded.pokes
@@ -245,38 +224,33 @@ class Session:
         recv = decoded.value
         if recv is None:
             return decoded.pokes
-        lost = self._queue.take_lost()
+        lost = self.box.queue.take_lost()
         try:
-            ticket, entry = self._queue.peek(recv.priority)
+            ticket, entry = self.box.queue.peek(recv.priority)
         except Errno as error:
-            pokes = decoded.pokes + commands.recv_result(*self._pool.empty, 0, lost)
+            pokes = decoded.pokes + commands.recv_result(*self.box.pool.empty, 0, lost)
             raise Errno(error.errno, error.text, pokes) from None
         if recv.flags & abi.RECV_DROP:
-            self._unqueue(ticket)
+            self.box.unqueue(ticket)
             self._let_go(entry)
-            self._pool.release(entry.slice)
+            self.box.pool.release(entry.slice)
             if entry.expects is not None:
                 caller, cookie = entry.expects
                 if self._owed.get(caller, {}).pop(cookie, None) is not None:
                     self.bus.forsake(caller, cookie)
-            return decoded.pokes + commands.recv_result(*self._pool.empty, 0, lost)
-        offset, size = self._pool.publish(entry.slice)
-        self._memory.push(offset, size)
+            return decoded.pokes + commands.recv_result(*self.box.pool.empty, 0, lost)
+        offset, size = self.box.pool.publish(entry.slice)
+        self.box.memory.push(offset, size)
         flags = 0
         if not recv.flags & abi.RECV_PEEK:
             flags = self._hand(entry)
-            self._unqueue(ticket)
-            self._pool.release(entry.slice)
+            self.box.unqueue(ticket)
+            self.box.pool.release(entry.slice)
         return decoded.pokes + commands.recv_result(offset, size, flags, lost)
-
-    def _unqueue(self, ticket: int) -> Entry:
-        entry = self._queue.remove(ticket)
-        self._quota.remove(entry.user, entry.memory, entry.counted)
-        return entry
 
     def _answered_meanwhile(self, header: message.Header) -> int | None:
         """The ticket of the reply to a call that a signal interrupted, which the system makes once more."""
-        for ticket, entry in self._queue:
+        for ticket, entry in self.box.queue:
             if entry.answers is not None and entry.answers[1] == header.cookie:
                 if header.dst_id in (entry.answers[0], abi.DST_ID_NAME):
                     return ticket
@@ -288,7 +262,7 @@ class Session:
         if complete and entry.fds:
             complete = self.bus.hand(entry.slice.offset, entry.fds)
             if complete:
-                self._installing[entry.slice.offset] = entry.fds_at
+                self.box.installing[entry.slice.offset] = entry.fds_at
         self._let_go(entry)
         return 0 if complete else abi.RECV_RETURN_INCOMPLETE_FDS
 
@@ -299,17 +273,17 @@ class Session:
 
     def awaits(self, offset: int) -> int:
         """How many numbers of descriptors `installed` wants of the client. Raises Errno ENXIO: none."""
-        if offset not in self._installing:
+        if offset not in self.box.installing:
             raise Errno(errno.ENXIO, f"no descriptors were handed over for {offset}")
-        return len(self._installing[offset])
+        return len(self.box.installing[offset])
 
     def installed(self, offset: int, numbers: Sequence[int]) -> None:
         """The client says which numbers have the descriptors of the message at `offset`."""
-        places = self._installing.pop(offset)
+        places = self.box.installing.pop(offset)
         for at, number in zip(places, numbers, strict=True):
-            self._memory.write(offset + at, layout.I32.pack(number))
+            self.box.memory.write(offset + at, layout.I32.pack(number))
         first, last = min(places), max(places)
-        self._memory.push(offset + first, last + layout.I32.size - first)
+        self.box.memory.push(offset + first, last + layout.I32.size - first)
 
     async def _acquire(self, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_name_acquire(whole)
@@ -430,12 +404,12 @@ class Session:
     def _show(self, data: bytes) -> tuple[int, int]:
         """Put an answer into the pool; the client is to free it. Raises Errno."""
         if not data:
-            return self._pool.empty
-        slice = self._pool.alloc(len(data), accounted=False)
-        self._memory.write(slice.offset, data)
-        self._memory.push(slice.offset, len(data))
-        shown = self._pool.publish(slice)
-        self._pool.release(slice)
+            return self.box.pool.empty
+        slice = self.box.pool.alloc(len(data), accounted=False)
+        self.box.memory.write(slice.offset, data)
+        self.box.memory.push(slice.offset, len(data))
+        shown = self.box.pool.publish(slice)
+        self.box.pool.release(slice)
         return shown
 
     # -- sending -------------------------------------------------------------------------------
@@ -458,19 +432,19 @@ class Session:
                 if call is not None:
                     answered: Entry | None = await self._wait(caller, call, Wait())
                 elif sync and (ticket := self._answered_meanwhile(found.header)) is not None:
-                    answered = self._unqueue(ticket)
+                    answered = self.box.unqueue(ticket)
                 else:
                     answered = await self._post(caller, found, sync)
             finally:
                 for fd in cancels:
                     self.bus.unwatch(fd)
                 self.bus.close(cancels)
-        result, flags = self._pool.empty, 0
+        result, flags = self.box.pool.empty, 0
         if answered is not None:
-            result = self._pool.publish(answered.slice)
-            self._memory.push(*result)
+            result = self.box.pool.publish(answered.slice)
+            self.box.memory.push(*result)
             flags = self._hand(answered)
-            self._pool.release(answered.slice)
+            self.box.pool.release(answered.slice)
         pokes = decoded.pokes
         if sync:
             pokes += commands.send_result(*result, flags)
@@ -712,7 +686,7 @@ class Session:
         # Who is behind a custom endpoint shares the endpoint's part, not the user's.
         user = _ENDPOINTS + source.custom if source.custom else source.uid + 1
         entry = self._place(source, parcel, parts, seqnum, fds, user, accounted=True)
-        self._queue.push(entry, parcel.priority)
+        self.box.queue.push(entry, parcel.priority)
         self.arrived += 1
         return entry
 
@@ -735,7 +709,7 @@ class Session:
                 timestamp=metadata.Timestamp(seqnum, *parcel.sent),
             )
             attached = metadata.build_items(known, mask, *self.bus.maps)
-        header = message.Header(
+        header = (
             parcel.flags,
             parcel.priority,
             parcel.dst_id,
@@ -744,59 +718,22 @@ class Session:
             parcel.cookie,
             parcel.reply_or_timeout,
         )
-        placed = message.place(
-            header,
-            [_part(part) for part in parts],
-            parcel.fds,
-            parcel.dst_name,
-            attached=attached,
-        )
         memfds = [part.fd for part in parts if isinstance(part, message.Memfd)]
         kept = self.bus.keep([*memfds, *fds]) if memfds or fds else []
-        counted = parcel.fds if accounted else 0
-        vectors = [part for part in parts if isinstance(part, bytes)]
         try:
-            slice = self._store(placed, vectors, accounted, user, counted)
+            entry = self.box.place(
+                header, parts, parcel.fds, parcel.dst_name, b"", attached, user, accounted
+            )
         except Errno:
             self.bus.close(kept)
             raise
         self.kept += len(kept)
-        fds_at = [placed.fds_at + 4 * i for i in range(len(fds))]
-        return Entry(
-            slice,
-            user,
-            slice.size,
-            kept,
-            (*placed.memfds_at, *fds_at),
-            counted,
-            incomplete=parcel.fds > len(fds),
-        )
-
-    def _store(
-        self,
-        placed: message.Placed,
-        vectors: Sequence[bytes],
-        accounted: bool,
-        user: int,
-        fds: int = 0,
-    ) -> Slice:
-        if accounted:
-            self._quota.add(user, layout.align8(placed.size), fds)
-        try:
-            slice = self._pool.alloc(placed.size, accounted)
-        except Errno:
-            if accounted:
-                self._quota.remove(user, layout.align8(placed.size), fds)
-            raise
-        whole = bytearray(placed.size)
-        whole[: len(placed.head)] = placed.head
-        for at, vector in zip(placed.vectors, vectors, strict=True):
-            whole[at : at + len(vector)] = vector
-        self._memory.write(slice.offset, bytes(whole))
-        return slice
+        entry.fds = kept
+        entry.incomplete = parcel.fds > len(fds)
+        return entry
 
     def _lose(self) -> None:
-        self._queue.lose()
+        self.box.queue.lose()
         self.arrived += 1
 
     def _metadata(self, known: Known, about: parcels.About) -> metadata.Metadata:
@@ -876,12 +813,12 @@ class Session:
         """A name went from its activator to an owner, or back: so does what was sent to it and nobody
         has received yet (kdbus_conn_move_messages)."""
         to = self.bus.find(new)
-        for ticket, entry in self._queue:
+        for ticket, entry in self.box.queue:
             if entry.kept is None or entry.kept[1].dst_name != name:
                 continue
             source, parcel, parts = entry.kept
-            self._unqueue(ticket)
-            self._pool.release(entry.slice)
+            self.box.unqueue(ticket)
+            self.box.pool.release(entry.slice)
             if parcel.flags & abi.MSG_EXPECT_REPLY:
                 self._owed.get(source.id, {}).pop(parcel.cookie, None)
             data = b"".join(part for part in parts if isinstance(part, bytes))
@@ -942,13 +879,13 @@ class Session:
         mask = metadata.granted(0, self._attach_recv, False) & abi.ATTACH_TIMESTAMP
         stamp = metadata.Timestamp(0, *self.bus.clock())
         attached = metadata.build_items(metadata.Metadata(timestamp=stamp), mask)
-        placed = message.place(header, notice=item, attached=attached)
+        fields = msgspec.structs.astuple(header)
         try:
-            slice = self._store(placed, (), True, KERNEL_USER)
+            entry = self.box.place(fields, (), 0, None, item, attached, KERNEL_USER, True)
         except Errno:
             self._lose()
             return
-        self._queue.push(Entry(slice, KERNEL_USER, slice.size), 0)
+        self.box.queue.push(entry, 0)
         self.arrived += 1
 
     # -- time, and the end ---------------------------------------------------------------------
@@ -980,10 +917,10 @@ class Session:
         """The connection ends: BYEBYE, or its file is closed. What it still owed is forsaken."""
         if self.state != State.CONNECTION:
             return
-        self.state = State.GONE
+        self.state, self.ordinary = State.GONE, None
         for wait in list(self._waiting.values()):
             wait.fail(Errno(errno.ECONNRESET, "the connection has ended"))
-        for _, entry in self._queue:
+        for _, entry in self.box.queue:
             self._let_go(entry)
         self.bus.leave()
 
@@ -1019,16 +956,6 @@ class _writing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Errno) and not error.pokes:
             raise Errno(error.errno, error.text, self._pokes) from None
-
-
-def _part(part: Part) -> message.Part:
-    """As it is laid out."""
-    match part:
-        case message.Memfd():
-            return part
-        case int(zeroes):
-            return message.Vector(zeroes, 0)
-    return message.Vector(len(part), 1)
 
 
 def _cancel(caller: Caller) -> None:

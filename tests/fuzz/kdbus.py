@@ -16,12 +16,17 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import requests, routing
-from kbusd.kdbus import abi, attach, commands, items, message, policy
+from kbusd.kdbus import abi, attach, commands, items, layout, message, policy
 from kbusd.kdbus.errors import Errno
+from kbusd.kdbus.mailbox import Mailbox
+from tests.unit.kdbus.world import Memory
 
 U64_MAX = (1 << 64) - 1
+BOX = Mailbox(4 << 20, Memory(4 << 20))
 NUMBERS = (
     0,
     1,
@@ -105,8 +110,20 @@ def decode(number: int, data: bytes) -> tuple[commands.Poke, ...]:
         case 0:
             parsed = commands.parse_message(data)
             sent = message.examine(parsed, False, 7, 8)
-            placed = message.place(sent.header, sent.parts, len(sent.fds), sent.dst_name)
-            items.split(placed.head, 64)
+            parts = [
+                part
+                if isinstance(part, message.Memfd)
+                else bytes(part.size)
+                if part.address
+                else part.size
+                for part in sent.parts
+            ]
+            fields = msgspec.structs.astuple(sent.header)
+            entry = BOX.place(fields, parts, len(sent.fds), sent.dst_name, b"", b"", 1, False)
+            at = entry.slice.offset
+            size = layout.U64.unpack_from(BOX.memory.buffer, at)[0]
+            items.split(bytes(BOX.memory.buffer[at : at + size]), 64)
+            BOX.pool.release(entry.slice)
             return parsed.pokes
     return DECODERS[number](data).pokes
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import struct
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kbusd.kdbus import abi, bloom, commands, items, layout, match, message, metadata
 from kbusd.kdbus.errors import Errno
-from kbusd.kdbus.message import Header, Memfd, Message, Part, Placed, Vector
+from kbusd.kdbus.mailbox import Mailbox
+from kbusd.kdbus.message import Header, Memfd, Message, Vector
+from kbusd.kdbus.pool import KERNEL_USER
 from tests.unit.kdbus.refused import refused
+from tests.unit.kdbus.world import Memory
 
 BROADCAST = abi.DST_ID_BROADCAST
 U64_MAX = (1 << 64) - 1
@@ -141,69 +145,7 @@ def test_hostile_messages_raise_errno_only(
         assert error.errno and error.text
 
 
-# -- in a pool -------------------------------------------------------------------------------
-
-HEADER = Header(0, 0, 9, ME, abi.PAYLOAD_DBUS, 11, 0)
-PARTS = st.lists(
-    st.builds(Vector, st.integers(1, 50), st.sampled_from((0, 0x1000)))
-    | st.builds(Memfd, st.integers(0, 9), st.integers(1, 50), st.just(3)),
-    max_size=6,
-)
-
-
-def received(placed: Placed, parts: list[Part]) -> bytes:
-    """The slice after all has been written, each vector with bytes of its own number."""
-    slice = bytearray(b"\xee" * placed.size)
-    slice[: len(placed.head)] = placed.head
-    slice[len(placed.head) :] = bytes(placed.size - len(placed.head))
-    real = [part for part in parts if isinstance(part, Vector) and part.address]
-    assert len(real) == len(placed.vectors)
-    for number, (part, at) in enumerate(zip(real, placed.vectors, strict=True), 1):
-        assert not any(slice[at : at + part.size]), "vectors overlap"
-        assert at >= len(placed.head) and at + part.size <= placed.size
-        slice[at : at + part.size] = bytes([number]) * part.size
-    return bytes(slice)
-
-
-@given(PARTS, st.integers(0, 3), st.sampled_from((None, "a.b")), st.binary(max_size=20))
-def test_a_receiver_finds_what_was_sent(
-    parts: list[Part], fds: int, dst_name: str | None, description: bytes
-) -> None:
-    attached = items.build(abi.ITEM_CONN_DESCRIPTION, description)
-    placed = message.place(HEADER, parts, fds, dst_name, attached=attached)
-    slice = received(placed, parts)
-    size, *fields = layout.MESSAGE.unpack_from(slice)
-    assert Header(*fields) == HEADER
-    assert placed.size % 8 == 0 and size == len(placed.head)
-    chain = list(items.split(slice[:size], layout.MESSAGE.size))
-    assert chain.pop().data == description
-    number = position = 0
-    for part in parts:
-        item = chain.pop(0)
-        if isinstance(part, Memfd):
-            assert item.type == abi.ITEM_PAYLOAD_MEMFD
-            assert layout.MEMFD.unpack(item.data) == (part.start, part.size, -1, 0)
-            assert item.offset + 16 in placed.memfds_at
-        else:
-            length, offset = layout.VECTOR.unpack(item.data)
-            assert (item.type, length) == (abi.ITEM_PAYLOAD_OFF, part.size)
-            if part.address:
-                number += 1
-                assert slice[offset : offset + length] == bytes([number]) * length
-                assert offset % 8 == position % 8
-            else:
-                assert offset == abi.NO_OFFSET
-        position += part.size
-    if fds:
-        item = chain.pop(0)
-        assert (item.type, item.data) == (abi.ITEM_FDS, b"\xff" * 4 * fds)
-        assert placed.fds_at == item.offset
-    assert [item.text for item in chain] == ([dst_name] if dst_name else [])
-
-
-def test_nothing_but_a_head() -> None:
-    placed = message.place(HEADER)
-    assert (placed.size, len(placed.head), placed.vectors) == (64, 64, ())
+# -- notifications ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,7 +182,10 @@ def test_notifications(
 ) -> None:
     stamp = metadata.Metadata(timestamp=metadata.Timestamp(1, 2, 3))
     attached = metadata.build_items(stamp, abi.ATTACH_TIMESTAMP)
-    head = message.place(notice[0], notice=notice[1], attached=attached).head
+    memory = Memory(4096)
+    fields = msgspec.structs.astuple(notice[0])
+    Mailbox(4096, memory).place(fields, (), 0, None, notice[1], attached, KERNEL_USER, True)
+    head = bytes(memory.buffer)
     size, *fields = layout.MESSAGE.unpack_from(head)
     assert fields == [flags, 0, dst, abi.SRC_ID_KERNEL, abi.PAYLOAD_KERNEL, 0, cookie]
     first, second = items.split(head[:size], layout.MESSAGE.size)

@@ -31,14 +31,14 @@ class Memory:
     """A pool: `seen` is what the client sees, which is what was pushed."""
 
     def __init__(self, size: int) -> None:
-        self.data = bytearray(size)
+        self.buffer = bytearray(size)
         self.seen = bytearray(size)
 
     def write(self, offset: int, data: bytes) -> None:
-        self.data[offset : offset + len(data)] = data
+        self.buffer[offset : offset + len(data)] = data
 
     def push(self, offset: int, size: int) -> None:
-        self.seen[offset : offset + size] = self.data[offset : offset + size]
+        self.seen[offset : offset + size] = self.buffer[offset : offset + size]
 
 
 class World:

@@ -3,6 +3,7 @@ and the client's memory; the bus is one in memory."""
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import struct
@@ -10,17 +11,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kbusd.cuse import abi as fuse
+from kbusd.cuse import requests
 from kbusd.kdbus import abi, layout
 from kbusd.kdbus.session import Session
 from kbusd.rings import entries
 from kbusd.rings.line import Line, pair
 from kbusd.workers.kdbus_device import Device
+from kbusd.workers.kdbus_requests import Request, Requests
 from tests.unit.kdbus.world import Port, World
 
 COMMAND, MESSAGE, PAYLOAD = 0x1000, 0x20000, 0x30000  # far apart: nothing lies near anything
 POOL = 1 << 16
+NOBODY = Requests(None, None)  # type: ignore[arg-type]
 
 
 class File:
@@ -37,6 +43,8 @@ class File:
         self.memory: dict[int, bytes] = {}
         self.ahead: dict[int, entries.Ahead] = {}
         self.asked: list[entries.Copy] = []
+        self.stored: list[tuple[int, bytes]] = []
+        self.reply = b""
         self.unique = 0
         self.pool = -1
         hello = struct.pack("=10Q", 96, 1, 0, 0, 0, 0, 0, POOL, 0, 0) + bytes(16)
@@ -73,7 +81,11 @@ class File:
                 self.ahead[command] = message
             case entries.Pool():
                 self.pool, self.events_at = fds[0], message.events_at
+            case entries.Store(unique, parts):
+                self.stored += parts
+                self.line.send(entries.Stored(unique, 0))
             case entries.Answered(reply):
+                self.reply = reply
                 result, *_ = fuse.IOCTL_OUT.unpack_from(reply, fuse.OUT_HEADER.size)
                 return int(result)
         return None
@@ -148,3 +160,58 @@ def test_the_supervisor_is_shown_what_poll_is_to_say(file: File) -> None:
     file.memory = {COMMAND: struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)}
     assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == 0
     assert not shown() & select.POLLIN
+
+
+@given(
+    st.sampled_from((0, 1, 1 << 31, (1 << 64) - 1)),
+    st.sampled_from((0, 1, (1 << 32) - 1)),
+    st.sampled_from((0, 8, (1 << 64) - 8)),
+    st.binary(max_size=9),
+    st.sampled_from((0, 0, 0, 1, 8, 1 << 31)),
+)
+def test_an_ioctl_is_read_as_any_request_is(
+    unique: int, number: int, argument: int, data: bytes, more: int
+) -> None:
+    body = fuse.IOCTL_IN.pack(5, 0, number, argument, len(data) + more, number) + data
+    raw = fuse.IN_HEADER.pack(40 + len(body), fuse.IOCTL, unique, 3, 0, 0, number, 0, 0) + body
+    if more:
+        for reader in (requests.decode, lambda raw: Request(NOBODY, raw, ())):
+            with pytest.raises(requests.Malformed):
+                reader(raw)
+        return
+    quick, general = Request(NOBODY, raw, ()), requests.decode(raw)
+    assert isinstance(general.body, requests.Ioctl)
+    assert (quick.unique, quick.tid) == (general.header.unique, general.header.tid)
+    assert (quick.command, quick.argument) == (general.body.command, general.body.argument)
+    assert (quick.out_size, quick.data) == (general.body.out_size, general.body.data)
+
+
+@pytest.mark.parametrize("length", [0, 39, 71, 72, 100])
+def test_what_no_kernel_sends_is_not_answered(file: File, length: int) -> None:
+    raw = fuse.IN_HEADER.pack(80, fuse.IOCTL, 9, 3, 0, 0, 9, 0, 0) + bytes(60)
+    file.line.send(entries.Asked(raw[:length]))
+    assert file.device.requests(lambda: None)
+    assert file.line.receive() is None
+
+
+def test_a_segment_of_what_came_along_that_wraps_around_is_not_there(file: File) -> None:
+    top = (1 << 64) - 100
+    item = struct.pack("=4Q", 32, abi.ITEM_PAYLOAD_VEC, 100, top)
+    head = layout.MESSAGE.pack(96, 0, 0, file.other.id, 0, abi.PAYLOAD_DBUS, 1, 0)
+    file.memory = {MESSAGE: head + item}
+    send = struct.pack("=7Q", 56, 0, 0, MESSAGE, 0, 0, 0)
+    for _ in range(3):
+        assert file.ioctl(abi.CMD_SEND, COMMAND, send) == -errno.EFAULT
+    assert file.asked
+
+
+def test_return_flags_of_an_ordinary_command_are_written_over(file: File) -> None:
+    """FREE does not bring its struct back: what is wrong in it is stored."""
+    file.other.send(file.device.session.id)  # type: ignore[union-attr]
+    file.memory = {COMMAND: struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)}
+    assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == 0
+    offset = struct.unpack_from("=Q", file.reply, 32 + 40)[0]
+    assert file.ioctl(abi.CMD_FREE, COMMAND, struct.pack("=4Q", 32, 0, 7, offset)) == 0
+    assert file.stored == [(COMMAND + 16, bytes(8))]
+    assert file.ioctl(abi.CMD_FREE, COMMAND, struct.pack("=4Q", 32, 0, 0, offset)) == -errno.ENXIO
+    assert len(file.stored) == 1

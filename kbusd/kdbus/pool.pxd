@@ -1,0 +1,30 @@
+from libc.stdint cimport int64_t
+
+cdef class Slice:
+    cdef readonly int64_t offset, size
+    cdef readonly bint accounted
+    cdef bint held, published  # by the bus; by the client
+
+cdef class Pool:
+    cdef readonly int64_t size, accounted
+    cdef dict _busy       # offset -> Slice
+    cdef list _free       # (size, offset), sorted
+    cdef dict _free_from  # offset -> size
+    cdef dict _free_to    # end -> offset
+    cpdef Slice alloc(self, int64_t size, bint accounted)
+    cpdef tuple publish(self, Slice slice)
+    cpdef release(self, Slice slice)
+    cpdef free(self, object offset)
+    cdef _drop(self, Slice slice)
+    cdef _give(self, int64_t size, int64_t offset)
+    cdef _take(self, int64_t size, int64_t offset)
+
+cdef class _Share:
+    cdef int64_t memory, messages, fds
+
+cdef class Quota:
+    cdef Pool _pool
+    cdef dict _shares  # by user
+    cpdef check(self, int64_t user, int64_t memory, int64_t fds)
+    cpdef add(self, int64_t user, int64_t memory, int64_t fds)
+    cpdef remove(self, int64_t user, int64_t memory, int64_t fds)
