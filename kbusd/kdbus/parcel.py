@@ -113,36 +113,44 @@ def pack(
 def decode(raw: bytes, length: int, fds: int, bloom_size: int) -> Parcel:
     """A parcel of another worker, with `length` bytes of vectors and `fds` descriptors beside it.
 
-    Raises ParcelError if that can't be what a sender may send."""
+    Raises ParcelError if that can't be what a sender may send. (No number in msgpack is below -2**63 or
+    above 2**64 - 1.)"""
     try:
         parcel = _decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ParcelError(f"a parcel that does not decode: {error}") from None
-    whole = (parcel.dst_id, parcel.payload_type, parcel.cookie, parcel.reply_or_timeout)
-    if parcel.flags & ~_FLAGS or not all(0 <= each < _U64 for each in (*whole, *parcel.sent)):
+    numbers = parcel.dst_id, parcel.payload_type, parcel.cookie, parcel.reply_or_timeout
+    if parcel.flags & ~_FLAGS or min(*numbers, *parcel.sent) < 0:
         raise ParcelError("a parcel with numbers that no message has")
-    if not -(1 << 63) <= parcel.priority < 1 << 63 or parcel.payload_type == abi.PAYLOAD_KERNEL:
+    if parcel.priority >= 1 << 63 or parcel.payload_type == abi.PAYLOAD_KERNEL:
         raise ParcelError("a parcel with a priority or payload that no sender may give")
     if (parcel.filter is not None) != bool(parcel.flags & abi.MSG_SIGNAL):
         raise ParcelError("a signal without a filter, or one without a signal")
     if parcel.filter is not None:
         generation, bits = parcel.filter
-        if len(bits) != bloom_size or not 0 <= generation < _U64:
+        if len(bits) != bloom_size or generation < 0:
             raise ParcelError("a bloom filter that the bus can't have")
     if parcel.dst_name is not None and not names.is_well_known(parcel.dst_name):
         raise ParcelError(f"a parcel to {parcel.dst_name!r}")
-    memfds = sum(kind == MEMFD for kind, _, _ in parcel.parts)
-    if any(kind not in (BYTES, ZEROES, MEMFD) or size < 1 for kind, size, _ in parcel.parts):
-        raise ParcelError("a parcel with a part that can't be")
+    memfds = vectors = beside = 0
+    for kind, size, start in parcel.parts:
+        if kind == BYTES:
+            beside += size
+        elif kind == MEMFD:
+            memfds += 1
+        elif kind != ZEROES:
+            raise ParcelError("a parcel with a part that can't be")
+        if size < 1 or start < 0 or start + size >= _U64:
+            raise ParcelError("a parcel with a part that can't be, or that wraps around")
+        if kind != MEMFD:
+            vectors += size
     if not 0 <= parcel.fds <= abi.MAX_FDS_PER_USER or memfds > abi.MAX_MEMFDS:
         raise ParcelError("a parcel with too many descriptors")
     if memfds + parcel.fds != fds:
         raise ParcelError(f"{fds} descriptors came with a parcel for {memfds + parcel.fds}")
-    if sum(size for kind, size, _ in parcel.parts if kind != MEMFD) > abi.MAX_PAYLOAD_SIZE:
+    if vectors > abi.MAX_PAYLOAD_SIZE:
         raise ParcelError("a parcel with too many bytes in vectors")
-    if any(start < 0 or start + size >= _U64 for _, size, start in parcel.parts):
-        raise ParcelError("a parcel with a segment that wraps around")
-    if sum(size for kind, size, _ in parcel.parts if kind == BYTES) != length:
+    if beside != length:
         raise ParcelError(f"{length} bytes came with a parcel that says another number")
     return parcel
 

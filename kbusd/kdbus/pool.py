@@ -12,7 +12,6 @@ of what is left of the other half, its own share counted as left.
 """
 
 import errno
-from bisect import bisect_left, insort
 
 import cython
 import msgspec
@@ -36,14 +35,12 @@ class Statistics(msgspec.Struct, frozen=True):
 
 @cython.cclass
 class Slice:
-    """`size` bytes in use from `offset`. `held`: by the bus; `published`: by the client."""
+    """`size` bytes from `offset`, in use or free."""
 
     def __init__(self, offset: int64_t, size: int64_t, accounted: cython.bint):
         self.offset = offset
         self.size = size
         self.accounted = accounted
-        self.held = True
-        self.published = False
 
 
 @cython.cclass
@@ -52,26 +49,27 @@ class Pool:
 
     def __init__(self, size: int64_t):
         self.size = size
-        self.accounted = 0
         self._busy = {}
-        self._free = [(size, 0)]  # (size, offset), sorted
-        self._free_from = {0: size}  # offset -> size
-        self._free_to = {size: 0}  # end -> offset
+        self._free = [Slice(0, size, False)]
 
     def alloc(self, size, accounted):
         """A slice of at least `size` (one or more) bytes. Raises Errno EXFULL."""
-        found: int64_t
-        offset: int64_t
         size = (size + 7) & ~cython.cast(int64_t, 7)
-        at: cython.Py_ssize_t = bisect_left(self._free, (size, -1))
+        at: cython.Py_ssize_t = self._place(size, -1)
         if at == len(self._free):
             raise Errno(errno.EXFULL, f"no {size} bytes in a row are free in the pool")
-        found, offset = self._free[at]
-        self._take(found, offset)
-        if found > size:
-            self._give(found - size, offset + size)
-        slice: Slice = Slice(offset, size, accounted)
-        self._busy[offset] = slice
+        free: Slice = self._free.pop(at)
+        slice: Slice = Slice(free.offset, size, accounted)
+        slice.held = True
+        _join(free.before, slice)
+        if free.size > size:
+            free.offset += size
+            free.size -= size
+            _join(slice, free)
+            self._free.insert(self._place(free.size, free.offset), free)
+        else:
+            _join(slice, free.behind)
+        self._busy[slice.offset] = slice
         if accounted:
             self.accounted += size
         return slice
@@ -82,7 +80,7 @@ class Pool:
         return slice.offset, slice.size
 
     @property
-    def empty(self) -> tuple[int, int]:
+    def empty(self):
         """The offset and size that stand for no slice; the client may free them to no effect."""
         return self.size, 0
 
@@ -103,37 +101,53 @@ class Pool:
         slice.published = False
         self._drop(slice)
 
-    def statistics(self) -> Statistics:
+    def statistics(self):
         """What is in use now."""
-        used = sum(slice.size for slice in self._busy.values())
+        used = sum([slice.size for slice in self._busy.values()])
         return Statistics(self.size, used, self.accounted, len(self._busy))
 
     def _drop(self, slice):
         if slice.held or slice.published:
             return
         del self._busy[slice.offset]
-        offset: int64_t = slice.offset
-        end: int64_t = offset + slice.size
-        length: int64_t
-        if end in self._free_from:
-            length = self._free_from[end]
-            self._take(length, end)
-            end += length
-        if offset in self._free_to:
-            length = offset - cython.cast(int64_t, self._free_to[offset])
-            offset -= length
-            self._take(length, offset)
-        self._give(end - offset, offset)
+        free: Slice = Slice(slice.offset, slice.size, False)
+        before: Slice = slice.before
+        behind: Slice = slice.behind
+        if behind is not None and not (behind.held or behind.published):
+            del self._free[self._place(behind.size, behind.offset)]
+            free.size += behind.size
+            behind = behind.behind
+        if before is not None and not (before.held or before.published):
+            del self._free[self._place(before.size, before.offset)]
+            free.offset = before.offset
+            free.size += before.size
+            before = before.before
+        _join(before, free)
+        _join(free, behind)
+        self._free.insert(self._place(free.size, free.offset), free)
 
-    def _give(self, size, offset):
-        insort(self._free, (size, offset))
-        self._free_from[offset] = size
-        self._free_to[offset + size] = offset
+    def _place(self, size, offset) -> cython.Py_ssize_t:
+        """Where in the order of the free ones a slice belongs."""
+        each: Slice
+        low: cython.Py_ssize_t = 0
+        high: cython.Py_ssize_t = len(self._free)
+        middle: cython.Py_ssize_t
+        while low < high:
+            middle = (low + high) // 2
+            each = self._free[middle]
+            if each.size < size or (each.size == size and each.offset < offset):
+                low = middle + 1
+            else:
+                high = middle
+        return low
 
-    def _take(self, size, offset):
-        del self._free[bisect_left(self._free, (size, offset))]
-        del self._free_from[offset]
-        del self._free_to[offset + size]
+
+def _join(before, behind):
+    """One comes right behind the other; None is the end of the pool."""
+    if before is not None:
+        before.behind = behind
+    if behind is not None:
+        behind.before = before
 
 
 @cython.cclass

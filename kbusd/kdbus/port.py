@@ -18,9 +18,13 @@ from kbusd.kdbus.waits import Wait
 
 
 class Caller(Protocol):
-    """The process that waits in ioctl(2)."""
+    """The process that waits in ioctl(2), whose struct is at `argument`."""
 
     tid: int
+
+    @property
+    def argument(self) -> int: ...
+
     waits_for: Wait[Any] | None
     """What a signal to the caller is to fail with Interrupted; None: nothing that could be given up."""
 

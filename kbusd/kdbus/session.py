@@ -105,9 +105,9 @@ class Session:
 
     def poll(self) -> int:
         """The events that hold now."""
-        if self.state != State.CONNECTION:
+        if self.state is not State.CONNECTION:
             return HUNG_UP
-        return WRITABLE | (READABLE if self.box.queue.readable else 0)
+        return WRITABLE | READABLE if self.box.queue.readable else WRITABLE
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -462,10 +462,15 @@ class Session:
                 stores += _at(at, commands.parse(commands.MESSAGE, data).pokes)
         return Done(stores)
 
+    async def send(self, caller: Caller, found: message.Message, data: bytes) -> Done:
+        """An ordinary SEND without flags: `found` is its message, `data` the bytes of the vectors."""
+        pokes = (commands.return_flags(0),)
+        with _writing(pokes):
+            await self._pass_on(caller, found, data, (), False)
+        return Done(_at(caller.argument, pokes))
+
     async def _post(self, caller: Caller, found: message.Message, sync: bool) -> Entry | None:
         """Send a message that has been examined; the reply, if it is `sync`."""
-        header = found.header
-        broadcast = header.dst_id == abi.DST_ID_BROADCAST
         memfds = [part.fd for part in found.parts if isinstance(part, message.Memfd)]
         vectors = [
             (part.address, part.size)
@@ -475,34 +480,44 @@ class Session:
         fds = await caller.take([*memfds, *found.fds]) if memfds or found.fds else []
         try:
             data = b"".join(await caller.copy(vectors)) if vectors else b""
-            to = None if broadcast else await self._destination(caller, found)
-            dst_id = header.dst_id if to is None else to.id
-            about = await self._about_now(caller)
-            parcel = parcels.pack(found, self._attach_send, self.bus.clock(), about, dst_id)
-            if to is None:
-                await self.bus.publish(parcel, data, fds)
-            elif header.flags & abi.MSG_EXPECT_REPLY:
-                return await self._call(caller, to, parcel, data, fds, sync)
-            elif parcel.is_reply:
-                await self._reply(to, parcel, data, fds)
-            else:
-                await self.bus.send(to, parcel, data, fds)
+            return await self._pass_on(caller, found, data, fds, sync)
         finally:
             self.bus.close(fds)
+
+    async def _pass_on(
+        self, caller: Caller, found: message.Message, data: bytes, fds: Sequence[int], sync: bool
+    ) -> Entry | None:
+        """The same, with all that belongs to it."""
+        dst_id, flags = found.header.dst_id, found.header.flags
+        to = None
+        if dst_id != abi.DST_ID_BROADCAST:
+            to = await self._destination(caller, found)
+            dst_id = to.id
+        sent = self.bus.clock()
+        about = self._sent_about
+        if caller.tid != self._sender or sent[0] >= self._fresh_until:
+            about = await self._about_now(caller, sent[0])
+        parcel = parcels.pack(found, self._attach_send, sent, about, dst_id)
+        if to is None:
+            await self.bus.publish(parcel, data, fds)
+        elif flags & abi.MSG_EXPECT_REPLY:
+            return await self._call(caller, to, parcel, data, fds, sync)
+        elif parcel.is_reply:
+            await self._reply(to, parcel, data, fds)
+        else:
+            await self.bus.send(to, parcel, data, fds)
         return None
 
-    async def _about_now(self, caller: Caller) -> bytes:
+    async def _about_now(self, caller: Caller, now: int) -> bytes:
         """What is told of the thread that sends, which need not be the one that said HELLO, nor be called
         as it was then. It is not asked for anew at each of many messages."""
-        now = self.bus.clock()[0]
-        if caller.tid != self._sender or now >= self._fresh_until:
-            if self._attach_send & _OF_PROCESS:
-                self._sent_about = await self.bus.refreshed(caller, self._about)
-            else:
-                about = parcels.decode_about(self._about)
-                about = msgspec.structs.replace(about, tid=caller.tid)
-                self._sent_about = parcels.encode(about)
-            self._sender, self._fresh_until = caller.tid, now + FRESH_NS
+        if self._attach_send & _OF_PROCESS:
+            self._sent_about = await self.bus.refreshed(caller, self._about)
+        else:
+            about = parcels.decode_about(self._about)
+            about = msgspec.structs.replace(about, tid=caller.tid)
+            self._sent_about = parcels.encode(about)
+        self._sender, self._fresh_until = caller.tid, now + FRESH_NS
         return self._sent_about
 
     async def _destination(self, caller: Caller, found: message.Message) -> Known:
@@ -518,8 +533,11 @@ class Session:
                 raise Errno(errno.EREMCHG, f"{name} is owned by {owner}, not by {id}")
             id = owner
         known = self.bus.find(id)
-        hidden = known is not None and not self.bus.sees(known) and not self._owes(found.header)
-        if known is None or hidden or (name is None and known.flags & _SPECIAL):
+        if (
+            known is None
+            or (name is None and known.flags & _SPECIAL)
+            or not (self.bus.sees(known) or self._owes(found.header))
+        ):
             raise Errno(errno.ENXIO, f"there is no ordinary connection {id}")
         if known.flags & abi.HELLO_ACTIVATOR and found.header.flags & abi.MSG_NO_AUTO_START:
             raise Errno(errno.EADDRNOTAVAIL, f"nobody but an activator owns {name}")
@@ -892,6 +910,8 @@ class Session:
 
     def deadline(self) -> int | None:
         """When `tick` is to be called next (CLOCK_MONOTONIC, ns)."""
+        if not self._waiting and not self._calls:
+            return None
         times = [call.deadline for call in self._waiting]
         watched = self._calls.next_deadline()
         return min(times if watched is None else [*times, watched], default=None)

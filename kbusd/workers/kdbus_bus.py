@@ -154,6 +154,9 @@ class Port:
         self._went: Connection | None = None
         self._had = 0  # NAME flags of the owner before the entry
         self._heard: set[int] = set()  # connections that our client knows of, behind its endpoint
+        self._until = 0  # when something that waits has waited too long, at the earliest; 0: never
+        # What is told of a connection, as long as it has the same names.
+        self._known: dict[int, tuple[Connection, frozenset[str], Known]] = {}
         self.device: Device
         self.session: Session
 
@@ -253,7 +256,7 @@ class Port:
 
     async def collect(self, activator: int, name: str) -> None:
         wait: Wait[None] = Wait()
-        self._collecting[name] = wait, time.monotonic_ns() + STALLED_NS
+        self._collecting[name] = wait, self._stalls_at()
         try:
             await wait
         finally:
@@ -323,7 +326,16 @@ class Port:
 
     def find(self, id: int) -> Known | None:
         connection = self._replica.connections.get(id)
-        return None if connection is None else _known(connection)
+        return None if connection is None else self._told_of(connection)
+
+    def _told_of(self, connection: Connection) -> Known:
+        """`_known`, which is not made anew for each message."""
+        kept = self._known.get(connection.id)
+        if kept is not None and kept[0] is connection and kept[1] is connection.names:
+            return kept[2]
+        known = _known(connection)
+        self._known[connection.id] = connection, connection.names, known
+        return known
 
     def sees(self, who: Known) -> bool:
         mine, other = self._mine, self._replica.connections.get(who.id)
@@ -351,34 +363,44 @@ class Port:
         return who.id in self._heard or self.engine_router.names.sees(mine, who)
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
-        memfds = _memfds(parcel, fds)
-        self._show(parcel, data, fds)
+        memfds = _memfds(parcel, fds) if fds else []
+        router: DeviceRouter = self.engine_router
+        replica = router.replica
+        if replica.kdbus_monitors:
+            self._show(parcel, data, fds)
         if not to.kdbus:
             whole = _join(parcel, data, memfds)
             await self._send_dbus(to, parcel, whole, fds[len(memfds) :])
             return
-        what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
-        router: DeviceRouter = self.engine_router
-        connections = self._replica.connections
-        if not router.is_open(connections[self._replica.me], connections[to.id]):
-            refusal = router.refusal(what.facts(_destination(to, parcel)), to.id, parcel.fds)
-            if refusal is not None:
-                if parcel.flags & abi.MSG_SIGNAL:
-                    return  # nobody hears of it (kdbus_conn_unicast)
-                raise Errno(errno.EPERM, refusal)
-        self._copy_to_monitors(what, _destination(to, parcel))
-        if to.id == self._replica.me:
-            own = self._replica.connections[to.id]
-            self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
+        connections = replica.connections
+        is_open = router.is_open(connections[replica.me], connections[to.id])
+        if not is_open or replica.monitors:
+            what = _Lazy(parcel, lambda: _join(parcel, data, memfds))
+            if not is_open:
+                refusal = router.refusal(what.facts(_destination(to, parcel)), to.id, parcel.fds)
+                if refusal is not None:
+                    if parcel.flags & abi.MSG_SIGNAL:
+                        return  # nobody hears of it (kdbus_conn_unicast)
+                    raise Errno(errno.EPERM, refusal)
+            self._copy_to_monitors(what, _destination(to, parcel))
+        if to.id == replica.me:
+            own = connections[to.id]
+            self._receive(to, own, parcel, data, tuple(fds), time.monotonic_ns())
             return
         await self._await_parcel(self._send_parcel(to.id, _encode(parcel), data, fds))
 
     def _send_parcel(self, id: int, raw: bytes, data: bytes, fds: Sequence[int]) -> int:
         """Returns the token that its answer will have; to be awaited."""
         token = self._next()
-        self._parcels[token] = id, Wait(), time.monotonic_ns() + STALLED_NS
+        self._parcels[token] = id, Wait(), self._stalls_at()
         self.engine.send_parcel(id, token, raw, data, tuple(fds))
         return token
+
+    def _stalls_at(self) -> int:
+        """When what begins to wait now has waited too long."""
+        until = time.monotonic_ns() + STALLED_NS
+        self._until = self._until or until
+        return until
 
     async def _await_parcel(self, token: int) -> None:
         """Raises Errno, if the receiver's worker does not take it, or Interrupted."""
@@ -518,7 +540,7 @@ class Port:
                 wait.done(None)
         self.engine.take_descriptors(self.session.accepts_fds)
         deadline = self.session.deadline()
-        if deadline is not None or self._parcels or self._collecting:
+        if deadline is not None or self._until:
             self._expire(deadline)
         self.device.nudge()
         self.device.line.flush()
@@ -532,6 +554,8 @@ class Port:
                 if until <= now:
                     del self._sent[serial]
                     self.engine.forget(serial)
+        if not 0 < self._until <= now:
+            return
         for wait, until in list(self._collecting.values()):
             if until <= now:
                 wait.done(None)
@@ -539,19 +563,20 @@ class Port:
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
+        untils = [until for _, _, until in self._parcels.values()]
+        untils += [until for _, until in self._collecting.values()]
+        self._until = min(untils, default=0)
 
     def timeout(self) -> int:
         """Milliseconds until `turn` has something to do by itself; -1: nothing."""
         if self.device.line.queue:
             return 1
         deadline = self.session.deadline()
-        if deadline is None and not self._parcels and not self._collecting:
+        if deadline is None or 0 < self._until < deadline:
+            deadline = self._until
+        if not deadline:
             return -1
-        times = [until for _, _, until in self._parcels.values()]
-        times += [until for _, until in self._collecting.values()]
-        if deadline is not None:
-            times.append(deadline)
-        left = (min(times) - time.monotonic_ns()) // 1_000_000 + 1
+        left = (deadline - time.monotonic_ns()) // 1_000_000 + 1
         return max(0, min(left, 60_000))
 
     def bus_answered(self, serial: int, error: str | None, body: bytes) -> None:
@@ -614,7 +639,7 @@ class Port:
         if connection.credentials.endpoint:
             raise ParcelError("a parcel of a D-Bus client, past its endpoint")
         if self.session.kind == abi.HELLO_MONITOR:
-            self._receive(_known(connection), connection, found, data, fds, stamp)
+            self._receive(self._told_of(connection), connection, found, data, fds, stamp)
             return 0
         if found.origin:
             return self._forwarded(connection, found, data, stamp)
@@ -629,7 +654,7 @@ class Port:
                 name = None if all else found.dst_name or f":1.{me}"
                 if router.admit(what.facts(name), connection, found.fds) is not None:
                     return errno.EPERM
-            self._receive(_known(connection), connection, found, data, fds, stamp)
+            self._receive(self._told_of(connection), connection, found, data, fds, stamp)
             self.device.show_events()  # whoever has sent it may look when it returns
         except Errno as error:
             return error.errno
@@ -683,8 +708,12 @@ class Port:
         fds: tuple[int, ...],
         stamp: int,
     ) -> None:
-        memfds = _memfds(found, fds)
         attached = self.device.attached is not None
+        if not fds:
+            self.session.receive(source, found, parcel.split(found, data), stamp)
+            self._hear(source.id)
+            return
+        memfds = _memfds(found, fds)
         moves = found.dst_name is not None and self.activator(found.dst_name)
         as_they_are = attached and not moves and self.session.kept + len(memfds) <= MAX_KEPT
         filled = iter(memfds)
@@ -720,7 +749,7 @@ class Port:
             if sent is None:
                 return
             cookie = sent[1]
-        known = _known(connection)
+        known = self._told_of(connection)
         error = self._arrived(known, envelope, flags, serial, cookie, body, fds, stamp)
         if error is not None and envelope.type == 1 and not flags & 1:
             self.engine.refuse_call(known.id, serial, errors.LIMITS_EXCEEDED, error)
@@ -768,6 +797,7 @@ class Port:
             case entries.ConnectionRemoved(id):
                 self._went = self._replica.connections.get(id)
                 self._met.discard(id)
+                self._known.pop(id, None)
             case entries.NameOwnerChanged(name, old):
                 self._had = self._flags(name, old) if old else 0
 

@@ -26,6 +26,7 @@ cdef class Requests:
     cdef object _told_of        # how many had arrived then
     cdef _request(self, bytes raw, tuple ahead)
     cdef _at_once(self, Request held)
+    cdef _send(self, Request held)
     cdef _other(self, object request)
     cdef _ended(self, Request held, object result)
     cdef answered(self, uint64_t unique, bytes reply)

@@ -13,6 +13,7 @@ import mmap
 import cython
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.cimports.kbusd.kdbus.mailbox import Mailbox
+from cython.cimports.kbusd.kdbus.scan import scan
 from cython.cimports.libc.stdint import int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
@@ -22,6 +23,7 @@ from kbusd.kdbus import abi, layout, waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.handle import State
+from kbusd.kdbus.session import PEEK as _PEEK
 from kbusd.kdbus.waits import Interrupted, Wait
 from kbusd.rings import entries, memfd
 from kbusd.rings.line import close_all
@@ -29,6 +31,7 @@ from kbusd.rings.memfd import RingError
 
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
+PEEK = cython.declare(uint64_t, _PEEK)
 NEAR = cython.declare(uint64_t, 1024)  # bytes that are fetched before what is asked for
 PAGE = cython.declare(uint64_t, mmap.PAGESIZE)
 MAX_AHEAD = 8 << 10  # what the supervisor sends along with a request, unasked
@@ -39,6 +42,9 @@ IOCTL_HEAD = cython.declare(cython.Py_ssize_t, fuse.IN_HEADER.size + fuse.IOCTL_
 REPLY_HEAD = cython.declare(cython.Py_ssize_t, fuse.OUT_HEADER.size + fuse.IOCTL_OUT.size)
 RECV = cython.declare(uint32_t, abi.CMD_RECV)
 FREE = cython.declare(uint32_t, abi.CMD_FREE)
+SEND = cython.declare(uint32_t, abi.CMD_SEND)
+SEND_SIZE = cython.declare(cython.Py_ssize_t, layout.SEND.size)
+MESSAGE_SIZE = cython.declare(uint64_t, layout.MESSAGE.size)
 RECV_SIZE = cython.declare(cython.Py_ssize_t, layout.RECV.size)
 FREE_SIZE = cython.declare(cython.Py_ssize_t, layout.FREE.size)
 GONE = State.GONE
@@ -250,8 +256,10 @@ class Requests:
         if stores is not None:
             held.answer(0, stores)
             return
+        command = self._send(held)
+        if command is None:
+            command = self.own_command(held)
         first: bytes = held.data if len(held.data) == _SIZES.get(held.command, -1) else b""
-        command = self.own_command(held)
         if command is None:
             command = self.session.ioctl(held, held.command, held.argument, first)
         waits.start(command, lambda result: self._ended(held, result))
@@ -280,6 +288,39 @@ class Requests:
         if stores is not None and not came:
             held._looked(held.argument, size, data)
         return stores
+
+    def _send(self, held):
+        """An ordinary SEND as a command, if all that it sends has come along; else None."""
+        part: bytes
+        if held.command != SEND or held.argument & 7 or len(held.data) != SEND_SIZE:
+            return None
+        fields = cython.cast(cython.pointer(uint64_t), PyBytes_AS_STRING(held.data))
+        if fields[0] != cython.cast(uint64_t, SEND_SIZE) or fields[1] != 0 or fields[3] & 7:
+            return None
+        session = self.session
+        if session.ordinary is None or session.kind != 0:
+            return None
+        at: uint64_t = fields[3]
+        part = held._find(at, MESSAGE_SIZE)
+        if part is None:
+            return None
+        size: uint64_t = cython.cast(cython.pointer(uint64_t), PyBytes_AS_STRING(part))[0]
+        if size > PEEK or size > cython.cast(uint64_t, len(part)):
+            return None
+        found = scan(part[:size], session.id)
+        if found is None:
+            return None
+        looked: list = [(at, size)]
+        pieces: list = []
+        for vector in found.parts:
+            if vector.address:
+                part = held._find(vector.address, vector.size)
+                if part is None:
+                    return None
+                pieces.append(part[: vector.size])
+                looked.append((vector.address, vector.size))
+        held.looked_at += looked
+        return session.send(held, found, pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _other(self, request):
         """Of the kernel, and no ioctl."""
@@ -337,17 +378,16 @@ class Requests:
 
     def show_events(self):
         """Let the supervisor answer who polls, as long as there is something to read."""
-        if self.pool is not None:
-            events = self.session.poll()
-            if events != self._shown:
-                self._shown = events
-                self.pool.show(events)
+        events: uint32_t = self.session.poll()
+        if events != self._shown and self.pool is not None:
+            self._shown = events
+            self.pool.show(events)
+        return events
 
     def nudge(self):
         """Wake who polls, if there is more to tell than they were told."""
-        self.show_events()
         arrived = self.session.arrived
-        events: uint32_t = self.session.poll()
+        events: uint32_t = self.show_events()
         if events & ~self._told or arrived != self._told_of:
             self._told, self._told_of = events, arrived
             self.line.send(entries.Nudge())

@@ -14,6 +14,7 @@ from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.mailbox import Mailbox
 from kbusd.kdbus.message import Header, Memfd, Message, Vector
 from kbusd.kdbus.pool import KERNEL_USER
+from kbusd.kdbus.scan import scan
 from tests.unit.kdbus.refused import refused
 from tests.unit.kdbus.world import Memory
 
@@ -36,8 +37,19 @@ def sent(
     sync: bool = False,
 ) -> Message:
     fixed = layout.MESSAGE.pack(0, flags, -3, dst, src, type, 11, timeout)
-    parsed = commands.parse_message(items.command(fixed, chain))
-    return message.examine(parsed, sync, ME, 8)
+    return read(items.command(fixed, chain), sync)
+
+
+def read(data: bytes, sync: bool = False) -> Message:
+    """As the general code reads it; what the quick one reads must be the same."""
+    quick = None if sync else scan(data, ME)
+    try:
+        general = message.examine(commands.parse_message(data), sync, ME, 8)
+    except Errno:
+        assert quick is None
+        raise
+    assert quick in (None, general)
+    return general
 
 
 def vec(size: int, address: int = 0x1000) -> bytes:
@@ -191,6 +203,51 @@ def test_notifications(
     first, second = items.split(head[:size], layout.MESSAGE.size)
     items.validate(first)
     assert (first.type, first.data, second.type) == (type, payload, abi.ITEM_TIMESTAMP)
+
+
+@given(
+    st.lists(
+        st.sampled_from((NAME, NAME, vec(8), vec(3, 0), vec(1 << 20), vec(16, U64_MAX - 15)))
+        | st.builds(vec, st.integers(1, 1 << 22), st.integers(0, U64_MAX)),
+        max_size=4,
+    ),
+    st.sampled_from((0, 1, 2, 3)),
+    st.sampled_from((0, 9)),
+    st.sampled_from((0, ME)),
+    st.integers(0, 2),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=2),
+    st.integers(-9, 9),
+)
+def test_whatever_is_read_quickly_is_read_the_same_in_general(
+    chain: list[bytes],
+    flags: int,
+    dst: int,
+    src: int,
+    timeout: int,
+    changes: list[tuple[int, int]],
+    longer: int,
+) -> None:
+    fixed = layout.MESSAGE.pack(0, flags, -3, dst, src, abi.PAYLOAD_DBUS, 11, timeout)
+    data = bytearray(items.command(fixed, chain))
+    for at, value in changes:
+        data[at % len(data)] = value
+    if longer > 5 or longer < -5:
+        data = (data + bytes(longer)) if longer > 0 else data[:longer]
+        data[:8] = u64(len(data))
+    try:
+        read(bytes(data))
+    except Errno as error:
+        assert error.errno
+
+
+@pytest.mark.parametrize("flags", [0, REPLY])
+@pytest.mark.parametrize(
+    "chain", [(), (vec(10),), (vec(10), vec(3, 0), NAME), (NAME, vec(2 << 20))]
+)
+def test_most_messages_are_read_quickly(chain: tuple[bytes, ...], flags: int) -> None:
+    fixed = layout.MESSAGE.pack(0, flags, -3, 9, ME, abi.PAYLOAD_DBUS, 11, 5)
+    data = items.command(fixed, chain)
+    assert scan(data, ME) == read(data)
 
 
 def infos(data: bytes) -> list[tuple[int, int, list[tuple[int, bytes]]]]:

@@ -301,6 +301,7 @@ class Run:
 
     def __init__(self, port: Port) -> None:
         self.tid = 9
+        self.argument = Client.STRUCT
         self.waits_for: Wait[Any] | None = None
         self.port = port
         self.memory: dict[int, bytes] = {}

@@ -1,0 +1,3 @@
+from kbusd.kdbus.message import Message
+
+def scan(data: bytes, sender: int) -> Message | None: ...
