@@ -193,6 +193,19 @@ class Request:
         self._device.answered(self.unique, replies.ioctl(self.unique, result, out))
 
 
+class FileLine(Line):
+    """The line to the supervisor about one file. It goes with the file, at any moment: then that is what
+    `receive` says next, and what we say meanwhile is said to nobody."""
+
+    __slots__ = ()
+
+    def _try(self, data: bytes, fds: Sequence[int]) -> bool:
+        try:
+            return super()._try(data, fds)
+        except BrokenPipeError:
+            return True
+
+
 class Device:
     """The file: what the supervisor passes on, and what goes back."""
 
@@ -461,7 +474,7 @@ def serve(
 ) -> None:
     """Serve an open file until it is closed or its connection ends; then the supervisor answers what
     is left with ECONNRESET. Raises LineError if the supervisor breaks a rule of the line."""
-    line = Line(sock, entries.ToDeviceWorker)
+    line = FileLine(sock, entries.ToDeviceWorker)
     serving = DeviceEngine(engine)
     port = kdbus_bus.Port(context, device.bus, serving)
     privileged = device.credentials.uid in (0, context.bus.owner)
@@ -473,7 +486,7 @@ def serve(
 
 def serve_control(device: entries.Device, sock: socket.socket) -> None:
     """Serve an open control node until it is closed."""
-    line = Line(sock, entries.ToDeviceWorker)
+    line = FileLine(sock, entries.ToDeviceWorker)
     control = Control()
     file = Device(line, control, device.credentials.uid, device.transport)
     control.bus = ControlPort(file)

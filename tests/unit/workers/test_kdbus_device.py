@@ -16,7 +16,7 @@ from kbusd.kdbus import abi, layout
 from kbusd.kdbus.session import Session
 from kbusd.rings import entries
 from kbusd.rings.line import Line, pair
-from kbusd.workers.kdbus_device import Device
+from kbusd.workers.kdbus_device import Device, FileLine
 from tests.unit.kdbus.world import Port, World
 
 COMMAND, MESSAGE, PAYLOAD = 0x1000, 0x20000, 0x30000  # far apart: nothing lies near anything
@@ -32,7 +32,7 @@ class File:
         self.other = World().client()
         port = Port(self.other.port.world, 1000)
         port.session = Session(port)
-        self.device = Device(Line(theirs, entries.ToDeviceWorker), port.session, 1000, "fuse")
+        self.device = Device(FileLine(theirs, entries.ToDeviceWorker), port.session, 1000, "fuse")
         port.make_pool = self.device.make_pool  # type: ignore[assignment, method-assign]
         self.memory: dict[int, bytes] = {}
         self.ahead: dict[int, entries.Ahead] = {}
@@ -148,3 +148,14 @@ def test_the_supervisor_is_shown_what_poll_is_to_say(file: File) -> None:
     file.memory = {COMMAND: struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)}
     assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == 0
     assert not shown() & select.POLLIN
+
+
+def test_a_message_that_comes_when_the_file_was_just_closed_does_not_end_the_worker(
+    file: File,
+) -> None:
+    """Who is woken is gone; that the file is closed is what the line says next."""
+    file.line.close()
+    file.other.send(file.device.session.id)  # type: ignore[union-attr]
+    file.device.nudge()
+    assert not file.device.requests(lambda: None)
+    assert file.device.line.flush()
