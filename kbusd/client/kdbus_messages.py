@@ -166,7 +166,10 @@ class Outgoing:
         if self.flags & abi.MSG_SIGNAL:
             head = wire_header.parse(self.data)
             arguments = wire_body.string_arguments(
-                self.data[head.header_length :], head.signature, head.endian == "B"
+                self.data[head.header_length :],
+                head.signature,
+                head.endian == "B",
+                elements=bloommatch.MAX_ELEMENTS + 1,
             )
             bits = bloommatch.message_filter(
                 parameter.size,

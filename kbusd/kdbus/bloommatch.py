@@ -19,6 +19,7 @@ from typing import Protocol
 from kbusd.kdbus import abi, bloomhash, layout
 from kbusd.kdbus.payload import unique_id
 
+MAX_ELEMENTS = 1024  # of arrays in one message; more would fill most filters, and cost as much
 MAX_PREFIX = 1024  # bytes: as long as a match rule may be; more would cost the square of the length
 
 _TYPES = {1: "method_call", 2: "method_return", 3: "error", 4: "signal"}
@@ -64,7 +65,8 @@ def message_filter(
 
     `arguments` are (index, type, text) as `gvariant.text_arguments` or kbusd.wire.body give them.
     If the bus's parameters are none that sd-bus could use, nobody knows what its clients' masks mean:
-    then the filter has all bits, so that everyone who may see the signal gets it.
+    then the filter has all bits, so that everyone who may see the signal gets it. So it has for more
+    than MAX_ELEMENTS elements of arrays.
     """
     if not bloomhash.usable(size, n_hash):
         return b"\xff" * size
@@ -84,9 +86,13 @@ def message_filter(
         add("path", value)
         for prefix in _prefixes(value, b"/"):
             add("path-slash-prefix", prefix)
+    elements = 0
     for index, kind, text in arguments:
         value = text.encode()
         if kind.startswith("a"):
+            elements += 1
+            if elements > MAX_ELEMENTS:
+                return b"\xff" * size
             add(f"arg{index}-has", value)
             continue
         add(f"arg{index}", value)

@@ -15,6 +15,6 @@ cdef size_t opaque_from(const uint8_t *body, size_t have, size_t size, const uin
                         size_t signature_length, bint big_endian) noexcept nogil
 cdef int check_variant(Reader *reader, int depth) noexcept nogil
 cdef tuple strings(const uint8_t *body, size_t size, const uint8_t *signature,
-                   size_t signature_length, bint big_endian, int upto)
+                   size_t signature_length, bint big_endian, int upto, int elements)
 cdef int _value(Reader *reader, const uint8_t *signature, int at, int depth) noexcept nogil
 cdef int _array(Reader *reader, const uint8_t *signature, int at, int depth) noexcept nogil

@@ -297,8 +297,9 @@ def _array(reader, signature, at, depth):
     return after if reader.at == end else -ARRAY_LENGTH
 
 
-def strings(body, size, signature, signature_length, big_endian, upto):
-    """The arguments of types s, o and g among the first `upto`: (index, type, text) each.
+def strings(body, size, signature, signature_length, big_endian, upto, elements):
+    """The arguments of types s, o and g among the first `upto`: (index, type, text) each. Of arrays
+    of these, as, ao and ag, the first `elements` in all are told in the same way.
 
     Checks what it walks over; raises WireError where that breaks a rule.
     """
@@ -307,6 +308,8 @@ def strings(body, size, signature, signature_length, big_endian, upto):
     start: cython.size_t
     index: cython.int = 0
     letter: uint8_t
+    inner: uint8_t
+    length: cython.size_t
     at: cython.int = check_signature(signature, signature_length)
     if at:
         raise WireError(at, reason(at))
@@ -317,11 +320,27 @@ def strings(body, size, signature, signature_length, big_endian, upto):
     reader.ends = cython.NULL
     while at < cython.cast(cython.int, signature_length) and index < upto:
         letter = signature[at]
+        inner = signature[at + 1] if letter == ord("a") else 0
         start = reader.at
         at = _value(cython.address(reader), signature, at, 0)
         if at < 0:
             raise WireError(at, reason(at))
-        if letter == ord("s") or letter == ord("o"):
+        if inner == ord("s") or inner == ord("o") or inner == ord("g"):
+            start = ((start + 3) & ~cython.cast(cython.size_t, 3)) + 4
+            while start < reader.at and elements > 0:
+                if inner == ord("g"):
+                    length = body[start]
+                    start += 1
+                else:
+                    start = (start + 3) & ~cython.cast(cython.size_t, 3)
+                    length = int.from_bytes(
+                        body[start : start + 4], "big" if big_endian else "little"
+                    )
+                    start += 4
+                found.append((index, "a" + chr(inner), body[start : start + length].decode()))
+                start += length + 1
+                elements -= 1
+        elif letter == ord("s") or letter == ord("o"):
             start = ((start + 3) & ~cython.cast(cython.size_t, 3)) + 4
             found.append((index, chr(letter), body[start : reader.at - 1].decode()))
         elif letter == ord("g"):
@@ -368,7 +387,9 @@ def opaque_tail(body: bytes, have: int, signature: bytes, big_endian: bool) -> i
     return opaque_from(body, have, len(body), signature, len(signature), big_endian)
 
 
-def string_arguments(body: bytes, signature: str, big_endian: bool, upto: int = 64) -> tuple:
+def string_arguments(
+    body: bytes, signature: str, big_endian: bool, upto: int = 64, elements: int = 0
+) -> tuple:
     """`strings` for Python: what match rules on arg0..arg63 look at."""
     types: bytes = signature.encode()
-    return strings(body, len(body), types, len(types), big_endian, upto)
+    return strings(body, len(body), types, len(types), big_endian, upto, elements)

@@ -40,6 +40,19 @@ from kbusd.workers.kdbus_requests import Request, Requests
 _NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can be opened later
 
 
+class FileLine(Line):
+    """The line to the supervisor about one file. It goes with the file, at any moment: then that is what
+    `receive` says next, and what we say meanwhile is said to nobody."""
+
+    __slots__ = ()
+
+    def _try(self, data: bytes, fds: Sequence[int]) -> bool:
+        try:
+            return super()._try(data, fds)
+        except BrokenPipeError:
+            return True
+
+
 class Device(Requests):
     """The file: what the supervisor passes on, and what goes back."""
 
@@ -204,7 +217,7 @@ def serve(
 ) -> None:
     """Serve an open file until it is closed or its connection ends; then the supervisor answers what
     is left with ECONNRESET. Raises LineError if the supervisor breaks a rule of the line."""
-    line = Line(sock, entries.ToDeviceWorker)
+    line = FileLine(sock, entries.ToDeviceWorker)
     serving = DeviceEngine(engine)
     port = kdbus_bus.Port(context, device.bus, serving)
     privileged = device.credentials.uid in (0, context.bus.owner)
@@ -217,7 +230,7 @@ def serve(
 
 def serve_control(device: entries.Device, sock: socket.socket) -> None:
     """Serve an open control node until it is closed."""
-    line = Line(sock, entries.ToDeviceWorker)
+    line = FileLine(sock, entries.ToDeviceWorker)
     control = Control()
     file = Device(line, control, device.credentials.uid, device.transport)
     control.bus = ControlPort(file)

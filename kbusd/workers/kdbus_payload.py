@@ -151,7 +151,9 @@ def arrived(
             envelope.interface,
             envelope.member,
             envelope.path,
-            wire_body.string_arguments(body, envelope.signature, envelope.big_endian),
+            wire_body.string_arguments(
+                body, envelope.signature, envelope.big_endian, elements=bloommatch.MAX_ELEMENTS + 1
+            ),
         )
         filter = 0, bits
     name = envelope.destination

@@ -441,6 +441,16 @@ def test_signals_of_dbus_clients_satisfy_masks(bus: KdbusBus) -> None:
     assert not a.readable() and not b.readable()
 
 
+def test_signals_of_dbus_clients_satisfy_masks_about_elements_of_arrays(bus: KdbusBus) -> None:
+    """sd-bus made `argN-has` of its rule arg0has."""
+    a, b, d = bus.kdbus(), bus.kdbus(), bus.connect()
+    a.add_match(items.build(abi.ITEM_BLOOM_MASK, bloom("arg0-has:second", "arg2-has:/third")))
+    b.add_match(items.build(abi.ITEM_BLOOM_MASK, bloom("arg0-has:third")))
+    d.signal("/sig", "com.example.S", "Lists", "asuao", [["first", "second"], 2, ["/third"]])
+    assert payload.read(a.recv().payload).member == "Lists"
+    assert not b.readable()
+
+
 def test_signals_of_kdbus_clients_reach_all_subscribers_once(bus: KdbusBus) -> None:
     a, b, d, deaf = bus.kdbus(), bus.kdbus(), bus.connect(), bus.connect()
     d.add_match("type='signal',interface='com.example.S',arg0='value'")

@@ -202,6 +202,15 @@ def test_long_arguments_do_not_cost_the_square_of_their_length() -> None:
     assert time.process_time() - began < 2
 
 
+def test_more_elements_than_are_looked_at_pass_every_mask() -> None:
+    elements = [(0, "as", str(number)) for number in range(bloommatch.MAX_ELEMENTS + 1)]
+    few, all_ = (
+        bloommatch.message_filter(4096, 1, SIGNAL, "a.b", "M", "/", each)
+        for each in (elements[1:], elements)
+    )
+    assert few != all_ == b"\xff" * 4096
+
+
 def ids(*numbers: int) -> bytes:
     return struct.pack(f"={len(numbers)}Q", *numbers)
 

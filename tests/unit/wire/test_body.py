@@ -258,6 +258,18 @@ def test_string_arguments(big: bool) -> None:
     assert body.string_arguments(data, "ysoasgvs", big, 0) == ()
 
 
+@pytest.mark.parametrize("big", [False, True])
+def test_elements_of_arrays_of_text_are_told_if_asked_for(big: bool) -> None:
+    values = (1, ["one", "", "three"], [], ["/p", "/q"], ["s", "a{sv}"], [["deep"]], "last")
+    data = marshal.marshal("yasasaoagaass", values, big)
+    found = (
+        (1, "as", "one"), (1, "as", ""), (1, "as", "three"), (3, "ao", "/p"), (3, "ao", "/q"),
+        (4, "ag", "s"), (4, "ag", "a{sv}"), (6, "s", "last"),
+    )  # fmt: skip
+    assert body.string_arguments(data, "yasasaoagaass", big, elements=7) == found
+    assert body.string_arguments(data, "yasasaoagaass", big, elements=2) == (*found[:2], found[7])
+
+
 def test_match_arguments_stand_at_their_numbers() -> None:
     data = marshal.marshal("usogsu", (1, "a", "/b", "g", "c", 2), False)
     found = body.match_arguments(data, "usogsu", False)

@@ -20,7 +20,7 @@ from kbusd.kdbus import abi, layout
 from kbusd.kdbus.session import Session
 from kbusd.rings import entries
 from kbusd.rings.line import Line, pair
-from kbusd.workers.kdbus_device import Device
+from kbusd.workers.kdbus_device import Device, FileLine
 from kbusd.workers.kdbus_requests import Request, Requests
 from tests.unit.kdbus.world import Port, World
 
@@ -38,7 +38,7 @@ class File:
         self.other = World().client()
         port = Port(self.other.port.world, 1000)
         port.session = Session(port)
-        self.device = Device(Line(theirs, entries.ToDeviceWorker), port.session, 1000, "fuse")
+        self.device = Device(FileLine(theirs, entries.ToDeviceWorker), port.session, 1000, "fuse")
         port.make_pool = self.device.make_pool  # type: ignore[assignment, method-assign]
         self.memory: dict[int, bytes] = {}
         self.ahead: dict[int, entries.Ahead] = {}
@@ -215,3 +215,14 @@ def test_return_flags_of_an_ordinary_command_are_written_over(file: File) -> Non
     assert file.stored == [(COMMAND + 16, bytes(8))]
     assert file.ioctl(abi.CMD_FREE, COMMAND, struct.pack("=4Q", 32, 0, 0, offset)) == -errno.ENXIO
     assert len(file.stored) == 1
+
+
+def test_a_message_that_comes_when_the_file_was_just_closed_does_not_end_the_worker(
+    file: File,
+) -> None:
+    """Who is woken is gone; that the file is closed is what the line says next."""
+    file.line.close()
+    file.other.send(file.device.session.id)  # type: ignore[union-attr]
+    file.device.nudge()
+    assert not file.device.requests(lambda: None)
+    assert file.device.line.flush()
