@@ -43,7 +43,7 @@ class LineError(Exception):
 class Line:
     """Sends and receives typed records on `sock`. `messages` is the union that may come in.
 
-    Where several threads receive, each line needs a `buffer` of its own, MAX_RECORD bytes."""
+    Where several threads receive, each line or each thread needs a `buffer` of its own, MAX_RECORD bytes."""
 
     __slots__ = ("_buffer", "_decode", "queue", "sock")
 
@@ -89,13 +89,14 @@ class Line:
             return False
         return True
 
-    def receive(self) -> tuple[Any, list[int]] | None:
+    def receive(self, buffer: bytearray | None = None) -> tuple[Any, list[int]] | None:
         """The next record and its descriptors, or None if there is none now.
 
         Raises EOFError when the other end has closed, LineError when it broke the rules."""
+        buffer = self._buffer if buffer is None else buffer
         try:
             size, ancillary, flags, _ = self.sock.recvmsg_into(
-                [self._buffer], _ANCILLARY, _RECEIVE | self._wait_flag()
+                [buffer], _ANCILLARY, _RECEIVE | self._wait_flag()
             )
         except BlockingIOError:
             return None
@@ -103,7 +104,7 @@ class Line:
             raise EOFError from None
         if size and not ancillary and not flags & _CUT_SHORT:
             try:
-                return self._decode(memoryview(self._buffer)[:size]), []
+                return self._decode(memoryview(buffer)[:size]), []
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise LineError(f"a record does not decode: {error}") from None
         fds = array.array("i")
@@ -115,7 +116,7 @@ class Line:
                 raise LineError("a record was cut short or lost descriptors")
             if not size:
                 raise EOFError
-            return self._decode(memoryview(self._buffer)[:size]), fds.tolist()
+            return self._decode(memoryview(buffer)[:size]), fds.tolist()
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             close_all(fds)
             raise LineError(f"a record does not decode: {error}") from None

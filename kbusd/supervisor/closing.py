@@ -7,7 +7,7 @@ workers read before they answer. A CUSE node's close(2) does wait for us, till t
     a file is closed    -> its worker ends -> the broker says Left
     it made something   -> that is withdrawn, in the supervisor's thread
 
-Nobody waits for more than WAIT_SECONDS, as the worker may have been taken over; a user whose worker took
+Nobody waits for much more than WAIT_SECONDS, as the worker may have been taken over; a user whose worker took
 longer is not waited for by others for a while, nor is one who closes many files at once.
 """
 
@@ -29,6 +29,7 @@ from kbusd.supervisor.domains import Domain
 from kbusd.supervisor.holder import Holder
 
 WAIT_SECONDS = 1.0
+MORE_SECONDS = 0.02  # for each file that was closed before, as their workers end one after another
 TARDY_SECONDS = 60.0
 MAX_FOR_OTHERS = 8  # of one uid that are going at a time, for requests of others to wait for them
 _OF_FILES = frozenset({abi.IOCTL, abi.POLL})
@@ -161,7 +162,8 @@ class Closings:
         self, holder: Holder, domain: Domain, missing: int, done: Callable[[], object] | None
     ) -> None:
         before = self._going.get(holder.number)
-        until = before.until if before else time.monotonic() + WAIT_SECONDS
+        patience = WAIT_SECONDS + len(self._going) * MORE_SECONDS
+        until = before.until if before else time.monotonic() + patience
         self._going[holder.number] = _Going(
             holder.uid, domain, holder.bus, until, missing, holder.owned is not None, done
         )

@@ -272,7 +272,7 @@ class Connection:
 
     def _hear(self, holder: Holder, buffer: bytearray) -> bool:
         try:
-            received = holder.line.receive()
+            received = holder.line.receive(buffer)
             if received is not None:
                 self._heard(holder, *received)
         except EOFError:

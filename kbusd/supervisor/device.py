@@ -26,6 +26,7 @@ from functools import partial
 from typing import Protocol
 
 from kbusd.rings import entries
+from kbusd.rings.line import MAX_RECORD
 from kbusd.supervisor import reach
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.closing import Closings
@@ -142,7 +143,7 @@ class Devices:
 
     def _serve(self) -> None:
         """Listen, until stuck for once."""
-        buffer = bytearray(MAX_REQUEST)
+        buffer = bytearray(max(MAX_REQUEST, MAX_RECORD))
         ready = Ready(self.epoll.fileno())
         me = threading.current_thread()
         self.aside.listener = threading.get_ident()

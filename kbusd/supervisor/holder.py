@@ -20,7 +20,7 @@ import msgspec
 
 from kbusd.rings import entries
 from kbusd.rings.entries import Credentials
-from kbusd.rings.line import MAX_RECORD, Line, LineError
+from kbusd.rings.line import Line, LineError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
 
@@ -72,7 +72,7 @@ class Holder:
         self.node = node
         # Of our own: the supervisor closes its one when the process has ended, in its thread.
         sock = socket.socket(fileno=os.dup(worker.line.fileno()))
-        self.line = Line(sock, messages, bytearray(MAX_RECORD))
+        self.line = Line(sock, messages)  # each thread receives into a buffer of its own
         self.slow = slow
         self.lock = threading.Lock()  # for sending, and for closing
         self.kernel_handle = 0
