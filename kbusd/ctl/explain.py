@@ -71,6 +71,12 @@ def _run(options: argparse.Namespace) -> int:
         profile = profiles.load(titles[refusals[0].comm])
         print("\n".join(explain(refusals[-1], profile, more)))
     if not ours:
+        if options.pid is not None:
+            print(
+                f"the kernel log has no line of what process {options.pid} was refused (any more);"
+                " the log of the bus says how it ended"
+            )
+            return 1
         of_others = ", ".join(sorted({refusal.comm for refusal in refusals}))
         print(
             f"no line tells of a process of kbusd{f', but of {of_others}' if of_others else ''};"

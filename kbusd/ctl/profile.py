@@ -77,6 +77,8 @@ def _list(_: argparse.Namespace) -> int:
         try:
             profile = profiles.load(name)
             print(f"{name:15} {profile.files[0]}\n{'':15} {profile.why}")
+            if note := profiles.nobody(name):
+                print(f"{'':15} {note}")
         except ProfileError as error:
             wrong = True
             print(f"{name:15} {error}")
@@ -157,6 +159,8 @@ def _check(options: argparse.Namespace) -> int:
                 for selinux in (False, True):
                     compile_profile(profile, arch=arch, selinux=selinux)
             print(f"{which}: right, for {' and '.join(ARCHITECTURES)}, with and without SELinux")
+            if "/" not in which and (note := profiles.nobody(profile.name)):
+                print(f"{which}: {note}")
         except (ProfileError, OSError) as error:
             wrong += 1
             print(error)
@@ -241,9 +245,7 @@ def number(text: str) -> int:
         except ValueError:
             close = difflib.get_close_matches(part, constants.ARGUMENTS, 1)
             hint = f"did you mean {close[0]}?" if close else "give a number"
-            raise ProfileError(
-                "kbusctl", "", f"{part} is no argument that is known", hint
-            ) from None
+            raise ProfileError("", "", f"{part} is no argument that is known", hint) from None
     return total
 
 

@@ -15,6 +15,9 @@ import msgspec
 
 from kbusd.ctl import workers
 from kbusd.sandbox import inforce, profiles
+from kbusd.sandbox.compiled import USERS
+
+_OF_ZYGOTE = ("worker", "kdbus-worker")
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -59,15 +62,20 @@ def findings(rows: list[workers.Row], supervisor: int) -> Iterator[Finding]:
 
 def _of(row: workers.Row, profile: profiles.Profile, supervisor: int) -> Iterator[Finding]:
     it = row.process
+    stays = profile.user if profile.user and not profile.user.names else None
 
     def finding(key: str, prevents: str, on: bool | None, detail: str = "") -> Finding:
-        section = profile.limits.get(key) or getattr(profile, key.replace("-", "_"), None)
+        section = profile.user if key == "apart" else profile.limits.get(key)
+        section = section or getattr(profile, key.replace("-", "_"), None)
         if on is False and not detail:
-            wanted = section is not None and section.enabled
+            wanted = section is not None and section.enabled and section != stays
             detail = "not to be had here" if wanted else section.why if section else "not asked for"
         return Finding(it.title, key, prevents, on, detail)
 
     yield finding("user", "reading and changing what root may", it.uids[1] != 0)
+    if profile.user and profile.user.apart and it.role in _OF_ZYGOTE:
+        own = 0 <= it.uids[1] - profile.user.apart < USERS
+        yield finding("apart", "using up for others what the kernel counts by user", own)
     yield finding("groups", "what membership in groups opens (disk, shadow, docker)", not it.groups)
     held = inforce.capability_names(it.effective | it.permitted)
     yield finding(

@@ -11,6 +11,7 @@ import grp
 import itertools
 import os
 import pwd
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
@@ -211,7 +212,16 @@ def _lookup(file: str, key: str, name: str, table: Mapping[str, int], line: int 
     except KeyError:
         close = difflib.get_close_matches(name, table, 1, 0.5)
         hint = f"did you mean `{close[0]}`?" if close else f"known are {', '.join(table)}"
+        if table is constants.ARGUMENTS and not close:
+            hint = 'kbusd-profile(5) has the names; a number does as well: "0x5401"'
         raise ProfileError(file, key, f"`{name}` is not known", hint, line) from None
+
+
+def _argument(file: str, key: str, name: str, line: int) -> int:
+    """A name of the C headers, or a number that has none here."""
+    if re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,19}", name):
+        return int(name, 0)
+    return _lookup(file, key, name, constants.ARGUMENTS, line)
 
 
 def _all_calls() -> list[str]:
@@ -244,6 +254,11 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
         if rule.errno:
             action = pyseccomp.ERRNO(_lookup(file, key, rule.errno, constants.ERRNOS, line))
         tests = [comparisons(rule, argument) for argument in rule.arguments]
+        indices = [argument.index for argument in rule.arguments]
+        if twice := {index for index in indices if indices.count(index) > 1}:
+            problem = f"argument {twice.pop()} has two conditions"
+            hint = "a rule has one condition for each argument; say it in one, or have two rules"
+            raise ProfileError(file, f"{key}.arguments", problem, hint, line)
         choices = [[pyseccomp.Arg(*each) for each in alternatives] for alternatives in tests]
         for call in rule.calls:
             if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
@@ -297,7 +312,7 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
         return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - USERS, argument.users)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
-    values = [_lookup(file, key, name, constants.ARGUMENTS, line) for name in names]
+    values = [_argument(file, key, name, line) for name in names]
     bits = 0
     for value in values:
         bits |= value

@@ -55,6 +55,7 @@ LIMITS: dict[str, int] = {
 }
 
 ARGUMENTS: dict[str, int] = {
+    "PROT_READ": mmap.PROT_READ,
     "PROT_WRITE": mmap.PROT_WRITE,
     "PROT_EXEC": mmap.PROT_EXEC,
     "AT_EMPTY_PATH": 0x1000,

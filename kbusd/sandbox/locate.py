@@ -27,7 +27,8 @@ class Lines:
                 if header[1] == "[[":
                     counts[table] = counts.get(table, -1) + 1
                     table = (*table, counts[table])
-                self._at.setdefault(table, number)
+                for depth in range(1, len(table) + 1):
+                    self._at.setdefault(table[:depth], number)
             elif key := _KEY.match(line):
                 self._at.setdefault((*table, key[1]), number)
 

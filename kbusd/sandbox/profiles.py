@@ -15,7 +15,7 @@ import stat
 import tomllib
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -231,6 +231,15 @@ def directories() -> list[Path]:
     return [OVERRIDES, _OURS, Path("/usr/share/kbusd/profiles")]
 
 
+def nobody(name: str) -> str:
+    """That no process has the profile of this name, in words; "" if there is one."""
+    ours = [file.stem for folder in directories()[1:] for file in folder.glob("*.toml")]
+    if name in ours:
+        return ""
+    close = difflib.get_close_matches(name, ours, 1)
+    return f"no process has a profile of this name{f'; did you mean {close[0]}?' if close else ''}"
+
+
 def names() -> list[str]:
     """Every profile that can be loaded; base is none, it is only extended."""
     found = {file.stem for folder in directories() for file in folder.glob("*.toml")}
@@ -288,7 +297,7 @@ def load_file(path: Path) -> Profile:
                 file,
                 key,
                 "the section is missing",
-                f"write [{key}], with `enabled = false` and why if it is not wanted",
+                f"write [{key}], with `enabled = false` and why if it is not wanted; or extend a profile",
             )
     if not profile.title:
         raise ProfileError(file, "title", "is missing", "give the process a name, for ps(1)")
@@ -440,6 +449,16 @@ def _explain(file: str, text: str, lines: Lines) -> ProfileError:
         hint = "every section and rule says why it is there"
     elif key.endswith("why"):
         hint = "a reason has at least eight characters"
+    elif problem.startswith("Expected `array`, got `str`"):
+        hint = 'a list in brackets: ["..."]'
+    elif problem.startswith("Expected `array`, got `object`"):
+        hint = f"one of several is written in two brackets: [[{key}]]"
+    elif problem.startswith("Expected `str`, got `int`") and "arguments" in key:
+        hint = 'a number stands in quotes, too: "1"'
+    elif key.endswith("when"):
+        hint = f"known are {', '.join(get_args(Condition))}"
+    elif key.endswith("apart") or key.endswith("users"):
+        hint = "the first of 65536 users, a number that 65536 divides"
     else:
         hint = "see kbusd-profile(5)"
     line = lines.of(*(int(part) if part.isdigit() else part for part in _PART.findall(inside)))

@@ -52,6 +52,8 @@ def test_security_tells_what_is_on_and_why_not(bus: Bus) -> None:
     worker = {name: row for (process, name), row in rows.items() if process == "kbusd-worker"}
     for name in ("user", "groups", "capabilities", "no-new-privileges", "seccomp", "nproc"):
         assert worker[name]["on"], worker[name]
+    assert worker["apart"]["on"] == (os.getuid() == 0)
+    assert "another user" in rows["kbusd", "user"]["detail"] or os.getuid() != 0
     of_supervisor = rows["kbusd", "seccomp"]
     assert not of_supervisor["on"]
     assert "inherited for ever" in of_supervisor["detail"]  # the reason that the profile gives

@@ -201,7 +201,7 @@ MISTAKES = [
         WHY + "[user]\n" + WHY + 'names = "nobody"\n',
         "user.names",
         "expected `array`",
-        "see kbusd-profile(5)",
+        "a list in brackets",
     ),
     (
         "unknown call",
@@ -230,6 +230,35 @@ MISTAKES = [
         "seccomp.rules (read).arguments",
         "needs exactly one of",
         "",
+    ),
+    (
+        "two conditions on one argument",
+        RULE + WHY + 'calls = ["read"]\narguments = [{ index = 0, without = ["1"] },'
+        ' { index = 0, not-equals = "2" }]\n',
+        "seccomp.rules (read).arguments",
+        "argument 0 has two conditions",
+        "two rules",
+    ),
+    (
+        "a number without quotes",
+        RULE + WHY + 'calls = ["read"]\narguments = [{ index = 0, one-of = [1] }]\n',
+        "seccomp.rules[0].arguments[0].one-of[0]",
+        "expected `str`, got `int`",
+        "in quotes",
+    ),
+    (
+        "an unknown section",
+        WHY + "[limit.nofile]\nvalue = 1\n" + WHY,
+        "the file",
+        ":2: the file: object contains unknown field `limit`",
+        "did you mean `limits`?",
+    ),
+    (
+        "a rule with one bracket",
+        "\n\n\n" + WHY + "[seccomp]\n" + WHY + "[seccomp.rules]\n" + WHY,
+        "seccomp.rules",
+        ":7: seccomp.rules: expected `array`",
+        "two brackets: [[seccomp.rules]]",
     ),
     (
         "a rule that would win silently",
@@ -382,6 +411,21 @@ def test_where_nothing_is_extended_nothing_can_be_removed(folder: Path) -> None:
     write(folder, "worker", whole)
     with pytest.raises(ProfileError, match=r"toml:4: seccomp.remove: `read` has no rule"):
         profiles.load("worker")
+
+
+def test_an_argument_can_be_a_number_that_has_no_name_here(folder: Path) -> None:
+    argument = 'arguments = [{ index = 1, one-of = ["0x5413", "7"] }]\n'
+    write(folder, "worker", RULE + WHY + 'calls = ["ioctl"]\n' + argument)
+    profile = profiles.load("worker")
+    compile_profile(profile)
+    for value, action in ((0x5413, "allow"), (7, "allow"), (8, "kill")):
+        assert judge(profile, "ioctl", [0, value], conditions(False)).action == action
+
+
+def test_an_override_that_no_process_has_is_told(folder: Path) -> None:
+    write(folder, "workr", WHY)
+    assert not profiles.nobody("worker")
+    assert profiles.nobody("workr").endswith("did you mean worker?")
 
 
 @pytest.mark.parametrize(("arch", "allowed"), [("arm64", True), ("x86-64", False)])
