@@ -1,9 +1,11 @@
 """The broker's I/O: one thread, one epoll, lines to supervisor, launcher and every worker.
 
-Reads records, hands them to `bus.py`, and is the Outside that it acts through. No worker can block it: a
-record that its reader does not take is queued, and a worker with too many of those is ended. A
-line that breaks its rules costs its worker and nobody else; when the supervisor's line closes the
-bus is over.
+Reads records, hands them to `bus.py`, and is the Outside that it acts through. No worker blocks it: a
+record that its reader does not take is queued. Till it takes that, nothing more is heard of it, so
+that it can't have answers piled up; what others have sent to it may, and a worker with too much of it is
+ended. So is, when half of our descriptors wait for workers or they have run out, the one for which most
+wait. A line that breaks its rules costs its worker and nobody else; when the supervisor's line closes
+the bus is over.
 
 A Wake carries nothing: it is sent at the end of a turn and only if nothing else was sent to
 that worker after the entry it is for. While a worker's socket is full it has records to read
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import select
 import socket
 import time
@@ -87,6 +90,8 @@ class Server:
         self._over = False
         self._failure: LineError | None = None
         self._broken: dict[int, str] = {}
+        # Descriptors for workers; we will have as many as we could.
+        self._most_waiting = resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2
         self._epoll = select.epoll()
         self._epoll.register(self._supervisor.fileno(), _READ)
         self._vectors: selinux.AccessVectors | None = None
@@ -176,6 +181,9 @@ class Server:
             self._broken[worker] = f"its worker {error}"
         except LineError as error:
             self._broken[worker] = f"its worker broke the line's rules: {error}"
+        except OSError as error:
+            self._make_room()
+            self._broken[worker] = f"its worker asked for what is not to be had: {error.strerror}"
 
     def _drop(self, worker: int, reason: str) -> None:
         """A worker that broke the rules or does not read: have it ended, forget it now."""
@@ -347,12 +355,31 @@ class Server:
         except (BrokenPipeError, ConnectionResetError):
             return  # it is gone; its line says so next
         except OSError as error:
-            self._broken[worker] = f"cannot be sent to: {error.strerror}"
+            if self._make_room():
+                self.send(worker, message, fds)
+            else:
+                self._broken[worker] = f"cannot be sent to: {error.strerror}"
             return
         if line.queue:
-            self._epoll.modify(line.fileno(), _READ | _WRITE)
+            self._epoll.modify(line.fileno(), _WRITE)
+            if fds:
+                self._make_room(self._most_waiting)
             if len(line.queue) > MAX_QUEUED:
                 self._broken[worker] = f"its worker left {MAX_QUEUED} records unread"
+
+    def _make_room(self, most: int = 0) -> bool:
+        """If more than so many descriptors wait for workers, end the one that leaves most of them."""
+        waiting = {
+            worker: sum(len(fds) for _, fds in line.queue) for worker, line in self._lines.items()
+        }
+        if sum(waiting.values()) <= most:
+            return False
+        worker = max(waiting, key=waiting.__getitem__)
+        queue = self._lines[worker].queue
+        while queue:
+            close_all(queue.popleft()[1])
+        self._broken[worker] = f"its worker left {waiting[worker]} descriptors unread"
+        return True
 
     def wake(self, worker: int) -> None:
         self._wake_up.add(worker)

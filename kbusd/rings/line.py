@@ -64,7 +64,7 @@ class Line:
         Queued descriptors are duplicated. Raises OSError (EPIPE, ECONNRESET) if it is gone."""
         data = _encode(message)
         if self.queue or not self._try(data, fds):
-            self.queue.append((data, tuple(os.dup(fd) for fd in fds)))
+            self.queue.append((data, _dup_all(fds)))
 
     def offer(self, message: msgspec.Struct) -> bool:
         """Send if that is possible at once; False if not, and nothing is queued. Raises OSError."""
@@ -138,6 +138,17 @@ class Line:
 def close_all(fds: Sequence[int] | array.array[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _dup_all(fds: Sequence[int]) -> tuple[int, ...]:
+    """All or none of them. Raises OSError."""
+    copies: list[int] = []
+    try:
+        copies.extend(map(os.dup, fds))
+    except OSError:
+        close_all(copies)
+        raise
+    return tuple(copies)
 
 
 def prepare(messages: Any) -> Callable[[memoryview], Any]:

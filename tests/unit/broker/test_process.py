@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -36,14 +37,15 @@ PROFILE = encode(compile_all()["broker"])  # the real one: what it forbids ends 
 class Broker:
     """The process; we are its supervisor."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, files: int = 4096, **settings: Any) -> None:
+        """`files`: how many descriptors it may have."""
         ours, theirs = pair()
         fds = (
             theirs.detach(),
             sealed("configuration", configuration.encode(World(**settings).configuration)),
             sealed("profile", PROFILE),
         )
-        self.process = start(["--guid", "00", "--address", ADDRESS], fds)
+        self.process = start(["--guid", "00", "--address", ADDRESS], fds, files)
         self.line = Line(ours, e.ToSupervisor)
         self.next_worker = 1
         message, (self.log_fd,) = self.hear()
@@ -120,14 +122,14 @@ def closed(line: Line) -> bool:
         return True
 
 
-def start(arguments: Sequence[str], fds: Sequence[int]) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], fds: Sequence[int], files: int) -> subprocess.Popen[bytes]:
     """`python -m kbusd.broker` with `fds` (which are closed here) as 3, 4, 5."""
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 200) for fd in fds]
     close_all(fds)
     moves = " ".join(f"{n}<&{fd} {fd}<&-" for n, fd in enumerate(high, 3))
     try:
         return subprocess.Popen(
-            ["bash", "-c", f'exec "$@" {moves}', "sh"]
+            ["bash", "-c", f'ulimit -n {files}; exec "$@" {moves}', "sh"]
             + [sys.executable, "-m", "kbusd.broker", *arguments],
             pass_fds=high,
             stderr=subprocess.PIPE,
@@ -287,24 +289,65 @@ def test_hello_on_a_line_without_a_client_is_ended(broker: Broker) -> None:
     assert (type(message), message.worker) == (e.Kill, spare.number)
 
 
-def test_a_worker_that_does_not_read_is_ended_and_blocks_nobody(broker: Broker) -> None:
+def fill(lazy: Worker, message: Any) -> None:
+    """Have it ask, and read nothing, until its own line is full."""
+    data = msgspec.msgpack.encode(message)
+    try:
+        while select.select([], [lazy.line], [], 1)[1]:
+            lazy.line.sock.send(data, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        pass
+
+
+def test_a_worker_that_does_not_read_waits_and_blocks_nobody(broker: Broker) -> None:
     lazy, other = broker.client(), broker.client()
     lazy.line.send(e.AddMatch(2, "member='NameOwnerChanged'"))
     for request in range(3, 200):  # Wakes alone never do it
         other.ask(e.RequestName(request, f"a.b{request}", 0))
-    lazy.line.sock.setblocking(True)
-    ended = False
-    request = 3
-    while not ended:
-        try:
-            lazy.line.sock.send(msgspec.msgpack.encode(e.ReleaseName(request, "a.b")))
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        request += 1
-        ended = bool(select.select([broker.line], [], [], 0)[0])
-    message, _ = broker.hear()
-    assert (type(message), message.worker) == (e.Kill, lazy.number)
+    fill(lazy, e.ReleaseName(7, "a.b"))
     assert other.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
+    assert lazy.ask(e.RequestName(8, "a.c", 0))[0] == e.Reply(8, 1)  # when it has read
+
+
+def test_answers_with_descriptors_do_not_pile_up(broker: Broker) -> None:
+    """Each was kept twice over, a thousand for a worker, until the broker could serve nobody."""
+    lazy, other = broker.client(), broker.client()
+    before = broker.fds()
+    fill(lazy, e.FetchPolicy(7))
+    assert other.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
+    assert broker.fds() <= before + 1
+    lazy.line.close()
+
+
+def test_who_leaves_most_descriptors_waiting_goes_before_they_run_out() -> None:
+    """What the broker had no descriptor for was the end of the bus."""
+    for broker in running(Broker(files=512)):
+        lazy = broker.client()
+        gifts = [os.memfd_create("gift") for _ in range(4)]
+        fill(lazy, e.FetchPolicy(7))
+        others = [broker.client() for _ in range(60)]
+        for other in others:
+            other.line.send(e.Introduce(3, lazy.id, 0, 0), gifts)
+        message, _ = broker.hear()
+        assert (type(message), message.worker) == (e.Kill, lazy.number)
+        assert "descriptors unread" in message.reason
+        for other in others:
+            assert other.ask(e.RequestName(4, f"a.b{other.id}", 0))[0] == e.Reply(4, 1)
+        close_all(gifts)
+
+
+def test_who_asks_for_what_is_not_to_be_had_is_ended_and_not_the_bus() -> None:
+    """Introductions that nobody answers: each holds a descriptor of the broker's."""
+    for broker in running(Broker(files=48)):
+        other, *hostile = (broker.client() for _ in range(16))
+        gifts = [os.memfd_create("gift") for _ in range(4)]
+        for number, peer in enumerate(hostile):
+            for asker in hostile[:number]:
+                with contextlib.suppress(OSError):  # it is ended already
+                    asker.line.send(e.Introduce(3, peer.id, 0, 0), gifts)
+        assert isinstance(broker.hear()[0], e.Kill)
+        assert other.ask(e.RequestName(4, "a.b", 0))[0] == e.Reply(4, 1)
+        close_all(gifts)
 
 
 def test_a_sleeping_worker_is_not_sent_one_wake_per_change(broker: Broker) -> None:
