@@ -59,7 +59,7 @@ class Done(msgspec.Struct, frozen=True):
 @dataclass(slots=True, eq=False)
 class Entry:
     """A message in the pool. `expects` is what its sender waits for: (id, cookie); `answers`, the same of
-    an interrupted call of ours.
+    an interrupted call of ours; `no_reply`: it tells that there will be none.
 
     `fds` are its descriptors in the order of its items, `fds_at` where their numbers belong in the slice, and
     `counted` those that its sender answers for; `incomplete`: it had some that were not kept. `kept`: all of
@@ -74,6 +74,7 @@ class Entry:
     incomplete: bool = False
     expects: tuple[int, int] | None = None
     answers: tuple[int, int] | None = None
+    no_reply: bool = False
     kept: tuple[Known, Parcel, Sequence[bytes | int]] | None = None
 
 
@@ -272,6 +273,7 @@ class Session:
     def _unqueue(self, ticket: int) -> Entry:
         entry = self._queue.remove(ticket)
         self._quota.remove(entry.user, entry.memory, entry.counted)
+        self._calls.untold -= entry.no_reply
         return entry
 
     def _answered_meanwhile(self, header: message.Header) -> int | None:
@@ -935,20 +937,20 @@ class Session:
             self._no_reply(abi.ITEM_REPLY_DEAD, cookie)
 
     def _no_reply(self, type: int, cookie: int) -> None:
-        self._notice(message.announce_no_reply(type, self.id, cookie))
+        self._notice(message.announce_no_reply(type, self.id, cookie), True)
 
-    def _notice(self, what: tuple[message.Header, bytes]) -> None:
+    def _notice(self, what: tuple[message.Header, bytes], no_reply: bool = False) -> None:
         header, item = what
-        mask = metadata.granted(0, self._attach_recv, False) & abi.ATTACH_TIMESTAMP
-        stamp = metadata.Timestamp(0, *self.bus.clock())
-        attached = metadata.build_items(metadata.Metadata(timestamp=stamp), mask)
+        stamp = metadata.Metadata(timestamp=metadata.Timestamp(0, *self.bus.clock()))
+        attached = metadata.build_items(stamp, abi.ATTACH_TIMESTAMP)
         placed = message.place(header, notice=item, attached=attached)
         try:
             slice = self._store(placed, (), True, KERNEL_USER)
         except Errno:
             self._lose()
             return
-        self._queue.push(Entry(slice, KERNEL_USER, slice.size), 0)
+        self._calls.untold += no_reply
+        self._queue.push(Entry(slice, KERNEL_USER, slice.size, no_reply=no_reply), 0)
         self.arrived += 1
 
     # -- time, and the end ---------------------------------------------------------------------
