@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -352,6 +353,7 @@ class Port:
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         memfds = _memfds(parcel, fds)
+        _refuse_sockets(fds[len(memfds) :])
         self._show(parcel, data, fds)
         if not to.kdbus:
             whole = _join(parcel, data, memfds)
@@ -976,6 +978,20 @@ def _memfds(found: Parcel, fds: Sequence[int]) -> list[message.Memfd]:
     for each in memfds:
         _check(each)
     return memfds
+
+
+def _refuse_sockets(fds: Sequence[int]) -> None:
+    """Local ones, as kdbus did. Raises Errno EOPNOTSUPP."""
+    for fd in fds:
+        try:
+            # Told what it is, it does not ask; we do.
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        except OSError:
+            continue  # it is none
+        domain = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+        sock.detach()
+        if domain == socket.AF_UNIX:
+            raise Errno(errno.EOPNOTSUPP, "a local socket in a message")
 
 
 def _check(segment: message.Memfd) -> None:
