@@ -3,8 +3,8 @@
 The supervisor passes on the kernel's requests as they are, and does for us what only it can do to the
 process that waits in one: copy its memory, store into it, take a descriptor. What the client wrote is
 hostile: it is copied, decoded by kbusd/kdbus, and checked, before it is used. The pool is a memfd of ours,
-which we never read: in kdbusfs the supervisor reads it into the client's page cache; where the file is a
-CUSE node, which can't be mapped, the client gets the memfd itself. The other side, the bus, is
+which we never read: in kdbusfs the supervisor reads it into the client's page cache; a client that
+attaches a socket gets the memfd itself, as it has to where the file is a CUSE node. The other side, the bus, is
 `kdbus_bus.py`.
 """
 
@@ -265,10 +265,9 @@ class Device:
                     os.close(fd)
                     raise Errno(errno.EALREADY, "attached a second time")
                 attached = self.attached = Attached(fd, self._uid)
-                if self.cuse:
-                    if self._pool is not None:
-                        self._pool.hand(attached)
-                    pokes += (attach.return_flags(attach.POOL),)
+                if self._pool is not None:
+                    self._pool.hand(attached)
+                pokes += (attach.return_flags(attach.POOL),)
             except Errno as error:
                 raise Errno(error.errno, error.text, pokes) from None
         return Done(tuple((ioctl.argument + poke.offset, poke.data) for poke in pokes))
@@ -378,7 +377,7 @@ class Device:
     def make_pool(self, size: int) -> Pool:
         """Raises Errno ENOMEM."""
         self._pool = Pool(self, size)
-        if self.cuse and self.attached is not None:
+        if self.attached is not None:
             self._pool.hand(self.attached)
         return self._pool
 
@@ -421,9 +420,8 @@ class Pool:
             try:
                 self._memory = mmap.mmap(fd, whole)
                 memfd.seal(fd)
-                if device.cuse:
-                    self._fd = os.dup(fd)
-                else:
+                self._fd = os.dup(fd)
+                if not device.cuse:
                     device.line.send(entries.Pool(size), [fd])
             finally:
                 os.close(fd)
