@@ -70,6 +70,7 @@ def _process(tid: int, parent: int, fields: dict[bytes, bytes]) -> Process:
         audit,
         int(os.readlink(f"/proc/{tid}/ns/pid").strip("pid:[]")),
         (_numbers(fields[b"NStgid"])[-1], inside),
+        int(os.readlink(f"/proc/{tid}/ns/user").strip("user:[]")),
     )
 
 

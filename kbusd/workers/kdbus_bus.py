@@ -67,6 +67,8 @@ def _last_cap() -> int:
 
 
 LAST_CAP = _last_cap()
+HOME = os.stat("/proc/self/ns/user").st_ino
+"""The bus's user namespace; asked now, as nothing can be opened later."""
 
 _ERRNOS = {
     errors.ACCESS_DENIED: errno.EPERM,
@@ -181,7 +183,7 @@ class Port:
     def creator(self) -> metadata.Metadata:
         bus = self._context.bus
         if (maker := self._context.maker) is not None:
-            return _creator(maker)
+            return _creator(maker, self.device.users)
         return metadata.Metadata(
             creds=metadata.Creds(*[bus.owner] * 4, *[metadata.NO_ID] * 4),
             pids=metadata.Pids(bus.pid, bus.pid, 0),
@@ -324,7 +326,7 @@ class Port:
 
     def find(self, id: int) -> Known | None:
         connection = self._replica.connections.get(id)
-        return None if connection is None else _known(connection)
+        return None if connection is None else _known(connection, self.device.users)
 
     def sees(self, who: Known) -> bool:
         mine, other = self._mine, self._replica.connections.get(who.id)
@@ -333,7 +335,8 @@ class Port:
         return self.engine_router.names.sees(mine, other)
 
     def everybody(self) -> Iterable[Known]:
-        return map(_known, filter(self._knows, list(self._replica.connections.values())))
+        everybody = list(self._replica.connections.values())
+        return (_known(each, self.device.users) for each in everybody if self._knows(each))
 
     @property
     def _mine(self) -> Connection | None:
@@ -371,7 +374,9 @@ class Port:
         self._copy_to_monitors(what, _destination(to, parcel))
         if to.id == self._replica.me:
             own = self._replica.connections[to.id]
-            self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
+            self._receive(
+                _known(own, self.device.users), own, parcel, data, tuple(fds), time.monotonic_ns()
+            )
             return
         await self._await_parcel(self._send_parcel(to.id, _encode(parcel), data, fds))
 
@@ -404,7 +409,14 @@ class Port:
                 first.append(self._send_parcel(id, raw, data, fds))
             else:
                 own = self._replica.connections[id]
-                self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
+                self._receive(
+                    _known(own, self.device.users),
+                    own,
+                    parcel,
+                    data,
+                    tuple(fds),
+                    time.monotonic_ns(),
+                )
         if what.message is not None:
             await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
         try:
@@ -616,7 +628,9 @@ class Port:
         if connection.credentials.endpoint:
             raise ParcelError("a parcel of a D-Bus client, past its endpoint")
         if self.session.kind == abi.HELLO_MONITOR:
-            self._receive(_known(connection), connection, found, data, fds, stamp)
+            self._receive(
+                _known(connection, self.device.users), connection, found, data, fds, stamp
+            )
             return 0
         if found.origin:
             return self._forwarded(connection, found, data, stamp)
@@ -631,7 +645,9 @@ class Port:
                 name = None if all else found.dst_name or f":1.{me}"
                 if router.admit(what.facts(name), connection, found.fds) is not None:
                     return errno.EPERM
-            self._receive(_known(connection), connection, found, data, fds, stamp)
+            self._receive(
+                _known(connection, self.device.users), connection, found, data, fds, stamp
+            )
             self.device.show_events()  # whoever has sent it may look when it returns
         except Errno as error:
             return error.errno
@@ -668,7 +684,7 @@ class Port:
         connection = self._replica.connections.get(sender)
         if connection is not None and connection.kdbus is not None:
             return  # its worker sends us the parcel
-        known = THE_BUS if connection is None else _known(connection)
+        known = THE_BUS if connection is None else _known(connection, self.device.users)
         try:
             wire_body.check_body(body, envelope.signature.encode(), envelope.big_endian, 0)
         except WireError:
@@ -722,7 +738,7 @@ class Port:
             if sent is None:
                 return
             cookie = sent[1]
-        known = _known(connection)
+        known = _known(connection, self.device.users)
         error = self._arrived(known, envelope, flags, serial, cookie, body, fds, stamp)
         if error is not None and envelope.type == 1 and not flags & 1:
             self.engine.refuse_call(known.id, serial, errors.LIMITS_EXCEEDED, error)
@@ -874,12 +890,12 @@ class _Lazy:
         return kdbus_payload.facts(message, destination)
 
 
-def _creator(maker: entries.Maker) -> metadata.Metadata:
+def _creator(maker: entries.Maker, users: int) -> metadata.Metadata:
     """What a program that has made a bus lets others know of itself."""
     who, about = maker.credentials, parcel.decode_about(maker.order.about)
     known: dict[int, tuple[str, object]] = {
         abi.ATTACH_CREDS: ("creds", metadata.Creds(*[who.uid] * 4, *[who.gid] * 4)),
-        abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, 0)),
+        abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, about.ppid)),
         abi.ATTACH_AUXGROUPS: ("groups", who.groups),
         abi.ATTACH_TID_COMM: ("tid_comm", about.tid_comm),
         abi.ATTACH_PID_COMM: ("pid_comm", about.pid_comm),
@@ -891,7 +907,7 @@ def _creator(maker: entries.Maker) -> metadata.Metadata:
     if process is not None:
         known |= {
             abi.ATTACH_CREDS: ("creds", metadata.Creds(*process.uids, *process.gids)),
-            abi.ATTACH_CAPS: ("caps", metadata.Caps(LAST_CAP, *process.caps)),
+            abi.ATTACH_CAPS: ("caps", _caps(process, users)),
             abi.ATTACH_CGROUP: ("cgroup", process.cgroup or None),
             abi.ATTACH_AUDIT: ("audit", _audit(process)),
         }
@@ -916,7 +932,15 @@ def as_brought(policy: Iterable[policies.Entry]) -> tuple[entries.PolicyEntry, .
     )
 
 
-def _known(connection: Connection) -> Known:
+def _caps(process: entries.Process, users: int) -> metadata.Caps:
+    """What it may do in the user namespace `users`, of our client: what it may do in its own, if that is the same
+    or the bus's, which is above all others. In a namespace of its own anybody may do anything."""
+    counts = process.users in (users, HOME)
+    return metadata.Caps(LAST_CAP, *(process.caps if counts else (0, 0, 0, 0)))
+
+
+def _known(connection: Connection, users: int) -> Known:
+    """`users`: our client's user namespace."""
     credentials = connection.credentials
     uid, gid = credentials.uid, credentials.gid
     label = credentials.label.rstrip(b"\0")
@@ -933,7 +957,7 @@ def _known(connection: Connection) -> Known:
             connection.kdbus or 0,
             connection.kdbus is not None,
             connection.custom,
-            metadata.Caps(LAST_CAP, *process.caps),
+            _caps(process, users),
             process.cgroup or None,
             _audit(process),
             process.space,

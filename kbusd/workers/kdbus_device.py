@@ -41,7 +41,6 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 
-_NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can be opened later
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
 NEAR = 1024  # bytes that are fetched before what is asked for
@@ -162,7 +161,8 @@ class Request:
         device.space = int(space) if space.isdigit() else 0
         with suppress(ValueError):
             maps = [IdMap.read(files[name]) for name in ("uid_map", "gid_map") if name in files]
-            other = len(maps) == 2 and files.get("ns/user") != _NAMESPACE
+            device.users = int(files.get("ns/user", b"").strip(b"user:[]") or kdbus_bus.HOME)
+            other = len(maps) == 2 and device.users != kdbus_bus.HOME
             device.maps = (maps[0], maps[1]) if other else (SAME, SAME)
         return files
 
@@ -207,6 +207,7 @@ class Device:
         self._asked: dict[int, Wait[Any]] = {}
         self.sees_pids = True  # of the namespace in which the supervisor is
         self.space = 0  # the pid namespace of our client
+        self.users = kdbus_bus.HOME  # and its user namespace
         self.maps = SAME, SAME  # uids and gids of its user namespace
         self._told = (0, 0)  # what who polls was told last: events, and how many had arrived
         self._pushed: list[tuple[int, int]] = []
