@@ -11,10 +11,10 @@ import contextlib
 import os
 import re
 import resource
-import secrets
 import signal
 import socket
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -338,7 +338,7 @@ def _run(
     where = Where(kdbusfs, options.cuse, options.domains)
     has_devices = where != Where(None, None, None)
     kind = Several if has_devices else Supervisor
-    supervisor = kind(configuration, listeners, secrets.token_hex(16), journal, read)
+    supervisor = kind(configuration, listeners, uuid.uuid4().hex, journal, read)
     try:
         for warning in settings.warnings:
             journal.warn(warning)

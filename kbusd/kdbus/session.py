@@ -409,7 +409,9 @@ class Session:
             return decoded.pokes
         with _writing(decoded.pokes):
             items = metadata.build_items(self.bus.creator(), decoded.value, *self.bus.maps)
-            data = message.bus_info(0, self.bus.flags, self.bus.name, items)
+            # kdbus numbered buses; what they have here is a UUID.
+            id = int.from_bytes(self.bus.uuid[:8], "little")
+            data = message.bus_info(id, self.bus.flags, self.bus.name, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
     async def _update(self, whole: bytes) -> tuple[Poke, ...]:

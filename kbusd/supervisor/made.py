@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import syslog
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -291,7 +291,7 @@ class MadeBus(Supervisor):
     ) -> None:
         journal = _Journal(host.journal, name)
         self.host = host
-        super().__init__(configuration, (), secrets.token_hex(16), journal, host.read)
+        super().__init__(configuration, (), uuid.uuid4().hex, journal, host.read)
         self.name, self.owner = name, maker.credentials.uid
         self.ready: Callable[[int], None] | None = ready
         self.over = over
