@@ -33,7 +33,7 @@ _LAYOUT = Struct("=4Q")
 COMMAND = 1 << 30 | _LAYOUT.size << 16 | 0x95 << 8 | 0xF0
 SPEC = Spec("ATTACH", _LAYOUT)
 POOL = 1
-"""In return_flags: mmap(2) is not to be had, the pool comes over the socket."""
+"""In return_flags: the pool comes over the socket. Of a CUSE node it is to be had in no other way."""
 
 INSTALLED = 1 << 30 | 48 << 16 | 0x95 << 8 | 0xF1
 INSTALLED_SPEC = Spec("INSTALLED", Struct("=6Q"))

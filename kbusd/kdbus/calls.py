@@ -44,10 +44,12 @@ class Calls:
     def __len__(self) -> int:
         return len(self._calls)
 
-    def add(self, call: Call) -> None:
-        """Wait for a reply. Raises Errno EMLINK if there are too many already."""
-        if len(self._calls) >= abi.MAX_PENDING_REPLIES:
-            raise Errno(errno.EMLINK, f"{len(self._calls)} calls wait for a reply")
+    def add(self, call: Call, untold: int = 0) -> None:
+        """Wait for a reply. Raises Errno EMLINK if there are too many already, with the `untold`: calls that
+        nobody will answer, which the caller has not read yet."""
+        count = len(self._calls) + untold
+        if count >= abi.MAX_PENDING_REPLIES:
+            raise Errno(errno.EMLINK, f"{count} calls wait for a reply, or to be told of none")
         self._calls.insert(0, call)
 
     def take(self, callee: int, cookie: int) -> Call:

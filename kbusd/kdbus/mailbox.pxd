@@ -8,13 +8,14 @@ cdef class Entry:
     cdef readonly Slice slice
     cdef readonly int64_t user, memory, counted
     cdef public object fds, fds_at, expects, answers, kept
-    cdef public bint incomplete
+    cdef public bint incomplete, no_reply
 
 cdef class Mailbox:
     cdef readonly Pool pool
     cdef readonly Quota quota
     cdef readonly Queue queue
     cdef readonly object memory
+    cdef public int untold      # of those in the queue, how many tell that no reply comes
     cdef readonly dict installing  # by slice: where numbers of descriptors are to be written
     cdef Py_buffer view
     cpdef Entry place(self, tuple header, object parts, int64_t fds, object dst_name, bytes notice,

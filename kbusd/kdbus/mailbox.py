@@ -37,7 +37,7 @@ NO_FLAGS = bytes(8)
 @cython.cclass
 class Entry:
     """A message in the pool. `expects` is what its sender waits for: (id, cookie); `answers`, the same of
-    an interrupted call of ours.
+    an interrupted call of ours; `no_reply`: it tells that there will be none.
 
     `fds` are its descriptors in the order of its items, `fds_at` where their numbers belong in the slice, and
     `counted` those that its sender answers for; `incomplete`: it had some that were not kept. `kept`: all of
@@ -164,6 +164,7 @@ class Mailbox:
         """Take a message out of the queue; it stays in the pool."""
         entry: Entry = self.queue.remove(ticket)
         self.quota.remove(entry.user, entry.memory, entry.counted)
+        self.untold -= entry.no_reply
         return entry
 
     def recv(self, command: bytes):

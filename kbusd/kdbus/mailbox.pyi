@@ -18,11 +18,13 @@ class Entry:
     fds: Sequence[int]
     fds_at: tuple[int, ...]
     incomplete: bool
+    no_reply: bool
     expects: tuple[int, int] | None
     answers: tuple[int, int] | None
     kept: tuple[Known, Parcel, Sequence[bytes | int]] | None
 
 class Mailbox:
+    untold: int
     def __init__(self, size: int, memory: Memory) -> None: ...
     @property
     def pool(self) -> Pool: ...

@@ -381,7 +381,9 @@ class Session:
             return decoded.pokes
         with _writing(decoded.pokes):
             items = metadata.build_items(self.bus.creator(), decoded.value, *self.bus.maps)
-            data = message.bus_info(0, self.bus.flags, self.bus.name, items)
+            # kdbus numbered buses; what they have here is a UUID.
+            id = int.from_bytes(self.bus.uuid[:8], "little")
+            data = message.bus_info(id, self.bus.flags, self.bus.name, items)
             return decoded.pokes + commands.info_result(*self._show(data))
 
     async def _update(self, whole: bytes) -> tuple[Poke, ...]:
@@ -554,7 +556,7 @@ class Session:
         if sync and parcel.reply_or_timeout <= self.bus.clock()[0]:
             raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
-        self._calls.add(call)
+        self._calls.add(call, self.box.untold)
         wait: Wait[Entry] = Wait()
         if sync:
             self._waiting[call] = wait
@@ -890,19 +892,20 @@ class Session:
             self._no_reply(abi.ITEM_REPLY_DEAD, cookie)
 
     def _no_reply(self, type: int, cookie: int) -> None:
-        self._notice(message.announce_no_reply(type, self.id, cookie))
+        self._notice(message.announce_no_reply(type, self.id, cookie), True)
 
-    def _notice(self, what: tuple[message.Header, bytes]) -> None:
+    def _notice(self, what: tuple[message.Header, bytes], no_reply: bool = False) -> None:
         header, item = what
-        mask = metadata.granted(0, self._attach_recv, False) & abi.ATTACH_TIMESTAMP
-        stamp = metadata.Timestamp(0, *self.bus.clock())
-        attached = metadata.build_items(metadata.Metadata(timestamp=stamp), mask)
+        stamp = metadata.Metadata(timestamp=metadata.Timestamp(0, *self.bus.clock()))
+        attached = metadata.build_items(stamp, abi.ATTACH_TIMESTAMP)
         fields = msgspec.structs.astuple(header)
         try:
             entry = self.box.place(fields, (), 0, None, item, attached, KERNEL_USER, True)
         except Errno:
             self._lose()
             return
+        entry.no_reply = no_reply
+        self.box.untold += no_reply
         self.box.queue.push(entry, 0)
         self.arrived += 1
 

@@ -21,7 +21,7 @@ class Process(msgspec.Struct, frozen=True, array_like=True):
 
     `uids` and `gids`: real, effective, saved, of file systems. `caps`: inheritable, permitted, effective,
     bounding. `audit`: login uid and session. `space`: its pid namespace; `pids`: what that calls it and
-    its parent, 0 where it does not see that."""
+    its parent, 0 where it does not see that. `users`: its user namespace, of which `caps` are."""
 
     uids: tuple[int, int, int, int]
     gids: tuple[int, int, int, int]
@@ -30,6 +30,7 @@ class Process(msgspec.Struct, frozen=True, array_like=True):
     audit: tuple[int, int] | None
     space: int
     pids: tuple[int, int]
+    users: int
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):

@@ -58,7 +58,9 @@ def _process(tid: int, parent: int, fields: dict[bytes, bytes]) -> Process:
         above = _numbers(_status(parent)[b"NStgid"])
         own = _numbers(fields[b"NStgid"])
         inside = above[-1] if len(above) == len(own) else 0
-    audit = None
+    cgroup, audit = b"", None
+    with suppress(OSError):  # where the kernel has no cgroups
+        cgroup = _cgroup(_read(tid, "cgroup"))
     with suppress(OSError):  # where the kernel has no audit
         audit = int(_read(tid, "loginuid")), int(_read(tid, "sessionid"))
     sets = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd")
@@ -66,17 +68,19 @@ def _process(tid: int, parent: int, fields: dict[bytes, bytes]) -> Process:
         _four(_numbers(fields[b"Uid"])),
         _four(_numbers(fields[b"Gid"])),
         _four([int(fields[name], 16) for name in sets]),
-        _cgroup(_read(tid, "cgroup")),
+        cgroup,
         audit,
         int(os.readlink(f"/proc/{tid}/ns/pid").strip("pid:[]")),
         (_numbers(fields[b"NStgid"])[-1], inside),
+        int(os.readlink(f"/proc/{tid}/ns/user").strip("user:[]")),
     )
 
 
 def _cgroup(text: bytes) -> bytes:
-    """Its path: where systemd keeps it, else in the unified hierarchy, else in the first (cgroups(7))."""
+    """Its path: where systemd keeps it, else in the unified hierarchy, else in the first (cgroups(7)). If
+    there is no hierarchy, all are in the root."""
     paths = dict(line.split(b":", 2)[1:] for line in text.splitlines() if line.count(b":") >= 2)
-    first = next(iter(paths.values()), b"")
+    first = next(iter(paths.values()), b"/")
     return paths.get(b"name=systemd", paths.get(b"", first))[:_MAX_CGROUP]
 
 

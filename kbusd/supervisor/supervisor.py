@@ -17,9 +17,9 @@ that a client wrote. Trusts the kernel and its configuration; decodes what child
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -107,7 +107,7 @@ class Supervisor:
     ) -> None:
         self._configure(configuration)
         self.listeners = list(listeners)
-        self.guid = secrets.token_hex(16)
+        self.guid = uuid.uuid4().hex
         self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
         self.journal = journal
         self.read = read

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -66,6 +67,8 @@ def _last_cap() -> int:
 
 
 LAST_CAP = _last_cap()
+HOME = os.stat("/proc/self/ns/user").st_ino
+"""The bus's user namespace; asked now, as nothing can be opened later."""
 
 _ERRNOS = {
     errors.ACCESS_DENIED: errno.EPERM,
@@ -156,7 +159,7 @@ class Port:
         self._heard: set[int] = set()  # connections that our client knows of, behind its endpoint
         self._until = 0  # when something that waits has waited too long, at the earliest; 0: never
         # What is told of a connection, as long as it has the same names.
-        self._known: dict[int, tuple[Connection, frozenset[str], Known]] = {}
+        self._known: dict[int, tuple[Connection, frozenset[str], int, Known]] = {}
         self.device: Device
         self.session: Session
 
@@ -183,7 +186,7 @@ class Port:
     def creator(self) -> metadata.Metadata:
         bus = self._context.bus
         if (maker := self._context.maker) is not None:
-            return _creator(maker)
+            return _creator(maker, self.device.users)
         return metadata.Metadata(
             creds=metadata.Creds(*[bus.owner] * 4, *[metadata.NO_ID] * 4),
             pids=metadata.Pids(bus.pid, bus.pid, 0),
@@ -330,11 +333,12 @@ class Port:
 
     def _told_of(self, connection: Connection) -> Known:
         """`_known`, which is not made anew for each message."""
+        names, users = connection.names, self.device.users
         kept = self._known.get(connection.id)
-        if kept is not None and kept[0] is connection and kept[1] is connection.names:
-            return kept[2]
-        known = _known(connection)
-        self._known[connection.id] = connection, connection.names, known
+        if kept is not None and kept[0] is connection and kept[1] is names and kept[2] == users:
+            return kept[3]
+        known = _known(connection, users)
+        self._known[connection.id] = connection, names, users, known
         return known
 
     def sees(self, who: Known) -> bool:
@@ -344,7 +348,8 @@ class Port:
         return self.engine_router.names.sees(mine, other)
 
     def everybody(self) -> Iterable[Known]:
-        return map(_known, filter(self._knows, list(self._replica.connections.values())))
+        everybody = list(self._replica.connections.values())
+        return (_known(each, self.device.users) for each in everybody if self._knows(each))
 
     @property
     def _mine(self) -> Connection | None:
@@ -363,7 +368,10 @@ class Port:
         return who.id in self._heard or self.engine_router.names.sees(mine, who)
 
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
-        memfds = _memfds(parcel, fds) if fds else []
+        memfds = []
+        if fds:
+            memfds = _memfds(parcel, fds)
+            _refuse_sockets(fds[len(memfds) :])
         router: DeviceRouter = self.engine_router
         replica = router.replica
         if replica.kdbus_monitors:
@@ -424,7 +432,9 @@ class Port:
                 first.append(self._send_parcel(id, raw, data, fds))
             else:
                 own = self._replica.connections[id]
-                self._receive(_known(own), own, parcel, data, tuple(fds), time.monotonic_ns())
+                self._receive(
+                    self._told_of(own), own, parcel, data, tuple(fds), time.monotonic_ns()
+                )
         if what.message is not None:
             await self._feed(kdbus_payload.wire(what.message, self._next(), None), ())
         try:
@@ -691,7 +701,7 @@ class Port:
         connection = self._replica.connections.get(sender)
         if connection is not None and connection.kdbus is not None:
             return  # its worker sends us the parcel
-        known = THE_BUS if connection is None else _known(connection)
+        known = THE_BUS if connection is None else _known(connection, self.device.users)
         try:
             wire_body.check_body(body, envelope.signature.encode(), envelope.big_endian, 0)
         except WireError:
@@ -902,12 +912,12 @@ class _Lazy:
         return kdbus_payload.facts(message, destination)
 
 
-def _creator(maker: entries.Maker) -> metadata.Metadata:
+def _creator(maker: entries.Maker, users: int) -> metadata.Metadata:
     """What a program that has made a bus lets others know of itself."""
     who, about = maker.credentials, parcel.decode_about(maker.order.about)
     known: dict[int, tuple[str, object]] = {
         abi.ATTACH_CREDS: ("creds", metadata.Creds(*[who.uid] * 4, *[who.gid] * 4)),
-        abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, 0)),
+        abi.ATTACH_PIDS: ("pids", metadata.Pids(who.pid, about.tid, about.ppid)),
         abi.ATTACH_AUXGROUPS: ("groups", who.groups),
         abi.ATTACH_TID_COMM: ("tid_comm", about.tid_comm),
         abi.ATTACH_PID_COMM: ("pid_comm", about.pid_comm),
@@ -919,7 +929,7 @@ def _creator(maker: entries.Maker) -> metadata.Metadata:
     if process is not None:
         known |= {
             abi.ATTACH_CREDS: ("creds", metadata.Creds(*process.uids, *process.gids)),
-            abi.ATTACH_CAPS: ("caps", metadata.Caps(LAST_CAP, *process.caps)),
+            abi.ATTACH_CAPS: ("caps", _caps(process, users)),
             abi.ATTACH_CGROUP: ("cgroup", process.cgroup or None),
             abi.ATTACH_AUDIT: ("audit", _audit(process)),
         }
@@ -944,7 +954,15 @@ def as_brought(policy: Iterable[policies.Entry]) -> tuple[entries.PolicyEntry, .
     )
 
 
-def _known(connection: Connection) -> Known:
+def _caps(process: entries.Process, users: int) -> metadata.Caps:
+    """What it may do in the user namespace `users`, of our client: what it may do in its own, if that is the same
+    or the bus's, which is above all others. In a namespace of its own anybody may do anything."""
+    counts = process.users in (users, HOME)
+    return metadata.Caps(LAST_CAP, *(process.caps if counts else (0, 0, 0, 0)))
+
+
+def _known(connection: Connection, users: int) -> Known:
+    """`users`: our client's user namespace."""
     credentials = connection.credentials
     uid, gid = credentials.uid, credentials.gid
     label = credentials.label.rstrip(b"\0")
@@ -961,7 +979,7 @@ def _known(connection: Connection) -> Known:
             connection.kdbus or 0,
             connection.kdbus is not None,
             connection.custom,
-            metadata.Caps(LAST_CAP, *process.caps),
+            _caps(process, users),
             process.cgroup or None,
             _audit(process),
             process.space,
@@ -1006,6 +1024,20 @@ def _memfds(found: Parcel, fds: Sequence[int]) -> list[message.Memfd]:
     for each in memfds:
         _check(each)
     return memfds
+
+
+def _refuse_sockets(fds: Sequence[int]) -> None:
+    """Local ones, as kdbus did. Raises Errno EOPNOTSUPP."""
+    for fd in fds:
+        try:
+            # Told what it is, it does not ask; we do.
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        except OSError:
+            continue  # it is none
+        domain = sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN)
+        sock.detach()
+        if domain == socket.AF_UNIX:
+            raise Errno(errno.EOPNOTSUPP, "a local socket in a message")
 
 
 def _check(segment: message.Memfd) -> None:

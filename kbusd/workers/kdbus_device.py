@@ -3,8 +3,8 @@
 The supervisor passes on the kernel's requests as they are, and does for us what only it can do to the
 process that waits in one: copy its memory, store into it, take a descriptor. What the client wrote is
 hostile: it is copied, decoded by kbusd/kdbus, and checked, before it is used. The pool is a memfd of ours,
-which we never read: in kdbusfs the supervisor reads it into the client's page cache; where the file is a
-CUSE node, which can't be mapped, the client gets the memfd itself. The other side, the bus, is
+which we never read: in kdbusfs the supervisor reads it into the client's page cache; a client that
+attaches a socket gets the memfd itself, as it has to where the file is a CUSE node. The other side, the bus, is
 `kdbus_bus.py`.
 """
 
@@ -37,8 +37,6 @@ from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 from kbusd.workers.kdbus_requests import Request, Requests
 
-_NAMESPACE = os.readlink("/proc/self/ns/user").encode()  # now, as nothing can be opened later
-
 
 class FileLine(Line):
     """The line to the supervisor about one file. It goes with the file, at any moment: then that is what
@@ -64,6 +62,7 @@ class Device(Requests):
         self._uid = uid
         self.sees_pids = True  # of the namespace in which the supervisor is
         self.space = 0  # the pid namespace of our client
+        self.users = kdbus_bus.HOME  # and its user namespace
         self.maps = SAME, SAME  # uids and gids of its user namespace
 
     def own_command(self, held: Request) -> Coroutine[Wait[Any], None, Done] | None:
@@ -83,10 +82,9 @@ class Device(Requests):
                     os.close(fd)
                     raise Errno(errno.EALREADY, "attached a second time")
                 attached = self.attached = Attached(fd, self._uid)
-                if self.cuse:
-                    if self.pool is not None:
-                        self.pool.hand(attached)
-                    pokes += (attach.return_flags(attach.POOL),)
+                if self.pool is not None:
+                    self.pool.hand(attached)
+                pokes += (attach.return_flags(attach.POOL),)
             except Errno as error:
                 raise Errno(error.errno, error.text, pokes) from None
         return Done(tuple((held.argument + poke.offset, poke.data) for poke in pokes))
@@ -122,7 +120,7 @@ class Device(Requests):
     def make_pool(self, size: int) -> Pool:
         """Raises Errno ENOMEM."""
         pool = self.pool = Pool(self, size)
-        if self.cuse and self.attached is not None:
+        if self.attached is not None:
             pool.hand(self.attached)
         return pool
 
@@ -160,7 +158,8 @@ class Device(Requests):
         self.space = int(space) if space.isdigit() else 0
         with suppress(ValueError):
             maps = [IdMap.read(files[name]) for name in ("uid_map", "gid_map") if name in files]
-            other = len(maps) == 2 and files.get("ns/user") != _NAMESPACE
+            self.users = int(files.get("ns/user", b"").strip(b"user:[]") or kdbus_bus.HOME)
+            other = len(maps) == 2 and self.users != kdbus_bus.HOME
             self.maps = (maps[0], maps[1]) if other else (SAME, SAME)
         return files
 
@@ -179,9 +178,8 @@ class Pool:
             try:
                 self.buffer = mmap.mmap(fd, whole)
                 memfd.seal(fd)
-                if device.cuse:
-                    self._fd = os.dup(fd)
-                else:
+                self._fd = os.dup(fd)
+                if not device.cuse:
                     device.line.send(entries.Pool(size), [fd])
             finally:
                 os.close(fd)

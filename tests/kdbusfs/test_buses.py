@@ -11,6 +11,7 @@ import stat
 import struct
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def test_a_made_bus_is_a_bus_of_its_own(root: Path, shared: KdbusBus) -> None:
         with KdbusClient(str(node)) as one, KdbusClient(str(node)) as two, shared.kdbus() as other:
             assert (one.id, two.id) == (1, 2)
             assert one.uuid == two.uuid != other.uuid
+            for each in (one, other):
+                made_of = uuid.UUID(bytes=each.uuid)
+                assert (made_of.version, made_of.variant) == (4, uuid.RFC_4122)
             assert one.bloom.data == BLOOM
             one.acquire("org.example.Mine")
             two.send(one.id, b"hello", cookie=7)

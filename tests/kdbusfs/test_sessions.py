@@ -167,7 +167,7 @@ def test_an_activator_has_a_name_while_nobody_else_has(bus: KdbusBus) -> None:
     a.close()
     seen = []
     for _ in range(5):
-        ((kind, data),) = ((i.type, i.data) for i in watcher.recv().items)
+        ((kind, data), _) = ((i.type, i.data) for i in watcher.recv().items)
         old, old_flags, new, new_flags = layout.NAME_CHANGE.unpack_from(data)
         seen.append((kind, old, old_flags, new, new_flags))
     add, change, remove = abi.ITEM_NAME_ADD, abi.ITEM_NAME_CHANGE, abi.ITEM_NAME_REMOVE

@@ -601,6 +601,21 @@ def test_calls_without_number_are_refused(pair: tuple[Client, Client]) -> None:
     assert cookie == abi.MAX_PENDING_REPLIES + 1
 
 
+def test_a_call_counts_till_its_caller_has_read_that_there_is_no_reply(world: World) -> None:
+    a, b = world.client(), world.client(uid=1002, pool=16 * POOL)
+    for cookie in range(1, abi.MAX_PENDING_REPLIES + 1):
+        a.end(a.call(b.id, cookie=cookie))
+    world.now += SECOND
+    a.session.tick()
+    with refused("EMLINK"):
+        a.end(a.call(b.id, cookie=999))
+    a.recv()
+    b.recv(abi.RECV_DROP)
+    a.end(a.call(b.id, cookie=999))
+    with refused("EMLINK"):
+        a.end(a.call(b.id, cookie=1000))
+
+
 def test_a_call_that_could_not_be_sent_is_not_waited_for(world: World) -> None:
     a, b = world.client(), world.client()
     with refused("ENOBUFS"):
@@ -714,7 +729,7 @@ def test_a_signal_without_room_is_lost_and_counted(world: World) -> None:
 
 
 def test_what_the_bus_announces(world: World) -> None:
-    watcher = world.client(recv=abi.ATTACH_ALL)
+    watcher = world.client()  # which wants no metadata, but is told when
     kinds = (abi.ITEM_ID_ADD, abi.ITEM_ID_REMOVE)
     names = (abi.ITEM_NAME_ADD, abi.ITEM_NAME_REMOVE, abi.ITEM_NAME_CHANGE)
     for cookie, kind in enumerate(kinds):

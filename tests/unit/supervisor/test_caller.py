@@ -63,8 +63,8 @@ def test_what_proc_says_of_a_caller() -> None:
         (b"9:name=systemd:/b:c\n8:pids:/d\n0::/a\n", b"/b:c"),
         (b"8:pids:/d\n7:cpu:/e\n", b"/d"),
         (b"1:cpu:/" + b"x" * 5000, b"/" + b"x" * 1023),
-        (b"", b""),
-        (b"nonsense", b""),
+        (b"", b"/"),
+        (b"nonsense", b"/"),
     ],
 )
 def test_one_cgroup_of_several_is_told(text: bytes, path: bytes) -> None:

@@ -67,7 +67,7 @@ def port(
     bus = SimpleNamespace(system=False, owner=OWNER, label=b"")
     context: Any = SimpleNamespace(guid="0" * 32, bus=bus, maker=None, closed=closed)
     made = Port(context, "0-test", SimpleNamespace())
-    made.device = SimpleNamespace(attached=None, show_events=lambda: None)  # type: ignore[assignment]
+    made.device = SimpleNamespace(attached=None, users=0, show_events=lambda: None)  # type: ignore[assignment]
     replica = Replica()
     replica.me = ME
     for id in (ME, PEER):
