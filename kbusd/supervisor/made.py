@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import syslog
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
