@@ -8,8 +8,10 @@ in the payload, modulo 8. BLOOM_FILTER is for the bus alone and is left out. Num
 -1 until they are known.
 
 The pool is written here and never read, since the client may see it already. What RECV and FREE
-say beyond the ordinary (flags, items, sizes, errors) is for `session.py`: `recv` and `free` leave it alone.
+say beyond the ordinary (flags, items, sizes; descriptors) is for `session.py`: `recv` and `free` leave it alone.
 """
+
+import errno
 
 import cython
 from cython.cimports.cpython.buffer import PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -30,6 +32,7 @@ FDS = cython.declare(uint64_t, abi.ITEM_FDS)
 DST_NAME = cython.declare(uint64_t, abi.ITEM_DST_NAME)
 NO_OFFSET = cython.declare(uint64_t, abi.NO_OFFSET)
 DROPPED = cython.declare(uint64_t, abi.RECV_RETURN_DROPPED_MSGS)
+EAGAIN = cython.declare(cython.int, errno.EAGAIN)
 RETURN_FLAGS_AT, RESULT_AT = 16, 32  # in RECV
 NO_FLAGS = bytes(8)
 
@@ -167,43 +170,51 @@ class Mailbox:
         self.untold -= entry.no_reply
         return entry
 
-    def recv(self, command: bytes):
-        """What an ordinary RECV writes into its struct, (offset, bytes) each; None if this is not one."""
-        entry: Entry
-        if not _is_plain(command, 64) or not self.queue.readable:
+    def recv(self, command):
+        """An ordinary RECV: its errno or 0, and what it writes into its struct, (offset, bytes) each. None if
+        it is not one."""
+        entry: Entry = None
+        if not _is_plain(command, 64):
             return None
-        try:
+        number: cython.int = EAGAIN
+        offset: uint64_t = self.pool.size
+        size: uint64_t = 0
+        if len(self.queue):
             ticket, entry = self.queue.peek()
-        except Errno:
-            return None
-        if entry.fds or entry.incomplete:
-            return None
+            if entry.fds or entry.incomplete:
+                return None
         lost: uint64_t = self.queue.take_lost()
-        self.unqueue(ticket)
-        self.memory.push(entry.slice.offset, entry.slice.size)
-        self.pool.publish(entry.slice)
-        self.pool.release(entry.slice)
+        if entry is not None:
+            number = 0
+            offset = entry.slice.offset
+            size = entry.slice.size
+            self.unqueue(ticket)
+            self.memory.push(offset, size)
+            self.pool.publish(entry.slice)
+            self.pool.release(entry.slice)
         result: bytes = PyBytes_FromStringAndSize(cython.NULL, 32)
         place = cython.cast(cython.pointer(uint64_t), PyBytes_AS_STRING(result))
         place[0] = lost
-        place[1] = entry.slice.offset
-        place[2] = entry.slice.size
+        place[1] = offset
+        place[2] = size
         place[3] = 0
         flags = DROPPED.to_bytes(8, "little") if lost else NO_FLAGS
-        return (RETURN_FLAGS_AT, flags), (RESULT_AT, result)
+        return number, ((RETURN_FLAGS_AT, flags), (RESULT_AT, result))
 
-    def free(self, command: bytes):
+    def free(self, command):
         """The same for FREE."""
         if not _is_plain(command, 32):
             return None
         offset = cython.cast(cython.pointer(uint64_t), PyBytes_AS_STRING(command))[3]
+        number: cython.int = 0
         try:
             self.pool.free(offset)
-        except Errno:
-            return None
-        if self.installing:
-            self.installing.pop(offset, None)
-        return ((RETURN_FLAGS_AT, NO_FLAGS),)
+        except Errno as error:
+            number = error.errno
+        else:
+            if self.installing:
+                self.installing.pop(offset, None)
+        return number, ((RETURN_FLAGS_AT, NO_FLAGS),)
 
 
 @cython.cfunc

@@ -252,9 +252,10 @@ class Requests:
             return
         held = Request(self, raw, ahead)
         self.held[held.unique] = held
-        stores = self._at_once(held)
-        if stores is not None:
-            held.answer(0, stores)
+        done = self._at_once(held)
+        if done is not None:
+            number, stores = done
+            held.answer(-number, stores)
             return
         command = self._send(held)
         if command is None:
@@ -269,7 +270,7 @@ class Requests:
         raise NotImplementedError
 
     def _at_once(self, held):
-        """What an ordinary RECV or FREE stores; None if it is none, or not all of it is known."""
+        """An ordinary RECV or FREE: its errno and what it stores; None if it is none, or not all known."""
         box: Mailbox
         if (held.command != RECV and held.command != FREE) or held.argument & 7:
             return None
@@ -284,10 +285,10 @@ class Requests:
             if data is None:
                 return None
             data = data[:size]
-        stores = box.recv(data) if held.command == RECV else box.free(data)
-        if stores is not None and not came:
+        done = box.recv(data) if held.command == RECV else box.free(data)
+        if done is not None and not came:
             held._looked(held.argument, size, data)
-        return stores
+        return done
 
     def _send(self, held):
         """An ordinary SEND as a command, if all that it sends has come along; else None."""

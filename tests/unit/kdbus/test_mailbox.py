@@ -132,22 +132,30 @@ def test_recv_and_free_are_what_the_general_code_makes_of_them(
         did = quick.box.recv(raw) if recv else quick.box.free(raw)
         if did is None:
             continue
+        number, quickly = did
         decoded = (commands.decode_recv if recv else commands.decode_free)(raw)
         value = decoded.value
         assert value is not None
-        if isinstance(value, commands.Recv):
-            assert (value.flags, value.priority) == (0, None)
-            dropped = general.box.queue.take_lost()
-            ticket, entry = general.box.queue.peek()
-            general.box.unqueue(ticket)
-            offset, length = general.box.pool.publish(entry.slice)
-            general.box.pool.release(entry.slice)
-            expected = decoded.pokes + commands.recv_result(offset, length, 0, dropped)
-        else:
-            general.box.pool.free(value)
-            expected = decoded.pokes
+        expected = decoded.pokes
+        try:
+            if isinstance(value, commands.Recv):
+                assert (value.flags, value.priority) == (0, None)
+                dropped = general.box.queue.take_lost()
+                expected += commands.recv_result(*general.box.pool.empty, 0, dropped)
+                ticket, entry = general.box.queue.peek()
+                general.box.unqueue(ticket)
+                offset, length = general.box.pool.publish(entry.slice)
+                general.box.pool.release(entry.slice)
+                expected = decoded.pokes + commands.recv_result(offset, length, 0, dropped)
+            else:
+                general.box.pool.free(value)
+            assert number == 0
+        except Errno as error:
+            assert number == error.errno
         after = [bytearray(raw), bytearray(raw)]
-        for each, stores in zip(after, (did, [(p.offset, p.data) for p in expected]), strict=True):
+        for each, stores in zip(
+            after, (quickly, [(p.offset, p.data) for p in expected]), strict=True
+        ):
             for at, data in stores:
                 each[at : at + len(data)] = data
         assert after[0] == after[1]
