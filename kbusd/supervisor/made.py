@@ -237,7 +237,7 @@ class Several(Supervisor):
 
     def _answer(self, holder: Holder, unique: int, number: int) -> None:
         with suppress(OSError):
-            holder.send(entries.Made(unique, number))
+            holder.say(entries.Made(unique, number))
 
     def _publish(self, bus: MadeBus, node: entries.Node) -> int:
         self.devices.queues[bus.name] = bus.clients

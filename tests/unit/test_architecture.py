@@ -53,14 +53,14 @@ PARSERS = {
 SUPERVISOR = ("__init__.py", "clients.py", "journal.py", "listen.py", "spawn.py", "supervisor.py")
 # Devices, counted apart: nothing of it runs without --kdbusfs or --cuse.
 DEVICES = (
-    "caller.py", "calls.py", "connection.py", "cuse.py", "device.py", "domains.py", "endpoints.py", "holder.py",
-    "kdbusfs.py", "made.py", "mount.py", "reach.py", "ready.py",
+    "aside.py", "caller.py", "calls.py", "connection.py", "cuse.py", "device.py", "domains.py", "endpoints.py", "holder.py",
+    "kdbusfs.py", "made.py", "mount.py", "reach.py", "ready.py", "relay.py",
 )  # fmt: skip
 CHILDREN = ("launcher.py", "start.py")  # run in processes of their own, after execve
 MAX_LINES = 500
-MAX_CONNECTION_LINES = 270  # connection.py, what becomes of a request; and all of them:
-# 290 of them for buses and endpoints that programs make, 150 for domains, 190 so that all of it is quick.
-MAX_DEVICES_LINES = 1600
+MAX_CONNECTION_LINES = 200  # connection.py, what becomes of a request; and all of them:
+# 290 of them for buses and endpoints that programs make, 150 for domains, 550 so that all of it is quick.
+MAX_DEVICES_LINES = 1960
 
 
 def layer(package: str) -> int:
