@@ -772,7 +772,10 @@ class Asked(msgspec.Struct, frozen=True, array_like=True, tag="asked"):
 
     READ, WRITE, FLUSH and RELEASE of a file are the supervisor's: it reads from the Pool, refuses
     writing (EINVAL), and closes the line. `ahead`: what there was of the ranges of Ahead, (address,
-    bytes) each; whatever is missing is to be asked for."""
+    bytes) each; whatever is missing is to be asked for.
+
+    This and Answered are all that is said of most calls: supervisor/relay.py writes and reads them
+    by itself, in the order in which the members stand here."""
 
     request: bytes
     ahead: tuple[tuple[int, bytes], ...] = ()

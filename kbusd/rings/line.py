@@ -102,21 +102,21 @@ class Line:
             return None
         except ConnectionResetError:
             raise EOFError from None
-        if size and not ancillary and not flags & _CUT_SHORT:
-            try:
-                return self._decode(memoryview(buffer)[:size]), []
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise LineError(f"a record does not decode: {error}") from None
         fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % 4])
+        record = memoryview(buffer)[:size]
+        return self.decoded(record, fds.tolist() if ancillary else [], flags & _CUT_SHORT)
+
+    def decoded(self, record: memoryview, fds: list[int], cut_short: int) -> tuple[Any, list[int]]:
+        """The same of a record that was received by other means."""
         try:
-            if flags & _CUT_SHORT:
+            if cut_short:
                 raise LineError("a record was cut short or lost descriptors")
-            if not size:
+            if not record:
                 raise EOFError
-            return self._decode(memoryview(buffer)[:size]), fds.tolist()
+            return self._decode(record), fds
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             close_all(fds)
             raise LineError(f"a record does not decode: {error}") from None

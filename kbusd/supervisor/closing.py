@@ -27,6 +27,7 @@ from kbusd.cuse import abi, routing
 from kbusd.supervisor import caller
 from kbusd.supervisor.domains import Domain
 from kbusd.supervisor.holder import Holder
+from kbusd.supervisor.relay import Room
 
 WAIT_SECONDS = 1.0
 MORE_SECONDS = 0.02  # for each file that was closed before, as their workers end one after another
@@ -41,8 +42,8 @@ class Asked(Protocol):
 
     domain: Domain
 
-    def deal(self, request: bytes) -> None:
-        """With a request, now."""
+    def give(self, request: bytes) -> None:
+        """A request that was read already."""
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Closings:
 
     def __init__(
         self,
-        listen: Callable[[int, Callable[[bytearray], bool]], None],
+        listen: Callable[[int, Callable[[Room], bool]], None],
         call: Callable[[Callable[[], None]], None],
     ) -> None:
         """`listen`: have it called when there is something to read; `call`: in the supervisor's thread."""
@@ -192,7 +193,7 @@ class Closings:
         if going is not None and going.done is not None:
             going.done()
 
-    def _go_on(self, _: bytearray) -> bool:
+    def _go_on(self, _: Room) -> bool:
         """With one request that waits for nothing any more; the bell rings on while there are others."""
         with self._lock:
             key = self._ready.popleft() if self._ready else None
@@ -203,5 +204,5 @@ class Closings:
             self.busy = bool(self._going or self._waiting)
         if key is not None and waiting is not None:
             for request in waiting.requests:
-                key[0].deal(request)
+                key[0].give(request)
         return True

@@ -21,9 +21,10 @@ from itertools import count
 from kbusd.cuse import abi, replies, routing
 from kbusd.rings import entries
 from kbusd.supervisor.connection import Connection
-from kbusd.supervisor.device import MAX_REQUEST, Devices
+from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, Domain
 from kbusd.supervisor.holder import Holder
+from kbusd.supervisor.relay import MAX_REQUEST
 
 CUSE = "/dev/cuse"
 DEVICES = "/sys/dev/char"
@@ -113,7 +114,7 @@ class CuseNode(Connection):
             raise NodeError(number, f"cannot make {where}: {text}") from None
         devices.numbers.add(self.number)
         if early:
-            self.request(early)
+            self.give(early)
         devices.listen(fuse, self.take)
 
     def __del__(self) -> None:

@@ -7,8 +7,8 @@
 Why threads, in a process that otherwise has none. To put bytes into a page of the cache waits while that
 page is being read, and it is us who are asked for it. To copy from a client's memory may mean to
 read a page of our own file, or of a file system of the client's that never answers. So whatever may
-wait is done inside `aside` (reach.py). One thread listens and does everything; another looks every
-reach.TICK_SECONDS, while there is traffic, whether it is stuck in there. If so, a new one takes over; the
+wait is done inside `aside` (aside.py). One thread listens and does everything; another looks every
+TICK_SECONDS, while there is traffic, whether it is stuck in there. If so, a new one takes over; the
 descriptor whose event the stuck one deals with is off until then, so what one process says is dealt with
 in order. What is shared is changed by single operations of Python's dicts.
 """
@@ -26,20 +26,18 @@ from functools import partial
 from typing import Protocol
 
 from kbusd.rings import entries
-from kbusd.rings.line import MAX_RECORD
-from kbusd.supervisor import reach
+from kbusd.supervisor.aside import Aside
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.closing import Closings
 from kbusd.supervisor.domains import HOST, Domain
 from kbusd.supervisor.holder import Holder, Host
 from kbusd.supervisor.ready import Ready
+from kbusd.supervisor.relay import Room
 
-MAX_REQUEST = (128 << 10) + 4096
 MAX_WAITING = 1024  # messages for a worker that does not listen
-RETRY_MS = 10
 
-Handler = Callable[[bytearray], bool]
-"""Called when there is something to read, with room for a request; says whether to listen on."""
+Handler = Callable[[Room], bool]
+"""Called when there is something to read, with room for it; says whether to listen on."""
 
 
 class Transport(Protocol):
@@ -75,10 +73,8 @@ class Devices:
         self._jobs: deque[Callable[[], None]] = deque()
         self.epoll = select.epoll()
         self.handlers: dict[int, Handler] = {}
-        self.aside = reach.Aside(self._take_over)
+        self.aside = Aside(self._take_over)
         self.closings = Closings(self.listen, self.call)
-        self._listener = threading.Thread()
-        self._at = -1  # the descriptor that it deals with
         self._start_thread()
 
     # -- the supervisor's thread -----------------------------------------------------------------
@@ -126,62 +122,47 @@ class Devices:
         self.handlers[fd] = handler
         self.epoll.register(fd, select.EPOLLIN)
 
-    def let_go(self) -> None:
-        """Said by a handler: what it is going to do has to do with no other event of its descriptor."""
-        if threading.current_thread() is self._listener:
-            self._at = -1
-
     def forget(self, fd: int) -> None:
         """Before it is closed. Its handler may be at work once more, unless it is that which calls."""
         with suppress(OSError):  # it is off
             self.epoll.unregister(fd)
         del self.handlers[fd]
 
+    # -- threads that listen -----------------------------------------------------------------------
+
     def _start_thread(self) -> None:
-        self._listener = threading.Thread(target=self._serve, name="kbusd-device", daemon=True)
-        self._listener.start()
+        threading.Thread(target=self._serve, name="kbusd-device", daemon=True).start()
 
     def _serve(self) -> None:
         """Listen, until stuck for once."""
-        buffer = bytearray(max(MAX_REQUEST, MAX_RECORD))
-        ready = Ready(self.epoll.fileno())
-        me = threading.current_thread()
-        self.aside.listener = threading.get_ident()
-        while self._listener is me:
-            self._at = fd = ready.wait(RETRY_MS if self.slow or self.closings.busy else -1)
-            handler = self.handlers.get(fd)
-            if handler is None:
-                pass  # it was forgotten meanwhile, or time is up
-            elif not self._handle(handler, buffer):
-                self._turn(fd, handler, on=False)
-            elif self._listener is not me:
-                self._turn(fd, handler, on=True)
-            if self.closings.busy:
-                self.closings.expire()
-            del handler  # and with it a node that has been withdrawn
-            for holder in tuple(self.slow):
-                if holder.flush() > MAX_WAITING:
-                    self.kill(holder, f"leaves {MAX_WAITING} requests unread")
+        Ready(self.epoll.fileno()).serve(self, self.aside, self.handlers, self.slow)
 
-    def _handle(self, handler: Handler, buffer: bytearray) -> bool:
-        try:
-            return handler(buffer)
-        except Exception as error:  # noqa: BLE001 (one client's event must not be the end of all devices)
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{error!r} in {at.filename}:{at.lineno}"
-            self.host.journal.warn(f"a bug of kbusd's devices: {what}; what was asked for is lost")
-            return True
+    def _take_over(self) -> None:
+        """Who listens is stuck, with the event of `aside.event`."""
+        event = self.aside.event
+        if (handler := self.handlers.get(event)) is not None:
+            self.turn(event, handler, on=False)
+        self._start_thread()
 
-    def _turn(self, fd: int, handler: Handler | None, *, on: bool) -> None:
+    def turn(self, fd: int, handler: Handler, on: bool) -> None:
         """A descriptor is not listened to any more, or is again; if it is not that of another by now."""
-        if handler is not None and self.handlers.get(fd) is handler:
+        if self.handlers.get(fd) is handler:
             with suppress(OSError):  # it is so already
                 if on:
                     self.epoll.register(fd, select.EPOLLIN)
                 else:
                     self.epoll.unregister(fd)
 
-    def _take_over(self) -> None:
-        """Who listens is stuck, with the event of `_at`."""
-        self._turn(self._at, self.handlers.get(self._at), on=False)
-        self._start_thread()
+    def flush(self) -> None:
+        """Try again with those that are slow, and give up on those that take too long to go."""
+        for holder in tuple(self.slow):
+            if holder.flush() > MAX_WAITING:
+                self.kill(holder, f"leaves {MAX_WAITING} requests unread")
+        if self.closings.busy:
+            self.closings.expire()
+
+    def bug(self, error: Exception) -> None:
+        """A handler ended so."""
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{error!r} in {at.filename}:{at.lineno}"
+        self.host.journal.warn(f"a bug of kbusd's devices: {what}; what was asked for is lost")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from kbusd.rings.entries import Credentials
 from kbusd.rings.line import Line, LineError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
+from kbusd.supervisor.relay import End
 
 Order = entries.MakeBus | entries.MakeEndpoint
 
@@ -60,33 +59,27 @@ class Host(Protocol):
     def enter(self, holder: Holder, who: entries.Credentials, facts: entries.Facts) -> None: ...
 
 
-class Holder:
+class Holder(End):
     """Whoever holds requests: the worker of an open file, or the tree."""
 
     def __init__(
         self, worker: Worker, messages: object, uid: int, node: int, slow: set[Holder]
     ) -> None:
         """`slow`: those that are to be flushed."""
+        super().__init__()
         self.number = worker.number
         self.uid = uid
         self.node = node
         # Of our own: the supervisor closes its one when the process has ended, in its thread.
-        sock = socket.socket(fileno=os.dup(worker.line.fileno()))
-        self.line = Line(sock, messages)  # each thread receives into a buffer of its own
+        self.fd = os.dup(worker.line.fileno())
+        self.line = Line(socket.socket(fileno=self.fd), messages)
         self.slow = slow
-        self.lock = threading.Lock()  # for sending, and for closing
-        self.kernel_handle = 0
         self.bus = self.endpoint = ""
-        self.why = errno.ECONNRESET  # what requests get when it is gone
+        self.why = errno.ECONNRESET
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.bound = False  # or as its worker
-        self.pool = -1
-        self.events_at = -1
-        self.ahead: dict[int, entries.Ahead] = {}  # by command
-        self.gone = False
-        self.released = False
 
-    def send(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+    def say(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
         """Raises OSError if it is gone."""
         with self.lock:
             self.line.send(message, fds)
@@ -108,13 +101,6 @@ class Holder:
         """From the pool, with zeros behind its end: a short answer would make the file short. Nothing
         if there is no pool."""
         return b"" if self.pool < 0 else os.pread(self.pool, size, offset).ljust(size, b"\0")
-
-    def readable(self) -> int:
-        """The poll(2) events that hold, if its worker says that POLLIN is one of them; else 0."""
-        if self.events_at < 0 or self.gone or self.why == errno.ESHUTDOWN:
-            return 0
-        events = int.from_bytes(os.pread(self.pool, 4, self.events_at), "little")
-        return events & 0xFFFF if events & select.POLLIN else 0
 
     def take_pool(self, fd: int, events_at: int) -> None:
         """Raises LineError."""
@@ -155,6 +141,7 @@ class Holder:
             self.gone |= gone
             self.released |= released
             if gone:
+                self.fd = -1
                 self.line.close()
             if self.gone and self.released and self.pool >= 0:
                 os.close(self.pool)

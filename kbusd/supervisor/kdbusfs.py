@@ -17,7 +17,6 @@ from typing import Any
 from kbusd.cuse import abi, routing
 from kbusd.rings import entries
 from kbusd.rings.line import LineError
-from kbusd.supervisor import reach
 from kbusd.supervisor.connection import Connection
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, Domain
@@ -65,7 +64,7 @@ class Mount(Connection):
         self.nodes = nodes
         if (tree := self.tree) is not None:
             with suppress(OSError):
-                tree.send(entries.Nodes(nodes))
+                tree.say(entries.Nodes(nodes))
 
     def stop(self) -> None:
         """Unmount."""
@@ -91,9 +90,9 @@ class Mount(Connection):
     def _employ_tree(self, first: int, worker: Worker, credentials: entries.Credentials) -> None:
         tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.slow)
         with suppress(OSError):
-            tree.send(entries.Tree(self.nodes, first))
+            tree.say(entries.Tree(self.nodes, first))
         self.tree = tree  # before anybody can hear that it is gone, or it would stay
-        self.hear(tree)
+        self.listen_to(tree)
         self._ask_tree()
 
     def other(self, opcode: int, unique: int, request: bytes) -> None:
@@ -129,12 +128,9 @@ class Mount(Connection):
         self._want_tree(first=time.monotonic_ns())
         return hopeless
 
-    def push(self, holder: Holder, pushed: tuple[tuple[int, int], ...]) -> None:
+    def may_push(self, holder: Holder) -> None:
         if holder.pool < 0:
             raise LineError("pushed pages of a pool that it has not given")
-        with self.devices.aside.work(holder.uid):
-            for offset, size in pushed:
-                reach.push(self.fuse, holder, offset, size)
 
     def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
         match message, fds:

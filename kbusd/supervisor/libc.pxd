@@ -1,9 +1,10 @@
 # What a device server calls in libc that Python does not offer, or not fast enough.
 from libc.stdint cimport uint32_t, uint64_t
+from posix.types cimport off_t
 
 cdef extern from "<errno.h>" nogil:
     int errno
-    enum: EINTR
+    enum: EAGAIN, ECONNRESET, EINTR, ESHUTDOWN
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
@@ -11,6 +12,7 @@ cdef extern from "<time.h>" nogil:
         long tv_nsec
     enum: CLOCK_MONOTONIC
     int clock_gettime(int clock, timespec *time)
+    int nanosleep(const timespec *time, timespec *left)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -23,6 +25,38 @@ cdef extern from "<sys/epoll.h>" nogil:
         uint32_t events
         epoll_data_t data
     int epoll_wait(int epoll, epoll_event *events, int count, int timeout)
+
+cdef extern from "<poll.h>" nogil:
+    enum: POLLIN
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+    struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    enum: MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC
+    enum: SOL_SOCKET, SCM_RIGHTS
+    ssize_t recvmsg(int fd, msghdr *message, int flags)
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+    cmsghdr *CMSG_FIRSTHDR(msghdr *message)
+    cmsghdr *CMSG_NXTHDR(msghdr *message, cmsghdr *after)
+    unsigned char *CMSG_DATA(cmsghdr *head)
+    size_t CMSG_LEN(size_t size)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buffer, size_t size, off_t at)
+    ssize_t read(int fd, void *buffer, size_t size)
+    ssize_t write(int fd, const void *data, size_t size)
+
+cdef extern from "<endian.h>" nogil:
+    uint32_t htobe32(uint32_t value)
+    uint64_t htobe64(uint64_t value)
 
 cdef extern from *:
     """
@@ -47,6 +81,7 @@ cdef extern from *:
         uint32_t stx_dev_minor
         uint32_t stx_rdev_major
         uint32_t stx_rdev_minor
+    ssize_t writev(int fd, const iovec *parts, int count) nogil
     long SYS_pidfd_getfd
     int AT_EMPTY_PATH, AT_STATX_DONT_SYNC
     ssize_t process_vm_readv(

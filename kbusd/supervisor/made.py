@@ -190,7 +190,7 @@ class Several(Supervisor):
         """Somebody says HELLO by a file: the broker is told first who that is, then its worker."""
         self._tell_broker(holder.bus, entries.Entering(holder.number, who))
         with suppress(OSError):
-            holder.send(facts)
+            holder.say(facts)
 
     def make(self, holder: Holder, creator: entries.Credentials, order: Order) -> None:
         """Make what the worker of an open file asks for: a bus, or an endpoint of its own bus."""
@@ -245,7 +245,7 @@ class Several(Supervisor):
 
     def _answer(self, holder: Holder, unique: int, number: int) -> None:
         with suppress(OSError):
-            holder.send(entries.Made(unique, number))
+            holder.say(entries.Made(unique, number))
 
     def _publish(self, bus: MadeBus, node: entries.Node) -> int:
         self.devices.queues[bus.name] = bus.clients

@@ -1,6 +1,6 @@
 # cython: boundscheck=False
 # ruff: noqa: F821  (names without a definition here come from .pxd files)
-"""Which descriptor of an epoll has something to read: looked for a moment, then slept for.
+"""Which descriptor of an epoll has something to read, for its handler: looked for a moment, then slept for.
 
 A client's call takes two wake-ups of ours, one after the other, and to be woken costs more than what is
 done then. Whether looking pays is learnt as workers learn it (kbusd/workers/waiting.py): the time grows
@@ -10,6 +10,8 @@ while sleeps turn out short, and is nothing once one was long, or if somebody el
 import os
 
 import cython
+from cython.cimports.cpython.pythread import PyThread_get_thread_ident
+from cython.cimports.kbusd.supervisor.aside import Aside
 from cython.cimports.kbusd.supervisor.libc import (
     CLOCK_MONOTONIC,
     EINTR,
@@ -20,7 +22,10 @@ from cython.cimports.kbusd.supervisor.libc import (
     sched_yield,
     timespec,
 )
+from cython.cimports.kbusd.supervisor.relay import Room
 from cython.cimports.libc.stdint import int64_t
+
+RETRY_MS = cython.declare(cython.int, 10)  # after so long, who is slow is tried again
 
 LEAST = cython.declare(int64_t, 10_000)
 MOST = cython.declare(int64_t, 50_000)
@@ -39,12 +44,33 @@ def _now() -> int64_t:
 
 @cython.cclass
 class Ready:
-    """For one thread at a time. `epoll`: its descriptor, which stays the caller's."""
+    """For one thread. `epoll`: its descriptor, which stays the caller's."""
 
     def __init__(self, epoll: cython.int):
         self.epoll = epoll
 
-    def wait(self, timeout: cython.int):
+    def serve(self, devices, aside: Aside, handlers: dict, slow: set) -> None:
+        """Listen, as that which is known to `aside`, till that is another one."""
+        me: cython.ulong = PyThread_get_thread_ident()
+        room: Room = Room()
+        closings = devices.closings
+        aside.listener = me
+        while aside.listener == me:
+            aside.event = fd = self._wait(RETRY_MS if slow or closings.busy else -1)
+            handler = handlers.get(fd)
+            if handler is not None:  # else it was forgotten meanwhile, or time is up
+                on = True
+                try:
+                    on = handler(room)
+                except Exception as error:  # noqa: BLE001 (one client's event must not be the end of all)
+                    devices.bug(error)
+                if not on or aside.listener != me:
+                    devices.turn(fd, handler, on)
+                handler = None  # and with it a node that has been withdrawn
+            if slow or closings.busy:
+                devices.flush()
+
+    def _wait(self, timeout) -> cython.int:
         """The descriptor; -1 after `timeout` ms without any, if that is not -1. Raises OSError."""
         event: epoll_event
         count: cython.int

@@ -15,9 +15,10 @@ def request(
     unique: int = 2,
     node: int = 1,
     extra: bytes = b"",
+    tid: int = 77,
 ) -> bytes:
-    """A request of the user 1000, group 100, thread 77."""
+    """A request of the user 1000, group 100."""
     content = (layout.pack(*fields) if layout else b"") + data + extra
     length = abi.IN_HEADER.size + len(content)
-    head = abi.IN_HEADER.pack(length, opcode, unique, node, 1000, 100, 77, len(extra) // 8, 0)
+    head = abi.IN_HEADER.pack(length, opcode, unique, node, 1000, 100, tid, len(extra) // 8, 0)
     return head + content

@@ -1,0 +1,16 @@
+from collections.abc import Callable
+
+MAX_THREADS: int
+MAX_STUCK_PER_UID: int
+TICK_SECONDS: float
+
+class Work:
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+class Aside:
+    listener: int
+    event: int
+    def __init__(self, take_over: Callable[[], None]) -> None: ...
+    def work(self, uid: int) -> Work: ...
+    def let_go(self) -> None: ...
