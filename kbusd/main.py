@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import prctl
@@ -63,7 +63,21 @@ class _Parser(argparse.ArgumentParser):
 
 def _descriptor(text: str) -> int:
     """`--print-address=` is `--print-address`, that is standard output."""
-    return int(text) if text else 1
+    try:
+        return int(text) if text else 1
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid file descriptor {text!r}") from None
+
+
+class _Once(argparse.Action):
+    """Takes a value that can't be given twice: who did so meant two different things."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} was given already")
+        setattr(namespace, self.dest, value)
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -74,10 +88,12 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--session", action="store_true")
     which.add_argument("--system", action="store_true")
-    which.add_argument("--config-file", metavar="FILE")
-    parser.add_argument("--address", metavar="ADDRESS")
-    parser.add_argument("--print-address", nargs="?", type=_descriptor, const=1, metavar="FD")
-    parser.add_argument("--print-pid", nargs="?", type=_descriptor, const=1, metavar="FD")
+    which.add_argument("--config-file", action=_Once, metavar="FILE")
+    parser.add_argument("--address", action=_Once, metavar="ADDRESS")
+    for name in ("print-address", "print-pid"):
+        parser.add_argument(
+            f"--{name}", nargs="?", type=_descriptor, const=1, action=_Once, metavar="FD"
+        )
     parser.add_argument("--fork", dest="fork", action="store_true", default=None)
     parser.add_argument("--nofork", dest="fork", action="store_false")
     parser.add_argument("--nopidfile", action="store_true")

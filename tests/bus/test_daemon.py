@@ -241,8 +241,21 @@ def test_introspect() -> None:
         [],
         ["--config-file"],
         ["--print-address=x", "--session"],
+        ["--address=unix:path=/tmp/kbusd-a", "--address=unix:path=/tmp/kbusd-b", "--session"],
+        ["--config-file=/dev/null", "--config-file=/dev/zero"],
+        ["--session", "--print-address=1", "--print-address=1"],
     ],
-    ids=["unknown", "two buses", "bus and file", "none", "missing value", "bad number"],
+    ids=[
+        "unknown",
+        "two buses",
+        "bus and file",
+        "none",
+        "missing value",
+        "bad number",
+        "two addresses",
+        "two files",
+        "printed twice",
+    ],
 )
 def test_wrong_options_are_refused(options: list[str]) -> None:
     assert refused(*options) != ""
