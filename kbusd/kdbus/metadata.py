@@ -190,9 +190,14 @@ def build_items(data: Metadata, mask: int, uids: IdMap = SAME, gids: IdMap = SAM
     if mask & abi.ATTACH_CONN_DESCRIPTION and data.description is not None:
         parts.append(string(abi.ITEM_CONN_DESCRIPTION, data.description))
     if mask & abi.ATTACH_TIMESTAMP and (stamp := data.timestamp) is not None:
-        packed = layout.TIMESTAMP.pack(stamp.seqnum, stamp.monotonic_ns, stamp.realtime_ns)
-        parts.append(build(abi.ITEM_TIMESTAMP, packed))
+        parts.append(timestamp(stamp))
     return b"".join(parts)
+
+
+def timestamp(stamp: Timestamp) -> bytes:
+    """The TIMESTAMP item, which comes last."""
+    packed = layout.TIMESTAMP.pack(stamp.seqnum, stamp.monotonic_ns, stamp.realtime_ns)
+    return build(abi.ITEM_TIMESTAMP, packed)
 
 
 def owned_name(name: OwnedName) -> bytes:

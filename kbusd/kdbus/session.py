@@ -95,6 +95,8 @@ class Session:
         self.kept = 0
         """Descriptors in the queue."""
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
+        # By sender: the metadata items of its last message, and what they were made of.
+        self._told_before: dict[int, tuple[tuple[object, ...], bytes]] = {}
 
     @property
     def accepts_fds(self) -> bool:
@@ -722,13 +724,7 @@ class Session:
     ) -> Entry:
         """Lay a message out in the pool."""
         mask = metadata.granted(parcel.offered, self._attach_recv, False)
-        attached = b""
-        if mask:
-            known = msgspec.structs.replace(
-                self._metadata(source, parcels.decode_about(parcel.about)),
-                timestamp=metadata.Timestamp(seqnum, *parcel.sent),
-            )
-            attached = metadata.build_items(known, mask, *self.bus.maps)
+        attached = self._items(source, parcel, mask, seqnum) if mask else b""
         header = (
             parcel.flags,
             parcel.priority,
@@ -751,6 +747,23 @@ class Session:
         entry.fds = kept
         entry.incomplete = parcel.fds > len(fds)
         return entry
+
+    def _items(self, source: Known, parcel: Parcel, mask: int, seqnum: int) -> bytes:
+        """What of its metadata is attached to a message: mostly what was with the one before."""
+        attached = b""
+        if mask != abi.ATTACH_TIMESTAMP:
+            names = self._owned(source.id) if mask & abi.ATTACH_NAMES else ()
+            bus = self.bus
+            case = (source, parcel.about, mask, names, bus.maps, bus.sees_pids, bus.space)
+            kept = self._told_before.get(source.id)
+            if kept is None or kept[0] != case:
+                known = self._metadata(source, parcels.decode_about(parcel.about))
+                kept = case, metadata.build_items(known, mask, *bus.maps)  # without a timestamp
+                self._told_before[source.id] = kept
+            attached = kept[1]
+        if mask & abi.ATTACH_TIMESTAMP:  # which comes last
+            attached += metadata.timestamp(metadata.Timestamp(seqnum, *parcel.sent))
+        return attached
 
     def _lose(self) -> None:
         self.box.queue.lose()
@@ -872,6 +885,7 @@ class Session:
             elif not call.interrupted:
                 self._no_reply(abi.ITEM_REPLY_DEAD, call.cookie)
         self._owed.pop(id, None)
+        self._told_before.pop(id, None)
         if seen:
             self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
@@ -896,8 +910,7 @@ class Session:
 
     def _notice(self, what: tuple[message.Header, bytes], no_reply: bool = False) -> None:
         header, item = what
-        stamp = metadata.Metadata(timestamp=metadata.Timestamp(0, *self.bus.clock()))
-        attached = metadata.build_items(stamp, abi.ATTACH_TIMESTAMP)
+        attached = metadata.timestamp(metadata.Timestamp(0, *self.bus.clock()))
         fields = msgspec.structs.astuple(header)
         try:
             entry = self.box.place(fields, (), 0, None, item, attached, KERNEL_USER, True)

@@ -313,6 +313,8 @@ class Port:
         connection = replica.connections.get(id)
         if connection is None:
             return ()
+        if not (connection.names or connection.waits_for or replica.activators):
+            return ()
         names = {*connection.names, *connection.waits_for}
         names.update(name for name, activator in replica.activators.items() if activator == id)
         if id != replica.me:

@@ -286,6 +286,7 @@ int main(int argc, char **argv) {
     repeat(memfds ? "vector" : "device", by_vector);
     if (count > 1)
         for (unsigned i = 0; i < count; i++) {
+            munmap(receivers[i].pool, POOL); /* which holds the file, and so the match */
             close(receivers[i].fd);
             client_add_match(&plain_receivers[i], "type='signal',interface='org.kbusd.Bench'");
         }

@@ -230,6 +230,34 @@ def test_metadata_is_what_the_sender_offers_and_the_receiver_asks_for(world: Wor
     assert modest.recv().all(abi.ITEM_CREDS)
 
 
+def test_metadata_that_has_changed_since_the_message_before_is_told_anew(world: World) -> None:
+    sender, receiver = world.client(send=abi.ATTACH_ALL), world.client(recv=abi.ATTACH_ALL)
+
+    def told(type: int) -> list[bytes]:
+        sender.send(receiver.id)
+        return [item.data for item in receiver.recv().all(type)]
+
+    assert told(abi.ITEM_OWNED_NAME) == []
+    sender.acquire("a.b")
+    assert told(abi.ITEM_OWNED_NAME) == [layout.U64.pack(abi.NAME_PRIMARY) + b"a.b\0"]
+    sender.acquire("a.b", abi.NAME_ALLOW_REPLACEMENT)
+    flags = abi.NAME_PRIMARY | abi.NAME_ALLOW_REPLACEMENT
+    assert told(abi.ITEM_OWNED_NAME) == [layout.U64.pack(flags) + b"a.b\0"]
+    sender.release("a.b")
+    assert told(abi.ITEM_OWNED_NAME) == []
+    sender.port.comm = b"renamed"
+    world.now += FRESH_NS
+    assert told(abi.ITEM_TID_COMM) == [b"renamed\0"]
+    receiver.port.maps = metadata.IdMap(((0, 1000, 1),)), metadata.SAME
+    assert [layout.CREDS.unpack(data)[0] for data in told(abi.ITEM_CREDS)] == [0]
+    first, second = (layout.TIMESTAMP.unpack(told(abi.ITEM_TIMESTAMP)[0])[1] for _ in "12")
+    assert first == second
+    world.now += 1
+    assert layout.TIMESTAMP.unpack(told(abi.ITEM_TIMESTAMP)[0])[1] == second + 1
+    receiver.port.sees_pids = False
+    assert layout.PIDS.unpack(told(abi.ITEM_PIDS)[0]) == (0, 0, 0)
+
+
 def test_a_payload_of_vectors_zeroes_and_memfds(pair: tuple[Client, Client]) -> None:
     a, b = pair
     vector = items.build(abi.ITEM_PAYLOAD_VEC, layout.VECTOR.pack(3, a.PAYLOAD))
