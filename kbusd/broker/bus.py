@@ -329,8 +329,8 @@ class Bus:
                 self.introductions.introduced(connection, message, fds)
                 return
             case FetchSnapshot():
-                snapshot = self._outside.snapshot()
-                self._outside.send(connection.worker, Reply(message.request), [snapshot])
+                snapshot = self._snapshot(connection)
+                self._outside.send(connection.worker, Reply(message.request), snapshot)
                 return
             case FetchPolicy():
                 reply = Reply(message.request, self.generation)
@@ -433,7 +433,7 @@ class Bus:
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
-        snapshot = self._outside.snapshot()
+        snapshot = self._snapshot(connection)
         if message.policy:
             self.name_policy.set(connection, self._next_id, message.policy)
         connection.about = _about(message.about)
@@ -461,7 +461,7 @@ class Bus:
             self._outside.append(NamePolicyChanged(connection.id, message.policy))
         if kind == ACTIVATOR:
             self._owner_changed(self.registry.activate(connection, message.name))
-        self._outside.send(connection.worker, Reply(message.request, connection.id), [snapshot])
+        self._outside.send(connection.worker, Reply(message.request, connection.id), snapshot)
         self._incomplete.pop(connection.worker, None)
         self._outside.joined(connection.worker)
 
@@ -693,6 +693,10 @@ class Bus:
             apart=tuple(self.labels.apart.values()),
             endpoints=self.endpoints.entries(),
         )
+
+    def _snapshot(self, connection: Connection) -> list[int]:
+        assert connection.credentials is not None
+        return self._outside.snapshot(connection.credentials.endpoint)
 
     def size(self) -> int:
         """About how many entries a snapshot has."""

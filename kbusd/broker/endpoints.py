@@ -193,6 +193,11 @@ class Endpoints:
 
     # -- who may go through ------------------------------------------------------------------
 
+    def said(self, name: str) -> tuple[Endpoint, View]:
+        """What an endpoint says; nothing if there is none."""
+        one = self._all.get(name)
+        return (Endpoint(name), policy.nothing(name)) if one is None else (one.policy, one.view)
+
     def view(self, connection: Connection) -> View | None:
         """By what the connection is held back; None: it came by the socket of the bus."""
         assert connection.credentials is not None

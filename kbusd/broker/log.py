@@ -1,6 +1,7 @@
 """The control log and the snapshots that let a worker join in its middle.
 
-The broker is its only writer. A snapshot is a sealed memfd with the encoded state at one position
+The broker is its only writer. Each endpoint by which somebody came has a log of its own, with what filtered.py
+lets pass and the same stamps. A snapshot is a sealed memfd with the encoded state at one position
 of the log; it is given out until the log has gone on by more than replaying is worth, so that most
 connections cost no new one.
 """
@@ -12,12 +13,14 @@ from collections.abc import Callable
 
 import msgspec
 
+from kbusd.broker.filtered import Filter
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
-from kbusd.rings.entries import LogEntry, Snapshot
+from kbusd.rings.entries import EndpointChanged, LogEntry, Snapshot
 
 CAPACITY = 4 * 1024 * 1024  # touched page by page as the log grows; then it goes round
+OF_ENDPOINT = 1024 * 1024
 LOG = 2  # kind of frame: a control-log entry
 REPLAY_ENTRIES = 8  # a worker applies an entry in about 5 µs while its client waits for Hello
 REPLAY_BYTES = 64 * 1024  # far below CAPACITY: a snapshot's position stays in reach
@@ -26,16 +29,14 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Log:
-    """Appends entries, makes snapshots. `state` gives a Snapshot of a position and stamp."""
+    """Appends entries, makes snapshots. `state` gives a Snapshot of a position."""
 
-    def __init__(self) -> None:
-        self._ring = Broadcast(CAPACITY)
-        self._clock = Clock()
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._ring = Broadcast(capacity)
         self._end = 0  # the position behind the last entry
         self._snapshot = -1
         self._position = 0  # of the snapshot
         self._since = 0
-        self._stamp = 0
         self.entries = 0
         self.snapshots = 0
 
@@ -44,12 +45,17 @@ class Log:
         fd: int = self._ring.fileno()
         return fd
 
-    def append(self, entry: LogEntry) -> None:
-        self._stamp = self._clock.tick()
-        self._end = self._ring.append(LOG, self._stamp, b"", _encode(entry))
+    def append(self, entry: LogEntry, stamp: int) -> None:
+        self._end = self._ring.append(LOG, stamp, b"", _encode(entry))
         self.entries += 1
 
-    def snapshot(self, state: Callable[[int, int], Snapshot], size: int) -> int:
+    def forget(self) -> None:
+        """The next snapshot is a new one."""
+        if self._snapshot >= 0:
+            os.close(self._snapshot)
+            self._snapshot = -1
+
+    def snapshot(self, state: Callable[[int], Snapshot], size: int) -> int:
         """A sealed memfd with a recent snapshot; `size` is about how much there is to write.
 
         The larger the state, the longer one is used: making it costs what replaying saves."""
@@ -58,12 +64,54 @@ class Log:
             or self.entries - self._since > max(REPLAY_ENTRIES, size // 4)
             or self._end - self._position > REPLAY_BYTES
         ):
-            if self._snapshot >= 0:
-                os.close(self._snapshot)
-                self._snapshot = -1
-            data = _encode(state(self._end, self._stamp))
+            self.forget()
+            data = _encode(state(self._end))
             self._snapshot = memfd.sealed("kbusd-snapshot", data)
             self._position = self._end
             self._since = self.entries
             self.snapshots += 1
         return self._snapshot
+
+
+class Logs:
+    """The log, and those of endpoints. `state` gives a Snapshot of a position and stamp; `behind` the filter
+    of an endpoint."""
+
+    def __init__(
+        self, state: Callable[[int, int], Snapshot], behind: Callable[[str], Filter]
+    ) -> None:
+        self._log = Log()
+        self._clock = Clock()
+        self._stamp = 0
+        self._state = state
+        self._filter = behind
+        self._behind: dict[str, tuple[Log, Filter]] = {}
+
+    def fileno(self) -> int:
+        """The memfd of the log for all who came by no endpoint."""
+        return self._log.fileno()
+
+    def append(self, entry: LogEntry) -> None:
+        self._stamp = self._clock.tick()
+        self._log.append(entry, self._stamp)
+        for log, filter in self._behind.values():
+            if (passed := filter.entry(entry)) is not None:
+                log.append(passed, self._stamp)
+        if isinstance(entry, EndpointChanged) and entry.name in self._behind:
+            if entry.policy:
+                self._behind[entry.name][0].forget()  # it was made by what the endpoint said before
+            else:
+                del self._behind[entry.name]
+
+    def snapshot(self, endpoint: str, size: int) -> list[int]:
+        """Where to join in: a snapshot; for who came by an endpoint, also the log to go on with."""
+        if not endpoint:
+            return [self._log.snapshot(lambda position: self._state(position, self._stamp), size)]
+        if endpoint not in self._behind:
+            self._behind[endpoint] = Log(OF_ENDPOINT), self._filter(endpoint)
+        log, filter = self._behind[endpoint]
+
+        def state(position: int) -> Snapshot:
+            return filter.snapshot(self._state(position, self._stamp))
+
+        return [log.snapshot(state, size), log.fileno()]

@@ -45,8 +45,9 @@ class Outside(Protocol):
     def look(self, directories: tuple[str, ...]) -> None:
         """Have the launcher look when the directories changed; `Bus.looked` follows."""
 
-    def snapshot(self) -> int:
-        """A descriptor of a sealed memfd with a recent Snapshot; stays the callee's."""
+    def snapshot(self, endpoint: str) -> list[int]:
+        """A descriptor of a sealed memfd with a recent Snapshot, and of the log to go on with for who came
+        by an endpoint; they stay the callee's."""
 
     def policy(self) -> int:
         """A descriptor of the sealed memfd with the configuration; stays the callee's."""

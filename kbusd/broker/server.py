@@ -26,7 +26,8 @@ import msgspec
 
 from kbusd.broker.bus import Bus
 from kbusd.broker.connection import Connection
-from kbusd.broker.log import Log
+from kbusd.broker.filtered import Filter
+from kbusd.broker.log import Logs
 from kbusd.broker.refusal import Violation
 from kbusd.policy import configuration
 from kbusd.rings.entries import (
@@ -78,7 +79,7 @@ class Server:
         self, supervisor: socket.socket, configuration_fd: int, address: str, owner: int
     ) -> None:
         self._journal = Journal("kbusd broker")
-        self._log = Log()
+        self._log = Logs(lambda *at: self._bus.snapshot(*at), self._filter)
         self._supervisor = Line(supervisor, SupervisorMessage)
         self._launcher: Line | None = None
         self._to_launcher: list[ToLauncher] = []
@@ -405,8 +406,8 @@ class Server:
     def look(self, directories: tuple[str, ...]) -> None:
         self._tell_launcher(Look(directories))
 
-    def snapshot(self) -> int:
-        return self._log.snapshot(self._bus.snapshot, self._bus.size())
+    def snapshot(self, endpoint: str) -> list[int]:
+        return self._log.snapshot(endpoint, self._bus.size())
 
     def policy(self) -> int:
         return self._configuration
@@ -432,6 +433,14 @@ class Server:
 
     def say(self, text: str) -> None:
         self._journal.say(text)
+
+    def _filter(self, endpoint: str) -> Filter:
+        inside = [
+            id
+            for id, each in self._bus.by_id.items()
+            if each.credentials and each.credentials.endpoint == endpoint
+        ]
+        return Filter(endpoint, lambda: self._bus.endpoints.said(endpoint), inside)
 
 
 def read_configuration(fd: int) -> configuration.Configuration:

@@ -239,6 +239,13 @@ def _covers(pattern: str, below: bool, name: str) -> bool:
     return name == pattern or (below and name.startswith(pattern + "."))
 
 
+def meets(line: str, patterns: Iterable[tuple[str, bool]]) -> bool:
+    """Whether a line may be about a name that one of the patterns (name, and those below it) covers, too."""
+    said = line.partition("=")[2].partition("=")[0]
+    name, below = said.removesuffix(".*"), said.endswith(".*")
+    return any(_covers(each, too, name) or _covers(name, below, each) for each, too in patterns)
+
+
 def _matches(rule: Rule, asked: Asked, allow: bool) -> bool:
     """A call may leave out its interface: it is not allowed by a rule that names one, and denied."""
     if rule.interface and rule.interface != asked.interface:

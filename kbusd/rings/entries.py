@@ -233,7 +233,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(Request, frozen=True, tag="hello"):
-    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot.
+    """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot; behind an endpoint also its log.
 
     `kdbus` as in ConnectionAdded. With the flags of a monitor, an activator of `name`, or a holder of
     `policy` it is for the privileged only. `about` as in Describe."""

@@ -139,6 +139,11 @@ class Engine:
         """What must stay open through lock-down."""
         return [self.waiting.epoll, *self.peers.descriptors()]
 
+    def leave_log(self) -> None:
+        """Our client is behind an endpoint. It may not get at the log of all by taking us over; the broker
+        gives us another one with the answer to Hello."""
+        self.log = None
+
     # -- life ----------------------------------------------------------------------------------
 
     def prepare(self, client, supervisor, credentials) -> None:
@@ -578,6 +583,8 @@ class Engine:
         passed: tuple = ()
         if fds and isinstance(token.request, entries.Hello):
             snapshot = memfd.read(fds[0])
+            if self.log is None:
+                self.log = BroadcastReader(fds[1], 0)
         elif fds:
             passed = tuple([os.dup(fd) for fd in fds])
         try:
@@ -760,6 +767,13 @@ class Engine:
     def _log_entry(self, raw):
         entry = decode_entry(raw)
         kind = type(entry)
+        if (
+            kind is entries.EndpointChanged
+            and entry.policy
+            and entry.name == self.credentials.endpoint
+        ):
+            self.merge.remove(self.log)
+            self._behind()  # of what it hid before, nothing stands in our log
         if kind in _CHANGES or (kind in _RULES and eavesdrops(entry.rule)):
             self.epoch += 1
         try:

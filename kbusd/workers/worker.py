@@ -55,6 +55,8 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
     # What is imported here, the zygote has imported: after lock-down no file can be opened.
     match _wait_for_work(hand_over):
         case entries.Client() as handed_over, [fd]:
+            if handed_over.credentials.endpoint:
+                engine.leave_log()
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
             _serve_socket(context, engine, hand_over, line, handed_over, client)
         case entries.Device() as device, []:

@@ -15,6 +15,7 @@ from typing import Any
 import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
+from kbusd.broker.log import CAPACITY
 from kbusd.rings import entries
 from tests.kdbusfs.kclient import Buffer, ioctl
 from tests.kdbusfs.test_clients import KdbusBus, fails
@@ -32,8 +33,8 @@ NOBODY = 65534
 class Red(RawSocket):
     """A client whose worker does as it orders."""
 
-    def __init__(self, bus: Bus, attack: str, *arguments: Any) -> None:
-        super().__init__(bus.address)
+    def __init__(self, bus: Bus, attack: str, *arguments: Any, address: str = "") -> None:
+        super().__init__(address or bus.address)
         self.write(zygote.WORD + json.dumps([attack, *arguments]).encode() + b"\n")
 
     def heard(self) -> Any:
@@ -259,6 +260,51 @@ def test_descriptors_in_flight_stop_no_client_from_coming(
         return False
 
     eventually(works, "as soon as it is gone, all is well")
+    red_bus.close_clients()
+
+
+def sizes_of_maps(pid: int) -> list[int]:
+    """Of the Broadcasts that a process has mapped."""
+    with open(f"/proc/{pid}/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if "kbusd-broadcast" in line]
+    return [int(end, 16) - int(begin, 16) for begin, end in ranges]
+
+
+def test_what_an_endpoint_hides_stands_in_nothing_that_its_worker_can_read(
+    red_bus: RedBus, victims: Victims
+) -> None:
+    admin, others = red_bus.connect(), red_bus.connect()
+    said = (["own=red.App", "see=seen.Before", "see=seen.After"], True)
+    (address,) = admin.call(
+        "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.kbusd.Endpoints1", "Add", "sasb",
+        ("red", *said),
+    ).args  # fmt: skip
+    kept = Red(red_bus, "search_log", "seen.Before", "hidden.Before", address=address)
+    whole = Red(red_bus, "search_log")  # by the socket of the bus
+    for red, fds in ((kept, 2), (whole, 1)):
+        given, pid = red.heard()
+        assert given == fds
+        if os.geteuid() == 0:  # nor is the log of all mapped any more
+            mapped = any(size >= CAPACITY for size in sizes_of_maps(pid))
+            assert mapped == (red is whole)
+    others.request_name("hidden.Before")
+    others.request_name("seen.Before")
+    kept.write(b"x")
+    assert kept.heard() == ["seen.Before"]
+    names = ("seen.After", "hidden.After", "hidden.Queue", "hidden.Rule")
+    later = Red(red_bus, "search_log", *names, address=address)
+    assert later.heard()[0] == 2
+    others.request_name("seen.After")
+    others.request_name("hidden.After")
+    others.request_name("hidden.Queue")
+    admin.request_name("hidden.Queue")
+    others.add_match("sender='org.freedesktop.DBus',arg0='hidden.Rule'")
+    others.add_match("sender='hidden.Rule'")
+    others.driver("ReleaseName", "s", ("hidden.After",))
+    later.write(b"x")
+    assert later.heard() == ["seen.After"]
+    for each in (kept, whole, later):
+        each.close()
     red_bus.close_clients()
 
 

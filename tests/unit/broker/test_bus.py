@@ -471,7 +471,7 @@ def test_a_configuration_that_cannot_be_read_changes_nothing_and_is_an_error() -
 def test_a_shortage_is_refused_and_costs_nobody_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
 
-    def short() -> int:
+    def short(_: str) -> list[int]:
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kbusd.broker.connection import Connection
+from kbusd.broker.filtered import Filter
 from kbusd.broker.refusal import Violation
+from kbusd.policy import endpoints
 from kbusd.rings import entries as e
 from kbusd.workers.replica import Replica
 from tests.unit.broker.world import World, credentials, service
@@ -23,7 +25,13 @@ from tests.unit.broker.world import World, credentials, service
 NAMES = st.sampled_from(["a.b", "a.c", "d.e"])
 RULES = st.sampled_from(
     ["", "type='signal'", "member='X'", "member='X',type='signal'", "type='signal',member='X'"]
+    + ["sender='d.e'", "sender='a.b'", "sender='org.freedesktop.DBus',arg0='d.e'"]
 )
+# What those see who came by an endpoint. The last hides what they may have got before.
+SAID = [
+    endpoints.parse("app", lines)
+    for lines in (["own=a.b", "see=a.c"], ["own=d.*", "see=a.b"], ["talk=a.c"])
+]
 PICK = st.integers(0, 1 << 30)
 FDS = (1, 2, 3, 4)
 
@@ -33,8 +41,17 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(services=(service("a.b"),), limits={"max_names_per_connection": 3})
+        self.world = World(
+            services=(service("a.b"),), limits={"max_names_per_connection": 3}, endpoints=SAID[:1]
+        )
+        self.world.bus.ready()
+        self.world.events.clear()
         self.follower = Replica()
+        said = self.world.bus.endpoints.said
+        self.filter = Filter("app", lambda: said("app"), ())
+        self.behind = Replica()  # follows the log of the endpoint
+        for each in (self.follower, self.behind):
+            each.load(self.world.bus.snapshot(0, 0))
         self.read = 0
         self.alive: list[Connection] = []
         self.worker = 0
@@ -48,6 +65,8 @@ class Life(RuleBasedStateMachine):
         for event in self.world.events[self.read :]:
             if event[0] == "log":
                 self.follower.apply(event[1])
+                if (passed := self.filter.entry(event[1])) is not None:
+                    self.behind.apply(passed)
             elif isinstance(event[1], e.Introduction):
                 self.asked.append((event[0], event[1].request))
         self.read = len(self.world.events)
@@ -71,6 +90,21 @@ class Life(RuleBasedStateMachine):
         taken = any(policy == other for other in self.world.bus.name_policy.entries.values())
         hello = e.Hello(1, 2, activates, () if taken else policy) if activates else e.Hello(1)
         self.ask(self.alive[-1], hello)
+
+    @rule()
+    def connect_by_the_endpoint(self) -> None:
+        self.worker += 1
+        self.alive.append(self.world.client(self.worker, 0, "app"))
+        self.read = 0  # of what the world has kept since
+        self.follow()
+
+    @rule(said=st.sampled_from(SAID))
+    def say_something_else(self, said: endpoints.Endpoint) -> None:
+        """Who follows the log of the endpoint begins again."""
+        self.world.bus.endpoints.configure([said])
+        self.follow()
+        self.behind = Replica()
+        self.behind.load(self.filter.snapshot(self.world.bus.snapshot(0, 0)))
 
     @precondition(lambda self: self.alive)
     @rule(pick=PICK)
@@ -135,6 +169,19 @@ class Life(RuleBasedStateMachine):
         loaded.load(self.world.bus.snapshot(0, 0))
         assert view(self.follower) == view(loaded)
         assert view(loaded)["ids"] == {each.id for each in self.alive if each.monitor is None}
+
+    @invariant()
+    def the_log_of_the_endpoint_does_so_too_and_tells_nothing_hidden(self) -> None:
+        loaded = Replica()
+        loaded.load(self.filter.snapshot(self.world.bus.snapshot(0, 0)))
+        assert view(self.behind) == view(loaded)
+        told, shown = self.world.bus.endpoints.said("app")[1], view(loaded)
+        inside = {each.id for each in self.alive if each.credentials.endpoint}  # type: ignore[union-attr]
+        for name, owner in shown["names"].items():
+            assert told.level(name) >= endpoints.SEE or owner in inside
+        assert all(told.level(name) >= endpoints.SEE for name in shown["queues"])
+        for id, rules in shown["matches"].items():
+            assert id in inside or not any("DBus" in each for each in rules)
 
     @invariant()
     def everyone_knows_his_names(self) -> None:

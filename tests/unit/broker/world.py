@@ -80,8 +80,8 @@ class World:
     def look(self, directories: tuple[str, ...]) -> None:
         self.events.append(("look", directories))
 
-    def snapshot(self) -> int:
-        return 77
+    def snapshot(self, endpoint: str) -> list[int]:
+        return [77, 78] if endpoint else [77]
 
     def policy(self) -> int:
         return 88

@@ -113,10 +113,10 @@ class Model:
     def look(self, directories: tuple[str, ...]) -> None:
         pass
 
-    def snapshot(self) -> int:
+    def snapshot(self, endpoint: str) -> list[int]:
         state = self.broker.snapshot(len(self.log), 0)
         self.snapshots.append(msgspec.msgpack.encode(state))
-        return len(self.snapshots) - 1
+        return [len(self.snapshots) - 1]
 
     def policy(self) -> int:
         return 0
