@@ -38,7 +38,7 @@ from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
 from kbusd.workers.name_policies import NamePolicies
-from kbusd.workers.replica import BUS_ID, Connection, Replica
+from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica
 from kbusd.workers.routing import SIGNAL, Decision, Router
 
 if TYPE_CHECKING:
@@ -333,6 +333,11 @@ class Port:
 
     def everybody(self) -> Iterable[Known]:
         return map(_known, filter(self._knows, list(self._replica.connections.values())))
+
+    def startable(self) -> Iterable[str]:
+        return (
+            name for name in self._replica.activatable if name != BUS_NAME and self._sees_name(name)
+        )
 
     @property
     def _mine(self) -> Connection | None:
