@@ -8,6 +8,7 @@ terms say DO_NOT_QUEUE. What remains different:
   dbus-daemon has it; in kdbus it waited at the end.
 - An activator (a connection that holds a name until somebody serves it) is not known to D-Bus: to its
   clients it is an owner like others.
+- A name that a service file can start has no activator; LIST shows it as if it had one, with the id 0.
 """
 
 from __future__ import annotations

@@ -189,6 +189,9 @@ class Bus(Protocol):
     def everybody(self) -> Iterable[Known]:
         """All that ours may know of."""
 
+    def startable(self) -> Iterable[str]:
+        """The names that a service file can start, of those that ours may see."""
+
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """Into another connection's pool. Raises Errno if it is not there."""
 

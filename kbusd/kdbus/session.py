@@ -344,10 +344,17 @@ class Session:
         return decoded.pokes
 
     def _list(self, flags: int) -> bytes:
-        everybody = (
+        everybody = [
             message.Listed(known.id, known.flags, self.bus.held(known.id))
             for known in self.bus.everybody()
-        )
+        ]
+        if flags & abi.LIST_ACTIVATORS:
+            names = (
+                metadata.OwnedName(name, abi.NAME_ACTIVATOR)
+                for name in self.bus.startable()
+                if not self.bus.activator(name)
+            )
+            everybody += [message.Listed(0, abi.HELLO_ACTIVATOR, (name,)) for name in names]
         return message.name_list(everybody, flags)
 
     async def _info(self, whole: bytes) -> tuple[Poke, ...]:

@@ -39,7 +39,7 @@ from kbusd.wire.validate import WireError
 from kbusd.workers import errors, kdbus_payload
 from kbusd.workers.context import Context
 from kbusd.workers.name_policies import NamePolicies
-from kbusd.workers.replica import BUS_ID, Connection, Replica
+from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica
 from kbusd.workers.routing import SIGNAL, Decision, Router
 
 if TYPE_CHECKING:
@@ -352,6 +352,11 @@ class Port:
     def everybody(self) -> Iterable[Known]:
         everybody = list(self._replica.connections.values())
         return (_known(each, self.device.users) for each in everybody if self._knows(each))
+
+    def startable(self) -> Iterable[str]:
+        return (
+            name for name in self._replica.activatable if name != BUS_NAME and self._sees_name(name)
+        )
 
     @property
     def _mine(self) -> Connection | None:

@@ -247,6 +247,9 @@ class Port:
     def everybody(self) -> Iterable[Known]:
         return [known for id in self.world.ports if (known := self.find(id)) is not None]
 
+    def startable(self) -> Iterable[str]:
+        return ()
+
     async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         await self.world.turn()
         self._hand(self.world.ports[to.id], parcel, data, fds)
