@@ -269,7 +269,7 @@ def _argument(key: str, value: str) -> tuple[int, str]:
         )
     kind = key[3:].lstrip("0123456789")
     digits = key[3 : len(key) - len(kind)]
-    if not digits:
+    if not digits or int(digits) > 0xFFFFFFFFFFFFFFFF:
         raise MatchError(
             f"Key '{key}' in match rule starts with 'arg' but could not parse arg number."
             " Should be 'arg0' or 'arg7' for example.\n"

@@ -54,6 +54,7 @@ cdef class Engine:
     cdef object _send_held(self, object held, FrameHead *head)
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
+    cdef Template _judged(self, judge, Peer peer, key, bytes raw, FrameHead *head, const uint8_t *payload, tuple fds)
     cdef void _deliver_copy(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
     cdef void _overhear(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple fds) except *
 

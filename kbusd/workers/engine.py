@@ -899,20 +899,7 @@ class Engine:
             or template.depends
             or (template.broadcast and template.mine != self.replica.my_version)
         ):
-            try:
-                template = decisions.judge(
-                    self.router,
-                    peer,
-                    self.epoch,
-                    key,
-                    envelope,
-                    head.fds,
-                    _bytes(payload + head.envelope_length, head.body_length),
-                    fds[len(fds) - 1] if head.kind == LARGE else -1,
-                )
-            except HostilePeer:
-                close_all(fds)
-                raise
+            template = self._judged(decisions.judge, peer, key, envelope, head, payload, fds)
         if template.type == RETURN or template.type == ERROR:
             if not self.calls.wait_for(head.reply_serial, peer.id):
                 close_all(fds)
@@ -938,6 +925,27 @@ class Engine:
                 self.refuse(peer, head.serial, NOT_SUPPORTED, NO_FDS_TEXT)
             return
         self.hand_over(peer, template, head, body, fds)
+
+    def _judged(
+        self,
+        judge,
+        peer: Peer,
+        key,
+        raw: bytes,
+        head: cython.pointer(FrameHead),
+        payload: cython.pointer(cython.const[uint8_t]),
+        fds: tuple,
+    ) -> Template:
+        """What becomes of a frame, by one of `decisions`. Raises HostilePeer; the descriptors are then
+        closed."""
+        large: cython.bint = head.kind == LARGE or head.kind == LARGE_COPY
+        body: bytes = _bytes(payload + head.envelope_length, head.body_length)
+        large_fd = fds[len(fds) - 1] if large else -1
+        try:
+            return judge(self.router, peer, self.epoch, key, raw, head.fds, body, large_fd)
+        except HostilePeer:
+            close_all(fds)
+            raise
 
     def _deliver_copy(
         self,
@@ -983,20 +991,7 @@ class Engine:
         key = (raw, head.fds, peer.id)
         template = peer.templates.get(key)
         if template is None or template.epoch != self.epoch or template.depends:
-            try:
-                template = decisions.overhear(
-                    self.router,
-                    peer,
-                    self.epoch,
-                    key,
-                    raw,
-                    head.fds,
-                    _bytes(payload + head.envelope_length, head.body_length),
-                    fds[len(fds) - 1] if head.kind == LARGE_COPY else -1,
-                )
-            except HostilePeer:
-                close_all(fds)
-                raise
+            template = self._judged(decisions.overhear, peer, key, raw, head, payload, fds)
         if not template.subscribed or (head.fds and not self.unix_fds):
             close_all(fds)
             return

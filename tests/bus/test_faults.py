@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import resource
 import signal
 import threading
@@ -24,6 +25,7 @@ from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
 SEED = 20150401
 ALONE = 64231  # a uid that nobody else on the machine has
 SECONDS = 20.0
+SPARES = 4  # workers that wait
 
 
 class Bystanders:
@@ -31,7 +33,7 @@ class Bystanders:
 
     def __init__(self, bus: Bus) -> None:
         self.a, self.b = RawClient(bus.address), RawClient(bus.address)
-        self.b.add_match("interface='test.Bystander'")
+        self.b.add_match(f"interface='test.Bystander',sender='{self.a.name}'")
         self.rounds = 0
         self.error: Exception | None = None
         self._stop = threading.Event()
@@ -644,3 +646,143 @@ def test_the_log_says_who_could_not_authenticate(bus: Bus) -> None:
     sock.expect_disconnect()
     sock.close()
     logged(bus, str(os.getpid()))
+
+
+# -- all of it at once ---------------------------------------------------------------------
+
+
+class Chaos:
+    """Faults of every kind, one after the other as the dice fall; each leaves nobody behind."""
+
+    def __init__(self, bus: Bus, dice: random.Random) -> None:
+        self.bus, self.dice = bus, dice
+        self.victim = RawClient(bus.address)
+
+    def message(self, size: int = 20_000) -> bytes:
+        fields = {w.PATH: "/", w.INTERFACE: "test.Chaos", w.MEMBER: "S", w.UNIX_FDS: 1}
+        return w.build(w.SIGNAL, fields, "hay", (0, b"x" * size), serial=9)
+
+    def kills_a_worker_under_load(self) -> None:
+        self.victim.add_match("interface='test.Bystander'")
+        self.victim.send_call(self.victim.name, "/", "test.I", "M")
+        pid = kill(self.bus, self.victim)
+        logged(self.bus, f"pid {pid}", "SIGKILL")
+
+    def kills_many_workers(self) -> None:
+        victims = [RawClient(self.bus.address) for _ in range(20)]
+        pids = [self.bus.worker_of(victim).pid for victim in victims]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for victim in victims:
+            victim.expect_disconnect()
+            victim.close()
+        for pid in pids:
+            logged(self.bus, f"pid {pid}", "SIGKILL")
+
+    def kills_the_zygote(self) -> None:
+        for process in self.bus.tree():
+            if process.comm == "kbusd-zygote" and process.ppid == self.bus.pid:
+                os.kill(process.pid, signal.SIGKILL)
+                logged(self.bus, f"kbusd.workers.zygote (pid {process.pid})", "SIGKILL")
+
+    def stops_a_worker(self) -> None:
+        self.victim.add_match("interface='test.Bystander'")
+        worker = self.bus.worker_of(self.victim).pid
+        os.kill(worker, signal.SIGSTOP)
+        self.pair.go_on(100)
+        os.kill(worker, signal.SIGCONT)
+        sender = self.pair.a.name
+        got = [self.victim.wait(lambda m: m.sender == sender).args[0] for _ in range(100)]
+        assert got == list(range(got[0], got[0] + 100)), "in order and complete"
+
+    def writes_byte_by_byte(self) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for byte in w.build(w.SIGNAL, {w.PATH: "/", w.MEMBER: "S"}, serial=3):  # no interface
+                self.victim.write(bytes([byte]))
+        self.victim.expect_disconnect()
+        logged(self.bus, self.victim.name, f"pid {os.getpid()}", "invalid message")
+
+    def writes_garbage(self) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.victim.write(b"\xff" + self.dice.randbytes(5000))
+        self.victim.expect_disconnect()
+        logged(self.bus, self.victim.name, f"pid {os.getpid()}", "invalid message")
+
+    def does_not_read(self) -> None:
+        self.victim.add_match("interface='test.Bystander'")
+        for _ in range(200):
+            self.victim.send_call(DRIVER, "/org/freedesktop/DBus", DRIVER, "ListNames")
+        self.pair.go_on(200)
+
+    def leaves_in_the_middle(self) -> None:
+        read, write = os.pipe()
+        data = self.message()
+        self.victim.write(data[: self.dice.randrange(16, len(data))], [write])
+        os.close(write)
+        self.victim.close()
+        with os.fdopen(read, "rb") as pipe:
+            assert pipe.read() == b"", "nobody keeps the descriptor"
+
+    def leaves_while_it_authenticates(self) -> None:
+        line = b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+        for _ in range(20):
+            sock = RawSocket(self.bus.address)
+            sock.write(line[: self.dice.randrange(1, len(line))])
+            sock.close()
+
+    def floods_with_connects(self) -> None:
+        sockets = [RawSocket(self.bus.address) for _ in range(100)]
+        self.pair.go_on(10)
+        for sock in sockets:
+            sock.close()
+
+    def takes_all_descriptors(self) -> None:
+        with no_descriptor_free(self.bus):
+            self.bus.process.send_signal(signal.SIGHUP)
+            self.pair.go_on(50)
+
+    def strikes(self, pair: Bystanders) -> None:
+        self.pair = pair
+        faults = [
+            name for name in vars(Chaos) if re.match("(kill|stop|write|do|leave|flood|take)", name)
+        ]
+        self.dice.shuffle(faults)
+        for name in faults:
+            getattr(self, name)()
+            pair.go_on(5)
+            self.victim.close()
+            procs.eventually(lambda: connects(self.bus), f"there is room after one that {name}")
+            self.victim = RawClient(self.bus.address)
+            assert self.victim.driver("NameHasOwner", "s", (self.victim.name,)) == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.kbusd_only
+@pytest.mark.parametrize("seed", range(3))
+def test_chaos(start_bus: Callable[..., Bus], seed: int) -> None:
+    """The traffic of others goes on, in order and complete, and in the end nothing is left of it."""
+    bus = start_bus()
+    pairs = [Bystanders(bus) for _ in range(2)]
+    chaos = Chaos(bus, random.Random(SEED + seed))
+
+    def at_rest() -> tuple[int, int]:
+        """Descriptors and memory of what lasts, when all clients but ours are gone."""
+        names = chaos.victim.driver("ListNames")[0]
+        lasting = [p for p in bus.tree() if not p.comm.startswith("kbusd-worker")]
+        if (len(names), len(bus.workers()), len(lasting)) != (6, 5 + SPARES, 3):
+            return 1 << 30, 0
+        pids = [bus.pid, *(p.pid for p in lasting)]
+        broker = next(p.pid for p in lasting if p.comm == "kbusd-broker")
+        return sum(len(procs.descriptors(pid)) for pid in pids), procs.pss(broker)
+
+    chaos.strikes(pairs[0])
+    procs.eventually(lambda: at_rest()[1], "the bus is at rest", SECONDS)
+    fds, memory = at_rest()
+    for _ in range(3):
+        for pair in pairs:
+            chaos.strikes(pair)
+    procs.eventually(lambda: at_rest()[0] <= fds, f"not more than {fds} descriptors", SECONDS)
+    assert at_rest()[1] <= memory + 1_500_000
+    for pair in pairs:
+        pair.end()
+    chaos.victim.close()

@@ -13,7 +13,7 @@ import pytest
 from . import procs
 from . import wireformat as w
 from .daemon import OPEN_POLICY, Bus
-from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
+from .rawclient import DRIVER, DRIVER_PATH, BusError, Disconnected, RawClient, RawSocket
 
 EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
 
@@ -288,3 +288,45 @@ def test_who_is_in_too_many_groups_takes_no_place_for_good(start_bus) -> None:  
         refused.close()
     assert bus.connect().driver("NameHasOwner", "s", (DRIVER,)) == [True]
     assert "is in more than 1024 groups" in bus.log()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be several users")
+@pytest.mark.slow
+def test_one_user_with_all_that_he_may_have_keeps_nothing_from_others(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """Connections, names, match rules, calls that wait, messages that nobody reads; all at once."""
+    policy = OPEN_POLICY.replace("<allow", '<allow user="*"/><allow', 1)
+    limits = {
+        "max_connections_per_user": 60,
+        "max_match_rules_per_connection": 40,
+        "max_names_per_connection": 40,
+        "max_replies_per_connection": 40,
+        "max_outgoing_bytes": 1_000_000,
+    }
+    bus = start_bus(policy=policy, limits=limits)
+    with somebody(64231):
+        greedy = [RawClient(bus.address) for _ in range(60)]
+        with pytest.raises((BusError, Disconnected, ConnectionResetError)):
+            RawClient(bus.address)
+    for number, client in enumerate(greedy):
+        for n in range(50):
+            client.send_call(
+                DRIVER, DRIVER_PATH, DRIVER, "AddMatch", "s", (f"arg{n % 64}='{n}{number}'",)
+            )
+            client.send_call(
+                DRIVER, DRIVER_PATH, DRIVER, "RequestName", "su", (f"greedy.N{number}.M{n}", 0)
+            )
+            client.send_call(greedy[number - 1].name, "/", "test.I", "M", "ay", (b"x" * 8000,))
+        client.signal("/", "test.I", "S", "ay", (b"x" * 100_000,))
+    with somebody(64232):
+        one, other = RawClient(bus.address), RawClient(bus.address)
+    for n in range(38):
+        assert one.request_name(f"modest.N{n}") == 1
+        other.add_match(f"interface='test.Modest',arg0='{n}'")
+    for n in range(38):
+        one.signal("/", "test.Modest", "S", "s", (str(n),))
+        serial = one.send_call(other.name, "/", "test.I", "M", "u", (n,))
+        assert other.wait_signal("S").args == [str(n)]
+        other.reply(other.wait_call("M"), "u", (n,))
+        assert one.wait_reply(serial).args == [n]
+    for client in (*greedy, one, other):
+        client.close()

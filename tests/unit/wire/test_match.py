@@ -107,6 +107,11 @@ ERRORS = [
     ),
     ("arg0namespace='a.'", "arg0namespace='a.' is not a valid prefix of a bus name"),
     (
+        "arg18446744073709551616='x'",  # where dbus-daemon's number ends
+        "Key 'arg18446744073709551616' in match rule starts with 'arg' but could not parse arg number."
+        " Should be 'arg0' or 'arg7' for example.\n",
+    ),
+    (
         "arg64='x'",
         "Key 'arg64' in match rule has arg number 64 but the maximum is 63.\n",
     ),
