@@ -238,6 +238,39 @@ def test_of_what_is_no_answer_nothing_reaches_the_kernel(
         assert said, record
 
 
+HEAD = encode(entries.Answered(b""))[:-3]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        encode(entries.Answered(ANSWER)) + b"\0",
+        HEAD,
+        HEAD + b"\xc4",
+        HEAD + b"\xc4\xff" + ANSWER + b"\x90",
+        HEAD + b"\xc6\xff\xff\xff\xff" + ANSWER,
+        HEAD + b"\xc4" + bytes((len(ANSWER),)) + ANSWER,
+        HEAD + b"\xc4" + bytes((len(ANSWER),)) + ANSWER + b"\x91",
+        HEAD + b"\xc4" + bytes((len(ANSWER),)) + ANSWER + b"\xdd\xff\xff\xff\xff",
+        HEAD + b"\xc4" + bytes((len(ANSWER),)) + ANSWER + b"\x91\x93\0\0\0",
+        encode(entries.Answered(ANSWER, ((-1, 1),))),
+        encode(entries.Answered(ANSWER, ((1 << 63, 1),))),
+        encode(entries.Answered(ANSWER, ((0, (1 << 64) - 1),))),
+        encode(entries.Answered(replies.ioctl(UNIQUE + 1, 0))),
+        encode(entries.Answered(ANSWER[:15])),
+        encode(entries.Answered(ANSWER + b"x")),
+        encode(entries.Answered(abi.OUT_HEADER.pack(16, -512, UNIQUE))),
+    ],
+)
+def test_who_answers_so_is_ended(record: bytes) -> None:
+    with Player() as player:
+        player.holder.pool = os.memfd_create("pool")
+        player.hold()
+        assert player.says(record) == []
+        (accused, _), lost = player.connection.said
+        assert (accused, lost) == ("accuse", "lose")
+
+
 def test_who_comes_back_waits_till_another_has_taken_over() -> None:
     """He went on at once, and what he had dealt with was turned off for good."""
     begun, back, seen = threading.Event(), threading.Event(), threading.Event()
