@@ -810,6 +810,8 @@ class Bus:
             )
         )
         self._wake(each for each in (old, new) if each is not None)
+        if old is not None and new is not None and change.activator in (old, new):
+            self._wake(old.introduced)  # who has sent it something that is for the new one now
         args = (name, old.unique_name if old else "", new.unique_name if new else "")
         self._wake(self.matches.watching(OWNER_CHANGED, args))
         self._wake(self.monitors)

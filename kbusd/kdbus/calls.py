@@ -90,8 +90,8 @@ class Calls:
         self._calls = [call for call in self._calls if call.callee != callee]
         return dead
 
-    def pass_on(self, name: str, callee: int, to: int) -> None:
-        """A name went from its activator to an owner or back, and what was sent to it along with it."""
+    def pass_on(self, name: str, cookie: int, to: int) -> None:
+        """A name went from its activator to an owner or back, and a message to it along with it."""
         for call in self._calls:
-            if call.callee == callee and call.name == name:
+            if call.cookie == cookie and call.name == name:
                 call.callee = to

@@ -181,7 +181,7 @@ class Mailbox:
         size: uint64_t = 0
         if len(self.queue):
             ticket, entry = self.queue.peek()
-            if entry.fds or entry.incomplete:
+            if entry.fds or entry.incomplete or entry.kept is not None:
                 return None
         lost: uint64_t = self.queue.take_lost()
         if entry is not None:

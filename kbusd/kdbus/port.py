@@ -169,14 +169,23 @@ class Bus(Protocol):
     def activator(self, name: str) -> int:
         """Who has a name when nobody else has it; 0 is nobody."""
 
-    async def collect(self, activator: int, name: str) -> None:
-        """A name was taken from its activator: wait until what had been sent to it has moved."""
+    def expect(self, name: str, on: bool = True) -> None:
+        """A name is about to be taken from its activator; or it was, or was not."""
 
-    def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
-        """Pass on a message of `source` to the new owner of a name; False if he can't have it."""
+    async def collect(self, name: str) -> None:
+        """It was taken: wait until what had been sent to it has moved."""
 
-    def moved(self, to: Known, name: str) -> None:
-        """That was all that had been sent to this name."""
+    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
+        """Pass on a message of `source`, who is gone, to the new owner of a name, if he can have it."""
+
+    def moved(self, to: Known, name: str, coming: int) -> None:
+        """That was all that had been sent to this name; so many will be sent again by their senders."""
+
+    def tell_read(self, sender: int, cookie: int) -> None:
+        """A message to a name that has an activator was read."""
+
+    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
+        """The payload, with the bytes of its memfds, which are the first of `fds`. Raises Errno."""
 
     def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""
@@ -192,8 +201,11 @@ class Bus(Protocol):
     def startable(self) -> Iterable[str]:
         """The names that a service file can start, of those that ours may see."""
 
-    async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
-        """Into another connection's pool. Raises Errno if it is not there."""
+    async def send(
+        self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], again: bool = False
+    ) -> None:
+        """Into another connection's pool; `again`: it was sent to another before, and monitors have seen it.
+        Raises Errno if it is not there."""
 
     async def publish(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         """To all who subscribed and may receive it."""

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import errno
 import select
+from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -28,12 +30,13 @@ from kbusd.kdbus.calls import Call, Calls
 from kbusd.kdbus.commands import SPECS, Spec
 from kbusd.kdbus.errors import Errno, Poke
 from kbusd.kdbus.handle import State
+from kbusd.kdbus.kept import Kept, Sent
 from kbusd.kdbus.mailbox import Entry, Mailbox
 from kbusd.kdbus.names import is_well_known
 from kbusd.kdbus.parcel import Faked, Parcel
 from kbusd.kdbus.pool import KERNEL_USER
 from kbusd.kdbus.port import Bus, Caller, Joining, Known
-from kbusd.kdbus.waits import Interrupted, Wait
+from kbusd.kdbus.waits import Interrupted, Wait, start
 
 PAGE = 4096
 MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
@@ -92,6 +95,8 @@ class Session:
         self._cookies: dict[bool, list[int]] = {True: [], False: []}
         self._calls = Calls()
         self._waiting: dict[Call, Wait[Entry]] = {}  # those in a synchronous SEND
+        self._kept = Kept()
+        self._again: deque[tuple[Sent, int]] = deque()  # to be sent once more, and to whom
         self.kept = 0
         """Descriptors in the queue."""
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
@@ -236,6 +241,7 @@ class Session:
             self.box.unqueue(ticket)
             self._let_go(entry)
             self.box.pool.release(entry.slice)
+            self._is_read(entry)
             if entry.expects is not None:
                 caller, cookie = entry.expects
                 if self._owed.get(caller, {}).pop(cookie, None) is not None:
@@ -248,7 +254,14 @@ class Session:
             flags = self._hand(entry)
             self.box.unqueue(ticket)
             self.box.pool.release(entry.slice)
+            self._is_read(entry)
         return decoded.pokes + commands.recv_result(offset, size, flags, lost)
+
+    def _is_read(self, entry: Entry) -> None:
+        """Its sender need not send it again, wherever the name goes that it was sent to."""
+        if entry.kept is not None:
+            source, parcel, _ = entry.kept
+            self.bus.tell_read(source.id, parcel.cookie)
 
     def _answered_meanwhile(self, header: message.Header) -> int | None:
         """The ticket of the reply to a call that a signal interrupted, which the system makes once more."""
@@ -298,10 +311,16 @@ class Session:
             waited = any(each.name == wanted.name for each in held)
             if len(held) >= abi.MAX_NAMES and not waited:
                 raise Errno(errno.E2BIG, f"the connection has {len(held)} names")
-            result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
-            flags = ownership.acquired(result, wanted.flags, waited)
-            if before is not None and before == self.bus.activator(wanted.name):
-                await self.bus.collect(before, wanted.name)
+            moves = before is not None and before == self.bus.activator(wanted.name)
+            if moves:
+                self.bus.expect(wanted.name)
+            try:
+                result = await self.bus.acquire(wanted.name, ownership.request_flags(wanted.flags))
+                flags = ownership.acquired(result, wanted.flags, waited)
+                if moves:
+                    await self.bus.collect(wanted.name)
+            finally:
+                self.bus.expect(wanted.name, False)
         return (*decoded.pokes, commands.return_flags(flags))
 
     async def _release(self, whole: bytes) -> tuple[Poke, ...]:
@@ -509,15 +528,57 @@ class Session:
         if caller.tid != self._sender or sent[0] >= self._fresh_until:
             about = await self._about_now(caller, sent[0])
         parcel = parcels.pack(found, self._attach_send, sent, about, dst_id)
-        if to is None:
-            await self.bus.publish(parcel, data, fds)
-        elif flags & abi.MSG_EXPECT_REPLY:
-            return await self._call(caller, to, parcel, data, fds, sync)
-        elif parcel.is_reply:
-            await self._reply(to, parcel, data, fds)
-        else:
-            await self.bus.send(to, parcel, data, fds)
+        kept = None if parcel.dst_name is None else self._keep(parcel, data, fds)
+        try:
+            if to is None:
+                await self.bus.publish(parcel, data, fds)
+            elif flags & abi.MSG_EXPECT_REPLY:
+                return await self._call(caller, to, parcel, data, fds, sync)
+            elif parcel.is_reply:
+                await self._reply(to, parcel, data, fds)
+            else:
+                await self.bus.send(to, parcel, data, fds)
+        except Errno:
+            if kept is not None:
+                self._kept.drop(kept)
+            raise
         return None
+
+    def _keep(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> Sent | None:
+        """A message that may move to another receiver, as it would be sent to that."""
+        name = parcel.dst_name
+        if name is None or parcel.is_reply or not self.bus.activator(name):
+            return None
+        if any(kind == parcels.MEMFD for kind, _, _ in parcel.parts):
+            data = self.bus.whole(parcel, data, fds)
+            parts: tuple[tuple[int, int, int], ...] = ((parcels.BYTES, len(data), 0),)
+            parcel = msgspec.structs.replace(parcel, parts=parts)
+        return self._kept.keep(msgspec.structs.replace(parcel, fds=0), data)
+
+    def read(self, cookie: int) -> None:
+        """The receiver of a message to a name that has an activator has read it."""
+        self._kept.read(cookie)
+
+    def send_again(self) -> None:
+        """What was sent to names that have moved, to their new owners."""
+        while self._again:
+            sent, id = self._again.popleft()
+            to = self.bus.find(id)
+            if to is None or sent not in self._kept:
+                continue  # it has moved once more, or was read
+            if not to.kdbus:
+                self._kept.drop(sent)  # its client has what comes
+            parcel = msgspec.structs.replace(sent.parcel, dst_id=id)
+            start(
+                self.bus.send(to, parcel, sent.data, (), again=True),
+                partial(self._sent_again, sent, id),
+            )
+
+    def _sent_again(self, sent: Sent, id: int, result: Errno | Interrupted | None) -> None:
+        if result is not None:
+            self._kept.drop(sent)
+            if sent.parcel.flags & abi.MSG_EXPECT_REPLY:
+                self.forsaken(id, sent.parcel.cookie)
 
     async def _about_now(self, caller: Caller, now: int) -> bytes:
         """What is told of the thread that sends, which need not be the one that said HELLO, nor be called
@@ -838,7 +899,9 @@ class Session:
         kind = abi.ITEM_NAME_CHANGE if old and new else abi.ITEM_NAME_ADD
         change = match.NameChange(abi.ITEM_NAME_REMOVE if not new else kind, name, old, new)
         if old and new and self.bus.activator(name) in (old, new):
-            self._calls.pass_on(name, old, new)
+            for sent in self._kept.to(name):
+                self._calls.pass_on(name, sent.parcel.cookie, new)
+                self._again.append((sent, new))
             if old == self.id:
                 self._move(name, new)
         if seen and self._hears(change):
@@ -851,8 +914,9 @@ class Session:
 
     def _move(self, name: str, new: int) -> None:
         """A name went from its activator to an owner, or back: so does what was sent to it and nobody
-        has received yet (kdbus_conn_move_messages)."""
-        to = self.bus.find(new)
+        has received yet. Its senders' workers send it again. Of those who are gone nobody can vouch; we pass on
+        what they had sent, and nothing is told of them."""
+        to, coming = self.bus.find(new), 0
         for ticket, entry in self.box.queue:
             if entry.kept is None or entry.kept[1].dst_name != name:
                 continue
@@ -861,6 +925,9 @@ class Session:
             self.box.pool.release(entry.slice)
             if parcel.flags & abi.MSG_EXPECT_REPLY:
                 self._owed.get(source.id, {}).pop(parcel.cookie, None)
+            if self.bus.find(source.id) is not None:
+                coming += 1
+                continue
             data = b"".join(part for part in parts if isinstance(part, bytes))
             passed = msgspec.structs.replace(
                 parcel,
@@ -873,11 +940,10 @@ class Session:
                 ),
                 fds=0,
             )
-            done = to is not None and self.bus.forward(to, source, passed, data)
-            if not done and parcel.flags & abi.MSG_EXPECT_REPLY:
-                self.bus.forsake(source.id, parcel.cookie)
+            if to is not None:
+                self.bus.forward(to, source.id, passed, data)
         if to is not None:
-            self.bus.moved(to, name)
+            self.bus.moved(to, name, coming)
 
     def id_added(self, id: int, flags: int) -> None:
         """A connection is new; `flags` are its HELLO flags."""

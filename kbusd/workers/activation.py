@@ -1,4 +1,4 @@
-"""Messages that are held until the service that they are for is started.
+"""Messages that are held until the service that they are for is started, or for when it is.
 
 Those to one name are held together, so that their order is kept. Descriptors are duplicated, and
 belong to whoever takes the messages out again.
@@ -40,3 +40,37 @@ class Activating:
     def take(self, name: str) -> list[Held]:
         """What was held for `name`, in order."""
         return self._held.pop(name, [])
+
+
+MAX_KEPT = 256
+
+
+class Kept:
+    """Copies of what our client has sent to names that have an activator (kdbus.connection(7)), by name and
+    serial, until it was read: if the name goes to another meanwhile, it is sent again to that."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[int, Held]] = {}
+
+    def keep(self, name: str, serial: int, message: Held) -> None:
+        """The oldest are forgotten if there are too many."""
+        kept = self._kept.setdefault(name, {})
+        kept[serial] = message._replace(fds=tuple(os.dup(fd) for fd in message.fds))
+        if len(kept) > MAX_KEPT:
+            self._forget(kept, next(iter(kept)))
+
+    def read(self, serial: int) -> None:
+        """It is not to be sent again."""
+        for kept in self._kept.values():
+            if serial in kept:
+                self._forget(kept, serial)
+
+    def take(self, name: str) -> dict[int, Held]:
+        """What was sent to `name` and not read, in order; the descriptors are the caller's."""
+        return self._kept.pop(name, {})
+
+    def _forget(self, kept: dict[int, Held], serial: int) -> None:
+        for fd in kept.pop(serial).fds:
+            os.close(fd)

@@ -49,11 +49,6 @@ class Calls:
             del self.callees[serial]
         return serials
 
-    def pass_on(self, callee, to) -> None:
-        """What `callee` was asked is for another to answer: it activated a service (kdbus)."""
-        for serial in [each for each, asked in self.callees.items() if asked == callee]:
-            self.callees[serial] = to
-
     def late(self) -> list:
         """Serials of calls that were not answered in time; they are closed."""
         now: uint64_t = monotonic()

@@ -16,6 +16,7 @@ cdef class Route:
     cdef bint met
     cdef object error
     cdef object activate
+    cdef object moves  # the name that it is sent to, if that has an activator; else None
     cdef tuple refusals
     cdef long long epoch
     cdef long long matches

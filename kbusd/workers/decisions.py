@@ -105,6 +105,8 @@ def decide(router, peers, epoch, key, reply_at, flags, fds, body, big_endian) ->
         route.to_self = True
     elif decision.targets:
         route.peer = peers.peer(decision.targets[0])
+        if envelope.destination in replica.activators:
+            route.moves = envelope.destination
     return route
 
 

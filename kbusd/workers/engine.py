@@ -39,7 +39,7 @@ from kbusd.rings.line import LineError, close_all
 from kbusd.wire import body as wire_body
 from kbusd.workers import behind, decisions
 from kbusd.workers import driver as drivers
-from kbusd.workers.activation import Activating, Held
+from kbusd.workers.activation import Activating, Held, Kept
 from kbusd.workers.asking import Asking
 from kbusd.workers.errors import (
     ACCESS_DENIED,
@@ -65,6 +65,7 @@ MESSAGE = cython.declare(cython.int, 1)
 LARGE = cython.declare(cython.int, 4)
 COPY = cython.declare(cython.int, 5)
 REFUSED = cython.declare(cython.int, 6)
+ACK = cython.declare(cython.int, 10)
 BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
 
@@ -132,6 +133,7 @@ class Engine:
         self.log = BroadcastReader(context.log_fd, 0)
         self.monitors = Monitors(self.peers, self.replica)
         self.activating = Activating()
+        self.kept = Kept()
         self.routes = {}
         self.calls = Calls()
 
@@ -310,7 +312,7 @@ class Engine:
         if route.peer is None or self.monitored or self.overheard:
             large_fd = -1
             bulk = None
-        elif bulk is not None and bulk is not route.peer.bulk:
+        elif bulk is not None and (bulk is not route.peer.bulk or route.moves is not None):
             bulk = None
         self.undone = None
         if bulk is None and kept is not None and not kept.take_back():
@@ -344,7 +346,7 @@ class Engine:
         if not self._up_to_date():
             return None
         route = self._route(data, header, cython.NULL)
-        if route.peer is None or route.peer.state != READY:
+        if route.peer is None or route.peer.state != READY or route.moves is not None:
             return None
         bulk: Bulk = self.peers.bulk(route.peer)
         if bulk is not None:
@@ -455,6 +457,11 @@ class Engine:
                 self.calls.open(header.serial, route.peer.id)
             else:
                 route.peer.note(header.serial)
+            if route.moves is not None:
+                wants_reply = header.type == CALL and not header.flags & WANTS_NO_REPLY
+                content = _bytes(body, header.body_length)
+                held = Held(route.facts, wants_reply, _raw(cython.address(head)), content, fds)
+                self.kept.keep(route.moves, header.serial, held)
             if large_fd >= 0:
                 head.kind = LARGE
                 head.aux = header.body_length
@@ -674,6 +681,19 @@ class Engine:
         else:
             self._send(peer, head, envelope, place, held.fds)
 
+    def _send_again(self, name, old):
+        """A name went from its activator to an owner, or back: so does what nobody has read of it."""
+        head: FrameHead
+        for serial, held in self.kept.take(name).items():
+            source: cython.p_char = held.head
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            # Unless it has failed meanwhile.
+            if not held.wants_reply or self.calls.wait_for(serial, old):
+                self._send_held(held, cython.address(head))
+                if self.replica.connections[self.replica.names[name]].kdbus is not None:
+                    self.kept.keep(name, serial, held)
+            close_all(held.fds)
+
     # -- the broker ----------------------------------------------------------------------------
 
     def _from_broker(self):
@@ -789,8 +809,8 @@ class Engine:
         elif kind is entries.ConnectionRemoved:
             self._peer_left(entry.id)
         elif kind is entries.NameOwnerChanged:
-            if entry.old and entry.activator == entry.old and entry.new:
-                self.calls.pass_on(entry.old, entry.new)
+            if entry.old and entry.new and entry.activator in (entry.old, entry.new):
+                self._send_again(entry.name, entry.old)
         elif kind is entries.MonitorAttached:
             if entry.id == self.id:
                 self.monitor = True
@@ -871,6 +891,10 @@ class Engine:
             except HostilePeer:
                 close_all(fds)
                 raise
+        if head.kind == ACK and head.reply_serial == 0:
+            close_all(fds)
+            self._is_read(_bytes(payload, head.envelope_length))
+            return
         if head.kind == REFUSED:
             close_all(fds)
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
@@ -1012,9 +1036,15 @@ class Engine:
             # It sends and does not read: that is not to be our client's fault.
             self.peers.drop(peer, f"it leaves {peer.backlog_bytes} bytes of refusals unread")
 
+    def _is_read(self, note):
+        """A kdbus client has read what ours sent to a name that has an activator (kdbus_bus.py)."""
+        if note[:5] == b"read:":
+            self.kept.read(int.from_bytes(note[5:], "little"))
+
     def _peer_refused(self, peer: Peer, serial, raw):
         if not (self.calls.wait_for(serial, peer.id) or peer.take_note(serial)):
             return
+        self.kept.read(serial)
         try:
             error, text = decode_refusal(raw)
         except ValueError:

@@ -53,6 +53,7 @@ MAX_KEPT = 4096
 STALLED_NS = 2_000_000_000
 """How long a SEND waits to be told of what became of its message by a worker that does not run."""
 _NO_IDS = (metadata.NO_ID, (1 << 64) - 1)
+READ = b"read:"  # and the cookie: a note that a message to a name that has an activator was read
 SIGNALS = "type='signal'"
 OWNERS = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged'"
 
@@ -82,8 +83,6 @@ _ERRNOS = {
 _NAMES = {errors.LIMITS_EXCEEDED: errno.E2BIG}
 _decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
 _encode = parcel.encode
-_encode_known = msgspec.msgpack.Encoder().encode
-_decode_known = msgspec.msgpack.Decoder(Known).decode
 
 
 class DeviceRouter(Router):
@@ -148,7 +147,8 @@ class Port:
         self._serial = 0
         self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
         self._parcels: dict[int, tuple[int, Wait[None], int]] = {}  # by token: to, until when
-        self._collecting: dict[str, tuple[Wait[None], int]] = {}  # by name; and until when
+        self._collecting: dict[str, _Collecting] = {}  # by name
+        self._owned_by: dict[str, int] = {}  # names that have an activator: who had them before
         self._met: set[int] = set()  # kdbus connections that have answered a parcel of ours
         self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
         self._sent: dict[int, tuple[int, int, int]] = {}  # D-Bus calls: callee, cookie, deadline
@@ -257,25 +257,33 @@ class Port:
     def activator(self, name: str) -> int:
         return self._replica.activators.get(name, 0)
 
-    async def collect(self, activator: int, name: str) -> None:
-        wait: Wait[None] = Wait()
-        self._collecting[name] = wait, self._stalls_at()
-        try:
-            await wait
-        finally:
-            del self._collecting[name]
+    def expect(self, name: str, on: bool = True) -> None:
+        if on:
+            self._collecting[name] = _Collecting(Wait(), self._stalls_at())
+        else:
+            self._collecting.pop(name, None)
 
-    def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
-        mine = self._replica.connections.get(self._replica.me)
-        if not to.kdbus or mine is None or not self.is_privileged(mine):
-            return False  # nobody would believe us whose message it is
-        sent = msgspec.structs.replace(parcel, origin=_encode_known(source))
-        self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
-        return True
+    async def collect(self, name: str) -> None:
+        await self._collecting[name].wait
 
-    def moved(self, to: Known, name: str) -> None:
+    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
         if to.kdbus:
-            self.engine.send_ack(to.id, 0, 0, b"moved:" + name.encode())
+            sent = msgspec.structs.replace(parcel, origin=layout.U64.pack(source))
+            self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
+
+    def moved(self, to: Known, name: str, coming: int) -> None:
+        if to.kdbus:
+            note = b"moved:" + layout.U64.pack(coming) + name.encode()
+            self.engine.send_ack(to.id, 0, 0, note)
+
+    def tell_read(self, sender: int, cookie: int) -> None:
+        if sender == self._replica.me:
+            self.session.read(cookie)
+        elif sender in self._replica.connections:
+            self.engine.send_ack(sender, 0, 0, READ + layout.U64.pack(cookie))
+
+    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
+        return _join(parcel, data, _memfds(parcel, fds))
 
     def leave(self) -> None:
         self.engine.end()
@@ -374,14 +382,16 @@ class Port:
             return True
         return who.id in self._heard or self.engine_router.names.sees(mine, who)
 
-    async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+    async def send(
+        self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], again: bool = False
+    ) -> None:
         memfds = []
         if fds:
             memfds = _memfds(parcel, fds)
             _refuse_sockets(fds[len(memfds) :])
         router: DeviceRouter = self.engine_router
         replica = router.replica
-        if replica.kdbus_monitors:
+        if replica.kdbus_monitors and not again:
             self._show(parcel, data, fds)
         if not to.kdbus:
             whole = _join(parcel, data, memfds)
@@ -397,8 +407,10 @@ class Port:
                     if parcel.flags & abi.MSG_SIGNAL:
                         return  # nobody hears of it (kdbus_conn_unicast)
                     raise Errno(errno.EPERM, refusal)
-            self._copy_to_monitors(what, _destination(to, parcel))
+            if not again:
+                self._copy_to_monitors(what, _destination(to, parcel))
         if to.id == replica.me:
+            self._comes_to(parcel.dst_name or "")
             own = connections[to.id]
             self._receive(to, own, parcel, data, tuple(fds), time.monotonic_ns())
             return
@@ -543,7 +555,11 @@ class Port:
         return self.engine_router
 
     def requests(self) -> bool:
-        return self.device.requests(self.engine.catch_up)
+        return self.device.requests(self._catch_up)
+
+    def _catch_up(self) -> None:
+        self.engine.catch_up()
+        self.session.send_again()
 
     def closed(self) -> None:
         """The file is closed."""
@@ -555,6 +571,7 @@ class Port:
         if drained and self._sending:
             for wait in list(self._sending.values()):
                 wait.done(None)
+        self.session.send_again()
         self.engine.take_descriptors(self.session.accepts_fds)
         deadline = self.session.deadline()
         if deadline is not None or self._until:
@@ -573,15 +590,15 @@ class Port:
                     self.engine.forget(serial)
         if not 0 < self._until <= now:
             return
-        for wait, until in list(self._collecting.values()):
-            if until <= now:
-                wait.done(None)
+        for each in list(self._collecting.values()):
+            if each.until <= now:
+                each.wait.done(None)
         for token, (_, wait, until) in list(self._parcels.items()):
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
         untils = [until for _, _, until in self._parcels.values()]
-        untils += [until for _, until in self._collecting.values()]
+        untils += [each.until for each in self._collecting.values() if not each.wait.settled]
         self._until = min(untils, default=0)
 
     def timeout(self) -> int:
@@ -636,11 +653,12 @@ class Port:
             wait.done(None)
 
     def call_dropped(self, peer: int, note: bytes) -> None:
-        kind, _, name = note.partition(b":")
-        if kind == b"moved":
-            waiting = self._collecting.get(name.decode("latin-1"))
-            if waiting is not None:
-                waiting[0].done(None)
+        if note.startswith(b"moved:") and len(note) > 14:
+            collecting = self._collecting.get(note[14:].decode("latin-1"))
+            if collecting is not None and peer == self.activator(note[14:].decode("latin-1")):
+                collecting.told(layout.U64.unpack_from(note, 6)[0])
+        elif note.startswith(READ) and len(note) == len(READ) + layout.U64.size:
+            self.session.read(layout.U64.unpack_from(note, len(READ))[0])
         elif len(note) == layout.U64.size:
             self.session.forsaken(peer, layout.U64.unpack(note)[0])
 
@@ -662,14 +680,18 @@ class Port:
             return self._forwarded(connection, found, data, stamp)
         if found.dst_id not in (me, abi.DST_ID_BROADCAST):
             raise ParcelError(f"a parcel for {found.dst_id} came to {me}")
+        if (name := found.dst_name) is not None:
+            self._comes_to(name)
+            if self.activator(name) and self._replica.owner(name) != me:
+                return 0  # it has moved meanwhile, and comes to the new owner as well
         router = self.engine_router
         try:
             if not found.is_reply and not router.is_open(connection, connections[me]):
                 memfds = _memfds(found, fds)
                 what = _Lazy(found, lambda: _join(found, data, memfds))
                 all = found.dst_id == abi.DST_ID_BROADCAST
-                name = None if all else found.dst_name or f":1.{me}"
-                if router.admit(what.facts(name), connection, found.fds) is not None:
+                sent_to = None if all else found.dst_name or f":1.{me}"
+                if router.admit(what.facts(sent_to), connection, found.fds) is not None:
                     return errno.EPERM
             self._receive(self._told_of(connection), connection, found, data, fds, stamp)
             self.device.show_events()  # whoever has sent it may look when it returns
@@ -678,18 +700,26 @@ class Port:
         return 0
 
     def _forwarded(self, connection: Connection, found: Parcel, data: bytes, stamp: int) -> int:
-        """A message that somebody sent to a name of which we are the new owner, or the activator. Whose
-        it was is the word of the privileged alone."""
+        """A message that somebody who is gone sent to a name of which we are the new owner, or the activator.
+        Whose it was we have from whoever had the name: so nothing is told of the sender."""
         me, name = self._replica.me, found.dst_name or ""
-        has_part = me in (self._replica.names.get(name), self._replica.activators.get(name))
-        trusted = self.is_privileged(connection)
-        if not has_part or not trusted or found.dst_id != me or found.is_reply or found.fds:
-            raise ParcelError(f"passes on a message that was sent to {name!r}")
+        activator, owner = self.activator(name), self._replica.owner(name)
+        source = int.from_bytes(found.origin, "little")
+        has_part = activator and me in (owner, activator)
+        had_part = connection.id in (activator, owner, self._owned_by.get(name))
+        had_part = had_part and not connection.custom
+        gone = 0 < source < 1 << 64 and source not in self._replica.connections
+        if (
+            not (has_part and had_part and gone)
+            or found.dst_id != me
+            or found.is_reply
+            or found.fds
+        ):
+            raise ParcelError(f"passes on a message of {source} that was sent to {name!r}")
+        untold = msgspec.structs.replace(found, about=NOTHING)
         try:
-            source = _decode_known(found.origin)
-            self.session.receive(source, found, parcel.split(found, data), stamp)
-        except msgspec.MsgspecError as error:
-            raise ParcelError(f"passes on a message of {error}") from None
+            who = msgspec.structs.replace(NOBODY, id=source)
+            self.session.receive(who, untold, parcel.split(found, data), stamp)
         except Errno as error:
             return error.errno
         return 0
@@ -760,6 +790,11 @@ class Port:
         connection: Connection | None = peer.connection
         if connection is None:
             return
+        name = envelope.destination
+        if name is not None and not name.startswith(":"):
+            self._comes_to(name)
+            if self.activator(name) and self._replica.owner(name) != self._replica.me:
+                return  # it has moved meanwhile, and comes to the new owner as well
         cookie = 0
         if reply_serial:
             sent = self._sent.pop(reply_serial, None)
@@ -817,6 +852,8 @@ class Port:
                 self._known.pop(id, None)
             case entries.NameOwnerChanged(name, old):
                 self._had = self._flags(name, old) if old else 0
+                if self._replica.activators.get(name) == self._replica.me:
+                    self._owned_by[name] = old
 
     def after_entry(self) -> None:
         """It has: tell the session what that means."""
@@ -835,6 +872,11 @@ class Port:
                 self._heard.discard(id)
             case entries.MonitorAttached(id, _, None):
                 self.session.id_removed(id, 0)
+
+    def _comes_to(self, name: str) -> None:
+        """Something does that was sent to this name."""
+        if (collecting := self._collecting.get(name)) is not None:
+            collecting.came()
 
     def _hear(self, id: int) -> None:
         """Our client learns that there is this connection."""
@@ -881,6 +923,23 @@ class Port:
         if message is not None:
             serial, reply = message.cookie & 0xFFFFFFFF, message.reply_cookie & 0xFFFFFFFF
             self.engine.copy_to_monitors(facts, message.flags, serial, reply, message.body)
+
+
+class _Collecting:
+    """What had been sent to a name comes to its new owner: how much has, and how much will."""
+
+    def __init__(self, wait: Wait[None], until: int) -> None:
+        self.wait, self.until = wait, until
+        self._came, self._coming = 0, -1  # not known yet
+
+    def came(self) -> None:
+        self._came += 1
+        self.told(self._coming)
+
+    def told(self, coming: int) -> None:
+        self._coming = coming
+        if 0 <= coming <= self._came:
+            self.wait.done(None)
 
 
 class _Refused(Errno):
@@ -944,6 +1003,17 @@ def _creator(maker: entries.Maker, users: int) -> metadata.Metadata:
     return msgspec.structs.replace(metadata.Metadata(), **told)
 
 
+NOBODY = Known(
+    0,
+    metadata.NO_ID,
+    frozenset(),
+    metadata.Creds(*[metadata.NO_ID] * 8),
+    metadata.Pids(0, 0, 0),
+    (),
+    None,
+    kdbus=True,
+)
+NOTHING = parcel.encode(parcel.About())
 THE_BUS = Known(
     0, metadata.NO_ID, frozenset(), metadata.Creds(*[0] * 8), metadata.Pids(0, 0, 0), (), None
 )

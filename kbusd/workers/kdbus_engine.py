@@ -61,6 +61,7 @@ class DeviceEngine(DBusSocket):
         self.log = engine.log
         self.monitors = engine.monitors
         self.activating = engine.activating
+        self.kept = engine.kept
         self.routes = {}
         self.calls = engine.calls
         self.input = engine.input

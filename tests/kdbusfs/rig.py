@@ -135,6 +135,8 @@ class Rig:
         self.journal: Any = SimpleNamespace(warn=self.warnings.append)
         self.players: dict[int, Player] = {}
         self.devices = Devices(self)
+        # There is no broker to say that connections are gone.
+        self.devices.closings.opened = lambda number: None  # type: ignore[method-assign]
         self.devices.queues = {NODE.bus: self.openers}
         atexit.register(self.tidy)
         if self.cuse:

@@ -216,6 +216,76 @@ def test_calls_to_an_activator_are_answered_by_the_service(bus: KdbusBus) -> Non
     assert d.wait_reply(serial).args == ["done"]
 
 
+def test_a_dbus_client_that_takes_a_name_gets_what_its_activator_had(bus: KdbusBus) -> None:
+    activator(bus)
+    c, d, taker = bus.kdbus(), bus.connect(), bus.connect()
+    until = time.monotonic_ns() + 60_000_000_000
+    first = call("First", "s", text("1"), cookie=7)
+    c.send(0, first, to_name(NAME), flags=EXPECT, reply=until, cookie=7)
+    serial = d.send_call(NAME, "/x", "com.example.I", "Second")
+    d.driver("GetId")  # its call is on the way
+    c.send(0, call("Third", cookie=8, flags=1), to_name(NAME), cookie=8)
+    taker.request_name(NAME)
+    got, third, second = (taker.wait_call(each) for each in ("First", "Third", "Second"))
+    assert got.sender == third.sender == f":1.{c.id}"
+    assert (got.args, second.sender) == (["1"], d.name)
+    taker.reply(got, "s", ["one"])
+    taker.reply(second, "s", ["two"])
+    assert b"one" in c.recv().payload
+    assert d.wait_reply(serial).args == ["two"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
+@pytest.mark.parametrize("how", ["released", "closed", "killed"])
+def test_what_an_ordinary_users_service_left_goes_back_to_the_activator(
+    bus: KdbusBus, how: str
+) -> None:
+    a = activator(bus, (WORLD, OWN, 0))
+    c, d = bus.kdbus(), bus.connect()
+    taken, go_on = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+
+        def serve() -> None:
+            service = KdbusClient(bus.node)
+            service.acquire(NAME)
+            os.write(taken[1], b"!")
+            os.read(go_on[0], 1)
+            assert service.recv().payload == b"read"
+            if how == "released":
+                service.release(NAME)
+            elif how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with contextlib.suppress(BaseException):
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            serve()
+        os._exit(0)
+    assert os.read(taken[0], 1)
+    for payload in (b"read", b"unread"):
+        c.send(0, payload, to_name(NAME))
+    serial = d.send_call(NAME, "/x", "com.example.I", "Unread")
+    d.driver("GetId")
+    os.write(go_on[1], b"!")
+    os.waitpid(pid, 0)
+    got = [a.recv(), a.recv()]
+    assert {each.src for each in got} == {c.id, int(d.name[3:])}
+    assert b"unread" in [each.payload for each in got]
+    assert not a.readable()
+    taker = bus.connect()
+    c.send(0, call("Last", flags=1), to_name(NAME))
+    taker.request_name(NAME)
+    assert (
+        taker.wait(lambda m: m.type == 1).member == "Last"
+    )  # what the activator's client has read does not move
+    taker.close()
+    assert serial
+    for fd in (*taken, *go_on):
+        os.close(fd)
+
+
 def test_only_the_privileged_are_more_than_ordinary(bus: KdbusBus) -> None:
     def unprivileged(**how: object) -> Callable[[], object]:
         return lambda: bus.kdbus(**how)

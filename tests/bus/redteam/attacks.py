@@ -455,12 +455,14 @@ def answer_oneself(taken: Taken, monitor: int) -> None:
     taken.hold()
 
 
-def forge_parcel(taken: Taken, victim: int, name: str, origin: list[Any] | None) -> None:
-    """A kdbus message to the owner of a name, which somebody else is to have sent."""
+def forge_parcel(taken: Taken, victim: int, name: str, origin: int | None, own: bool) -> None:
+    """A kdbus message to who has part in a name, which somebody else is to have sent; we may `own` the name."""
     me = taken.hello()
+    if own:
+        taken.ask(entries.RequestName(taken.next(), name, 0))
     peer = taken.introduce(victim)
     assert isinstance(peer, Peer), peer
-    raw = b"" if origin is None else msgspec.msgpack.encode(origin)
+    raw = b"" if origin is None else origin.to_bytes(9, "little").removesuffix(b"\0")
     sent = Parcel(0, 0, victim, 0x1234, me, 0, ((0, 4, 0),), dst_name=name, origin=raw)
     peer.write(PARCEL, msgspec.msgpack.encode(sent), b"evil", serial=7)
     taken.say(me)

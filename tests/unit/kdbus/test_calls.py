@@ -80,6 +80,7 @@ def test_calls_go_where_their_name_goes() -> None:
     calls.add(Call(6, 1, 10, False, name="a.b"))
     calls.add(Call(6, 2, 10, False, name="c.d"))
     calls.add(Call(6, 3, 10, False))
-    calls.pass_on("a.b", 6, 7)
+    calls.pass_on("a.b", 1, 7)
+    calls.pass_on("a.b", 2, 7)
     assert calls.take(7, 1).name == "a.b"
     assert [calls.take(6, cookie).cookie for cookie in (2, 3)] == [2, 3]

@@ -171,13 +171,22 @@ class Port:
     def activator(self, name: str) -> int:
         return 0
 
-    async def collect(self, activator: int, name: str) -> None:
+    def expect(self, name: str, on: bool = True) -> None:
+        assert not on, "nobody activates"
+
+    async def collect(self, name: str) -> None:
         raise AssertionError("nobody activates")
 
-    def forward(self, to: Known, source: Known, parcel: Parcel, data: bytes) -> bool:
+    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
         raise AssertionError("nobody activates")
 
-    def moved(self, to: Known, name: str) -> None:
+    def moved(self, to: Known, name: str, coming: int) -> None:
+        raise AssertionError("nobody activates")
+
+    def tell_read(self, sender: int, cookie: int) -> None:
+        raise AssertionError("nobody activates")
+
+    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
         raise AssertionError("nobody activates")
 
     async def refreshed(self, caller: Run, about: bytes) -> bytes:
@@ -250,7 +259,9 @@ class Port:
     def startable(self) -> Iterable[str]:
         return ()
 
-    async def send(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+    async def send(
+        self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], again: bool = False
+    ) -> None:
         await self.world.turn()
         self._hand(self.world.ports[to.id], parcel, data, fds)
 

@@ -10,11 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from kbusd.kdbus import abi, parcel, payload
+from kbusd.kdbus import abi, layout, parcel, payload
 from kbusd.kdbus.errors import Errno
-from kbusd.kdbus.metadata import Creds, Pids
 from kbusd.kdbus.parcel import BYTES, MEMFD, Parcel, ParcelError
-from kbusd.kdbus.port import Known
 from kbusd.rings import memfd
 from kbusd.rings.entries import (
     ConnectionAdded,
@@ -146,31 +144,35 @@ def test_what_the_session_refuses_is_told_to_the_sender() -> None:
     assert give(bus, message()) == errno.ENOBUFS
 
 
-@pytest.mark.parametrize("peer", [0, OWNER])
-def test_an_activator_passes_on_what_was_sent_to_its_name_and_nothing_else(peer: int) -> None:
+def passed_on(**changes: Any) -> Parcel:
+    """A message of somebody who is gone to the name a.b, of which PEER had some part."""
+    given = message((BYTES, 2, 0))
+    return msgspec.structs.replace(
+        given, **{"origin": layout.U64.pack(77), "dst_name": "a.b"} | changes
+    )
+
+
+@pytest.mark.parametrize("peer", [0, OWNER, 1000])
+def test_who_had_a_name_passes_on_what_was_sent_to_it_and_nothing_else(peer: int) -> None:
     bus, session = port(Policy(), peer)
     bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
-    given = message((BYTES, 2, 0))
-    source = Known(77, 5, frozenset(), Creds(*[5] * 8), Pids(1, 1, 0), (), None)
-    passed = msgspec.structs.replace(given, origin=msgspec.msgpack.encode(source), dst_name="a.b")
-    assert give(bus, passed, b"ab") == 0
+    assert give(bus, passed_on(), b"ab") == 0
     assert session.messages == [(77, [b"ab"])]
-    changes = {"dst_name": "a.c", "origin": b"?", "reply_or_timeout": 3, "dst_id": PEER}
+    changes = {
+        "dst_name": "a.c", "origin": layout.U64.pack(PEER), "reply_or_timeout": 3, "dst_id": PEER
+    }  # fmt: skip
     for name, value in changes.items():
         with pytest.raises(ParcelError):
-            give(bus, msgspec.structs.replace(passed, **{name: value}), b"ab")
+            give(bus, passed_on(**{name: value}), b"ab")
     assert len(session.messages) == 1
 
 
-def test_nobody_else_says_whose_a_message_was() -> None:
-    bus, session = port(Policy())
-    bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
-    source = Known(77, 5, frozenset(), Creds(*[5] * 8), Pids(1, 1, 0), (), None)
-    passed = msgspec.structs.replace(
-        message(), origin=msgspec.msgpack.encode(source), dst_name="a.b"
-    )
+@pytest.mark.parametrize("activator", [0, ME])
+def test_nobody_else_says_whose_a_message_was(activator: int) -> None:
+    bus, session = port(Policy(), 0)
+    bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=activator))
     with pytest.raises(ParcelError):
-        give(bus, passed)
+        give(bus, passed_on(), b"ab")
     assert not session.messages
 
 
@@ -205,9 +207,6 @@ def test_who_is_behind_an_endpoint_that_does_not_let_it_talk_is_refused(peer: in
 def test_nobody_behind_an_endpoint_passes_messages_on(peer: int) -> None:
     bus, _ = port(Policy(), peer, behind=5)
     bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
-    source = Known(77, 5, frozenset(), Creds(*[5] * 8), Pids(1, 1, 0), (), None)
-    passed = msgspec.structs.replace(
-        message(), origin=msgspec.msgpack.encode(source), dst_name="a.b"
-    )
+    passed = passed_on()
     with pytest.raises(ParcelError):
         give(bus, passed)

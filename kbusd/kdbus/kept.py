@@ -1,0 +1,60 @@
+"""Messages of our client to names that have an activator, until their receivers have read them.
+
+In kdbus such a message moves when the name does: from the activator to the service that takes it, and back if
+that leaves it unread (kdbus_conn_move_messages). Here whoever had it throws it away, and we, whose word on
+who sent it counts, send it once more to the new owner. Order is kept: what was sent to the name comes
+before what is sent next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kbusd.kdbus.parcel import Parcel
+
+MAX_MESSAGES = 1024
+MAX_BYTES = 16 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A message to the name `parcel.dst_name`. Descriptors it has none any more."""
+
+    parcel: Parcel
+    data: bytes
+
+
+class Kept:
+    """In the order in which they were sent; the oldest goes if there are too many."""
+
+    def __init__(self) -> None:
+        self._sent: list[Sent] = []
+        self._bytes = 0
+
+    def __contains__(self, sent: Sent) -> bool:
+        return sent in self._sent
+
+    def keep(self, parcel: Parcel, data: bytes) -> Sent:
+        sent = Sent(parcel, data)
+        self._sent.append(sent)
+        self._bytes += len(data)
+        while len(self._sent) > MAX_MESSAGES or self._bytes > MAX_BYTES:
+            self.drop(self._sent[0])
+        return sent
+
+    def drop(self, sent: Sent) -> None:
+        """It is not to be sent again, if it still was."""
+        if sent in self._sent:
+            self._sent.remove(sent)
+            self._bytes -= len(sent.data)
+
+    def read(self, cookie: int) -> None:
+        """Its receiver has read, or dropped, the message with this cookie."""
+        found = next((each for each in self._sent if each.parcel.cookie == cookie), None)
+        if found is not None:
+            self.drop(found)
+
+    def to(self, name: str) -> Iterator[Sent]:
+        """Those that were sent to a name."""
+        return (each for each in tuple(self._sent) if each.parcel.dst_name == name)
