@@ -17,6 +17,7 @@ from kbusd.cuse import abi as fuse
 from kbusd.kdbus import abi, items, layout
 from kbusd.supervisor import closing
 from kbusd.supervisor.domains import HOST
+from kbusd.supervisor.relay import Room
 from tests.bus import procs
 from tests.bus.daemon import STRICT_POLICY
 from tests.kdbusfs.kclient import KdbusClient
@@ -179,10 +180,10 @@ class Kernel:
         self.dealt: list[int] = []
         self.closings = closing.Closings(self.listen, self.calls.append)
 
-    def listen(self, _: int, handler: Callable[[bytearray], bool]) -> None:
+    def listen(self, _: int, handler: Callable[[Room], bool]) -> None:
         self.ring = handler
 
-    def deal(self, request: bytes) -> None:
+    def give(self, request: bytes) -> None:
         self.dealt.append(int.from_bytes(request[8:16], "little"))
 
     def close(self, number: int, uid: int) -> None:
@@ -207,10 +208,10 @@ def test_a_user_who_closes_many_files_keeps_only_himself_waiting() -> None:
     assert kernel.waits(102, uid=1)
     for number in range(closing.MAX_FOR_OTHERS):
         kernel.closings.left(number)
-    kernel.ring(bytearray())
+    kernel.ring(Room())
     assert kernel.dealt == [100]  # what was closed after it was asked is nothing to it
     kernel.closings.left(closing.MAX_FOR_OTHERS)
-    kernel.ring(bytearray())
+    kernel.ring(Room())
     assert kernel.dealt == [100, 102]
     assert not kernel.closings.busy
 
@@ -224,7 +225,7 @@ def test_a_user_whose_worker_did_not_end_keeps_only_himself_waiting(
     assert kernel.waits(100, uid=2)
     now[0] += closing.WAIT_SECONDS
     kernel.closings.expire()
-    kernel.ring(bytearray())
+    kernel.ring(Room())
     assert kernel.dealt == [100]
     kernel.close(2, uid=1)
     assert not kernel.waits(101, uid=2)
@@ -240,5 +241,5 @@ def test_a_bus_that_ends_holds_nothing_up() -> None:
     kernel.closings.over("0-y")
     assert kernel.closings.busy
     kernel.closings.over("0-x")
-    kernel.ring(bytearray())
+    kernel.ring(Room())
     assert kernel.dealt == [100]
