@@ -68,7 +68,7 @@ def _last_cap() -> int:
 
 
 LAST_CAP = _last_cap()
-HOME = os.stat("/proc/self/ns/user").st_ino
+HOME = int(os.readlink("/proc/self/ns/user").strip("user:[]"))
 """The bus's user namespace; asked now, as nothing can be opened later."""
 
 _ERRNOS = {
