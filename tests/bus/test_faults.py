@@ -242,12 +242,16 @@ def test_killed_broker_ends_the_bus(start_bus: Callable[..., Bus]) -> None:
 @pytest.mark.kbusd_only
 def test_killed_launcher_is_replaced(start_bus: Callable[..., Bus]) -> None:
     bus = start_bus()
-    (launcher,) = [p for p in bus.tree() if p.comm == "kbusd-launcher"]
-    os.kill(launcher.pid, signal.SIGKILL)
+
+    def launchers() -> list[int]:
+        return [p.pid for p in bus.tree() if p.comm == "kbusd-launcher"]
+
+    procs.eventually(launchers, "there is a launcher")  # the bus does not wait for it
+    (first,) = launchers()
+    os.kill(first, signal.SIGKILL)
 
     def another() -> bool:
-        found = [p.pid for p in bus.tree() if p.comm == "kbusd-launcher"]
-        return len(found) == 1 and found != [launcher.pid]
+        return len(found := launchers()) == 1 and found != [first]
 
     procs.eventually(another, "there is a launcher again")
     assert bus.connect().name
