@@ -48,7 +48,8 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True):
     The vectors' bytes travel beside it, one after another, and the descriptors of memfds and then
     those of the message. `filter`: generation and bits. `offered`: the ATTACH flags that the sender
     grants. `sent`: CLOCK_MONOTONIC and CLOCK_REALTIME in ns. `origin`: the id (u64) of who, gone by now, sent
-    it to an activator or to a former owner of `dst_name`, which passes it on."""
+    it to an activator or to a former owner of `dst_name`, which passes it on; or the sender's own: it is
+    sent again, as `dst_name` has moved. What then has no room is lost to its receiver, as it was sent already."""
 
     flags: int
     priority: int

@@ -568,7 +568,8 @@ class Session:
                 continue  # it has moved once more, or was read
             if not to.kdbus:
                 self._kept.drop(sent)  # its client has what comes
-            parcel = msgspec.structs.replace(sent.parcel, dst_id=id)
+            own = layout.U64.pack(self.id)
+            parcel = msgspec.structs.replace(sent.parcel, dst_id=id, origin=own)
             start(
                 self.bus.send(to, parcel, sent.data, (), again=True),
                 partial(self._sent_again, sent, id),
@@ -700,13 +701,16 @@ class Session:
         most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
         if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
             raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
+        moves = parcel.dst_name is not None and self.bus.activator(parcel.dst_name)
         if broadcast or parcel.flags & abi.MSG_SIGNAL or parcel.origin:
             entry = self._try_enqueue(source, parcel, parts, seqnum, fds)
             if entry is None:
+                if moves:
+                    self.bus.tell_read(source.id, parcel.cookie)  # lost: it moves no more
                 return
         else:
             entry = self._enqueue(source, parcel, parts, seqnum, fds)
-        if parcel.dst_name is not None and self.bus.activator(parcel.dst_name):
+        if moves:
             # A memfd is not kept: the bus hands it over as bytes where there is an activator.
             whole = [part for part in parts if not isinstance(part, message.Memfd)]
             entry.kept = source, parcel, whole

@@ -676,7 +676,7 @@ class Port:
         if self.session.kind == abi.HELLO_MONITOR:
             self._receive(self._told_of(connection), connection, found, data, fds, stamp)
             return 0
-        if found.origin:
+        if found.origin and found.origin != layout.U64.pack(connection.id):
             return self._forwarded(connection, found, data, stamp)
         if found.dst_id not in (me, abi.DST_ID_BROADCAST):
             raise ParcelError(f"a parcel for {found.dst_id} came to {me}")

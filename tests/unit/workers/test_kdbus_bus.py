@@ -158,13 +158,18 @@ def test_who_had_a_name_passes_on_what_was_sent_to_it_and_nothing_else(peer: int
     bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=PEER))
     assert give(bus, passed_on(), b"ab") == 0
     assert session.messages == [(77, [b"ab"])]
-    changes = {
-        "dst_name": "a.c", "origin": layout.U64.pack(PEER), "reply_or_timeout": 3, "dst_id": PEER
-    }  # fmt: skip
+    changes = {"dst_name": "a.c", "reply_or_timeout": 3, "dst_id": PEER}
     for name, value in changes.items():
         with pytest.raises(ParcelError):
             give(bus, passed_on(**{name: value}), b"ab")
     assert len(session.messages) == 1
+
+
+def test_who_sends_again_says_of_nobody_else_that_it_was_his() -> None:
+    bus, session = port(Policy())
+    bus.engine_router.replica.apply(NameOwnerChanged("a.b", 0, ME, activator=ME))
+    assert give(bus, passed_on(origin=layout.U64.pack(PEER)), b"ab") == 0
+    assert session.messages == [(PEER, [b"ab"])]
 
 
 @pytest.mark.parametrize("activator", [0, ME])
