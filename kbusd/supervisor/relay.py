@@ -88,6 +88,12 @@ _BEHIND = cython.declare(cython.size_t, cython.sizeof(InHeader))
 _KEPT = cython.declare(cython.size_t, cython.sizeof(InHeader) + 16)  # up to an ioctl's command
 _IOCTL = cython.declare(uint32_t, abi.IOCTL)
 _POLL = cython.declare(uint32_t, abi.POLL)
+_OPEN = cython.declare(uint32_t, abi.OPEN)
+_CREATE = cython.declare(uint32_t, abi.CREATE)
+_TMPFILE = cython.declare(uint32_t, abi.TMPFILE)
+_OPENDIR = cython.declare(uint32_t, abi.OPENDIR)
+_OUT = cython.declare(cython.size_t, cython.sizeof(OutHeader))
+_OPENED = cython.declare(cython.size_t, cython.sizeof(OutHeader) + 8)  # with a handle
 _NOTIFY_POLL = cython.declare(cython.int, abi.NOTIFY_POLL)
 _NOTIFY_STORE = cython.declare(cython.int, abi.NOTIFY_STORE)
 _LEAST_ERROR = cython.declare(cython.int, -abi.ERESTARTSYS)
@@ -414,6 +420,9 @@ class Relay:
         held: tuple = self.held.get(unique)
         if held is None or held[0] is not end:
             raise LineError(f"meddled with request {unique}, which it does not hold")
+        request: bytes = held[1]
+        if head.error == 0 and len(request) >= _OUT:
+            _check_opened(request, reply, length)
         del self.held[unique]
         self._write(reply, length)
         return 0
@@ -489,6 +498,22 @@ def _descriptors(message: cython.pointer(msghdr)) -> list:
                 found.append(number)
         head = CMSG_NXTHDR(message, head)
     return found
+
+
+@cython.cfunc
+def _check_opened(
+    request: bytes, reply: cython.pointer(cython.const[uint8_t]), length: cython.size_t
+):
+    """Handles of files are ours to give: by the number of another's, a file would be his. A directory's is 0.
+    Raises LineError."""
+    head: cython.p_char = request
+    opcode: uint32_t
+    handle: uint64_t = 0
+    memcpy(cython.address(opcode), head + 4, 4)
+    if opcode == _OPENDIR and length >= _OPENED:
+        memcpy(cython.address(handle), reply + _OUT, 8)
+    if opcode == _OPEN or opcode == _CREATE or opcode == _TMPFILE or handle != 0:
+        raise LineError("opened a file by itself")
 
 
 # -- records: msgpack, as far as it is needed ------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import struct
 import threading
 from array import array
 from types import SimpleNamespace
@@ -79,8 +80,8 @@ class Player:
         for sock in (self.kernel, self.line.sock, *self.ends):
             sock.close()
 
-    def hold(self, unique: int = UNIQUE) -> None:
-        self.connection.held[unique] = self.holder, b""
+    def hold(self, unique: int = UNIQUE, request: bytes = b"") -> None:
+        self.connection.held[unique] = self.holder, request
 
     def says(self, record: bytes) -> list[bytes]:
         """What the kernel gets of it."""
@@ -269,6 +270,24 @@ def test_who_answers_so_is_ended(record: bytes) -> None:
         assert player.says(record) == []
         (accused, _), lost = player.connection.said
         assert (accused, lost) == ("accuse", "lose")
+
+
+@pytest.mark.parametrize("opcode", [abi.OPEN, abi.OPENDIR, abi.CREATE, abi.TMPFILE])
+def test_nobody_opens_a_file_by_itself(opcode: int) -> None:
+    """By the number of another's worker it would be that one's file."""
+    opened = abi.OUT_HEADER.pack(32, 0, UNIQUE) + struct.pack("=QQ", FILE, 0)
+    with Player() as player:
+        player.hold(request=request(opcode, unique=UNIQUE))
+        assert player.says(encode(entries.Answered(opened))) == []
+        (accused, _), lost = player.connection.said
+        assert (accused, lost) == ("accuse", "lose")
+
+
+def test_a_directory_is_opened_without_a_handle() -> None:
+    opened = abi.OUT_HEADER.pack(32, 0, UNIQUE) + bytes(16)
+    with Player() as player:
+        player.hold(request=request(abi.OPENDIR, unique=UNIQUE))
+        assert player.says(encode(entries.Answered(opened))) == [opened]
 
 
 def test_who_comes_back_waits_till_another_has_taken_over() -> None:
