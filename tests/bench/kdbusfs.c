@@ -84,6 +84,10 @@ static struct connection hello(bool attached) {
         made.socket = ends[0];
     }
     need(!ioctl(made.fd, HELLO, &command), "HELLO");
+    if (attached) { /* the pool comes first; we map the file */
+        uint64_t record[8];
+        need(recv(made.socket, record, sizeof record, 0) > 0, "recv of the pool");
+    }
     made.id = command.id;
     made.pool = mmap(NULL, POOL, PROT_READ, MAP_SHARED, made.fd, 0);
     need(made.pool != MAP_FAILED, "mmap of the pool");
