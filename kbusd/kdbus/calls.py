@@ -3,7 +3,8 @@
 A reply is let through because the caller's side remembers what was asked of whom; policy is not asked
 again. Cookies are the caller's choice: of several calls to one connection with the same cookie, the
 latest is answered first. A synchronous call that a signal interrupted stays for a while: if the system
-call is started again, with the same cookie, it goes on waiting and sends nothing twice.
+call is started again, with the same cookie, it goes on waiting and sends nothing twice. A reply that nobody
+waits for gets EBADSLT, as of the last kdbus and its test-message.c; before, it was EPERM.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ class Calls:
         self._calls.insert(0, call)
 
     def take(self, callee: int, cookie: int) -> Call:
-        """The call that a reply of `callee` answers; it waits no longer. Raises Errno EPERM."""
+        """The call that a reply of `callee` answers; it waits no longer. Raises Errno EBADSLT."""
         for call in self._calls:
             if call.cookie == cookie and call.callee == callee:
                 self._calls.remove(call)
                 return call
-        raise Errno(errno.EPERM, f"a reply of {callee} to {cookie}, which was not asked")
+        raise Errno(errno.EBADSLT, f"a reply of {callee} to {cookie}, which was not asked")
 
     def remove(self, call: Call) -> None:
         """A call waits no longer, if it still did."""

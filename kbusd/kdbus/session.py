@@ -659,7 +659,7 @@ class Session:
         owed, cookie = self._owed.get(to.id, {}), parcel.reply_or_timeout
         deadline = owed.pop(cookie, 0)
         if deadline <= self.bus.clock()[0]:
-            raise Errno(errno.EPERM, f"a reply to {cookie} of {to.id}, which nobody waits for")
+            raise Errno(errno.EBADSLT, f"a reply to {cookie} of {to.id}, which nobody waits for")
         try:
             await self.bus.send(to, parcel, data, fds)
         except Errno:

@@ -67,6 +67,17 @@ class Maker(KdbusClient):
         return self
 
 
+@contextlib.contextmanager
+def world_bus(transport: str, n_hash: int = 8, told: int = 0) -> Iterator[str]:
+    """The node of a bus, made for this, that the world may open."""
+    bus = KdbusBus(transport)
+    root, name = Path(bus.node).parents[1], f"{UID}-world"
+    bloom = layout.BLOOM_PARAMETER.pack(64, n_hash)
+    with Maker(root).make(name, abi.MAKE_ACCESS_WORLD, bloom, told=told):
+        yield str(root / name / "bus")
+    bus.stop()
+
+
 def errno_of(maker: Maker, name: str, *how: object) -> str:
     with pytest.raises(OSError) as caught:
         maker.make(name, *how)  # type: ignore[arg-type]

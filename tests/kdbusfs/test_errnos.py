@@ -265,7 +265,7 @@ ROWS: dict[str, Row] = {
     "send-to-activator": ("ENXIO", lambda t: message(t, dst=t.activator.id)),
     "send-no-auto-start": ("EADDRNOTAVAIL", lambda t: message(t, to_name("com.example.Act"), dst=0, flags=abi.MSG_NO_AUTO_START)),
     "send-forbidden": ("EPERM", lambda t: lambda: t.stranger.send(t.a.id, b"x")),
-    "send-faked-reply": ("EPERM", lambda t: message(t, reply=77)),
+    "send-faked-reply": ("EBADSLT", lambda t: message(t, reply=77)),
     "send-full": ("ENOBUFS", lambda t: lambda: fill(t)),
     "send-no-cancel-fd": ("EBADF", lambda t: cancelled(t, 99999)),
     "send-cancel-file": ("EINVAL", lambda t: cancelled(t, os.open("/etc/passwd", os.O_RDONLY | os.O_CLOEXEC))),

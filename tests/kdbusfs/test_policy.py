@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kbusd.kdbus import abi, layout
+from kbusd.kdbus import abi
 from tests.kdbusfs.kclient import KdbusClient
-from tests.kdbusfs.test_buses import Maker
-from tests.kdbusfs.test_clients import FILE, NODE, KdbusBus, fails, to_name
+from tests.kdbusfs.test_buses import world_bus
+from tests.kdbusfs.test_clients import FILE, NODE, fails, to_name
 from tests.kdbusfs.test_sessions import brought, signal_filter
 
 UID = os.geteuid()
@@ -27,12 +26,8 @@ pytestmark = [] if UID == 0 else [pytest.mark.guest]
 @pytest.fixture(scope="module", params=[FILE, NODE])
 def made(request: pytest.FixtureRequest) -> Iterator[str]:
     """The node of a bus that the world may open."""
-    bus = KdbusBus(request.param)
-    root = Path(bus.node).parents[1]
-    bloom = layout.BLOOM_PARAMETER.pack(64, 8)
-    with Maker(root).make(f"{UID}-denies", abi.MAKE_ACCESS_WORLD, bloom):
-        yield str(root / f"{UID}-denies" / "bus")
-    bus.stop()
+    with world_bus(request.param) as node:
+        yield node
 
 
 def test_who_made_it_may_do_anything(made: str) -> None:

@@ -28,8 +28,8 @@ from kbusd.kdbus import abi, items, layout
 from tests.bus import procs
 from tests.kdbusfs.kclient import LIBC, Buffer, KdbusClient, Message
 from tests.kdbusfs.kclient import ioctl as kclient_ioctl
-from tests.kdbusfs.test_buses import Maker
-from tests.kdbusfs.test_clients import FILE, NODE, KdbusBus, to_name
+from tests.kdbusfs.test_buses import Maker, world_bus
+from tests.kdbusfs.test_clients import FILE, NODE, to_name
 from tests.kdbusfs.test_descriptors import PRELOAD, TREE
 from tests.kdbusfs.test_endpoints import Endpoint
 from tests.kdbusfs.test_sessions import brought, signal_filter
@@ -55,12 +55,8 @@ pytestmark = [] if UID == 0 else [pytest.mark.guest]
 @pytest.fixture(scope="module", params=[FILE, NODE])
 def made(request: pytest.FixtureRequest) -> Iterator[str]:
     """The node of a bus made as theirs are."""
-    bus = KdbusBus(request.param)
-    root = Path(bus.node).parents[1]
-    bloom = layout.BLOOM_PARAMETER.pack(64, 1)
-    with Maker(root).make(f"{UID}-test", abi.MAKE_ACCESS_WORLD, bloom, told=abi.ATTACH_ALL):
-        yield str(root / f"{UID}-test" / "bus")
-    bus.stop()
+    with world_bus(request.param, n_hash=1, told=abi.ATTACH_ALL) as node:
+        yield node
 
 
 @pytest.fixture
@@ -682,7 +678,7 @@ def test_message_basic(node: str) -> None:
             assert each.take() == ""
             assert each.shown.cookie == cookie
         assert sender.post(other.id, 0, EXPECT) == "EINVAL"
-        assert other.answer(sender.id, 99 ^ cookie) == "EPERM"
+        assert other.answer(sender.id, 99 ^ cookie) == "EBADSLT"
 
 
 def test_message_prio(node: str) -> None:
@@ -837,7 +833,7 @@ def test_sync_reply(node: str) -> None:
 
         def replies() -> None:
             wrong.append(a.take(5000))
-            wrong.append(a.answer(b.id, ~7 & ALL).replace("EPERM", ""))
+            wrong.append(a.answer(b.id, ~7 & ALL).replace("EBADSLT", ""))
             wrong.append(a.answer(b.id, 7))
 
         thread = threading.Thread(target=replies)

@@ -10,12 +10,12 @@ from tests.unit.kdbus.refused import refused
 def test_only_who_was_asked_may_answer_and_once() -> None:
     calls = Calls()
     calls.add(Call(callee=5, cookie=1, deadline=100, sync=False))
-    with refused("EPERM"):
+    with refused("EBADSLT"):
         calls.take(6, 1)
-    with refused("EPERM"):
+    with refused("EBADSLT"):
         calls.take(5, 2)
     assert calls.take(5, 1).deadline == 100
-    with refused("EPERM"):
+    with refused("EBADSLT"):
         calls.take(5, 1)
 
 
