@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 from kbusd.policy.decide import can_connect, explain
@@ -43,11 +44,17 @@ def main(
         Rehearsal(context).play(serve)
     keep = [0, 1, 2, supervisor.fileno(), broker.fileno(), locked, *engine.descriptors()]
     apply.confine(context.profile, keep_fds=keep)
-    os.write(locked, b"1")
-    os.close(locked)
+    say_locked(locked)
     serve(context, engine, hand_over, line)
     # The kernel takes it all back at once, and copies no page to find out what there is.
     os._exit(0)
+
+
+def say_locked(fd: int) -> None:
+    """We are locked down; whoever waits for that may be gone, as the bus ends."""
+    with suppress(BrokenPipeError):
+        os.write(fd, b"1")
+    os.close(fd)
 
 
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:

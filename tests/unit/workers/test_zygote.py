@@ -146,3 +146,12 @@ def test_the_supervisor_hears_of_a_worker_that_ends(start: Start) -> None:
     stage.forked()
     stage.workers.pop().close()
     assert stage.line.receive() == (entries.Ended(7, 0), [])
+
+
+def test_a_worker_that_is_ready_when_nobody_asks_any_more_says_nothing_of_it() -> None:
+    """A traceback at the end of a bus."""
+    asks, locked = os.pipe()
+    os.close(asks)
+    worker.say_locked(locked)
+    with pytest.raises(OSError):
+        os.fstat(locked)
