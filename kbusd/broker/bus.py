@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
-from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Connection
+from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Behind, Connection
 from kbusd.broker.counts import Counts
 from kbusd.broker.custom_endpoints import CustomEndpoints
 from kbusd.broker.endpoints import Endpoints
+from kbusd.broker.filtered import Shown
 from kbusd.broker.introductions import RING_FDS, Introductions
 from kbusd.broker.labels import Labels
 from kbusd.broker.matches import ACTIVATABLE_CHANGED, OWNER_CHANGED, Matches, parse
@@ -586,7 +587,8 @@ class Bus:
         assert asker.policy is not None and peer.policy is not None
         assert asker.credentials is not None and peer.credentials is not None
         reaches = asker.policy.may_reach(peer.policy, asker.names, peer.names)
-        if not reaches or not self.endpoints.may_meet(asker, peer):
+        meets = self.endpoints.may_meet(asker, peer) and self.custom.may_meet(asker, peer)
+        if not reaches or not meets:
             why = "no rule allows it"
         elif not self.labels.may_ever_send(asker.credentials.label, peer.credentials.label):
             why = "SELinux does not allow it"
@@ -696,7 +698,19 @@ class Bus:
 
     def _snapshot(self, connection: Connection) -> list[int]:
         assert connection.credentials is not None
-        return self._outside.snapshot(connection.credentials.endpoint)
+        return self._outside.snapshot(Behind.of(connection.credentials, connection.custom))
+
+    def shown(self, behind: Behind) -> Shown:
+        """What those behind an endpoint are shown of names."""
+        return self.custom.shown(behind) if behind.custom else self.endpoints.shown(behind.endpoint)
+
+    def inside(self, behind: Behind) -> list[int]:
+        """The connections that are behind it."""
+        return [
+            id
+            for id, each in self.by_id.items()
+            if each.credentials and Behind.of(each.credentials, each.custom) == behind
+        ]
 
     def size(self) -> int:
         """About how many entries a snapshot has."""

@@ -6,7 +6,7 @@ their part of it. Who the client is comes from the supervisor alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kbusd.rings.entries import Credentials
 
@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 NOT_YET = 0  # id of a connection that has not said Hello
 MAX_COMPLAINTS = 16  # lines in the log about what one connection was refused
 MAX_WAITING = 1024  # requests of one connection that are answered later
+
+
+class Behind(NamedTuple):
+    """By what a client is held back: an endpoint of a socket, or a custom one of kdbus, which shows each user
+    what it shows him."""
+
+    endpoint: str = ""
+    custom: int = 0
+    uid: int = 0
+    gid: int = 0
+    groups: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, who: Credentials, custom: int) -> Behind:
+        return cls("", custom, who.uid, who.gid, who.groups) if custom else cls(who.endpoint)
+
+
+OPEN = Behind()
+"""By nothing."""
 
 
 class Connection:

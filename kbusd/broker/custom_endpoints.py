@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kbusd.broker.connection import Connection
+from kbusd.broker.connection import Behind, Connection
+from kbusd.broker.matches import listens
 from kbusd.broker.name_policy import check, entries_of
 from kbusd.broker.refusal import FILE_EXISTS, Refused, Violation
 from kbusd.kdbus import abi, policy
@@ -17,6 +18,30 @@ from kbusd.kdbus.errors import Errno
 from kbusd.rings.entries import PolicyEntry
 
 MAX_ENTRIES = 4096  # of one endpoint; a command is 32 KiB at most
+
+
+class ShownByNode:
+    """What one shows a user of names (filtered.py)."""
+
+    def __init__(
+        self, database: policy.Database, patterns: list[tuple[str, bool]], who: Behind
+    ) -> None:
+        self._database = database
+        self._patterns = patterns
+        self._subject = policy.Subject.of(who.uid, who.gid, who.groups)
+
+    def access(self, name: str) -> int:
+        """The highest access to a name, or NOTHING."""
+        return self._database.query(self._subject, name)
+
+    def sees(self, name: str) -> bool:
+        return self.access(name) >= abi.POLICY_SEE
+
+    def may_own(self, name: str) -> bool:
+        return self.access(name) >= abi.POLICY_OWN
+
+    def patterns(self) -> list[tuple[str, bool]]:
+        return [each for each in self._patterns if self.sees(each[0] + ".*" * each[1])]
 
 
 class CustomEndpoints:
@@ -38,10 +63,12 @@ class CustomEndpoints:
         if len(entries) > MAX_ENTRIES:
             raise Violation(f"made an endpoint with policy for {len(entries)} names")
         check(entries)
+        database = policy.Database()
         try:
-            self._databases[maker.worker].replace(maker.worker, entries_of(entries))
+            database.replace(maker.worker, entries_of(entries))
         except Errno as error:
             raise Refused(FILE_EXISTS, error.text) from None
+        self._databases[maker.worker] = database
         self.entries[maker.worker] = entries
 
     def remove(self, worker: int) -> bool:
@@ -53,13 +80,21 @@ class CustomEndpoints:
         """Whether a connection has this access to one of the names, as far as what it is behind goes."""
         if not connection.custom:
             return True
-        database = self._databases.get(connection.custom)
-        who = connection.credentials
-        if database is None or who is None:
+        if connection.credentials is None:
             return False
-        subject = policy.Subject.of(who.uid, who.gid, who.groups)
-        return any(database.query(subject, name) >= access for name in names)
+        shown = self.shown(Behind.of(connection.credentials, connection.custom))
+        return any(shown.access(name) >= access for name in names)
+
+    def shown(self, behind: Behind) -> ShownByNode:
+        """What one shows a user; nothing if it is gone."""
+        database = self._databases.get(behind.custom, policy.Database())
+        patterns = [(each.name, each.wildcard) for each in self.entries.get(behind.custom, ())]
+        return ShownByNode(database, patterns, behind)
 
     def may_see(self, connection: Connection, other: Connection) -> bool:
         """Whether one is there for the other."""
         return connection is other or self.may(connection, abi.POLICY_SEE, other.names)
+
+    def may_meet(self, asker: Connection, peer: Connection) -> bool:
+        """Whether the asker may be made known to the peer: it may talk to it, or is listened to."""
+        return self.may(asker, abi.POLICY_TALK, peer.names) or listens(peer, asker)

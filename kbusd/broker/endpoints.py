@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kbusd.broker.connection import Connection
-from kbusd.broker.matches import parse
+from kbusd.broker.matches import listens, parse
 from kbusd.broker.outside import Outside
 from kbusd.broker.refusal import (
     ACCESS_DENIED,
@@ -49,7 +49,6 @@ from kbusd.rings.entries import (
 )
 
 MAX_ENDPOINTS = 256
-_SIGNAL = 4
 _ALLOWED = (
     AddMatch,
     Counted,
@@ -80,6 +79,24 @@ class One:
     bound: bool = False
     asks: int | None = None
     address: str = ""
+
+
+class ShownBySocket:
+    """What one shows of names (filtered.py)."""
+
+    def __init__(self, endpoint: Endpoint, view: View) -> None:
+        self._endpoint = endpoint
+        self._view = view
+
+    def sees(self, name: str) -> bool:
+        return self._view.level(name) >= SEE
+
+    def may_own(self, name: str) -> bool:
+        return self._view.level(name) >= OWN
+
+    def patterns(self) -> list[tuple[str, bool]]:
+        levels = [(each.name, each.below) for each in self._endpoint.levels if each.level >= SEE]
+        return levels + [(each.name, each.below) for each in self._endpoint.rules if each.allow]
 
 
 class Endpoints:
@@ -193,10 +210,12 @@ class Endpoints:
 
     # -- who may go through ------------------------------------------------------------------
 
-    def said(self, name: str) -> tuple[Endpoint, View]:
-        """What an endpoint says; nothing if there is none."""
+    def shown(self, name: str) -> ShownBySocket:
+        """What an endpoint shows of names; nothing if there is none."""
         one = self._all.get(name)
-        return (Endpoint(name), policy.nothing(name)) if one is None else (one.policy, one.view)
+        if one is None:
+            return ShownBySocket(Endpoint(name), policy.nothing(name))
+        return ShownBySocket(one.policy, one.view)
 
     def view(self, connection: Connection) -> View | None:
         """By what the connection is held back; None: it came by the socket of the bus."""
@@ -241,13 +260,6 @@ class Endpoints:
         return view is None or view.best(other.names) >= SEE
 
     def may_meet(self, asker: Connection, peer: Connection) -> bool:
-        """Whether the asker may be made known to the peer: it may call it, or the peer has asked for
-        signals that the asker could send."""
+        """Whether the asker may be made known to the peer: it may call it, or is listened to."""
         view = self.view(asker)
-        if view is None or view.best(peer.names) >= TALK:
-            return True
-        own = (None, asker.unique_name, *asker.names)
-        return any(
-            rule.type in (0, _SIGNAL) and rule.destination is None and rule.sender in own
-            for rule in peer.matches
-        )
+        return view is None or view.best(peer.names) >= TALK or listens(peer, asker)

@@ -1,7 +1,7 @@
 """The control log and the snapshots that let a worker join in its middle.
 
-The broker is its only writer. Each endpoint by which somebody came has a log of its own, with what filtered.py
-lets pass and the same stamps. A snapshot is a sealed memfd with the encoded state at one position
+The broker is its only writer. Those behind an endpoint have a log of their own, with what filtered.py lets
+pass. A snapshot is a sealed memfd with the encoded state at one position
 of the log; it is given out until the log has gone on by more than replaying is worth, so that most
 connections cost no new one.
 """
@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from kbusd.broker.connection import OPEN, Behind
 from kbusd.broker.filtered import Filter
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
-from kbusd.rings.entries import EndpointChanged, LogEntry, Snapshot
+from kbusd.rings.entries import LogEntry, Snapshot
 
 CAPACITY = 4 * 1024 * 1024  # touched page by page as the log grows; then it goes round
 OF_ENDPOINT = 1024 * 1024
@@ -78,14 +79,14 @@ class Logs:
     of an endpoint."""
 
     def __init__(
-        self, state: Callable[[int, int], Snapshot], behind: Callable[[str], Filter]
+        self, state: Callable[[int, int], Snapshot], behind: Callable[[Behind], Filter]
     ) -> None:
         self._log = Log()
         self._clock = Clock()
         self._stamp = 0
         self._state = state
         self._filter = behind
-        self._behind: dict[str, tuple[Log, Filter]] = {}
+        self._behind: dict[Behind, tuple[Log, Filter]] = {}
 
     def fileno(self) -> int:
         """The memfd of the log for all who came by no endpoint."""
@@ -94,22 +95,23 @@ class Logs:
     def append(self, entry: LogEntry) -> None:
         self._stamp = self._clock.tick()
         self._log.append(entry, self._stamp)
-        for log, filter in self._behind.values():
-            if (passed := filter.entry(entry)) is not None:
+        for behind, (log, filter) in list(self._behind.items()):
+            for passed in filter.entries(entry, lambda: self._state(0, 0)):
                 log.append(passed, self._stamp)
-        if isinstance(entry, EndpointChanged) and entry.name in self._behind:
-            if entry.policy:
-                self._behind[entry.name][0].forget()  # it was made by what the endpoint said before
-            else:
-                del self._behind[entry.name]
+                self._stamp = self._clock.tick()  # they rise from frame to frame
+            if filter.changes(entry):
+                log.forget()  # it was made by what the endpoint said before
+            if filter.is_over(entry):
+                log.forget()
+                del self._behind[behind]
 
-    def snapshot(self, endpoint: str, size: int) -> list[int]:
-        """Where to join in: a snapshot; for who came by an endpoint, also the log to go on with."""
-        if not endpoint:
+    def snapshot(self, behind: Behind, size: int) -> list[int]:
+        """Where to join in: a snapshot; for who is behind an endpoint, also the log to go on with."""
+        if behind == OPEN:
             return [self._log.snapshot(lambda position: self._state(position, self._stamp), size)]
-        if endpoint not in self._behind:
-            self._behind[endpoint] = Log(OF_ENDPOINT), self._filter(endpoint)
-        log, filter = self._behind[endpoint]
+        if behind not in self._behind:
+            self._behind[behind] = Log(OF_ENDPOINT), self._filter(behind)
+        log, filter = self._behind[behind]
 
         def state(position: int) -> Snapshot:
             return filter.snapshot(self._state(position, self._stamp))

@@ -123,3 +123,12 @@ def parse(text: str) -> match.MatchRule:
         return _parse(text)
     except match.MatchError as error:
         raise Refused(error.error, str(error)) from None
+
+
+def listens(connection: Connection, sender: Connection) -> bool:
+    """Whether the connection has asked for signals that the sender could send."""
+    own = (None, sender.unique_name, *sender.names)
+    return any(
+        rule.type in (0, _SIGNAL) and rule.destination is None and rule.sender in own
+        for rule in connection.matches
+    )

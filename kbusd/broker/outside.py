@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from kbusd.broker.connection import Behind
 from kbusd.rings.entries import BrokerMessage, Launch, LogEntry
 
 
@@ -45,9 +46,9 @@ class Outside(Protocol):
     def look(self, directories: tuple[str, ...]) -> None:
         """Have the launcher look when the directories changed; `Bus.looked` follows."""
 
-    def snapshot(self, endpoint: str) -> list[int]:
-        """A descriptor of a sealed memfd with a recent Snapshot, and of the log to go on with for who came
-        by an endpoint; they stay the callee's."""
+    def snapshot(self, behind: Behind) -> list[int]:
+        """A descriptor of a sealed memfd with a recent Snapshot, and of the log to go on with for who is
+        behind an endpoint; they stay the callee's."""
 
     def policy(self) -> int:
         """A descriptor of the sealed memfd with the configuration; stays the callee's."""

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kbusd.broker.bus import Bus
-from kbusd.broker.connection import Connection
+from kbusd.broker.connection import Behind, Connection
 from kbusd.broker.filtered import Filter
 from kbusd.broker.log import Logs
 from kbusd.broker.refusal import Violation
@@ -406,8 +406,8 @@ class Server:
     def look(self, directories: tuple[str, ...]) -> None:
         self._tell_launcher(Look(directories))
 
-    def snapshot(self, endpoint: str) -> list[int]:
-        return self._log.snapshot(endpoint, self._bus.size())
+    def snapshot(self, behind: Behind) -> list[int]:
+        return self._log.snapshot(behind, self._bus.size())
 
     def policy(self) -> int:
         return self._configuration
@@ -434,13 +434,8 @@ class Server:
     def say(self, text: str) -> None:
         self._journal.say(text)
 
-    def _filter(self, endpoint: str) -> Filter:
-        inside = [
-            id
-            for id, each in self._bus.by_id.items()
-            if each.credentials and each.credentials.endpoint == endpoint
-        ]
-        return Filter(endpoint, lambda: self._bus.endpoints.said(endpoint), inside)
+    def _filter(self, behind: Behind) -> Filter:
+        return Filter(behind, self._bus.shown, self._bus.inside(behind))
 
 
 def read_configuration(fd: int) -> configuration.Configuration:

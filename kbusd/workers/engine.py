@@ -787,13 +787,6 @@ class Engine:
     def _log_entry(self, raw):
         entry = decode_entry(raw)
         kind = type(entry)
-        if (
-            kind is entries.EndpointChanged
-            and entry.policy
-            and entry.name == self.credentials.endpoint
-        ):
-            self.merge.remove(self.log)
-            self._behind()  # of what it hid before, nothing stands in our log
         if kind in _CHANGES or (kind in _RULES and eavesdrops(entry.rule)):
             self.epoch += 1
         try:

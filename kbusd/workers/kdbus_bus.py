@@ -850,6 +850,8 @@ class Port:
                 self._went = self._replica.connections.get(id)
                 self._met.discard(id)
                 self._known.pop(id, None)
+            case entries.MonitorAttached(id):
+                self._went = self._replica.connections.get(id)
             case entries.NameOwnerChanged(name, old):
                 self._had = self._flags(name, old) if old else 0
                 if self._replica.activators.get(name) == self._replica.me:
@@ -870,8 +872,8 @@ class Port:
             case entries.ConnectionRemoved(id) if self._went is not None:
                 self.session.id_removed(id, self._went.kdbus or 0, self._knows(self._went))
                 self._heard.discard(id)
-            case entries.MonitorAttached(id, _, None):
-                self.session.id_removed(id, 0)
+            case entries.MonitorAttached(id) if self._went is not None:
+                self.session.id_removed(id, 0, self._knows(self._went))
 
     def _comes_to(self, name: str) -> None:
         """Something does that was sent to this name."""

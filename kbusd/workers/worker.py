@@ -70,6 +70,8 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
             from kbusd.workers import kdbus_device
 
             if device.bus:
+                if device.endpoint != "bus":
+                    engine.leave_log()
                 kdbus_device.serve(context, engine, device, hand_over.sock, line)
             else:
                 line.close()  # it has nothing to say to the broker

@@ -18,8 +18,10 @@ import pytest
 from kbusd.broker.log import CAPACITY
 from kbusd.kdbus import abi, items, layout, metadata
 from kbusd.rings import entries
-from tests.kdbusfs.kclient import Buffer, ioctl
+from tests.kdbusfs.kclient import Buffer, KdbusClient, ioctl
 from tests.kdbusfs.test_clients import KdbusBus, fails
+from tests.kdbusfs.test_endpoints import Endpoint
+from tests.kdbusfs.test_sessions import brought
 
 from .conftest import _running
 from .daemon import OPEN_POLICY, Bus
@@ -447,9 +449,12 @@ class RedFiles(KdbusBus, RedBus):
 
     def lie(self, number: int) -> str | int:
         """Have the worker of a file lie to the supervisor; what its client gets of it."""
-        fd = os.open(self.node, os.O_RDWR)
+        return self.order(self.node, [SEED, EACH, number])
+
+    def order(self, node: str, what: list[Any]) -> str | int:
+        fd = os.open(node, os.O_RDWR)
         try:
-            order = Buffer(json.dumps([SEED, EACH, number]).encode().ljust(4096, b"\0"))
+            order = Buffer(json.dumps(what).encode().ljust(4096, b"\0"))
             return ioctl(fd, zygote.IOCTL, order.address)
         except OSError as error:
             return errno.errorcode[error.errno or 0]
@@ -523,6 +528,56 @@ def test_the_supervisor_survives_every_lie_of_the_tree(
         assert red_files.lie_of_tree(number) in ("ENOENT", "EIO", "ECONNRESET", "EPERM"), number
     assert os.stat(red_files.node).st_uid == os.geteuid()
     assert os.listdir(red_files.mount)
+
+
+def nobody(does: Callable[[], Any]) -> Callable[[], str]:
+    """Have it done by a process of nobody's; returns how to get what came of it."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            os.write(writes, str(does()).encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+
+    def result() -> str:
+        with os.fdopen(reads) as file:
+            said = file.read()
+        os.waitpid(pid, 0)
+        return said
+
+    return result
+
+
+@MOUNTED
+def test_what_a_custom_endpoint_hides_stands_in_nothing_that_its_workers_can_read(
+    red_files: RedFiles, talkers: Callable[[], None]
+) -> None:
+    """What it shows, it shows some users; and then something else. Patterns, as the names in a policy stand there."""
+    world, root = (abi.POLICY_ACCESS_WORLD, abi.POLICY_SEE, 0), (abi.POLICY_ACCESS_USER, 0, 0)
+    others = red_files.connect()
+    always = *brought("shown.*", world), *brought("last.*", world), *brought("root.*", root)
+    names = ["shown.Name", "hidden.Name", "root.Name", "after.Name", "before.Name", "last.Name"]
+    order = ["search_log_by_file", "last.Name", names]
+    with Endpoint(red_files.node, "0-red", abi.MAKE_ACCESS_WORLD) as made:
+        made.set(*always, *brought("before.*", world))
+        for name in names[:4]:
+            others.request_name(name)
+        early = nobody(lambda: red_files.order(made.node, order))
+        with KdbusClient(made.node) as client:
+            eventually(lambda: len(client.list(abi.LIST_UNIQUE)) == 3, "it has said Hello")
+        made.set(*always, *brought("after.*", world))
+        for name in names[4:]:
+            others.request_name(name)
+        found = 0b101001 | 2 << 10  # and two descriptors: a snapshot, and a log of their own
+        assert early() == str(found)
+        assert nobody(lambda: red_files.order(made.node, order))() == str(found)
+        assert red_files.order(made.node, order) == found | 0b100
+        assert red_files.order(red_files.node, order) == 0b111111 | 1 << 10
+    others.close()
 
 
 @MOUNTED

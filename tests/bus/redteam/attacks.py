@@ -557,11 +557,16 @@ def search_log(taken: Taken, *names: str) -> None:
     taken.say([len(fds), os.getpid()])
     wait(taken.client)  # till there is more in it
     fds += taken.ask(entries.FetchSnapshot(taken.next()))[1]
+    whole = _all_of(fds)
+    taken.say([name for name in names if name.encode() in whole])
+
+
+def _all_of(fds: Sequence[int]) -> bytes:
     whole = b""
     for fd in fds:
         with mmap.mmap(fd, os.fstat(fd).st_size, access=mmap.ACCESS_READ) as data:
             whole += data[:]
-    taken.say([name for name in names if name.encode() in whole])
+    return whole
 
 
 def become_monitor(taken: Taken) -> None:
@@ -583,6 +588,26 @@ def lie_of_device(line: Line, unique: int, order: list[int]) -> NoReturn:
     """One lie of the worker of an open file, in the name of the request that it holds or of none; then
     answers how many there are, if it still can."""
     _lie(line, unique, order, entries.FromDeviceWorker, lambda count: replies.ioctl(unique, count))
+
+
+def search_log_by_file(
+    context: Any, broker: Line, line: Line, unique: int, last: str, names: list[str]
+) -> NoReturn:
+    """Look for names in the log as the worker of an open file, when the `last` of them stands in it; answers
+    which there are, as bits, and above them how many descriptors were given."""
+    taken = Taken(context, None, line, broker, line.sock)
+    said = 1 << 20
+    try:
+        _, fds = taken.ask(entries.Hello(taken.next(), 0))
+        said = len(fds) << 10
+        until = time.monotonic() + _SECONDS
+        while last.encode() not in (whole := _all_of(fds)) and time.monotonic() < until:
+            fds += taken.ask(entries.FetchSnapshot(taken.next()))[1]
+        said += sum(1 << at for at, name in enumerate(names) if name.encode() in whole)
+    finally:
+        line.send(entries.Answered(replies.ioctl(unique, said)))
+        line.flush()
+        os._exit(0)
 
 
 def lie_of_tree(line: Line, unique: int, order: list[int]) -> NoReturn:

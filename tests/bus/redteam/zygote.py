@@ -47,7 +47,9 @@ def main() -> None:
     if "kdbus" in sys.argv:
         device: Any = import_module("kbusd.workers.kdbus_device")
         tree: Any = import_module("kbusd.workers.tree")
-        device.serve = _device_taken_over(device.serve, attacks.lie_of_device)
+        device.serve = _device_taken_over(
+            device.serve, attacks.lie_of_device, attacks.search_log_by_file
+        )
         _take_tree_over(tree, attacks.lie_of_tree)
     zygote.main()
 
@@ -71,7 +73,9 @@ def _taken_over(real: Callable[..., None], run: Callable[..., None]) -> Callable
     return serve
 
 
-def _device_taken_over(real: Callable[..., None], run: Callable[..., None]) -> Callable[..., None]:
+def _device_taken_over(
+    real: Callable[..., None], run: Callable[..., None], search: Callable[..., None]
+) -> Callable[..., None]:
     decode = msgspec.msgpack.Decoder(entries.ToDeviceWorker).decode
 
     def serve(context: Any, engine: Any, device: Any, sock: socket.socket, broker: Line) -> None:
@@ -83,7 +87,10 @@ def _device_taken_over(real: Callable[..., None], run: Callable[..., None]) -> C
             if isinstance(asked.body, requests.Ioctl) and asked.body.command == IOCTL:
                 sock.recvmsg(MAX_RECORD)
                 order = json.loads(asked.body.data.rstrip(b"\0"))
-                run(Line(sock, entries.ToDeviceWorker), asked.header.unique, order)
+                to_us, unique = Line(sock, entries.ToDeviceWorker), asked.header.unique
+                if isinstance(order[0], str):
+                    search(context, broker, to_us, unique, *order[1:])
+                run(to_us, unique, order)
         real(context, engine, device, sock, broker)
 
     return serve

@@ -11,7 +11,7 @@ from tests.unit.broker.world import OWNER, World, credentials
 
 ACTIVATOR, HOLDER, MONITOR = 2, 4, 8
 USER, WORLD = 1, 3
-TALK, OWN = 1, 2
+SEE, TALK, OWN = 0, 1, 2
 
 
 def join(
@@ -174,6 +174,32 @@ def test_an_endpoint_says_what_who_is_behind_it_owns_and_sees() -> None:
     world.bus.gone(MADE)
     assert log(world) == [e.CustomChanged(MADE, ())]
     assert error(world, inside, e.RequestName(10, "a.b", 0)) == "AccessDenied"
+
+
+def test_who_is_behind_an_endpoint_meets_whom_it_may_talk_to_and_who_listens() -> None:
+    world = World()
+    see = e.PolicyEntry("a.b", False, ((WORLD, SEE, 0),))
+    maker = endpoint(world, see)
+    inside = join(world, 1, e.Hello(1, 0), custom=MADE)
+    other = join(world, 2, e.Hello(1, 0))
+    meet = e.Introduce(5, other.id, 0, 0)
+
+    def met() -> bool:
+        """Whether the other's worker is asked to meet it."""
+        world.ask(inside, meet, (1, 2, 3, 4))
+        return any(isinstance(each[1], e.Introduction) for each in world.taken())
+
+    assert not met()
+    world.ask(other, e.RequestName(2, "a.b", 0))
+    assert not met()
+    world.ask(maker, e.SetEndpoint(3, (e.PolicyEntry("a.b", False, ((WORLD, TALK, 0),)),)))
+    assert met()
+    third = join(world, 3, e.Hello(1, 0))
+    meet = e.Introduce(6, third.id, 0, 0)
+    world.ask(third, e.AddMatch(4, "sender='c.d'"))
+    assert not met()
+    world.ask(third, e.AddMatch(4, "type='signal'"))
+    assert met()
 
 
 @pytest.mark.parametrize("kind", [ACTIVATOR, HOLDER, MONITOR])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kbusd.broker.connection import Connection
+from kbusd.broker.connection import Behind, Connection
 from kbusd.broker.filtered import Filter
 from kbusd.broker.refusal import Violation
 from kbusd.policy import endpoints
@@ -32,6 +32,18 @@ SAID = [
     endpoints.parse("app", lines)
     for lines in (["own=a.b", "see=a.c"], ["own=d.*", "see=a.b"], ["talk=a.c"])
 ]
+# The same of an endpoint of kdbus, for users: 0, and others.
+SEE, TALK, OWN = 0, 1, 2
+USER, WORLD = 1, 3
+SAID_BY_NODE = [
+    (
+        e.PolicyEntry("a.b", False, ((USER, OWN, 0), (WORLD, SEE, 0))),
+        e.PolicyEntry("d.e", False, ((USER, TALK, 7),)),
+    ),
+    (e.PolicyEntry("a", True, ((WORLD, TALK, 0),)), e.PolicyEntry("d.e", False, ((USER, OWN, 0),))),
+    (),
+]
+MAKER = 1000  # the worker of who has made that
 PICK = st.integers(0, 1 << 30)
 FDS = (1, 2, 3, 4)
 
@@ -47,11 +59,22 @@ class Life(RuleBasedStateMachine):
         self.world.bus.ready()
         self.world.events.clear()
         self.follower = Replica()
-        said = self.world.bus.endpoints.said
-        self.filter = Filter("app", lambda: said("app"), ())
-        self.behind = Replica()  # follows the log of the endpoint
-        for each in (self.follower, self.behind):
-            each.load(self.world.bus.snapshot(0, 0))
+        self.world.bus.worker_started(MAKER, 1)
+        self.world.bus.assigned(MAKER, credentials(MAKER, 0), hasty=False)
+        self.world.bus.endpoint_made(MAKER)
+        self.follower = Replica()
+        self.follower.load(self.whole())
+        # Those who follow the logs of endpoints: one of a socket, of kdbus as root and as somebody else.
+        self.behind = [
+            (Filter(each, self.world.bus.shown, ()), Replica())
+            for each in (
+                Behind("app"),
+                Behind("", MAKER, 0, 0, (0,)),
+                Behind("", MAKER, 7, 7, (7,)),
+            )
+        ]
+        for filter, replica in self.behind:
+            replica.load(filter.snapshot(self.whole()))
         self.read = 0
         self.alive: list[Connection] = []
         self.worker = 0
@@ -65,11 +88,15 @@ class Life(RuleBasedStateMachine):
         for event in self.world.events[self.read :]:
             if event[0] == "log":
                 self.follower.apply(event[1])
-                if (passed := self.filter.entry(event[1])) is not None:
-                    self.behind.apply(passed)
+                for filter, replica in self.behind:
+                    for passed in filter.entries(event[1], self.whole):
+                        replica.apply(passed)
             elif isinstance(event[1], e.Introduction):
                 self.asked.append((event[0], event[1].request))
         self.read = len(self.world.events)
+
+    def whole(self) -> e.Snapshot:
+        return self.world.bus.snapshot(0, 0)
 
     def one(self, pick: int) -> Connection:
         return self.alive[pick % len(self.alive)]
@@ -98,13 +125,21 @@ class Life(RuleBasedStateMachine):
         self.read = 0  # of what the world has kept since
         self.follow()
 
+    @rule(uid=st.sampled_from([0, 7]))
+    def connect_by_the_node(self, uid: int) -> None:
+        self.worker += 1
+        self.alive.append(self.world.client(self.worker, uid, custom=MAKER))
+        self.read = 0
+        self.follow()
+
     @rule(said=st.sampled_from(SAID))
     def say_something_else(self, said: endpoints.Endpoint) -> None:
-        """Who follows the log of the endpoint begins again."""
         self.world.bus.endpoints.configure([said])
         self.follow()
-        self.behind = Replica()
-        self.behind.load(self.filter.snapshot(self.world.bus.snapshot(0, 0)))
+
+    @rule(said=st.sampled_from(SAID_BY_NODE))
+    def say_something_else_by_the_node(self, said: tuple[e.PolicyEntry, ...]) -> None:
+        self.ask(self.world.bus.connections[MAKER], e.SetEndpoint(1, said))
 
     @precondition(lambda self: self.alive)
     @rule(pick=PICK)
@@ -171,17 +206,22 @@ class Life(RuleBasedStateMachine):
         assert view(loaded)["ids"] == {each.id for each in self.alive if each.monitor is None}
 
     @invariant()
-    def the_log_of_the_endpoint_does_so_too_and_tells_nothing_hidden(self) -> None:
-        loaded = Replica()
-        loaded.load(self.filter.snapshot(self.world.bus.snapshot(0, 0)))
-        assert view(self.behind) == view(loaded)
-        told, shown = self.world.bus.endpoints.said("app")[1], view(loaded)
-        inside = {each.id for each in self.alive if each.credentials.endpoint}  # type: ignore[union-attr]
-        for name, owner in shown["names"].items():
-            assert told.level(name) >= endpoints.SEE or owner in inside
-        assert all(told.level(name) >= endpoints.SEE for name in shown["queues"])
-        for id, rules in shown["matches"].items():
-            assert id in inside or not any("DBus" in each for each in rules)
+    def the_logs_of_endpoints_do_so_too_and_tell_nothing_hidden(self) -> None:
+        for filter, replica in self.behind:
+            behind = filter.behind
+            loaded = Replica()
+            loaded.load(filter.snapshot(self.whole()))
+            assert view(replica) == view(loaded)
+            told, shown = self.world.bus.shown(behind), view(loaded)
+            inside = set(self.world.bus.inside(behind))
+            assert shown["names"] == {
+                name: owner
+                for name, owner in self.follower.names.items()
+                if told.sees(name) or owner in inside
+            }
+            assert all(map(told.sees, shown["queues"]))
+            for id, rules in shown["matches"].items():
+                assert id in inside or not any("DBus" in each for each in rules)
 
     @invariant()
     def everyone_knows_his_names(self) -> None:
@@ -226,6 +266,9 @@ def view(replica: Replica) -> dict[str, Any]:
         "claims": replica.claims,
         "activators": replica.activators,
         "policies": replica.policies,
+        "custom": {number: said for number, said in replica.custom.items() if said},
+        "endpoints": replica.endpoints,
+        "activatable": replica.activatable,
         "waits_for": {id: each.waits_for for id, each in replica.connections.items()},
         "matches": {
             id: sorted(watch.text for watch in each.matches)

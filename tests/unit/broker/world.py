@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from kbusd.broker.bus import Bus
-from kbusd.broker.connection import Connection
+from kbusd.broker.connection import OPEN as BY_NOTHING
+from kbusd.broker.connection import Behind, Connection
 from kbusd.policy.configuration import DEFAULT_LIMITS, Configuration
 from kbusd.policy.rules import OWN, RECEIVE, SEND, USER, Policy, Rule
 from kbusd.policy.services import Service
@@ -80,8 +81,8 @@ class World:
     def look(self, directories: tuple[str, ...]) -> None:
         self.events.append(("look", directories))
 
-    def snapshot(self, endpoint: str) -> list[int]:
-        return [77, 78] if endpoint else [77]
+    def snapshot(self, behind: Behind) -> list[int]:
+        return [77] if behind == BY_NOTHING else [77, 78]
 
     def policy(self) -> int:
         return 88
@@ -106,11 +107,13 @@ class World:
 
     # -- what tests do ---------------------------------------------------------------------------
 
-    def client(self, worker: int, uid: int = 1000, endpoint: str = "") -> Connection:
+    def client(
+        self, worker: int, uid: int = 1000, endpoint: str = "", custom: int = 0
+    ) -> Connection:
         """A connection that has said Hello; its events are not kept."""
         self.bus.worker_started(worker, 9000 + worker)
         who = msgspec.structs.replace(credentials(worker, uid), endpoint=endpoint)
-        self.bus.assigned(worker, who)
+        self.bus.assigned(worker, who, custom=custom)
         connection = self.bus.connections[worker]
         self.ask(connection, e.Hello(1))
         return connection
