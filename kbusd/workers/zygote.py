@@ -32,7 +32,7 @@ from kbusd.workers import worker
 from kbusd.workers.context import Context, read_all
 from kbusd.workers.rehearsal import Rehearsal
 
-QUIET_SECONDS = 0.005
+QUIET_SECONDS = 0.001
 REHEARSALS = 16  # Python 3.11 specialises code that has run eight times
 
 
