@@ -12,15 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "client.h"
-#include "stage.h"
-
-enum { MAX_WINDOW = 1024 };
-
-struct outcome {
-    uint64_t calls, elapsed_ns;
-    struct histogram latency;
-};
+#include "calling.h"
 
 static const char *socket_path, *signature;
 static unsigned window;
@@ -30,67 +22,16 @@ static void service_name(char *out, size_t size, int pair) {
     snprintf(out, size, "org.kbusd.Bench.Echo%d", pair);
 }
 
-static void serve(int pair) {
-    struct client client;
-    struct message call;
-    char name[64];
-    service_name(name, sizeof name, pair);
-    client_connect(&client, socket_path);
-    client_request_name(&client, name);
-    stage_reached();
-    for (;;) {
-        client_next(&client, &call);
-        if (call.type == METHOD_CALL)
-            client_reply(&client, &call, call.body, call.body_size);
-    }
-}
-
-static void run(struct client *client, struct template *call, double seconds,
-                struct outcome *outcome) {
-    static uint64_t sent_at[MAX_WINDOW]; /* by serial: replies come in the order of the calls */
-    struct message reply;
-    uint64_t begin = now_ns(), end = begin + (uint64_t)(seconds * 1e9), now = begin;
-    uint32_t expected = client->serial + 1;
-    unsigned flying = 0;
-    memset(outcome, 0, sizeof *outcome);
-    for (;;) {
-        while (flying < window && now < end) {
-            now = now_ns();
-            uint32_t serial = client_send(client, call);
-            sent_at[serial % MAX_WINDOW] = now;
-            flying++;
-        }
-        if (!flying)
-            break;
-        do {
-            client_next(client, &reply);
-            if (reply.type != METHOD_RETURN)
-                continue;
-            if (reply.reply_serial != expected++ || reply.body_size != argument_size(signature, bytes))
-                die("reply to %u with %zu bytes instead of %u", reply.reply_serial,
-                    reply.body_size, expected - 1);
-            now = now_ns();
-            histogram_add(&outcome->latency, now - sent_at[reply.reply_serial % MAX_WINDOW]);
-            outcome->calls++;
-            flying--;
-        } while (flying && client_buffered(client));
-    }
-    outcome->elapsed_ns = now - begin;
-}
-
 static void call_repeatedly(int pair, double seconds, struct outcome *outcome) {
     struct client client;
     char name[64];
     service_name(name, sizeof name, pair);
     client_connect(&client, socket_path);
-    struct template call = template_new(METHOD_CALL, 0, name, "/org/kbusd/Bench",
-                                        "org.kbusd.Bench", "Echo", signature,
-                                        argument_size(signature, bytes));
-    argument_fill(call.body, signature, bytes);
-    run(&client, &call, seconds / 8, outcome); /* warm: caches, routes, introductions */
+    struct template call = echo_call(name, signature, bytes);
+    run(&client, &call, window, seconds / 8, outcome); /* warm: caches, routes, introductions */
     stage_reached();
     stage_await_go();
-    run(&client, &call, seconds, outcome);
+    run(&client, &call, window, seconds, outcome);
     stage_reached();
     stage_await_go();
 }
@@ -109,8 +50,11 @@ int main(int argc, char **argv) {
     stage_begin();
     struct outcome *outcomes = shared_memory((size_t)pairs * sizeof *outcomes);
     for (int pair = 0; pair < pairs; pair++)
-        if (!stage_fork())
-            serve(pair);
+        if (!stage_fork()) {
+            char name[64];
+            service_name(name, sizeof name, pair);
+            serve(socket_path, name);
+        }
     stage_wait(pairs);
     for (int pair = 0; pair < pairs; pair++)
         if (!stage_fork()) {

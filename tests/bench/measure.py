@@ -24,7 +24,7 @@ from kbusd.sandbox import kernel
 from kbusd.sandbox.compile import compile_all
 
 HERE = Path(__file__).parent
-PROGRAMS = ("calls", "fanout", "connects", "idle", "kdbusfs")
+PROGRAMS = ("calls", "versus", "fanout", "connects", "idle", "kdbusfs")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 PROGRAM_SECONDS = 60.0
 SETTLE_SECONDS = 5.0
@@ -44,7 +44,7 @@ def compile_programs(into: Path) -> None:
         target = into / program
         if target.exists() and target.stat().st_mtime > newest:
             continue
-        sources = [HERE / f"{name}.c" for name in (program, "client", "stage")]
+        sources = [HERE / f"{name}.c" for name in (program, "calling", "client", "stage")]
         subprocess.run(
             ["gcc", "-O2", "-std=gnu11", "-Wall", "-Wextra", "-o", target, *sources], check=True
         )
@@ -158,7 +158,11 @@ def _set_affinity(daemon: int, cores: set[int]) -> None:
 
 
 def run_program(
-    bin_directory: Path, program: str, arguments: Iterable[object], daemon: int, memory: bool
+    bin_directory: Path,
+    program: str,
+    arguments: Iterable[object],
+    daemon: int,
+    memory: bool = False,
 ) -> dict[str, Metrics]:
     """The metrics of each phase by its name. Raises `Failed`.
 

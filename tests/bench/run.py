@@ -4,7 +4,7 @@ In each round the three are started afresh and stay up; each topology is then me
 after the other, in an order that turns round from round to round, so that a slow moment of the
 machine hits all of them. Rounds are many and short, because it depends on the scheduler's
 placement whether a round trip takes 40 µs (all on one core) or 120; hence also a topology that is
-held on one core. Writes out/bench.json, out/bench.txt and out/bench.svg.
+held on one core, and the throughput that confinement costs is measured in turns of milliseconds. Writes out/bench.json, out/bench.txt and out/bench.svg.
 
     python tests/bench/run.py [--quick] [--only round-trip,fanout] [--buses ...] [--rounds N]
 
@@ -143,8 +143,11 @@ class Runner:
 
     def _measure(self, number: int, topology: Topology, name: str) -> None:
         bus = self._running[name]
+        other = self._running.get("unconfined") if topology.in_turns else None
+        if topology.in_turns and (name != "kbusd" or other is None):
+            return
         try:
-            results = measure(topology, bus, self._options.seconds, HERE / "bin")
+            results = measure(topology, bus, self._options.seconds, HERE / "bin", other)
         except Failed as error:
             what = f"{error}" if bus.alive() else f"{error}; the bus is dead"
             print(f"\nFAILED: {topology.name} on {name}: {what}\n{bus.log_tail()}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 
 import msgspec
 from buses import Bus
@@ -23,7 +24,7 @@ PAYLOADS = {
     "8MiB": 8388608,
 }
 IDLE_CONNECTIONS = 200
-COMPARED = ("round-trip", "pipelined", "payload-64KiB", "connect")  # with and without confinement
+IN_TURNS_RUNS = 5  # each with clients of its own: where they and the workers lie varies, too
 
 
 class Topology(msgspec.Struct, frozen=True):
@@ -31,7 +32,9 @@ class Topology(msgspec.Struct, frozen=True):
     `device`, the path of the bus's node comes before them, and it is only for kdbusfs.
 
     With `one_core`, the bus and the clients are held on one core: without the scheduler's choice,
-    which moves a round trip by a factor of three, what is left is the work itself.
+    which moves a round trip by a factor of three, what is left is the work itself. With `in_turns`,
+    kbusd and kbusd unconfined are called in turns, for a difference that is smaller than the machine's
+    from one second to the next.
     """
 
     name: str
@@ -39,16 +42,23 @@ class Topology(msgspec.Struct, frozen=True):
     arguments: tuple[object, ...]
     one_core: bool = False
     device: bool = False
+    in_turns: bool = False
 
     def is_for(self, bus: str) -> bool:
         """Whether it is measured on this bus."""
         if self.device or bus == "kdbusfs":
             return self.device and bus == "kdbusfs"
-        return bus != "unconfined" or self.name in COMPARED
+        if self.in_turns:
+            return bus in ("kbusd", "unconfined")
+        return bus != "unconfined" or self.name == "connect"
 
 
 def _calls(name: str, pairs: int, window: int, size: int, signature: str) -> Topology:
     return Topology(name, "calls", (pairs, window, size, signature, "SECONDS"))
+
+
+def _in_turns(name: str, window: int, size: int, signature: str) -> Topology:
+    return Topology(name, "versus", (window, size, signature, "SECONDS"), in_turns=True)
 
 
 def _device(name: str, what: str, count: int, size: int) -> Topology:
@@ -69,6 +79,9 @@ TOPOLOGIES = (
     ),
     *(_calls(f"payload-{name}", 1, 1, size, "ay") for name, size in PAYLOADS.items()),
     Topology("connect", "connects", (40, 10, 200)),
+    _in_turns("confined-round-trip", 1, MESSAGE_BYTES, "s"),
+    _in_turns("confined-pipelined", IN_FLIGHT, MESSAGE_BYTES, "s"),
+    _in_turns("confined-64KiB", 1, PAYLOADS["64KiB"], "ay"),
     _device("kdbusfs-calls", "calls", 1, 64),
     _device("kdbusfs-message", "message", 1, 64),
     _device("kdbusfs-memfd", "memfd", 1, 1 << 20),
@@ -77,15 +90,24 @@ TOPOLOGIES = (
 
 
 def measure(
-    topology: Topology, bus: Bus, seconds: float, bin_directory: Path
+    topology: Topology, bus: Bus, seconds: float, bin_directory: Path, other: Bus | None = None
 ) -> dict[str, Metrics]:
     """Runs it once. Returns metrics by "topology" or, with several phases, "topology/phase".
 
-    Raises `measure.Failed`.
+    `other` is the second bus of a topology in turns. Raises `measure.Failed`.
     """
     arguments = [seconds if value == "SECONDS" else value for value in topology.arguments]
     memory = topology.program == "idle"
     paths = [bus.socket, bus.node] if topology.device else [bus.socket]
+    if other is not None:
+        runs = [
+            run_program(
+                bin_directory, topology.program, [*paths, other.socket, *arguments], bus.pid
+            )
+            for _ in range(IN_TURNS_RUNS)
+        ]
+        ratios = [phases["versus"]["throughput_ratio"] for phases in runs]
+        return {topology.name: {"throughput_ratio": median(ratios)}}
     with held_on_one_core(bus.pid) if topology.one_core else nullcontext():
         phases = run_program(
             bin_directory, topology.program, [*paths, *arguments], bus.pid, memory=memory
