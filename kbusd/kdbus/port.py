@@ -178,8 +178,11 @@ class Bus(Protocol):
     def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
         """Pass on a message of `source`, who is gone, to the new owner of a name, if he can have it."""
 
-    def moved(self, to: Known, name: str, coming: int) -> None:
-        """That was all that had been sent to this name; so many will be sent again by their senders."""
+    def coming_back(self) -> Wait[None] | None:
+        """The name of our client, an activator, is its own again: a wait for what others had left unread."""
+
+    def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
+        """That was all that had been sent to this name; so many will be sent again, by sender."""
 
     def tell_read(self, sender: int, cookie: int) -> None:
         """A message to a name that has an activator was read."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import select
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -82,7 +82,7 @@ class Session:
         self.box: Mailbox
         """Since HELLO."""
         self.ordinary: Mailbox | None = None
-        """The same as long as RECV and FREE may be carried out."""
+        """The same as long as RECV and FREE may be carried out without a look at the bus."""
         self._owner = owner and not custom
         self._custom = custom
         self._entering = False
@@ -116,6 +116,10 @@ class Session:
             return HUNG_UP
         return WRITABLE | READABLE if self.box.queue.readable else WRITABLE
 
+    def coming_back(self) -> Wait[None] | None:
+        """What our client, an activator, is to see first, if that is still on its way."""
+        return self.bus.coming_back() if self.kind == abi.HELLO_ACTIVATOR else None
+
     # -- commands ------------------------------------------------------------------------------
 
     async def ioctl(self, caller: Caller, command: int, address: int, data: bytes) -> Done:
@@ -144,6 +148,9 @@ class Session:
             case abi.CMD_BYEBYE:
                 pokes = self._byebye(whole)
             case abi.CMD_RECV:
+                if (wait := self.coming_back()) is not None:
+                    await self._interruptible(caller, wait)
+                    handle.check(command, self.state, self.kind, self._owner)
                 pokes = self._recv(whole)
             case abi.CMD_FREE:
                 free = commands.decode_free(whole)
@@ -194,7 +201,8 @@ class Session:
             self._fresh_until = self.bus.clock()[0] + FRESH_NS
             self.state, self.kind = State.CONNECTION, hello.kind
             self.box = Mailbox(hello.pool_size, memory)
-            self.ordinary = None if self.kind == abi.HELLO_POLICY_HOLDER else self.box
+            waits = self.kind in (abi.HELLO_POLICY_HOLDER, abi.HELLO_ACTIVATOR)
+            self.ordinary = None if waits else self.box
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
             self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
@@ -256,6 +264,30 @@ class Session:
             self.box.pool.release(entry.slice)
             self._is_read(entry)
         return decoded.pokes + commands.recv_result(offset, size, flags, lost)
+
+    async def _interruptible(self, caller: Caller, wait: Wait[None]) -> None:
+        """Raises Interrupted if the caller gets a signal."""
+        caller.waits_for = wait
+        try:
+            await wait
+        finally:
+            caller.waits_for = None
+
+    def put_in_order(self, name: str) -> None:
+        """All that moved to us with this name is there, each from its sender: the first that was sent is
+        the first again."""
+        moved = [
+            (entry.kept[1].sent[0], ticket, entry.kept[1].priority, entry)
+            for ticket, entry in self.box.queue
+            if entry.kept is not None and entry.kept[1].dst_name == name
+        ]
+        before = [sent for sent, *_ in moved]
+        if before == sorted(before):
+            return
+        for _, ticket, *_ in moved:
+            self.box.queue.remove(ticket)
+        for _, _, priority, entry in sorted(moved, key=lambda each: each[:2]):
+            self.box.queue.push(entry, priority)
 
     def _is_read(self, entry: Entry) -> None:
         """Its sender need not send it again, wherever the name goes that it was sent to."""
@@ -920,7 +952,7 @@ class Session:
         """A name went from its activator to an owner, or back: so does what was sent to it and nobody
         has received yet. Its senders' workers send it again. Of those who are gone nobody can vouch; we pass on
         what they had sent, and nothing is told of them."""
-        to, coming = self.bus.find(new), 0
+        to, coming = self.bus.find(new), Counter[int]()
         for ticket, entry in self.box.queue:
             if entry.kept is None or entry.kept[1].dst_name != name:
                 continue
@@ -930,7 +962,7 @@ class Session:
             if parcel.flags & abi.MSG_EXPECT_REPLY:
                 self._owed.get(source.id, {}).pop(parcel.cookie, None)
             if self.bus.find(source.id) is not None:
-                coming += 1
+                coming[source.id] += 1
                 continue
             data = b"".join(part for part in parts if isinstance(part, bytes))
             passed = msgspec.structs.replace(

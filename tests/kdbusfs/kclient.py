@@ -191,6 +191,10 @@ class KdbusClient:
         """The next message, within some time. Raises OSError, TimeoutError."""
         if not self.readable(seconds):
             raise TimeoutError(f"no message within {seconds} s")
+        return self.recv_now(flags)
+
+    def recv_now(self, flags: int = 0) -> Message:
+        """The next message, which is there. Raises OSError."""
         got = self.do(abi.CMD_RECV, struct.pack("=2Qq4Q", flags, 0, 0, 0, 0, 0, 0))
         self.dropped, offset, _, self.return_flags = struct.unpack_from("=4Q", got, 32)
         message = Message(self.pool, offset)

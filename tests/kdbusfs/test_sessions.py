@@ -198,6 +198,59 @@ def test_what_nobody_received_goes_back_to_the_activator(bus: KdbusBus) -> None:
     assert a.recv().payload == b"again"
 
 
+@pytest.mark.parametrize("how", ["released", "closed"])
+@pytest.mark.parametrize("looks", ["recv", "poll"])
+def test_what_was_left_unread_is_back_when_the_name_is(bus: KdbusBus, how: str, looks: str) -> None:
+    """All of it, in the order in which it was sent, whoever sent it: nobody has to wait for it."""
+    a, senders = activator(bus), [bus.kdbus() for _ in range(3)]
+    payloads = [b"%d" % number for number in range(12)]
+    for _ in range(3):
+        b = bus.kdbus()
+        b.acquire(NAME)
+        for number, payload in enumerate(payloads):
+            senders[number * 7 % 3].send(0, payload, to_name(NAME), cookie=number)
+        if how == "released":
+            b.release(NAME)
+        else:
+            b.close()
+        if looks == "poll":
+            assert a.readable()
+        assert [a.recv_now().payload for _ in payloads] == payloads
+        assert fails(a.recv_now) == "EAGAIN" and not a.readable()
+
+
+def test_a_service_takes_what_its_activator_had_in_order(bus: KdbusBus) -> None:
+    a, b, senders = activator(bus), bus.kdbus(), [bus.kdbus() for _ in range(3)]
+    payloads = [b"%d" % number for number in range(12)]
+    for number, payload in enumerate(payloads):
+        senders[number * 7 % 3].send(0, payload, to_name(NAME), cookie=number)
+    assert a.readable()
+    b.acquire(NAME)
+    assert [b.recv_now().payload for _ in payloads] == payloads
+
+
+def serving(bus: KdbusBus) -> set[int]:
+    """The workers that have a client by a file."""
+    maps = {each.pid: Path(f"/proc/{each.pid}/maps").read_text() for each in bus.workers()}
+    return {pid for pid, text in maps.items() if "kbusd-pool" in text}
+
+
+def test_an_activator_waits_for_no_sender_whose_worker_hangs(bus: KdbusBus) -> None:
+    a, b, d = activator(bus), bus.kdbus(), bus.kdbus()
+    b.acquire(NAME)
+    others = serving(bus)
+    c = bus.kdbus()
+    (hung,) = serving(bus) - others
+    c.send(0, b"hangs", to_name(NAME))
+    d.send(0, b"does not", to_name(NAME))
+    os.kill(hung, signal.SIGSTOP)
+    b.release(NAME)
+    assert a.recv_now().payload == b"does not"
+    assert fails(a.recv_now) == "EAGAIN"
+    os.kill(hung, signal.SIGCONT)
+    assert a.recv().payload == b"hangs"
+
+
 def test_calls_to_an_activator_are_answered_by_the_service(bus: KdbusBus) -> None:
     a, b, c, d = activator(bus), bus.kdbus(), bus.kdbus(), bus.connect()
     until = time.monotonic_ns() + 60_000_000_000

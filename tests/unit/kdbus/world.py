@@ -180,7 +180,10 @@ class Port:
     def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
         raise AssertionError("nobody activates")
 
-    def moved(self, to: Known, name: str, coming: int) -> None:
+    def coming_back(self) -> None:
+        return None
+
+    def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         raise AssertionError("nobody activates")
 
     def tell_read(self, sender: int, cookie: int) -> None:
