@@ -175,7 +175,9 @@ class Bus(Protocol):
     async def collect(self, name: str) -> None:
         """It was taken: wait until what had been sent to it has moved."""
 
-    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
+    def forward(
+        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
+    ) -> None:
         """Pass on a message of `source`, who is gone, to the new owner of a name, if he can have it."""
 
     def coming_back(self) -> Wait[None] | None:
@@ -186,9 +188,6 @@ class Bus(Protocol):
 
     def tell_read(self, sender: int, cookie: int) -> None:
         """A message to a name that has an activator was read."""
-
-    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
-        """The payload, with the bytes of its memfds, which are the first of `fds`. Raises Errno."""
 
     def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""

@@ -276,10 +276,12 @@ class Port:
     def coming_back(self) -> Wait[None] | None:
         return None if self._back is None else self._back.wait()
 
-    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
+    def forward(
+        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
+    ) -> None:
         if to.kdbus:
             sent = msgspec.structs.replace(parcel, origin=layout.U64.pack(source))
-            self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
+            self.engine.send_parcel(to.id, 0, _encode(sent), data, tuple(fds))
 
     def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         if to.kdbus:
@@ -290,9 +292,6 @@ class Port:
             self.session.read(cookie)
         elif sender in self._replica.connections:
             self.engine.send_ack(sender, 0, 0, READ + layout.U64.pack(cookie))
-
-    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
-        return _join(parcel, data, _memfds(parcel, fds))
 
     def leave(self) -> None:
         self.engine.end()
@@ -687,7 +686,7 @@ class Port:
             self._receive(self._told_of(connection), connection, found, data, fds, stamp)
             return 0
         if found.origin and found.origin != layout.U64.pack(connection.id):
-            return self._forwarded(connection, found, data, stamp)
+            return self._forwarded(connection, found, data, fds, stamp)
         if found.dst_id not in (me, abi.DST_ID_BROADCAST):
             raise ParcelError(f"a parcel for {found.dst_id} came to {me}")
         try:
@@ -716,7 +715,9 @@ class Port:
             return error.errno
         return 0
 
-    def _forwarded(self, connection: Connection, found: Parcel, data: bytes, stamp: int) -> int:
+    def _forwarded(
+        self, connection: Connection, found: Parcel, data: bytes, fds: tuple[int, ...], stamp: int
+    ) -> int:
         """A message that somebody who is gone sent to a name of which we are the new owner, or the activator.
         Whose it was we have from whoever had the name: so nothing is told of the sender."""
         me, name = self._replica.me, found.dst_name or ""
@@ -726,17 +727,12 @@ class Port:
         had_part = connection.id in (activator, owner, self._owned_by.get(name))
         had_part = had_part and not connection.custom
         gone = 0 < source < 1 << 64 and source not in self._replica.connections
-        if (
-            not (has_part and had_part and gone)
-            or found.dst_id != me
-            or found.is_reply
-            or found.fds
-        ):
+        if not (has_part and had_part and gone) or found.dst_id != me or found.is_reply:
             raise ParcelError(f"passes on a message of {source} that was sent to {name!r}")
         untold = msgspec.structs.replace(found, about=NOTHING)
         try:
             who = msgspec.structs.replace(NOBODY, id=source)
-            self.session.receive(who, untold, parcel.split(found, data), stamp)
+            self._take(who, untold, data, fds, stamp)
         except Errno as error:
             return error.errno
         return 0
@@ -772,14 +768,20 @@ class Port:
         fds: tuple[int, ...],
         stamp: int,
     ) -> None:
-        attached = self.device.attached is not None
+        self._take(source, found, data, fds, stamp)
+        self._hear(source.id)
+
+    def _take(
+        self, source: Known, found: Parcel, data: bytes, fds: tuple[int, ...], stamp: int
+    ) -> None:
+        """A message with its descriptors; whose client has no socket sees memfds as bytes, but what may move
+        on keeps its descriptors."""
         if not fds:
             self.session.receive(source, found, parcel.split(found, data), stamp)
-            self._hear(source.id)
             return
+        attached = self.device.attached is not None
         memfds = _memfds(found, fds)
-        moves = found.dst_name is not None and self.activator(found.dst_name)
-        as_they_are = attached and not moves and self.session.kept + len(memfds) <= MAX_KEPT
+        as_they_are = attached and self.session.kept + len(memfds) <= MAX_KEPT
         filled = iter(memfds)
         whole: list[Part] = []
         for (kind, _, _), part in zip(found.parts, parcel.split(found, data), strict=True):
@@ -788,9 +790,9 @@ class Port:
                 whole.append(memfd if as_they_are else _read(memfd))
             else:
                 whole.append(part)
-        own = fds[len(memfds) :] if attached else ()
+        moves = found.dst_name is not None and self.activator(found.dst_name)
+        own = fds[len(memfds) :] if attached or moves else ()
         self.session.receive(source, found, whole, stamp, own)
-        self._hear(source.id)
 
     def dbus_message(
         self,
@@ -849,7 +851,8 @@ class Port:
                 self.clock(),
                 self.bloom,
             )
-            own = fds if self.device.attached is not None else ()
+            moves = found.dst_name is not None and self.activator(found.dst_name)
+            own = fds if self.device.attached is not None or moves else ()
             self.session.receive(known, found, [data], stamp, own)
             self._hear(known.id)
         except Errno as error:
