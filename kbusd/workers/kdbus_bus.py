@@ -13,13 +13,13 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel
+from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel, payload
 from kbusd.kdbus import policy as policies
 from kbusd.kdbus.commands import EndpointMake
 from kbusd.kdbus.errors import Errno
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
 
 BLOOM = bloom.Parameter(64, 8)
 """Of the configured bus: what sd-bus and systemd used."""
+LARGE = 512 << 10
+"""Bytes of a D-Bus message above which its body does not go through the pool,"""
+SMALL_POOL = 12
+"""or above the pool's size by this: a sixth is what one user may have in it at most."""
 MAX_PAYLOAD = 128 << 20  # bytes of a message's memfds
 MAX_KEPT = 4096
 """Descriptors in the queue, above which memfds are kept as their bytes."""
@@ -853,13 +857,33 @@ class Port:
             )
             moves = found.dst_name is not None and self.activator(found.dst_name)
             own = fds if self.device.attached is not None or moves else ()
-            self.session.receive(known, found, [data], stamp, own)
+            with self._as_parts(data, envelope.signature) as parts:
+                self.session.receive(known, found, parts, stamp, own)
             self._hear(known.id)
         except Errno as error:
             return f"The destination's queue does not take it: {error.text}"
         except GVariantError as error:
             return f"The message can't be given to a kdbus client: {error}"
         return None
+
+    @contextmanager
+    def _as_parts(self, data: bytes, signature: str) -> Iterator[list[Part]]:
+        """The payload of a D-Bus message for our client's pool; as sd-bus did, a large body goes beside it in a
+        memfd, between the header and what follows, if our client can have one."""
+        most = min(LARGE, self.session.box.pool.size // SMALL_POOL)
+        if len(data) <= most or self.device.attached is None or self.session.kept >= MAX_KEPT:
+            yield [data]
+            return
+        start, end = payload.body_span(data, signature)
+        try:
+            fd = memfd.sealed("kbusd-body", data[start:end])
+        except OSError:
+            yield [data]
+            return
+        try:
+            yield [data[:start], message.Memfd(0, end - start, fd), data[end:]]
+        finally:
+            os.close(fd)
 
     def before_entry(self, raw: bytes) -> None:
         """The engine is about to take in an entry of the log."""

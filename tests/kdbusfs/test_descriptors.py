@@ -322,6 +322,40 @@ def test_descriptors_of_a_dbus_client_come_to_a_kdbus_client_and_go_back(
     os.close(reply.fds[0])
 
 
+@pytest.mark.parametrize("pool", [1 << 20, 16 << 20])
+def test_a_large_call_of_a_dbus_client_goes_beside_the_pool(
+    bus: KdbusBus, opened: Callable[..., Connection], pipe: tuple[int, int], pool: int
+) -> None:
+    """It was refused if it was larger than a sixth of that."""
+    kdbus, dbus = opened(pool_size=pool), bus.connect()
+    fields = {
+        w.PATH: "/test", w.INTERFACE: "com.example.Test", w.MEMBER: "Take",
+        w.DESTINATION: f":1.{kdbus.id}",
+    }  # fmt: skip
+    data = os.urandom(4 << 20)
+    for _ in range(3):
+        dbus.send(1, fields, "hay", (0, data), fds=[pipe[1]])
+    for _ in range(3):
+        with kdbus.receive(SECONDS) as got:
+            # sd-bus wants the header, and what is behind the body, in the pool.
+            assert [isinstance(part, Memfd) for part in got.parts] == [False, True, False]
+            is_there(pipe[0], got)
+            call = got.dbus()
+        assert call.body[1] == data
+        kdbus.send_message(jeepney.new_method_return(call, "s", ("got it",)))
+        assert dbus.wait(lambda message: message.type == 2).args == ["got it"]
+        call.body[0].close()
+
+
+def test_a_small_call_goes_through_the_pool(
+    bus: KdbusBus, opened: Callable[..., Connection]
+) -> None:
+    kdbus, dbus = opened(pool_size=16 << 20), bus.connect()
+    dbus.send_call(f":1.{kdbus.id}", "/x", "com.example.Test", "Take", "ay", [bytes(500_000)])
+    with kdbus.receive(SECONDS) as got:
+        assert len(got.parts) == 1
+
+
 def test_jeepneys_messages(opened: Callable[..., Connection]) -> None:
     a, b = opened(), opened()
     rule = MatchRule(type="signal", interface="com.example.Test", member="Changed")
