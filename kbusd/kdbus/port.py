@@ -57,6 +57,7 @@ class Known(msgspec.Struct, frozen=True):
     audit: metadata.Audit | None = None
     space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
     inside: metadata.Pids = metadata.Pids(0, 0, 0)
+    ipc_owner: bool = False  # who opened its file had that capability
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -125,7 +126,8 @@ class Bus(Protocol):
         the name's activator or has brought policy for it."""
 
     def is_privileged(self, who: Known) -> bool:
-        """Whether its user owns the bus or is root, and it is behind no custom endpoint."""
+        """Whether its user owns the bus or is root, or it was opened with CAP_IPC_OWNER; and it is behind no
+        custom endpoint."""
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
         """Of a policy holder. Raises Errno EEXIST."""

@@ -210,9 +210,8 @@ class Port:
         await self._call_bus("Hello", "", b"")
         return self._replica.me, about
 
-    def is_privileged(self, who: Known | Connection) -> bool:
-        uid = who.uid if isinstance(who, Known) else who.credentials.uid
-        return uid in (0, self._context.bus.owner) and not who.custom
+    def is_privileged(self, who: Known) -> bool:
+        return not who.custom and (who.uid in (0, self._context.bus.owner) or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -1129,6 +1128,7 @@ def _known(connection: Connection, users: int) -> Known:
             _audit(process),
             process.space,
             metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
+            credentials.ipc_owner,
         )
     return Known(
         connection.id,

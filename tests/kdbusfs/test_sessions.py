@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -356,14 +357,62 @@ def test_only_the_privileged_are_more_than_ordinary(bus: KdbusBus) -> None:
     as_nobody(child)
 
 
+def set_capabilities(effective: int, permitted: int) -> None:
+    """capset(2), of the calling thread."""
+    header = struct.pack("=Ii", 0x20080522, 0)
+    assert LIBC.capset(header, struct.pack("=6I", effective, permitted, 0, 0, 0, 0)) == 0
+
+
+@pytest.mark.parametrize("opens", ["with", "without", "in its own namespace"])
+def test_who_opens_a_file_with_ipc_owner_is_privileged(bus: KdbusBus, opens: str) -> None:
+    """Whatever it may do when it says HELLO."""
+    ipc_owner = 1 << 15
+    creds = items.build(abi.ITEM_CREDS, layout.CREDS.pack(*[0] * 8))
+    says: tuple[dict[str, Any], ...] = (
+        {"flags": abi.HELLO_ACTIVATOR, "chain": brought("com.example.Capable")},
+        {"flags": abi.HELLO_POLICY_HOLDER, "chain": brought("com.example.Held")},
+        {"flags": abi.HELLO_MONITOR},
+        {"chain": (creds,)},
+    )
+
+    def child() -> None:
+        assert LIBC.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+        os.setgroups([])
+        os.setresgid(*[65534] * 3)
+        os.setresuid(*[65534] * 3)
+        set_capabilities(ipc_owner * (opens == "with"), ipc_owner)
+        if opens == "in its own namespace":
+            assert LIBC.unshare(CLONE_NEWUSER) == 0  # where it may do anything
+        files = [KdbusClient(bus.node, hello=False) for _ in says]
+        set_capabilities(ipc_owner * (opens == "without"), ipc_owner)
+        for file, how in zip(files, says, strict=True):
+            if opens == "with":
+                file.hello(**how)
+            else:
+                assert fails(lambda file=file, how=how: file.hello(**how)) == "EPERM"
+        files[3].close()
+        if opens == "with":
+            files[1].update(*brought("com.example.Held", (WORLD, OWN, 0)))
+
+    in_a_child(child)
+
+
 def as_nobody(do: Callable[[], None], uid: int = 65534) -> None:
     """Do it in a process of an ordinary user."""
+
+    def child() -> None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        do()
+
+    in_a_child(child)
+
+
+def in_a_child(do: Callable[[], None]) -> None:
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
             do()
         except BaseException as error:  # noqa: BLE001  (it would run the rest of the tests)
             print(f"in the child: {error!r}", flush=True)
