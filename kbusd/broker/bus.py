@@ -616,7 +616,7 @@ class Bus:
     def _privileged(self, connection: Connection, what: str) -> None:
         assert connection.credentials is not None
         uid, pid = connection.credentials.uid, connection.credentials.pid
-        if uid not in (0, self._owner) or connection.custom:
+        if not connection.credentials.is_privileged(self._owner) or connection.custom:
             text = (
                 f"rejected attempt to call {what} by connection {connection.unique_name}"
                 f" (uid={uid} pid={pid}) with uid {uid}"

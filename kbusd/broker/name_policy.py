@@ -52,7 +52,7 @@ class NamePolicy:
     def may_own(self, credentials: Credentials, name: str, custom: bool = False) -> bool:
         """Whether a client may own a name; on a bus that is not closed, anybody may for which nobody
         brings policy. `custom`: it comes by a custom endpoint, where nobody is privileged."""
-        owner = not custom and credentials.uid in (0, self._owner)
+        owner = not custom and credentials.is_privileged(self._owner)
         who = policy.Subject.of(credentials.uid, credentials.gid, credentials.groups, owner)
         return policy.View(self._database, None, self._closed).may_own(who, name)
 

@@ -38,6 +38,9 @@ class Control:
         """There is nothing to wait for."""
         return select.POLLERR | select.POLLHUP
 
+    def coming_back(self) -> None:
+        """Nor for anything before that."""
+
     async def ioctl(self, caller: Caller, command: int, address: int, data: bytes) -> Done:
         """Carry out a command, as Session does."""
         handle.check(command, self.state)

@@ -8,38 +8,44 @@ before what is sent next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kbusd.kdbus.parcel import Parcel
 
 MAX_MESSAGES = 1024
 MAX_BYTES = 16 << 20
+MAX_FDS = 512
 
 
 @dataclass(slots=True, eq=False)
 class Sent:
-    """A message to the name `parcel.dst_name`. Descriptors it has none any more."""
+    """A message to the name `parcel.dst_name`. `fds`: its memfds, then its descriptors."""
 
     parcel: Parcel
     data: bytes
+    fds: Sequence[int]
 
 
 class Kept:
-    """In the order in which they were sent; the oldest goes if there are too many."""
+    """In the order in which they were sent; the oldest goes if there are too many. `close` lets go of
+    descriptors."""
 
-    def __init__(self) -> None:
+    def __init__(self, close: Callable[[Sequence[int]], None]) -> None:
+        self._close = close
         self._sent: list[Sent] = []
-        self._bytes = 0
+        self._bytes = self._fds = 0
 
     def __contains__(self, sent: Sent) -> bool:
         return sent in self._sent
 
-    def keep(self, parcel: Parcel, data: bytes) -> Sent:
-        sent = Sent(parcel, data)
+    def keep(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> Sent:
+        """`fds` are ours from now on."""
+        sent = Sent(parcel, data, fds)
         self._sent.append(sent)
         self._bytes += len(data)
-        while len(self._sent) > MAX_MESSAGES or self._bytes > MAX_BYTES:
+        self._fds += len(fds)
+        while len(self._sent) > MAX_MESSAGES or self._bytes > MAX_BYTES or self._fds > MAX_FDS:
             self.drop(self._sent[0])
         return sent
 
@@ -48,6 +54,8 @@ class Kept:
         if sent in self._sent:
             self._sent.remove(sent)
             self._bytes -= len(sent.data)
+            self._fds -= len(sent.fds)
+            self._close(sent.fds)
 
     def read(self, cookie: int) -> None:
         """Its receiver has read, or dropped, the message with this cookie."""

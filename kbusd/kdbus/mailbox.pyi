@@ -21,7 +21,7 @@ class Entry:
     no_reply: bool
     expects: tuple[int, int] | None
     answers: tuple[int, int] | None
-    kept: tuple[Known, Parcel, Sequence[bytes | int]] | None
+    kept: tuple[Known, Parcel, Sequence[bytes | int | Memfd]] | None
 
 class Mailbox:
     untold: int

@@ -258,3 +258,10 @@ def write(message: Message, order: Order = sys.byteorder) -> bytes:
     if len(out) > MAX_SIZE:
         raise GVariantError(f"a message of {len(out)} bytes, more than {MAX_SIZE}")
     return bytes(out)
+
+
+def body_span(data: bytes, signature: str) -> tuple[int, int]:
+    """Where the body stands in what `write` made of a message with this signature."""
+    table = len(data) - gvariant.word_size(len(data))
+    start = int.from_bytes(data[table:], "little") + 7 & ~7
+    return start, table - len(signature) - 3

@@ -57,6 +57,7 @@ class Known(msgspec.Struct, frozen=True):
     audit: metadata.Audit | None = None
     space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
     inside: metadata.Pids = metadata.Pids(0, 0, 0)
+    ipc_owner: bool = False  # who opened its file had that capability
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -125,7 +126,8 @@ class Bus(Protocol):
         the name's activator or has brought policy for it."""
 
     def is_privileged(self, who: Known) -> bool:
-        """Whether its user owns the bus or is root, and it is behind no custom endpoint."""
+        """Whether its user owns the bus or is root, or it was opened with CAP_IPC_OWNER; and it is behind no
+        custom endpoint."""
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
         """Of a policy holder. Raises Errno EEXIST."""
@@ -175,17 +177,19 @@ class Bus(Protocol):
     async def collect(self, name: str) -> None:
         """It was taken: wait until what had been sent to it has moved."""
 
-    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
+    def forward(
+        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
+    ) -> None:
         """Pass on a message of `source`, who is gone, to the new owner of a name, if he can have it."""
 
-    def moved(self, to: Known, name: str, coming: int) -> None:
-        """That was all that had been sent to this name; so many will be sent again by their senders."""
+    def coming_back(self) -> Wait[None] | None:
+        """The name of our client, an activator, is its own again: a wait for what others had left unread."""
+
+    def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
+        """That was all that had been sent to this name; so many will be sent again, by sender."""
 
     def tell_read(self, sender: int, cookie: int) -> None:
         """A message to a name that has an activator was read."""
-
-    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
-        """The payload, with the bytes of its memfds, which are the first of `fds`. Raises Errno."""
 
     def held(self, id: int) -> tuple[metadata.OwnedName, ...]:
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import select
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -82,7 +82,7 @@ class Session:
         self.box: Mailbox
         """Since HELLO."""
         self.ordinary: Mailbox | None = None
-        """The same as long as RECV and FREE may be carried out."""
+        """The same as long as RECV and FREE may be carried out without a look at the bus."""
         self._owner = owner and not custom
         self._custom = custom
         self._entering = False
@@ -95,7 +95,7 @@ class Session:
         self._cookies: dict[bool, list[int]] = {True: [], False: []}
         self._calls = Calls()
         self._waiting: dict[Call, Wait[Entry]] = {}  # those in a synchronous SEND
-        self._kept = Kept()
+        self._kept = Kept(bus.close)
         self._again: deque[tuple[Sent, int]] = deque()  # to be sent once more, and to whom
         self.kept = 0
         """Descriptors in the queue."""
@@ -115,6 +115,10 @@ class Session:
         if self.state is not State.CONNECTION:
             return HUNG_UP
         return WRITABLE | READABLE if self.box.queue.readable else WRITABLE
+
+    def coming_back(self) -> Wait[None] | None:
+        """What our client, an activator, is to see first, if that is still on its way."""
+        return self.bus.coming_back() if self.kind == abi.HELLO_ACTIVATOR else None
 
     # -- commands ------------------------------------------------------------------------------
 
@@ -144,6 +148,9 @@ class Session:
             case abi.CMD_BYEBYE:
                 pokes = self._byebye(whole)
             case abi.CMD_RECV:
+                if (wait := self.coming_back()) is not None:
+                    await self._interruptible(caller, wait)
+                    handle.check(command, self.state, self.kind, self._owner)
                 pokes = self._recv(whole)
             case abi.CMD_FREE:
                 free = commands.decode_free(whole)
@@ -194,7 +201,8 @@ class Session:
             self._fresh_until = self.bus.clock()[0] + FRESH_NS
             self.state, self.kind = State.CONNECTION, hello.kind
             self.box = Mailbox(hello.pool_size, memory)
-            self.ordinary = None if self.kind == abi.HELLO_POLICY_HOLDER else self.box
+            waits = self.kind in (abi.HELLO_POLICY_HOLDER, abi.HELLO_ACTIVATOR)
+            self.ordinary = None if waits else self.box
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
             self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
@@ -256,6 +264,30 @@ class Session:
             self.box.pool.release(entry.slice)
             self._is_read(entry)
         return decoded.pokes + commands.recv_result(offset, size, flags, lost)
+
+    async def _interruptible(self, caller: Caller, wait: Wait[None]) -> None:
+        """Raises Interrupted if the caller gets a signal."""
+        caller.waits_for = wait
+        try:
+            await wait
+        finally:
+            caller.waits_for = None
+
+    def put_in_order(self, name: str) -> None:
+        """All that moved to us with this name is there, each from its sender: the first that was sent is
+        the first again."""
+        moved = [
+            (entry.kept[1].sent[0], ticket, entry.kept[1].priority, entry)
+            for ticket, entry in self.box.queue
+            if entry.kept is not None and entry.kept[1].dst_name == name
+        ]
+        before = [sent for sent, *_ in moved]
+        if before == sorted(before):
+            return
+        for _, ticket, *_ in moved:
+            self.box.queue.remove(ticket)
+        for _, _, priority, entry in sorted(moved, key=lambda each: each[:2]):
+            self.box.queue.push(entry, priority)
 
     def _is_read(self, entry: Entry) -> None:
         """Its sender need not send it again, wherever the name goes that it was sent to."""
@@ -549,11 +581,7 @@ class Session:
         name = parcel.dst_name
         if name is None or parcel.is_reply or not self.bus.activator(name):
             return None
-        if any(kind == parcels.MEMFD for kind, _, _ in parcel.parts):
-            data = self.bus.whole(parcel, data, fds)
-            parts: tuple[tuple[int, int, int], ...] = ((parcels.BYTES, len(data), 0),)
-            parcel = msgspec.structs.replace(parcel, parts=parts)
-        return self._kept.keep(msgspec.structs.replace(parcel, fds=0), data)
+        return self._kept.keep(parcel, data, self.bus.keep(fds) if fds else ())
 
     def read(self, cookie: int) -> None:
         """The receiver of a message to a name that has an activator has read it."""
@@ -566,14 +594,14 @@ class Session:
             to = self.bus.find(id)
             if to is None or sent not in self._kept:
                 continue  # it has moved once more, or was read
-            if not to.kdbus:
-                self._kept.drop(sent)  # its client has what comes
             own = layout.U64.pack(self.id)
             parcel = msgspec.structs.replace(sent.parcel, dst_id=id, origin=own)
             start(
-                self.bus.send(to, parcel, sent.data, (), again=True),
+                self.bus.send(to, parcel, sent.data, sent.fds, again=True),
                 partial(self._sent_again, sent, id),
             )
+            if not to.kdbus:
+                self._kept.drop(sent)  # its client has what comes
 
     def _sent_again(self, sent: Sent, id: int, result: Errno | Interrupted | None) -> None:
         if result is not None:
@@ -692,8 +720,11 @@ class Session:
             signal = match.Signal(source.id, parcel.dst_id, source.names, filter)
             if not self._matches.admits(signal):
                 return
+        moves = parcel.dst_name is not None and self.bus.activator(parcel.dst_name)
         if parcel.fds and not self._accept_fd:
             self._refuse_fds(source, parcel)
+            if parcel.origin and moves:
+                self.bus.tell_read(source.id, parcel.cookie)  # lost: it moves no more
             return
         if parcel.is_reply:
             self._receive_reply(source, parcel, parts, seqnum, fds)
@@ -701,27 +732,27 @@ class Session:
         most = abi.MAX_PENDING_REPLIES if source.kdbus else MAX_DBUS_CALLS
         if parcel.flags & abi.MSG_EXPECT_REPLY and len(self._owed.get(source.id, ())) >= most:
             raise Errno(errno.EMLINK, f"{most} calls of connection {source.id} wait for a reply")
-        moves = parcel.dst_name is not None and self.bus.activator(parcel.dst_name)
         if broadcast or parcel.flags & abi.MSG_SIGNAL or parcel.origin:
             entry = self._try_enqueue(source, parcel, parts, seqnum, fds)
             if entry is None:
                 if moves:
-                    self.bus.tell_read(source.id, parcel.cookie)  # lost: it moves no more
+                    self.bus.tell_read(source.id, parcel.cookie)
                 return
         else:
             entry = self._enqueue(source, parcel, parts, seqnum, fds)
         if moves:
-            # A memfd is not kept: the bus hands it over as bytes where there is an activator.
-            whole = [part for part in parts if not isinstance(part, message.Memfd)]
-            entry.kept = source, parcel, whole
+            entry.kept = source, parcel, parts
         if parcel.flags & abi.MSG_EXPECT_REPLY:
             entry.expects = source.id, parcel.cookie
             self._owed.setdefault(source.id, {})[parcel.cookie] = parcel.reply_or_timeout
 
     def _refuse_fds(self, source: Known, parcel: Parcel) -> None:
         """We take no descriptors. Raises Errno ECOMM, for the sender; one that we wait for hears
-        EREMOTEIO, and nobody hears of a signal."""
+        EREMOTEIO, and nobody hears of a signal. What has moved with its name is lost."""
         if parcel.flags & abi.MSG_SIGNAL:
+            return
+        if parcel.origin:
+            self._lose()
             return
         text = f"connection {self.id} does not accept descriptors"
         if parcel.is_reply:
@@ -920,7 +951,7 @@ class Session:
         """A name went from its activator to an owner, or back: so does what was sent to it and nobody
         has received yet. Its senders' workers send it again. Of those who are gone nobody can vouch; we pass on
         what they had sent, and nothing is told of them."""
-        to, coming = self.bus.find(new), 0
+        to, coming = self.bus.find(new), Counter[int]()
         for ticket, entry in self.box.queue:
             if entry.kept is None or entry.kept[1].dst_name != name:
                 continue
@@ -930,24 +961,30 @@ class Session:
             if parcel.flags & abi.MSG_EXPECT_REPLY:
                 self._owed.get(source.id, {}).pop(parcel.cookie, None)
             if self.bus.find(source.id) is not None:
-                coming += 1
-                continue
-            data = b"".join(part for part in parts if isinstance(part, bytes))
-            passed = msgspec.structs.replace(
-                parcel,
-                dst_id=new,
-                parts=tuple(
-                    (parcels.ZEROES, part, 0)
-                    if isinstance(part, int)
-                    else (parcels.BYTES, len(part), 0)
-                    for part in parts
-                ),
-                fds=0,
-            )
-            if to is not None:
-                self.bus.forward(to, source.id, passed, data)
+                coming[source.id] += 1
+            elif to is not None:
+                self._forward(to, source.id, parcel, parts, entry.fds)
+            self._let_go(entry)
         if to is not None:
             self.bus.moved(to, name, coming)
+
+    def _forward(
+        self, to: Known, source: int, parcel: Parcel, parts: Sequence[Part], fds: Sequence[int]
+    ) -> None:
+        """Pass on a message of `source`, who is gone, with those of its descriptors that we have."""
+        data = b"".join(part for part in parts if isinstance(part, bytes))
+        shapes = tuple(
+            (parcels.ZEROES, part, 0)
+            if isinstance(part, int)
+            else (parcels.BYTES, len(part), 0)
+            if isinstance(part, bytes)
+            else (parcels.MEMFD, part.size, part.start)
+            for part in parts
+        )
+        memfds = sum(kind == parcels.MEMFD for kind, _, _ in shapes)
+        count = len(fds) - memfds
+        passed = msgspec.structs.replace(parcel, dst_id=to.id, parts=shapes, fds=count)
+        self.bus.forward(to, source, passed, data, fds)
 
     def id_added(self, id: int, flags: int) -> None:
         """A connection is new; `flags` are its HELLO flags."""

@@ -27,6 +27,8 @@ _LINKS = ("exe", "root", "ns/user", "ns/pid")
 _MAX_FILE = 64 << 10
 _MAX_DESCRIPTORS = 16
 _MAX_CGROUP = 1024
+_CAP_IPC_OWNER = 15  # capabilities(7)
+_HOME = os.readlink("/proc/self/ns/user")
 
 
 def ids(request: bytes) -> tuple[int, int, int]:
@@ -39,17 +41,19 @@ def credentials(request: bytes, *, whole: bool = True) -> Credentials:
     """The same with its process, groups and security label, and what else /proc has of it, if it is to be
     `whole`; the request is held."""
     uid, gid, tid = ids(request)
-    number, parent, label = 0, 0, b""
+    number, parent, label, ipc_owner = 0, 0, b"", False
     groups: tuple[int, ...] = ()
     process = None
     with suppress(OSError, ValueError, KeyError):
         fields = _status(tid)
         number, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
         groups = _numbers(fields[b"Groups"])
+        may = int(fields[b"CapEff"], 16) >> _CAP_IPC_OWNER & 1
+        ipc_owner = bool(may) and os.readlink(f"/proc/{tid}/ns/user") == _HOME
         with suppress(OSError):  # where no security module labels processes
             label = _read(tid, "attr/current").rstrip(b"\0\n")
         process = _process(tid, parent, fields) if whole else None
-    return Credentials(uid, gid, number, groups, label, parent, process)
+    return Credentials(uid, gid, number, groups, label, parent, process, ipc_owner=ipc_owner)
 
 
 def _process(tid: int, parent: int, fields: dict[bytes, bytes]) -> Process:

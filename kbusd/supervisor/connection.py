@@ -21,6 +21,8 @@ from functools import partial
 from struct import Struct
 from typing import Any
 
+from msgspec.structs import replace
+
 from kbusd.cuse import abi, replies, routing
 from kbusd.rings import entries
 from kbusd.rings.line import LineError, close_all
@@ -104,6 +106,7 @@ class Connection(Relay):
             worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.slow
         )
         file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
+        file.ipc_owner = credentials.ipc_owner
         self.files[file.number] = file
         self.devices.closings.opened(file.number)
         device = entries.Device(
@@ -252,6 +255,7 @@ class Connection(Relay):
                 request = self.request_of(holder, unique)
                 with self.devices.aside.work(holder.uid):
                     who, files = caller.credentials(request), caller.facts(caller.ids(request)[2])
+                who = replace(who, ipc_owner=holder.ipc_owner)
                 facts = entries.Facts(unique, files, who)
                 self.devices.call(partial(self.host.enter, holder, who, facts))
             case ((entries.Copy() | entries.Store() | entries.Take() | entries.AskFacts()), []):

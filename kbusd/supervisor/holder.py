@@ -75,6 +75,7 @@ class Holder(End):
         self.line = Line(socket.socket(fileno=self.fd), messages)
         self.slow = slow
         self.bus = self.endpoint = ""
+        self.ipc_owner = False  # whoever opened the file had this capability
         self.why = errno.ECONNRESET
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.bound = False  # or as its worker

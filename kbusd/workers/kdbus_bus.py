@@ -13,13 +13,13 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel
+from kbusd.kdbus import abi, bloom, layout, message, metadata, ownership, parcel, payload
 from kbusd.kdbus import policy as policies
 from kbusd.kdbus.commands import EndpointMake
 from kbusd.kdbus.errors import Errno
@@ -36,8 +36,9 @@ from kbusd.rings.line import close_all
 from kbusd.rings.memfd import RingError
 from kbusd.wire import body as wire_body
 from kbusd.wire.validate import WireError
-from kbusd.workers import errors, kdbus_payload
+from kbusd.workers import errors, kdbus_coming, kdbus_payload
 from kbusd.workers.context import Context
+from kbusd.workers.kdbus_coming import Coming, Moved
 from kbusd.workers.name_policies import NamePolicies
 from kbusd.workers.replica import BUS_ID, BUS_NAME, Connection, Replica
 from kbusd.workers.routing import SIGNAL, Decision, Router
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 
 BLOOM = bloom.Parameter(64, 8)
 """Of the configured bus: what sd-bus and systemd used."""
+LARGE = 512 << 10
+"""Bytes of a D-Bus message above which its body does not go through the pool,"""
+SMALL_POOL = 12
+"""or above the pool's size by this: a sixth is what one user may have in it at most."""
 MAX_PAYLOAD = 128 << 20  # bytes of a message's memfds
 MAX_KEPT = 4096
 """Descriptors in the queue, above which memfds are kept as their bytes."""
@@ -147,7 +152,11 @@ class Port:
         self._serial = 0
         self._bus_calls: dict[int, Wait[bytes]] = {}  # to the driver, by serial
         self._parcels: dict[int, tuple[int, Wait[None], int]] = {}  # by token: to, until when
-        self._collecting: dict[str, _Collecting] = {}  # by name
+        self._collecting: dict[
+            str, Coming
+        ] = {}  # by name, which our client takes from its activator
+        self._back: Coming | None = None  # to our client, an activator, from who had its name
+        self._early: tuple[int, Moved] | None = None  # who still has it has said what will come
         self._owned_by: dict[str, int] = {}  # names that have an activator: who had them before
         self._met: set[int] = set()  # kdbus connections that have answered a parcel of ours
         self._sending: dict[int, Wait[None]] = {}  # D-Bus messages in the engine's input
@@ -201,9 +210,8 @@ class Port:
         await self._call_bus("Hello", "", b"")
         return self._replica.me, about
 
-    def is_privileged(self, who: Known | Connection) -> bool:
-        uid = who.uid if isinstance(who, Known) else who.credentials.uid
-        return uid in (0, self._context.bus.owner) and not who.custom
+    def is_privileged(self, who: Known) -> bool:
+        return not who.custom and (who.uid in (0, self._context.bus.owner) or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -259,31 +267,34 @@ class Port:
 
     def expect(self, name: str, on: bool = True) -> None:
         if on:
-            self._collecting[name] = _Collecting(Wait(), self._stalls_at())
+            self._collecting[name] = Coming(
+                self.activator(name), self._stalls_at(), lambda: self.session.put_in_order(name)
+            )
         else:
             self._collecting.pop(name, None)
 
     async def collect(self, name: str) -> None:
-        await self._collecting[name].wait
+        await self._collecting[name].wait()
 
-    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
+    def coming_back(self) -> Wait[None] | None:
+        return None if self._back is None else self._back.wait()
+
+    def forward(
+        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
+    ) -> None:
         if to.kdbus:
             sent = msgspec.structs.replace(parcel, origin=layout.U64.pack(source))
-            self.engine.send_parcel(to.id, 0, _encode(sent), data, ())
+            self.engine.send_parcel(to.id, 0, _encode(sent), data, tuple(fds))
 
-    def moved(self, to: Known, name: str, coming: int) -> None:
+    def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         if to.kdbus:
-            note = b"moved:" + layout.U64.pack(coming) + name.encode()
-            self.engine.send_ack(to.id, 0, 0, note)
+            self.engine.send_ack(to.id, 0, 0, kdbus_coming.write(Moved(name, coming)))
 
     def tell_read(self, sender: int, cookie: int) -> None:
         if sender == self._replica.me:
             self.session.read(cookie)
         elif sender in self._replica.connections:
             self.engine.send_ack(sender, 0, 0, READ + layout.U64.pack(cookie))
-
-    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
-        return _join(parcel, data, _memfds(parcel, fds))
 
     def leave(self) -> None:
         self.engine.end()
@@ -410,9 +421,11 @@ class Port:
             if not again:
                 self._copy_to_monitors(what, _destination(to, parcel))
         if to.id == replica.me:
-            self._comes_to(parcel.dst_name or "")
             own = connections[to.id]
-            self._receive(to, own, parcel, data, tuple(fds), time.monotonic_ns())
+            try:
+                self._receive(to, own, parcel, data, tuple(fds), time.monotonic_ns())
+            finally:
+                self._came_to(parcel.dst_name, to.id)
             return
         await self._await_parcel(self._send_parcel(to.id, _encode(parcel), data, fds))
 
@@ -590,15 +603,15 @@ class Port:
                     self.engine.forget(serial)
         if not 0 < self._until <= now:
             return
-        for each in list(self._collecting.values()):
+        for each in self._all_coming():
             if each.until <= now:
-                each.wait.done(None)
+                each.end()
         for token, (_, wait, until) in list(self._parcels.items()):
             if until <= now:  # it is in the receiver's ring, and will be looked at
                 self.engine.forget(token)
                 wait.done(None)
         untils = [until for _, _, until in self._parcels.values()]
-        untils += [each.until for each in self._collecting.values() if not each.wait.settled]
+        untils += [each.until for each in self._all_coming()]
         self._until = min(untils, default=0)
 
     def timeout(self) -> int:
@@ -653,10 +666,9 @@ class Port:
             wait.done(None)
 
     def call_dropped(self, peer: int, note: bytes) -> None:
-        if note.startswith(b"moved:") and len(note) > 14:
-            collecting = self._collecting.get(note[14:].decode("latin-1"))
-            if collecting is not None and peer == self.activator(note[14:].decode("latin-1")):
-                collecting.told(layout.U64.unpack_from(note, 6)[0])
+        if note.startswith(kdbus_coming.NOTE):
+            if (moved := kdbus_coming.read(note)) is not None:
+                self._has_moved(peer, moved)
         elif note.startswith(READ) and len(note) == len(READ) + layout.U64.size:
             self.session.read(layout.U64.unpack_from(note, len(READ))[0])
         elif len(note) == layout.U64.size:
@@ -677,16 +689,23 @@ class Port:
             self._receive(self._told_of(connection), connection, found, data, fds, stamp)
             return 0
         if found.origin and found.origin != layout.U64.pack(connection.id):
-            return self._forwarded(connection, found, data, stamp)
+            return self._forwarded(connection, found, data, fds, stamp)
         if found.dst_id not in (me, abi.DST_ID_BROADCAST):
             raise ParcelError(f"a parcel for {found.dst_id} came to {me}")
-        if (name := found.dst_name) is not None:
-            self._comes_to(name)
-            if self.activator(name) and self._replica.owner(name) != me:
-                return 0  # it has moved meanwhile, and comes to the new owner as well
-        router = self.engine_router
         try:
-            if not found.is_reply and not router.is_open(connection, connections[me]):
+            return self._take_in(connection, found, data, fds, stamp)
+        finally:
+            self._came_to(found.dst_name, connection.id)
+
+    def _take_in(
+        self, connection: Connection, found: Parcel, data: bytes, fds: tuple[int, ...], stamp: int
+    ) -> int:
+        """`parcel`, of a message that is for us."""
+        router, me, name = self.engine_router, self._replica.me, found.dst_name
+        if name is not None and self.activator(name) and self._replica.owner(name) != me:
+            return 0  # it has moved meanwhile, and comes to the new owner as well
+        try:
+            if not found.is_reply and not router.is_open(connection, self._replica.connections[me]):
                 memfds = _memfds(found, fds)
                 what = _Lazy(found, lambda: _join(found, data, memfds))
                 all = found.dst_id == abi.DST_ID_BROADCAST
@@ -699,7 +718,9 @@ class Port:
             return error.errno
         return 0
 
-    def _forwarded(self, connection: Connection, found: Parcel, data: bytes, stamp: int) -> int:
+    def _forwarded(
+        self, connection: Connection, found: Parcel, data: bytes, fds: tuple[int, ...], stamp: int
+    ) -> int:
         """A message that somebody who is gone sent to a name of which we are the new owner, or the activator.
         Whose it was we have from whoever had the name: so nothing is told of the sender."""
         me, name = self._replica.me, found.dst_name or ""
@@ -709,17 +730,12 @@ class Port:
         had_part = connection.id in (activator, owner, self._owned_by.get(name))
         had_part = had_part and not connection.custom
         gone = 0 < source < 1 << 64 and source not in self._replica.connections
-        if (
-            not (has_part and had_part and gone)
-            or found.dst_id != me
-            or found.is_reply
-            or found.fds
-        ):
+        if not (has_part and had_part and gone) or found.dst_id != me or found.is_reply:
             raise ParcelError(f"passes on a message of {source} that was sent to {name!r}")
         untold = msgspec.structs.replace(found, about=NOTHING)
         try:
             who = msgspec.structs.replace(NOBODY, id=source)
-            self.session.receive(who, untold, parcel.split(found, data), stamp)
+            self._take(who, untold, data, fds, stamp)
         except Errno as error:
             return error.errno
         return 0
@@ -755,14 +771,20 @@ class Port:
         fds: tuple[int, ...],
         stamp: int,
     ) -> None:
-        attached = self.device.attached is not None
+        self._take(source, found, data, fds, stamp)
+        self._hear(source.id)
+
+    def _take(
+        self, source: Known, found: Parcel, data: bytes, fds: tuple[int, ...], stamp: int
+    ) -> None:
+        """A message with its descriptors; whose client has no socket sees memfds as bytes, but what may move
+        on keeps its descriptors."""
         if not fds:
             self.session.receive(source, found, parcel.split(found, data), stamp)
-            self._hear(source.id)
             return
+        attached = self.device.attached is not None
         memfds = _memfds(found, fds)
-        moves = found.dst_name is not None and self.activator(found.dst_name)
-        as_they_are = attached and not moves and self.session.kept + len(memfds) <= MAX_KEPT
+        as_they_are = attached and self.session.kept + len(memfds) <= MAX_KEPT
         filled = iter(memfds)
         whole: list[Part] = []
         for (kind, _, _), part in zip(found.parts, parcel.split(found, data), strict=True):
@@ -771,9 +793,9 @@ class Port:
                 whole.append(memfd if as_they_are else _read(memfd))
             else:
                 whole.append(part)
-        own = fds[len(memfds) :] if attached else ()
+        moves = found.dst_name is not None and self.activator(found.dst_name)
+        own = fds[len(memfds) :] if attached or moves else ()
         self.session.receive(source, found, whole, stamp, own)
-        self._hear(source.id)
 
     def dbus_message(
         self,
@@ -791,9 +813,8 @@ class Port:
         if connection is None:
             return
         name = envelope.destination
-        if name is not None and not name.startswith(":"):
-            self._comes_to(name)
-            if self.activator(name) and self._replica.owner(name) != self._replica.me:
+        if name is not None and self.activator(name):
+            if self._replica.owner(name) != self._replica.me:
                 return  # it has moved meanwhile, and comes to the new owner as well
         cookie = 0
         if reply_serial:
@@ -803,6 +824,7 @@ class Port:
             cookie = sent[1]
         known = self._told_of(connection)
         error = self._arrived(known, envelope, flags, serial, cookie, body, fds, stamp)
+        self._came_to(name, known.id)
         if error is not None and envelope.type == 1 and not flags & 1:
             self.engine.refuse_call(known.id, serial, errors.LIMITS_EXCEEDED, error)
 
@@ -832,14 +854,35 @@ class Port:
                 self.clock(),
                 self.bloom,
             )
-            own = fds if self.device.attached is not None else ()
-            self.session.receive(known, found, [data], stamp, own)
+            moves = found.dst_name is not None and self.activator(found.dst_name)
+            own = fds if self.device.attached is not None or moves else ()
+            with self._as_parts(data, envelope.signature) as parts:
+                self.session.receive(known, found, parts, stamp, own)
             self._hear(known.id)
         except Errno as error:
             return f"The destination's queue does not take it: {error.text}"
         except GVariantError as error:
             return f"The message can't be given to a kdbus client: {error}"
         return None
+
+    @contextmanager
+    def _as_parts(self, data: bytes, signature: str) -> Iterator[list[Part]]:
+        """The payload of a D-Bus message for our client's pool; as sd-bus did, a large body goes beside it in a
+        memfd, between the header and what follows, if our client can have one."""
+        most = min(LARGE, self.session.box.pool.size // SMALL_POOL)
+        if len(data) <= most or self.device.attached is None or self.session.kept >= MAX_KEPT:
+            yield [data]
+            return
+        start, end = payload.body_span(data, signature)
+        try:
+            fd = memfd.sealed("kbusd-body", data[start:end])
+        except OSError:
+            yield [data]
+            return
+        try:
+            yield [data[:start], message.Memfd(0, end - start, fd), data[end:]]
+        finally:
+            os.close(fd)
 
     def before_entry(self, raw: bytes) -> None:
         """The engine is about to take in an entry of the log."""
@@ -861,6 +904,8 @@ class Port:
         """It has: tell the session what that means."""
         match self._entry:
             case entries.NameOwnerChanged(name, old, new):
+                if self.activator(name) == self._replica.me:
+                    self._moves_back(name, old, new)
                 has = self._flags(name, new) if new else 0
                 seen = self._sees_name(name)
                 self.session.name_changed(name, old, new, self._had, has, seen)
@@ -872,13 +917,52 @@ class Port:
             case entries.ConnectionRemoved(id) if self._went is not None:
                 self.session.id_removed(id, self._went.kdbus or 0, self._knows(self._went))
                 self._heard.discard(id)
+                for each in self._all_coming():
+                    each.gone(id)
             case entries.MonitorAttached(id) if self._went is not None:
                 self.session.id_removed(id, 0, self._knows(self._went))
 
-    def _comes_to(self, name: str) -> None:
-        """Something does that was sent to this name."""
-        if (collecting := self._collecting.get(name)) is not None:
-            collecting.came()
+    def _came_to(self, name: str | None, sender: int) -> None:
+        """Something did that was sent to this name."""
+        if name is None:
+            return
+        if (coming := self._collecting.get(name)) is not None:
+            coming.came(sender)
+        if self._back is not None and self.activator(name) == self._replica.me:
+            self._back.came(sender)
+
+    def _has_moved(self, peer: int, moved: Moved) -> None:
+        """Who had a name says what will come of what was sent to it."""
+        name = moved.name
+        if (coming := self._collecting.get(name)) is not None and coming.source == peer:
+            coming.told(moved.coming)
+        elif self.activator(name) != self._replica.me:
+            return
+        elif self._back is not None and self._back.source == peer:
+            self._back.told(moved.coming)
+        elif self._replica.owner(name) == peer:
+            self._early = peer, moved
+
+    def _moves_back(self, name: str, old: int, new: int) -> None:
+        """The name of which our client is the activator went from one to the other, maybe to it."""
+        early, self._early = self._early, None
+        if self._back is not None:
+            self._back.end()
+        had = self._replica.connections.get(old)
+        if new != self._replica.me or had is None or had.kdbus is None:
+            return
+        self._back = Coming(old, self._stalls_at(), lambda: self._is_back(name))
+        if early is not None and early[0] == old:
+            self._back.told(early[1].coming)
+
+    def _is_back(self, name: str) -> None:
+        self._back = None
+        self.session.put_in_order(name)
+
+    def _all_coming(self) -> list[Coming]:
+        """What is still on its way."""
+        all = [*self._collecting.values(), *([] if self._back is None else [self._back])]
+        return [each for each in all if not each.settled]
 
     def _hear(self, id: int) -> None:
         """Our client learns that there is this connection."""
@@ -925,23 +1009,6 @@ class Port:
         if message is not None:
             serial, reply = message.cookie & 0xFFFFFFFF, message.reply_cookie & 0xFFFFFFFF
             self.engine.copy_to_monitors(facts, message.flags, serial, reply, message.body)
-
-
-class _Collecting:
-    """What had been sent to a name comes to its new owner: how much has, and how much will."""
-
-    def __init__(self, wait: Wait[None], until: int) -> None:
-        self.wait, self.until = wait, until
-        self._came, self._coming = 0, -1  # not known yet
-
-    def came(self) -> None:
-        self._came += 1
-        self.told(self._coming)
-
-    def told(self, coming: int) -> None:
-        self._coming = coming
-        if 0 <= coming <= self._came:
-            self.wait.done(None)
 
 
 class _Refused(Errno):
@@ -1063,6 +1130,7 @@ def _known(connection: Connection, users: int) -> Known:
             _audit(process),
             process.space,
             metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
+            credentials.ipc_owner,
         )
     return Known(
         connection.id,

@@ -218,7 +218,7 @@ def serve(
     line = FileLine(sock, entries.ToDeviceWorker)
     serving = DeviceEngine(engine)
     port = kdbus_bus.Port(context, device.bus, serving)
-    privileged = device.credentials.uid in (0, context.bus.owner)
+    privileged = device.credentials.is_privileged(context.bus.owner)
     port.session = Session(port, owner=privileged, custom=device.endpoint != "bus")
     port.device = Device(line, port.session, device.credentials.uid, device.transport)
     port.device.entering = serving.entering

@@ -24,6 +24,7 @@ from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.handle import State
 from kbusd.kdbus.session import PEEK as _PEEK
+from kbusd.kdbus.session import READABLE as _READABLE
 from kbusd.kdbus.waits import Interrupted, Wait
 from kbusd.rings import entries, memfd
 from kbusd.rings.line import close_all
@@ -32,6 +33,7 @@ from kbusd.rings.memfd import RingError
 MAX_COPY = 128 << 20  # bytes of one answer of the supervisor's
 TAKEN_AT_ONCE = 16
 PEEK = cython.declare(uint64_t, _PEEK)
+READABLE = cython.declare(cython.int, _READABLE)
 NEAR = cython.declare(uint64_t, 1024)  # bytes that are fetched before what is asked for
 PAGE = cython.declare(uint64_t, mmap.PAGESIZE)
 MAX_AHEAD = 8 << 10  # what the supervisor sends along with a request, unasked
@@ -328,15 +330,23 @@ class Requests:
         unique = request.header.unique
         body = request.body
         if isinstance(body, requests.Poll):
-            events = self.session.poll()
-            self._told, self._told_of = events, self.session.arrived
-            self.line.send(entries.Answered(replies.poll(unique, events)))
+            wait = None if self.session.poll() & READABLE else self.session.coming_back()
+            if wait is None:
+                self._tell(unique)
+            else:
+                wait.then(lambda: self._tell(unique))
         elif isinstance(body, requests.Interrupt):
             waiting = self.held.get(body.unique)
             if waiting is not None:
                 waiting.interrupt()
         else:
             self.line.send(entries.Answered(replies.failure(unique, errno.ENOSYS)))
+
+    def _tell(self, unique):
+        """Answer a poll(2)."""
+        events = self.session.poll()
+        self._told, self._told_of = events, self.session.arrived
+        self.line.send(entries.Answered(replies.poll(unique, events)))
 
     def _ended(self, held, result):
         if isinstance(result, Interrupted):

@@ -52,7 +52,7 @@ class NamePolicies:
 
     def _subject(self, connection: Connection) -> policy.Subject:
         who = connection.credentials
-        return policy.Subject.of(who.uid, who.gid, who.groups, who.uid in (0, self._owner))
+        return policy.Subject.of(who.uid, who.gid, who.groups, who.is_privileged(self._owner))
 
     def _view(self, asker: Connection) -> policy.View:
         if self._brought != self._replica.policies:

@@ -6,6 +6,7 @@ aligned to 8 bytes, which fcntl.ioctl's are not.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -46,9 +47,9 @@ def ioctl(fd: int, command: int, address: int) -> int:
 
 
 class Message:
-    """A message in a pool."""
+    """A message in a pool; `fds` came with it over the socket, memfds first, and are closed."""
 
-    def __init__(self, pool: mmap.mmap, offset: int) -> None:
+    def __init__(self, pool: mmap.mmap, offset: int, fds: list[int] | None = None) -> None:
         head = pool[offset : offset + layout.MESSAGE.size]
         (self.size, self.flags, self.priority, self.dst, self.src, self.payload_type,
          self.cookie, self.reply) = layout.MESSAGE.unpack(head)  # fmt: skip
@@ -59,6 +60,12 @@ class Message:
                 size, at = layout.VECTOR.unpack(item.data)
                 start = offset + at
                 self.payload += bytes(size) if at == abi.NO_OFFSET else pool[start : start + size]
+            elif item.type == abi.ITEM_PAYLOAD_MEMFD and fds:
+                start, size, _, _ = layout.MEMFD.unpack(item.data)
+                self.payload += os.pread(fds[0], size, start)
+                os.close(fds.pop(0))
+        for fd in fds or ():
+            os.close(fd)
 
     def item(self, type: int) -> bytes | None:
         """The data of the first item of a type."""
@@ -191,11 +198,22 @@ class KdbusClient:
         """The next message, within some time. Raises OSError, TimeoutError."""
         if not self.readable(seconds):
             raise TimeoutError(f"no message within {seconds} s")
+        return self.recv_now(flags)
+
+    def recv_now(self, flags: int = 0) -> Message:
+        """The next message, which is there. Raises OSError."""
         got = self.do(abi.CMD_RECV, struct.pack("=2Qq4Q", flags, 0, 0, 0, 0, 0, 0))
         self.dropped, offset, _, self.return_flags = struct.unpack_from("=4Q", got, 32)
-        message = Message(self.pool, offset)
+        message = Message(self.pool, offset, self._handed())
         self.free(offset)
         return message
+
+    def _handed(self) -> list[int]:
+        """The descriptors of the message that was just received, if there is a socket."""
+        with contextlib.suppress(BlockingIOError):
+            if hasattr(self, "socket"):
+                return socket.recv_fds(self.socket, 64, 253)[1]
+        return []
 
     def readable(self, seconds: float = 0.0) -> bool:
         """Whether poll(2) says that there is a message, within some time."""

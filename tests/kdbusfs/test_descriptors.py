@@ -29,6 +29,7 @@ from tests.bus import wireformat as w
 from tests.bus.daemon import STRICT_POLICY
 from tests.kdbusfs.places import NATIVE, everywhere
 from tests.kdbusfs.test_clients import FILE, NODE, KdbusBus, fails
+from tests.kdbusfs.test_sessions import brought
 
 TREE = Path(__file__).parents[2]
 PRELOAD = TREE / "kbusd/preload/libkbus-preload.so"
@@ -223,6 +224,76 @@ def descriptors(pid: int) -> list[str]:
     return found
 
 
+# -- of what moves with a name -----------------------------------------------------------------
+
+NAME = "com.example.Moves"
+
+
+@pytest.mark.parametrize("sender", ["is there", "is gone"])
+def test_descriptors_move_with_the_name_that_they_were_sent_to(
+    bus: KdbusBus,
+    opened: Callable[..., Connection],
+    memfd: int,
+    pipe: tuple[int, int],
+    sender: str,
+) -> None:
+    """To a service, back to the activator, and to the next one."""
+    flags = abi.HELLO_ACTIVATOR | abi.HELLO_ACCEPT_FD
+    activator = bus.kdbus(flags=flags, chain=brought(NAME))
+    a, first, second = opened(), opened(), opened()
+    a.send(NAME, [b"first ", Memfd(memfd, 3, 7)], fds=[pipe[1]])
+    os.close(pipe[1])
+    assert activator.readable(SECONDS)
+    if sender == "is gone":
+        a.close()
+    first.acquire(NAME)
+    assert first.readable(SECONDS)
+    first.release(NAME)
+    assert activator.readable(SECONDS)
+    second.acquire(NAME)
+    with second.receive(SECONDS) as got:
+        assert got.payload == b"first a memfd"
+        if sender == "is there":
+            assert os.path.sameopenfile(got.parts[1].fd, memfd)  # type: ignore[union-attr]
+        assert not got.incomplete
+        is_there(pipe[0], got)
+    at_end(pipe[0])
+
+
+def test_descriptors_that_a_service_does_not_take_are_lost_with_their_message(
+    bus: KdbusBus, opened: Callable[..., Connection], pipe: tuple[int, int]
+) -> None:
+    flags = abi.HELLO_ACTIVATOR | abi.HELLO_ACCEPT_FD
+    activator = bus.kdbus(flags=flags, chain=brought(NAME))
+    a, service = opened(), bus.kdbus()
+    a.send(NAME, b"with", fds=[pipe[1]])
+    a.send(NAME, b"without")
+    os.close(pipe[1])
+    assert activator.readable(SECONDS)
+    service.acquire(NAME)
+    assert service.recv_now().payload == b"without"
+    assert service.dropped == 1
+    at_end(pipe[0])
+
+
+def test_a_dbus_client_that_takes_a_name_gets_the_descriptors_as_well(
+    bus: KdbusBus, opened: Callable[..., Connection], pipe: tuple[int, int]
+) -> None:
+    flags = abi.HELLO_ACTIVATOR | abi.HELLO_ACCEPT_FD
+    activator = bus.kdbus(flags=flags, chain=brought(NAME))
+    a, taker = opened(), bus.connect()
+    address = jeepney.DBusAddress("/test", bus_name=NAME, interface="com.example.Test")
+    call = jeepney.new_method_call(address, "Take", "h", (pipe[1],))
+    call.header.flags = jeepney.MessageFlag.no_reply_expected
+    a.send_message(call)
+    assert activator.readable(SECONDS)
+    taker.request_name(NAME)
+    got = taker.wait(lambda message: message.fds)
+    os.write(got.fds[0], b"through")
+    assert os.read(pipe[0], 99) == b"through"
+    os.close(got.fds[0])
+
+
 # -- with D-Bus clients ------------------------------------------------------------------------
 
 
@@ -249,6 +320,40 @@ def test_descriptors_of_a_dbus_client_come_to_a_kdbus_client_and_go_back(
     os.write(reply.fds[0], b"and back")
     assert os.read(pipe[0], 99) == b"and back"
     os.close(reply.fds[0])
+
+
+@pytest.mark.parametrize("pool", [1 << 20, 16 << 20])
+def test_a_large_call_of_a_dbus_client_goes_beside_the_pool(
+    bus: KdbusBus, opened: Callable[..., Connection], pipe: tuple[int, int], pool: int
+) -> None:
+    """It was refused if it was larger than a sixth of that."""
+    kdbus, dbus = opened(pool_size=pool), bus.connect()
+    fields = {
+        w.PATH: "/test", w.INTERFACE: "com.example.Test", w.MEMBER: "Take",
+        w.DESTINATION: f":1.{kdbus.id}",
+    }  # fmt: skip
+    data = os.urandom(4 << 20)
+    for _ in range(3):
+        dbus.send(1, fields, "hay", (0, data), fds=[pipe[1]])
+    for _ in range(3):
+        with kdbus.receive(SECONDS) as got:
+            # sd-bus wants the header, and what is behind the body, in the pool.
+            assert [isinstance(part, Memfd) for part in got.parts] == [False, True, False]
+            is_there(pipe[0], got)
+            call = got.dbus()
+        assert call.body[1] == data
+        kdbus.send_message(jeepney.new_method_return(call, "s", ("got it",)))
+        assert dbus.wait(lambda message: message.type == 2).args == ["got it"]
+        call.body[0].close()
+
+
+def test_a_small_call_goes_through_the_pool(
+    bus: KdbusBus, opened: Callable[..., Connection]
+) -> None:
+    kdbus, dbus = opened(pool_size=16 << 20), bus.connect()
+    dbus.send_call(f":1.{kdbus.id}", "/x", "com.example.Test", "Take", "ay", [bytes(500_000)])
+    with kdbus.receive(SECONDS) as got:
+        assert len(got.parts) == 1
 
 
 def test_jeepneys_messages(opened: Callable[..., Connection]) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,6 +199,59 @@ def test_what_nobody_received_goes_back_to_the_activator(bus: KdbusBus) -> None:
     assert a.recv().payload == b"again"
 
 
+@pytest.mark.parametrize("how", ["released", "closed"])
+@pytest.mark.parametrize("looks", ["recv", "poll"])
+def test_what_was_left_unread_is_back_when_the_name_is(bus: KdbusBus, how: str, looks: str) -> None:
+    """All of it, in the order in which it was sent, whoever sent it: nobody has to wait for it."""
+    a, senders = activator(bus), [bus.kdbus() for _ in range(3)]
+    payloads = [b"%d" % number for number in range(12)]
+    for _ in range(3):
+        b = bus.kdbus()
+        b.acquire(NAME)
+        for number, payload in enumerate(payloads):
+            senders[number * 7 % 3].send(0, payload, to_name(NAME), cookie=number)
+        if how == "released":
+            b.release(NAME)
+        else:
+            b.close()
+        if looks == "poll":
+            assert a.readable()
+        assert [a.recv_now().payload for _ in payloads] == payloads
+        assert fails(a.recv_now) == "EAGAIN" and not a.readable()
+
+
+def test_a_service_takes_what_its_activator_had_in_order(bus: KdbusBus) -> None:
+    a, b, senders = activator(bus), bus.kdbus(), [bus.kdbus() for _ in range(3)]
+    payloads = [b"%d" % number for number in range(12)]
+    for number, payload in enumerate(payloads):
+        senders[number * 7 % 3].send(0, payload, to_name(NAME), cookie=number)
+    assert a.readable()
+    b.acquire(NAME)
+    assert [b.recv_now().payload for _ in payloads] == payloads
+
+
+def serving(bus: KdbusBus) -> set[int]:
+    """The workers that have a client by a file."""
+    maps = {each.pid: Path(f"/proc/{each.pid}/maps").read_text() for each in bus.workers()}
+    return {pid for pid, text in maps.items() if "kbusd-pool" in text}
+
+
+def test_an_activator_waits_for_no_sender_whose_worker_hangs(bus: KdbusBus) -> None:
+    a, b, d = activator(bus), bus.kdbus(), bus.kdbus()
+    b.acquire(NAME)
+    others = serving(bus)
+    c = bus.kdbus()
+    (hung,) = serving(bus) - others
+    c.send(0, b"hangs", to_name(NAME))
+    d.send(0, b"does not", to_name(NAME))
+    os.kill(hung, signal.SIGSTOP)
+    b.release(NAME)
+    assert a.recv_now().payload == b"does not"
+    assert fails(a.recv_now) == "EAGAIN"
+    os.kill(hung, signal.SIGCONT)
+    assert a.recv().payload == b"hangs"
+
+
 def test_calls_to_an_activator_are_answered_by_the_service(bus: KdbusBus) -> None:
     a, b, c, d = activator(bus), bus.kdbus(), bus.kdbus(), bus.connect()
     until = time.monotonic_ns() + 60_000_000_000
@@ -303,14 +357,62 @@ def test_only_the_privileged_are_more_than_ordinary(bus: KdbusBus) -> None:
     as_nobody(child)
 
 
+def set_capabilities(effective: int, permitted: int) -> None:
+    """capset(2), of the calling thread."""
+    header = struct.pack("=Ii", 0x20080522, 0)
+    assert LIBC.capset(header, struct.pack("=6I", effective, permitted, 0, 0, 0, 0)) == 0
+
+
+@pytest.mark.parametrize("opens", ["with", "without", "in its own namespace"])
+def test_who_opens_a_file_with_ipc_owner_is_privileged(bus: KdbusBus, opens: str) -> None:
+    """Whatever it may do when it says HELLO."""
+    ipc_owner = 1 << 15
+    creds = items.build(abi.ITEM_CREDS, layout.CREDS.pack(*[0] * 8))
+    says: tuple[dict[str, Any], ...] = (
+        {"flags": abi.HELLO_ACTIVATOR, "chain": brought("com.example.Capable")},
+        {"flags": abi.HELLO_POLICY_HOLDER, "chain": brought("com.example.Held")},
+        {"flags": abi.HELLO_MONITOR},
+        {"chain": (creds,)},
+    )
+
+    def child() -> None:
+        assert LIBC.prctl(8, 1, 0, 0, 0) == 0  # PR_SET_KEEPCAPS
+        os.setgroups([])
+        os.setresgid(*[65534] * 3)
+        os.setresuid(*[65534] * 3)
+        set_capabilities(ipc_owner * (opens == "with"), ipc_owner)
+        if opens == "in its own namespace":
+            assert LIBC.unshare(CLONE_NEWUSER) == 0  # where it may do anything
+        files = [KdbusClient(bus.node, hello=False) for _ in says]
+        set_capabilities(ipc_owner * (opens == "without"), ipc_owner)
+        for file, how in zip(files, says, strict=True):
+            if opens == "with":
+                file.hello(**how)
+            else:
+                assert fails(lambda file=file, how=how: file.hello(**how)) == "EPERM"
+        files[3].close()
+        if opens == "with":
+            files[1].update(*brought("com.example.Held", (WORLD, OWN, 0)))
+
+    in_a_child(child)
+
+
 def as_nobody(do: Callable[[], None], uid: int = 65534) -> None:
     """Do it in a process of an ordinary user."""
+
+    def child() -> None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        do()
+
+    in_a_child(child)
+
+
+def in_a_child(do: Callable[[], None]) -> None:
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
             do()
         except BaseException as error:  # noqa: BLE001  (it would run the rest of the tests)
             print(f"in the child: {error!r}", flush=True)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kbusd.kdbus import abi, payload
+from kbusd.kdbus import abi, gvariant, payload
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.payload import Message, PayloadError
 from kbusd.wire import body, header, names
@@ -330,3 +330,19 @@ def test_the_two_versions_are_told_apart() -> None:
     assert payload.version(CALL_BYTES) == 2
     assert payload.version(header.build(ord("l"), 1, 0, path="/", member="M", serial=1)) == 1
     assert payload.version(b"B\1\0\1" + bytes(12)) == 1
+
+
+@pytest.mark.parametrize(("signature", "size"), [("ay", 0), ("ay", 300), ("say", 70_000), ("", 0)])
+def test_where_the_body_stands(signature: str, size: int) -> None:
+    text = struct.pack("=I", 1) + b"x\0\0\0" if "s" in signature else b""
+    body = (
+        text + struct.pack("=I", size) + bytes(range(1, 251)) * (size // 250) if signature else b""
+    )
+    body += b"y" * (size % 250)
+    data = payload.write(
+        Message(type=1, cookie=7, path="/x", member="Do", signature=signature, body=body)
+    )
+    start, end = payload.body_span(data, signature)
+    assert start % 8 == 0
+    assert data[start:end] == gvariant.to_gvariant(body, signature.encode(), "little", "little")
+    assert data[end:].startswith(b"\0(" + signature.encode() + b")")

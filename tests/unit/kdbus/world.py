@@ -177,16 +177,18 @@ class Port:
     async def collect(self, name: str) -> None:
         raise AssertionError("nobody activates")
 
-    def forward(self, to: Known, source: int, parcel: Parcel, data: bytes) -> None:
+    def forward(
+        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
+    ) -> None:
         raise AssertionError("nobody activates")
 
-    def moved(self, to: Known, name: str, coming: int) -> None:
+    def coming_back(self) -> None:
+        return None
+
+    def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         raise AssertionError("nobody activates")
 
     def tell_read(self, sender: int, cookie: int) -> None:
-        raise AssertionError("nobody activates")
-
-    def whole(self, parcel: Parcel, data: bytes, fds: Sequence[int]) -> bytes:
         raise AssertionError("nobody activates")
 
     async def refreshed(self, caller: Run, about: bytes) -> bytes:
