@@ -227,6 +227,15 @@ class Bus:
             self._outside.send(connection.worker, answer)
         self.activation.retry()
 
+    def leaves_unread(self, worker: int) -> None:
+        """A worker does not take what it is told; the admin hears of it once."""
+        connection = self.connections.get(worker)
+        if connection is not None and not connection.unread:
+            connection.unread = True
+            self._outside.say(
+                f"{connection} leaves what it is told unread, and is not heard till it reads"
+            )
+
     def labels_changed(self) -> None:
         """Another SELinux policy, or mode, is in force."""
         if self.labels.policy_changed():

@@ -60,6 +60,7 @@ class Connection:
         "pid",
         "pidfd",
         "policy",
+        "unread",
         "waiting",
         "worker",
     )
@@ -83,6 +84,7 @@ class Connection:
         self.introductions = 0  # asked by this connection and not yet answered
         self.waiting = 0  # requests that are answered later: services, configurations
         self.complaints = 0
+        self.unread = False  # its worker did not take what it was told
         self.last_word: str | None = None  # why it left, if it said so
 
     @property

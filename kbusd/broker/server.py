@@ -363,6 +363,7 @@ class Server:
             return
         if line.queue:
             self._epoll.modify(line.fileno(), _WRITE)
+            self._bus.leaves_unread(worker)
             if fds:
                 self._make_room(self._most_waiting)
             if len(line.queue) > MAX_QUEUED:

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterable
 
 from kbusd.sandbox import kernel
-from kbusd.sandbox.compiled import USERS, Compiled
+from kbusd.sandbox.compiled import Compiled
 from kbusd.sandbox.errors import Unavailable
 
 _SETPCAP = 1 << 8
@@ -57,7 +57,8 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
         _change_user(compiled, step)
     elif compiled.apart is not None and capable & _SETUID:
         # Live processes differ in their numbers; most so differ in this.
-        own = compiled.apart + os.getpid() % USERS
+        first, count = compiled.apart
+        own = first + os.getpid() % count
         step("user", lambda: os.setresuid(own, own, own))
     if compiled.capabilities is not None:
         _settle_capabilities(compiled, capable, root, step)

@@ -18,7 +18,7 @@ from contextlib import suppress
 import pyseccomp
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compiled import USERS, Compiled, Limit, Path, decode, encode
+from kbusd.sandbox.compiled import FEW_USERS, USERS, Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
 from kbusd.sandbox.selinux import knows as selinux_knows
@@ -80,9 +80,9 @@ def compile_profile(
     if _enabled(profile, "user") and profile.user and profile.user.names:
         wanted = (user, *profile.user.names) if user else profile.user.names
         uid, gid = _user(profile.user.origin, wanted, profile.user.required, notes)
-        if (apart := profile.user.apart) and not _there(apart):
-            notes.append(f"its children share a user: there is no user {apart} in this namespace")
-            apart = None
+        if profile.user.apart and not (apart := users_apart(profile.user)):
+            missing = profile.user.apart_inside or profile.user.apart
+            notes.append(f"its children share a user: there is no user {missing} in this namespace")
     if _enabled(profile, "groups") and profile.groups:
         groups = tuple(_group(profile.groups.origin, name) for name in profile.groups.keep)
     if _enabled(profile, "capabilities") and profile.capabilities:
@@ -144,11 +144,19 @@ def _enabled(profile: profiles.Profile, section: str) -> bool:
     return value is not None and bool(value.enabled)
 
 
-def _there(first: int) -> bool:
-    """Whether these users are mapped in our user namespace."""
-    with open("/proc/self/uid_map") as users:
-        ranges = [tuple(map(int, line.split())) for line in users]
-    return any(at <= first and first + USERS <= at + count for at, _, count in ranges)
+def users_apart(user: profiles.User) -> tuple[int, int] | None:
+    """Whom children become, in our user namespace: the first user, and how many; None if nobody."""
+    return _there(user.apart, user.apart_inside)
+
+
+def _there(many: int | None, few: int | None) -> tuple[int, int] | None:
+    """Those of these users that are mapped in our user namespace."""
+    with open("/proc/self/uid_map") as mapped:
+        ranges = [tuple(map(int, line.split())) for line in mapped]
+    for first, count in ((many, USERS), (few, FEW_USERS)):
+        if first and any(at <= first and first + count <= at + size for at, _, size in ranges):
+            return first, count
+    return None
 
 
 def _of_the_machine() -> bool:
@@ -309,7 +317,8 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
         )
         raise ProfileError(file, key, problem, line=line)
     if argument.users is not None:
-        return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - USERS, argument.users)]
+        first, count = _there(argument.users, argument.users_inside) or (argument.users, USERS)
+        return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - count, first)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
     values = [_argument(file, key, name, line) for name in names]

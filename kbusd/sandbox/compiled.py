@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-USERS = 65536  # of a profile's [user] apart
+USERS, FEW_USERS = 65536, 256  # of a profile's [user] apart, apart-inside
 
 
 class Path(msgspec.Struct, frozen=True, array_like=True):
@@ -31,6 +31,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     """All that `apply.confine` does, in numbers. None or "" means: leave as it is.
 
     `required`: the sections (by the names that they have in the profile) whose failure is an error.
+    `apart`: the first user, and how many.
     `notes`: warnings from compiling. `bpf`: an array of struct sock_filter, b"" for no filter.
     `listening`: somebody answers what that filter leaves to him; only `kbusctl profile learn` says so."""
 
@@ -41,7 +42,7 @@ class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
     uid: int | None = None
     gid: int | None = None
-    apart: int | None = None
+    apart: tuple[int, int] | None = None
     groups: tuple[int, ...] | None = None
     capabilities: int | None = None
     bounding: int | None = None

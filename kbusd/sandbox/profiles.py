@@ -37,6 +37,8 @@ _NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
 Why = Annotated[str, msgspec.Meta(min_length=8)]
 Users = Annotated[int, msgspec.Meta(ge=65536, le=0xFFFE0000, multiple_of=65536)]
 """The first of 65536 users that follow each other."""
+FewUsers = Annotated[int, msgspec.Meta(ge=256, le=0xFFFFFE00, multiple_of=256)]
+"""The first of 256."""
 Condition = Literal["always", "selinux", "no-selinux", "x86-64", "arm64"]
 
 
@@ -55,10 +57,11 @@ class _Section(
 
 class User(_Section, frozen=True):
     """Applied by root only. `names`: the first that exists. Empty: stays who it is. `apart`: what is forked
-    by a process that keeps CAP_SETUID becomes a user of its own, one of these."""
+    by a process that keeps CAP_SETUID becomes a user of its own, one of these; `apart_inside`: in a user namespace that does not have them."""
 
     names: tuple[str, ...] = ()
     apart: Users | None = None
+    apart_inside: FewUsers | None = None
 
 
 class Groups(_Section, frozen=True):
@@ -137,7 +140,7 @@ class Argument(
 
     `equals`: this value or all of these flags together and no other; `one-of`: any of the
     values; `not-equals`: any other value; `without`: none of the flags; `including`: all of them;
-    `users`: one of these users."""
+    `users`: one of these users; with `users-inside`, for where those are not."""
 
     index: Annotated[int, msgspec.Meta(ge=0, le=5)]
     equals: tuple[str, ...] | None = None
@@ -146,6 +149,7 @@ class Argument(
     without: tuple[str, ...] | None = None
     including: tuple[str, ...] | None = None
     users: Users | None = None
+    users_inside: FewUsers | None = None
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
@@ -459,6 +463,8 @@ def _explain(file: str, text: str, lines: Lines) -> ProfileError:
         hint = f"known are {', '.join(get_args(Condition))}"
     elif key.endswith("apart") or key.endswith("users"):
         hint = "the first of 65536 users, a number that 65536 divides"
+    elif key.endswith("inside"):
+        hint = "the first of 256 users, a number that 256 divides"
     else:
         hint = "see kbusd-profile(5)"
     line = lines.of(*(int(part) if part.isdigit() else part for part in _PART.findall(inside)))

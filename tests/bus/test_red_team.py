@@ -8,6 +8,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -31,6 +33,7 @@ from .redteam import attacks, zygote
 
 pytestmark = pytest.mark.kbusd_only
 NOBODY = 65534
+PLACE = zygote.PLACE
 
 
 class Red(RawSocket):
@@ -179,6 +182,31 @@ def test_a_call_that_it_does_not_need_ends_it(red_bus: RedBus, victims: Victims,
     eventually(lambda: red_bus.log().count(told) == before + 1, "the log tells of its death")
 
 
+def test_it_opens_no_file_and_the_kernel_tells(red_bus: RedBus, victims: Victims) -> None:
+    paths = (
+        "/etc/passwd",
+        "/proc/self/mem",
+        "/proc/self/fd/0",
+        f"{red_bus.directory}/bus",
+        "/new",
+        ".",
+    )
+
+    def tried() -> bool:
+        """Once more, if the kernel had too much to tell: what it drops is nobody's to say."""
+        red = red_bus.attack("open_files", *paths)
+        pid, found = red.heard()
+        assert found == ["EACCES"] * 4 * len(paths)
+        red.close()
+        if not os.access("/dev/kmsg", os.R_OK):
+            return True
+        command = [sys.executable, "-m", "kbusd.ctl.main", "explain", "--pid", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PLACE)
+        return "openat (257) was answered with an error" in done.stdout or os.uname()[4] != "x86_64"
+
+    eventually(tried, "the kernel log tells what was refused")
+
+
 def test_it_holds_nothing_of_others(red_bus: RedBus, victims: Victims) -> None:
     red = red_bus.attack("held")
     kinds = [kind for _, kind in red.heard()]
@@ -217,6 +245,7 @@ def test_who_asks_and_never_reads_is_not_heard(red_bus: RedBus, victims: Victims
     assert red.heard() == "now"
     victims.go_on()
     assert red.heard() < 2000  # what two sockets hold
+    red_bus.logs("leaves what it is told unread, and is not heard till it reads")
     red.close()
 
 
@@ -380,6 +409,7 @@ def test_what_peers_give_it_can_only_be_read(red_bus: RedBus, victims: Victims) 
 def test_memory_that_can_be_cut_off_is_not_taken(red_bus: RedBus, victims: Victims) -> None:
     red = red_bus.attack("unsealed_ring", victims.id(victims.callee))
     assert red.heard() is True
+    red_bus.logs(": a memfd is not sealed against shrink")
     red.close()
 
 

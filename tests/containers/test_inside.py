@@ -44,8 +44,18 @@ def test_every_process_is_confined_and_none_is_the_host_s_root(box: Inside) -> N
     for each in found:
         if each["role"] not in ("supervisor", "launcher"):
             assert each["seccomp"] == 2 and each["no_new_privileges"], each
-            assert each["permitted"] == each["bounding"] == 0, each
-            assert set(each["uids"]) == {100}, each
+            kept = 1 << 7 if each["role"] == "zygote" else 0  # CAP_SETUID, for its children
+            assert (each["permitted"], each["bounding"]) == (kept, 0), each
+            if each["role"] == "worker":
+                assert 60928 <= each["uids"][0] < 60928 + 256, each
+            assert len(set(each["uids"])) == 1, each
+    workers = {each["uids"][0] for each in found if each["role"] == "worker"}
+    assert len(workers) > 1, "one is not another's user"
+    others = {uid for each in found if each["role"] in ("broker", "zygote") for uid in each["uids"]}
+    assert others == {100}
+    done = box.run(str(BIN / "kbusctl"), "security", "--json")
+    rows = [row for row in json.loads(done.stdout) if row["confinement"] == "apart"]
+    assert rows and all(row["on"] for row in rows), rows
     # And the host sees them as what they are.
     assert os.stat(box.root / "run/bus").st_uid == FIRST
 

@@ -33,12 +33,19 @@ SOURCES = REPOSITORY / "selinux"
 RULES = {"worker.rules": False, "worker-strict.rules": True}
 DEBIAN = "default"  # the name of Debian's policy
 PACKAGES = (
-    "coreutils", "dash", "dbus-bin", "dbus-system-bus-common", "grep", "libc-bin", "libcap2", "libglib2.0-bin", "libseccomp2", "mount",
-    "policycoreutils", "python3", "sed", "selinux-policy-default", "util-linux",
+    "checkpolicy", "coreutils", "dash", "dbus-bin", "dbus-system-bus-common", "findutils", "gawk", "grep", "libc-bin", "libcap2",
+    "libglib2.0-bin", "libseccomp2", "m4", "make", "mount", "policycoreutils", "python3", "sed", "selinux-policy-default",
+    "semodule-utils", "util-linux",
 )  # fmt: skip
+ALONE = ("selinux-policy-dev",)  # without what it depends on
 BESIDES = ("/etc/passwd", "/etc/group", "/etc/nsswitch.conf", "/etc/machine-id", "/etc/ld.so.cache")
 EMPTY = ("dev", "mnt", "proc", "root", "run", "sys", "tmp", "var/lib", "var/tmp")
-LEFT_OUT = ("/usr/share/doc/", "/usr/share/man/", "/usr/share/locale/", "/usr/share/selinux/")
+LEFT_OUT = (
+    "/usr/share/doc/",
+    "/usr/share/man/",
+    "/usr/share/locale/",
+    "/usr/share/selinux/default/",
+)
 DISK_BYTES = 600 << 20  # sparse
 TOOLS = ("mke2fs", "debugfs", "semodule", "make", "checkmodule", "sesearch")
 
@@ -48,9 +55,9 @@ def machine(job: str, files: dict[str, str], strict: bool = False) -> Machine:
     for tool in TOOLS:
         if not shutil.which(tool, path=_path()):
             raise Unbootable(f"there is no {tool}; as root: make check installs what it needs")
-    disk, store = _disk(), policy(strict)
+    disk, store = _disk(), debian() if strict else policy()
     _run(sys.executable, "-m", "compileall", "-q", str(REPOSITORY / "kbusd"))
-    words = (REPOSITORY, sysconfig.get_path("platlib"), store)
+    words = (REPOSITORY, sysconfig.get_path("platlib"), store, "install-strict" if strict else "")
     files = files | {"set-up": (HERE / "labelled.sh").read_text()}
     before = " ".join(["/bin/sh", '"$KBUSD_GUEST/set-up"', *map(str, words)])
     return Machine(f"{before} || exit\n{job}", files=files, image=disk)
@@ -60,31 +67,53 @@ def policy(strict: bool = False) -> Path:
     """The root of a policy store with Debian's policy and ours. Every assertion of the policy is checked; of
     the strict variant only what can't be asserted is (selinux/Makefile)."""
     sources = [SOURCES / name for name in ("Makefile", "kbus.te", "kbus.fc", "kbus.if")]
-    versions = _versions(["selinux-policy-default", "selinux-policy-dev"])
-    key = _key([versions, *(each.read_text() for each in (*sources, Path(__file__)))])
+    key = _key([_policy_versions(), *(each.read_text() for each in (*sources, Path(__file__)))])
     kind = STRICT if strict else KIND
     place = KEPT / f"{kind}-policy-{key}"
     with _making(f"{kind}-policy-", place) as new:
         if new:
             _run("cp", *map(str, sources), str(new))
             _run("make", "-sC", str(new), "strict" if strict else "all")
-            root = new / "root"
-            for each in ("etc/selinux", "var/lib/selinux"):
-                (root / each).mkdir(parents=True)
-            _run("cp", "-a", f"/etc/selinux/{DEBIAN}", "/etc/selinux/config", f"{root}/etc/selinux")
-            (root / "etc/selinux/semanage.conf").write_text(
+            modules = _copy_store(new / "root")
+            (new / "root/etc/selinux/semanage.conf").write_text(
                 f"module-store = direct\nexpand-check = {int(not strict)}\n"
             )
-            wanted = [new / ("strict/kbus.cil" if strict else "kbus.pp")]
-            if os.access(f"/var/lib/selinux/{DEBIAN}", os.X_OK):
-                _run("cp", "-a", f"/var/lib/selinux/{DEBIAN}", f"{root}/var/lib/selinux")
-            else:
-                wanted += sorted(Path("/usr/share/selinux", DEBIAN).glob("*.pp.bz2"))
-            # -D: refusals that a policy keeps quiet about are told, too.
-            install = ("semodule", "-p", str(root), "-s", DEBIAN, "-n", "-D", "-i")
-            _run(*install, *map(str, wanted))
-            shutil.rmtree(root / "var")
+            wanted = [new / ("strict/kbus.cil" if strict else "kbus.pp"), *modules]
+            _semodule(new / "root", "-i", *map(str, wanted))
+            shutil.rmtree(new / "root/var")
     return place / "root"
+
+
+def debian() -> Path:
+    """The root of a policy store with Debian's policy alone, as Debian has configured it, and all of its
+    modules, so that another can be installed."""
+    place = KEPT / f"debian-{_key([_policy_versions(), Path(__file__).read_text()])}"
+    with _making("debian-", place) as new:
+        if new:
+            modules = _copy_store(new / "root")
+            _run("cp", "/etc/selinux/semanage.conf", str(new / "root/etc/selinux"))
+            _semodule(new / "root", "-B", *(["-i", *map(str, modules)] if modules else []))
+    return place / "root"
+
+
+def _policy_versions() -> str:
+    return _versions(["selinux-policy-default", "selinux-policy-dev"])
+
+
+def _copy_store(root: Path) -> list[Path]:
+    """This machine's, to `root`; returns the modules that are still to be installed in it."""
+    for each in ("etc/selinux", "var/lib/selinux"):
+        (root / each).mkdir(parents=True)
+    _run("cp", "-a", f"/etc/selinux/{DEBIAN}", "/etc/selinux/config", f"{root}/etc/selinux")
+    if os.access(f"/var/lib/selinux/{DEBIAN}", os.X_OK):
+        _run("cp", "-a", f"/var/lib/selinux/{DEBIAN}", f"{root}/var/lib/selinux")
+        return []
+    return sorted(Path("/usr/share/selinux", DEBIAN).glob("*.pp.bz2"))
+
+
+def _semodule(root: Path, *what: str) -> None:
+    # -D: refusals that a policy keeps quiet about are told, too.
+    _run("semodule", "-p", str(root), "-s", DEBIAN, "-n", "-D", *what)
 
 
 def rules(strict: bool) -> str:
@@ -96,7 +125,7 @@ def rules(strict: bool) -> str:
 
 def _disk() -> Path:
     """A disk that all guests of this kind begin with."""
-    wanted = _closure(PACKAGES)
+    wanted = sorted({*_closure(PACKAGES), *ALONE})
     key = _key([_versions(wanted), Path(__file__).read_text()])
     place = KEPT / f"disk-{key}"
     with _making("disk-", place) as new:

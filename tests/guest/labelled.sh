@@ -1,8 +1,9 @@
-# Run first in the guest with SELinux (labelled.py): TREE, the directory of its Python packages, and the root
-# of a policy store. Installs kbusd as a package of it would, loads the policy, and labels what is new.
+# Run first in the guest with SELinux (labelled.py): TREE, the directory of its Python packages, the root of a
+# policy store, and what is to be made with it ("": nothing). Installs kbusd as a package of it would, loads the
+# policy, and labels what is new.
 # Not enforced yet: that is for who comes next.
 set -e
-tree=$1 packages=$2 store=$3
+tree=$1 packages=$2 store=$3 install=$4
 mkdir -p "$tree"
 mount -t hostfs -o "$tree" tree "$tree"
 
@@ -31,4 +32,9 @@ import glob
 with open("/sys/fs/selinux/load", "wb", buffering=0) as file:
     file.write(open(policy, "rb").read())
 '
+if [ "$install" ]; then # as docs/selinux.md tells the admin
+    cp -r --preserve=timestamps "$store/var/lib/selinux" /var/lib/
+    cp -r --preserve=timestamps "$tree/selinux" /root/
+    make -sC /root/selinux clean "$install"
+fi
 restorecon -RF $place /usr/share/kbusd /usr/bin/kbusd /usr/bin/kbusctl /run /etc/kbusd /etc/shadow /etc/selinux /dev
