@@ -265,7 +265,7 @@ class Engine:
             timeout = self.calls.left()
         if self.merge.holding:
             return 1  # a peer has promised something and does not ring when it has come
-        if self.leaving or self.peers.full:
+        if self.leaving or self.peers.full or self.retry:
             timeout = 50
         elif self.peers.stall_until:
             now = self.clock.next()
