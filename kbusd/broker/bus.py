@@ -422,24 +422,9 @@ class Bus:
             label = credentials.label.decode(errors="replace")
             self._outside.say(f"refused {connection}: SELinux (dbus send_msg) of label {label!r}")
             raise Refused(ACCESS_DENIED, "An SELinux policy does not let it talk to this bus")
-        uid = credentials.uid
-        if len(self.by_id) >= self._limits["max_completed_connections"]:
-            raise Refused(
-                LIMITS_EXCEEDED, "The maximum number of active connections has been reached"
-            )
-        if self._per_uid[uid] >= self._limits["max_connections_per_user"]:
-            raise Refused(
-                LIMITS_EXCEEDED,
-                f"The maximum number of active connections for UID {uid} has been reached",
-            )
-        if (
-            credentials.endpoint
-            and self._per_uid[credentials.share] >= self._limits["max_connections_per_user"] // 2
-        ):
-            raise Refused(
-                LIMITS_EXCEEDED,
-                f"Half of the connections that UID {uid} may have came by one endpoint already",
-            )
+        if full := self._full(credentials):
+            self._outside.say(f"refused {connection}: {full}")
+            raise Refused(LIMITS_EXCEEDED, full)
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
@@ -451,7 +436,7 @@ class Bus:
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
-        self._per_uid.update({uid, credentials.share})
+        self._per_uid.update({credentials.uid, credentials.share})
         self.by_id[connection.id] = connection
         self._peak_names(connection)
         self.labels.join(credentials.label)
@@ -474,6 +459,17 @@ class Bus:
         self._outside.send(connection.worker, Reply(message.request, connection.id), snapshot)
         self._incomplete.pop(connection.worker, None)
         self._outside.joined(connection.worker)
+
+    def _full(self, credentials: Credentials) -> str:
+        """Which limit keeps one more client of these credentials out; "": none."""
+        most, uid = self._limits["max_connections_per_user"], credentials.uid
+        if len(self.by_id) >= self._limits["max_completed_connections"]:
+            return "The maximum number of active connections has been reached"
+        if self._per_uid[uid] >= most:
+            return f"The maximum number of active connections for UID {uid} has been reached"
+        if credentials.endpoint and self._per_uid[credentials.share] >= most // 2:
+            return f"Half of the connections that UID {uid} may have came by one endpoint already"
+        return ""
 
     def _check_kind(self, connection: Connection, message: Hello, kind: int) -> None:
         """Whether a client may be a kdbus connection of this kind."""

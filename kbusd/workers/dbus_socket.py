@@ -136,7 +136,8 @@ class DBusSocket(Engine):
     def watch_client(self) -> cython.void:
         """Ask for what we can use: input unless it must wait, output while something is left."""
         reading: cython.bint = not self.waits()
-        writing: cython.bint = self.output.pending > 0
+        writing: cython.bint = self.output.pending > 0 and not self.output.refused
+        self.retry = self.output.refused  # of which no event tells the end
         if reading != self.reading or writing != self.writing:
             self.waiting.change(
                 self.client, CLIENT, (EPOLLIN if reading else 0) | (EPOLLOUT if writing else 0)

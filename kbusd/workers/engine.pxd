@@ -34,6 +34,7 @@ cdef class Engine:
     cdef bint unix_fds  # our client takes descriptors
     cdef bint more      # stands in the rings still
     cdef bint stopped   # whole messages of our client wait for us
+    cdef bint retry     # what waits for our client, now and then
     cdef uint64_t tidy_at, leave_until
 
     cdef void _loop(self) except *

@@ -265,7 +265,7 @@ class Engine:
             timeout = self.calls.left()
         if self.merge.holding:
             return 1  # a peer has promised something and does not ring when it has come
-        if self.leaving or self.peers.full:
+        if self.leaving or self.peers.full or self.retry:
             timeout = 50
         elif self.peers.stall_until:
             now = self.clock.next()
@@ -799,8 +799,6 @@ class Engine:
         if kind is entries.PolicyChanged:
             self.fetching += 1
             self.asking.ask(entries.FetchPolicy(0), self._new_policy)
-        elif kind is entries.ConnectionRemoved:
-            self._peer_left(entry.id)
         elif kind is entries.NameOwnerChanged:
             if entry.old and entry.new and entry.activator in (entry.old, entry.new):
                 self._send_again(entry.name, entry.old)
@@ -810,6 +808,8 @@ class Engine:
             elif entry.id in self.peers.known:
                 self._fail_pending(entry.id, NO_REPLY, NO_REPLY_DISCONNECTED)
         self._act_and_note(actions)
+        if kind is entries.ConnectionRemoved:
+            self._peer_left(entry.id)  # the client hears first who went, then what nobody answers
 
     def _new_policy(self, answer, fds):
         """The configuration was read again: its policy holds from the client's next message on."""

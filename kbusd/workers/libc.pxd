@@ -70,6 +70,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum: EAGAIN
     enum: EINTR
+    enum: ETOOMANYREFS
 
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)

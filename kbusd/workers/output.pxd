@@ -15,6 +15,7 @@ cdef class Output:
     cdef object segments
     cdef Segment tail, spare
     cdef bint spare_used
+    cdef readonly bint refused
     cdef readonly BulkView cheat
     cdef readonly size_t pending, fds, peak, peak_fds
     cdef readonly unsigned int messages

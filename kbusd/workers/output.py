@@ -20,6 +20,7 @@ from cython.cimports.kbusd.workers.libc import (
     CMSG_SPACE,
     EAGAIN,
     EINTR,
+    ETOOMANYREFS,
     MAP_ANONYMOUS,
     MAP_FAILED,
     MAP_PRIVATE,
@@ -92,7 +93,8 @@ def _segment(capacity: cython.size_t) -> Segment:
 class Output:
     """The queue to one client. `pending` counts the bytes in it, `fds` the descriptors, `sent` the
     bytes that have left it since the beginning; `peak` and `peak_fds` are the most that ever waited,
-    `messages` those put in since it was last empty. `cheat`: who took back what it had announced."""
+    `messages` those put in since it was last empty. `cheat`: who took back what it had announced. `refused`: the kernel
+    lets our user have no more descriptors in flight, till somebody takes some out of a socket."""
 
     def __init__(self):
         self.tail = _segment(SEGMENT)
@@ -207,6 +209,7 @@ class Output:
         count: cython.size_t
         sent: cython.Py_ssize_t
         wanted: cython.size_t
+        self.refused = False
         if self.pending > self.peak:
             self.peak = self.pending
         while self.pending:
@@ -235,7 +238,8 @@ class Output:
             if sent < 0:
                 if errno == EINTR:
                     continue
-                return 1 if errno == EAGAIN else -1
+                self.refused = errno == ETOOMANYREFS
+                return 1 if errno == EAGAIN or self.refused else -1
             self._sent(sent)
             if cython.cast(cython.size_t, sent) < wanted:
                 return 1

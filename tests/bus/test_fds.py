@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -240,4 +240,24 @@ def test_order_with_plain_messages(bus: Bus, pipes: Pipes) -> None:
     got = receiver.drain(sender)
     assert [(m.member, len(m.fds), len(m.body)) for m in got] == expected
     for message in got:
+        close_all(message.fds)
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="the kernel counts those of an ordinary user together"
+)
+def test_more_than_may_be_in_flight_wait_for_a_client_that_reads_late(
+    start_bus: Callable[..., Bus], pipes: Pipes
+) -> None:
+    """The kernel lets nobody have more in sockets than he may have open (ETOOMANYREFS)."""
+    bus = start_bus(limits={"max_message_unix_fds": 253, "max_outgoing_unix_fds": 100_000})
+    sender, receiver = bus.connect(), bus.connect()
+    _, write = pipes[0]
+    for n in range(60):
+        sender.signal("/", "t.I", "S", "u", (n,), to=receiver.name, fds=[write] * 253)
+    sender.drain()
+    for n in range(60):
+        message = receiver.wait_signal("S")
+        assert (message.args, len(message.fds)) == ([n], 253)
         close_all(message.fds)

@@ -12,7 +12,7 @@ import pytest
 
 from . import procs
 from . import wireformat as w
-from .daemon import OPEN_POLICY, Bus
+from .daemon import OPEN_POLICY, Bus, is_reference
 from .rawclient import DRIVER, DRIVER_PATH, BusError, Disconnected, RawClient, RawSocket
 
 EXCEEDED = "org.freedesktop.DBus.Error.LimitsExceeded"
@@ -81,6 +81,7 @@ def test_connections(start_bus, limit: str) -> None:  # type: ignore[no-untyped-
     bus: Bus = start_bus(limits={limit: 3})
     clients = [bus.connect() for _ in range(3)]
     assert connect_fails(bus)
+    assert is_reference() or f"pid {os.getpid()}): The maximum number of active" in bus.log()
     clients[1].add_match(f"member='NameOwnerChanged',arg0='{clients[0].name}'")
     clients[0].close()
     clients[1].wait_signal("NameOwnerChanged")
