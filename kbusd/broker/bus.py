@@ -436,7 +436,8 @@ class Bus:
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
-        self._per_uid.update({credentials.uid, credentials.share})
+        for each in {credentials.uid, credentials.share}:
+            self._per_uid[each] += 1
         self.by_id[connection.id] = connection
         self._peak_names(connection)
         self.labels.join(credentials.label)

@@ -168,7 +168,8 @@ class Server:
             message, fds = received
             try:
                 connection = self._bus.connections[worker]
-                if connection.credentials is None or isinstance(message, _AFTER_SUPERVISOR):
+                known = connection.credentials is not None
+                if not known or (connection.file and isinstance(message, _AFTER_SUPERVISOR)):
                     self._from_supervisor()  # what it said is there already, if this is honest
                 if connection.credentials is None:
                     self._await_client(connection)

@@ -154,6 +154,63 @@ class _Rules:
         )
 
 
+class _Arranged(NamedTuple):
+    """All rules for clients whom the same ones concern, and what is found out about them once."""
+
+    connect: tuple[Rule, ...]
+    own: _Rules
+    send: _Rules
+    receive: _Rules
+    owns_all: bool
+    sends_all: bool
+    receives_all: bool
+    send_depends: Depends
+    receive_depends: Depends
+
+
+# Of the last few policies; a process has one in force, and a worker's rehearsal another.
+_kept: list[tuple[Policy, dict[tuple[int | None, tuple[int, ...], bool], _Arranged]]] = []
+_MOST_KEPT = 4
+
+
+def _arranged(policy: Policy, uid: int, gids: Collection[int], at_console: bool) -> _Arranged:
+    """The same for all clients with the same named user and groups, most often none."""
+    known = next((each for of, each in _kept if of is policy), None)
+    if known is None:
+        known = {}
+        _kept.append((policy, known))
+        del _kept[:-_MOST_KEPT]
+    user = uid if uid in policy.users else None
+    groups = tuple(sorted(policy.groups.keys() & gids)) if policy.groups else ()
+    found = known.get((user, groups, at_console))
+    if found is None:
+        rules = list(policy.default)
+        for gid in groups:
+            rules += policy.groups[gid]
+        rules += policy.users.get(uid, ())
+        rules += policy.at_console if at_console else policy.not_at_console
+        rules += policy.mandatory
+        own, send, receive = (_effective(rules, kind) for kind in (OWN, SEND, RECEIVE))
+        always = *policy.default, *policy.mandatory
+        found = known[user, groups, at_console] = _Arranged(
+            tuple(rule for rule in always if rule.kind in (USER, GROUP)),
+            _Rules(own),
+            _Rules(send),
+            _Rules(receive),
+            _trivial(own),
+            _trivial(send),
+            _trivial(receive),
+            _depends(send),
+            _depends(receive),
+        )
+    return found
+
+
+def arrange(policy: Policy) -> None:
+    """Do in advance, for all who are forked later, what is the same for most clients."""
+    _arranged(policy, -1, (), False)
+
+
 class ClientPolicy:
     """The policy as it applies to one client.
 
@@ -174,20 +231,14 @@ class ClientPolicy:
         self._uid = credentials.uid
         self._gids = {credentials.gid, *credentials.groups}
         self._owner = os.geteuid() if owner is None else owner
-        rules = list(policy.default)
-        for gid in sorted(self._gids):
-            rules += policy.groups.get(gid, ())
-        rules += policy.users.get(self._uid, ())
-        rules += policy.at_console if at_console else policy.not_at_console
-        rules += policy.mandatory
-        self._own = _Rules(_effective(rules, OWN))
-        self._send = _Rules(_effective(rules, SEND))
-        self._receive = _Rules(_effective(rules, RECEIVE))
-        self.allows_everything_to_own = _trivial(self._own.all)
-        self.allows_everything_to_send = _trivial(self._send.all)
-        self.allows_everything_to_receive = _trivial(self._receive.all)
-        self.send_depends = _depends(self._send.all)
-        self.receive_depends = _depends(self._receive.all)
+        rules = _arranged(policy, self._uid, self._gids, at_console)
+        self._connect = rules.connect
+        self._own, self._send, self._receive = rules.own, rules.send, rules.receive
+        self.allows_everything_to_own = rules.owns_all
+        self.allows_everything_to_send = rules.sends_all
+        self.allows_everything_to_receive = rules.receives_all
+        self.send_depends = rules.send_depends
+        self.receive_depends = rules.receive_depends
 
     def of(self, credentials: CredentialsLike) -> ClientPolicy:
         """The same policy as it applies to another client; kept for all who are alike to it."""
@@ -207,7 +258,7 @@ class ClientPolicy:
 
     def can_connect(self) -> Verdict:
         """See `can_connect`."""
-        return _can_connect(self._policy, self._uid, self._gids, self._owner)
+        return _can_connect(self._connect, self._uid, self._gids, self._owner)
 
     def can_own(self, name: str) -> Verdict:
         """Whether the client may request the well-known name `name`."""
@@ -319,17 +370,14 @@ def can_connect(policy: Policy, credentials: CredentialsLike, owner: int) -> Ver
     """Whether the client may use the bus at all: user= and group= rules of the default and
     mandatory contexts; without one only the user that the bus runs as may, not even root."""
     gids = {credentials.gid, *credentials.groups}
-    return _can_connect(policy, credentials.uid, gids, owner)
+    return _can_connect(_arranged(policy, -1, (), False).connect, credentials.uid, gids, owner)
 
 
-def _can_connect(policy: Policy, uid: int, gids: Collection[int], owner: int) -> Verdict:
+def _can_connect(rules: tuple[Rule, ...], uid: int, gids: Collection[int], owner: int) -> Verdict:
     verdict = Verdict(uid == owner)
-    for rule in (*policy.default, *policy.mandatory):
-        match rule.kind:
-            case kind if kind == USER and (rule.id is None or rule.id == uid):
-                verdict = Verdict(rule.allow, rule)
-            case kind if kind == GROUP and (rule.id is None or rule.id in gids):
-                verdict = Verdict(rule.allow, rule)
+    for rule in rules:
+        if rule.id is None or (rule.id == uid if rule.kind == USER else rule.id in gids):
+            verdict = Verdict(rule.allow, rule)
     return verdict
 
 

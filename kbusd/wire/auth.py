@@ -19,7 +19,7 @@ The client is hostile until `done`: `failed` says why it must be disconnected, o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from enum import Enum
+from enum import StrEnum
 
 import msgspec
 
@@ -39,7 +39,7 @@ class AuthStep(msgspec.Struct, frozen=True):
     anonymous: bool = False
 
 
-class State(Enum):
+class State(StrEnum):
     """Of the server's side, as the specification names them."""
 
     AUTH = "waiting for AUTH"
@@ -65,7 +65,7 @@ class ServerAuth:
         self.state = State.AUTH
         self._guid = guid.encode()
         self._uids = (uid, *aliases)
-        self._mechanisms = tuple(name for name in _MECHANISMS if name.decode() in mechanisms)
+        self._mechanisms = tuple(each for name, each in _MECHANISMS.items() if name in mechanisms)
         self._fds_possible = unix_fds
         self._fds = False
         self._allow_anonymous = allow_anonymous
@@ -76,19 +76,19 @@ class ServerAuth:
         self._failed: str | None = None
         self._begun = False  # the NUL byte has come
         self._input = b""
-        self._reply: list[bytes] = []
+        self._reply = b""
 
     def receive(self, data: bytes) -> AuthStep:
         """Take what the client sent. Not to be called again once it was done or failed."""
-        if self._over():
-            raise RuntimeError(f"the conversation is over: {self.state.value}")
+        if self.state in _OVER:
+            raise RuntimeError(f"the conversation is over: {self.state}")
         self._input += data
         if not self._begun and self._input:
             if self._input[0]:
                 self._fail("the first byte was not NUL")
             self._begun = True
             self._input = self._input[1:]
-        while not self._over():
+        while self.state not in _OVER:
             end = self._input.find(b"\r\n", 0, MAX_LINE + 2)
             if end < 0:
                 if len(self._input) > MAX_LINE:
@@ -97,12 +97,11 @@ class ServerAuth:
             line = self._input[:end]
             self._input = self._input[end + 2 :]
             self._line(line)
-            if sum(map(len, self._reply)) > MAX_LINE:
+            if len(self._reply) > MAX_LINE:
                 self._fail(f"asked for more than {MAX_LINE} bytes of answers at once")
         if self.state is State.DONE and self._anonymous and not self._allow_anonymous:
             self._fail("anonymous clients are not allowed (allow_anonymous)")
-        reply = b"".join(self._reply)
-        self._reply.clear()
+        reply, self._reply = self._reply, b""
         done = self.state is State.DONE
         return AuthStep(
             reply=reply,
@@ -112,9 +111,6 @@ class ServerAuth:
             unix_fds=done and self._fds,
             anonymous=done and self._anonymous,
         )
-
-    def _over(self) -> bool:
-        return self.state in (State.DONE, State.FAILED)
 
     @property
     def _anonymous(self) -> bool:
@@ -160,7 +156,7 @@ class ServerAuth:
             self._identity = data
         elif not self._identity and not self._asked:
             self._asked = True
-            self._reply.append(b"DATA\r\n")
+            self._reply += b"DATA\r\n"
             self.state = State.DATA
             return
         if self._identity and not self._is_client(self._identity):
@@ -181,11 +177,11 @@ class ServerAuth:
             self._accept()
 
     def _accept(self) -> None:
-        self._reply.append(b"OK " + self._guid + b"\r\n")
+        self._reply += b"OK " + self._guid + b"\r\n"
         self.state = State.BEGIN
 
     def _reject(self, arguments: bytes) -> None:
-        self._reply.append(b" ".join((b"REJECTED", *self._mechanisms)) + b"\r\n")
+        self._reply += b" ".join((b"REJECTED", *self._mechanisms)) + b"\r\n"
         self._mechanism = self._identity = b""
         self._asked = False
         self._failures += 1
@@ -196,7 +192,7 @@ class ServerAuth:
     def _agree(self, arguments: bytes) -> None:
         if self._fds_possible:
             self._fds = True
-            self._reply.append(b"AGREE_UNIX_FD\r\n")
+            self._reply += b"AGREE_UNIX_FD\r\n"
         else:
             self._error(
                 "Unix FD passing not supported, not authenticated or otherwise not possible"
@@ -209,14 +205,16 @@ class ServerAuth:
         self._fail("sent BEGIN before it was authenticated")
 
     def _error(self, text: str) -> None:
-        self._reply.append(f'ERROR "{text}"\r\n'.encode())
+        self._reply += f'ERROR "{text}"\r\n'.encode()
 
     def _fail(self, reason: str) -> None:
         self._failed = reason
         self.state = State.FAILED
 
 
-_MECHANISMS = (b"EXTERNAL", b"ANONYMOUS")  # in the order in which REJECTED lists them
+_OVER = State.DONE, State.FAILED
+# In the order in which REJECTED lists them.
+_MECHANISMS = {"EXTERNAL": b"EXTERNAL", "ANONYMOUS": b"ANONYMOUS"}
 
 _Action = str | Callable[[ServerAuth, bytes], None]
 
@@ -328,12 +326,14 @@ def aliases(uid_map: bytes, uid: int) -> tuple[int, ...]:
 
 def _word(line: bytes) -> tuple[bytes, bytes]:
     """Up to the first blank (space or tab), and what follows the blanks."""
-    end = next((at for at, byte in enumerate(line) if byte in b" \t"), len(line))
-    return line[:end], line[end:].lstrip(b" \t")
+    word, _, rest = line.replace(b"\t", b" ").partition(b" ")
+    return word, rest.lstrip(b" ")
 
 
 def _unhex(text: bytes) -> bytes:
     """As libdbus decodes: digits of both cases, an odd last one is the high half of a byte."""
+    if not text:
+        return b""
     if text.strip(b"0123456789abcdefABCDEF"):
         raise ValueError("not hexadecimal")
     if len(text) % 2:

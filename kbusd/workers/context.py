@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from kbusd.policy.decide import arrange
 from kbusd.policy.rules import Policy
 from kbusd.rings.entries import Maker
 from kbusd.sandbox import selinux
@@ -63,6 +64,12 @@ class Settings(msgspec.Struct, frozen=True):
 _decode = msgspec.msgpack.Decoder(Settings).decode
 
 
+def _settings(configuration: bytes) -> Settings:
+    decoded = _decode(configuration)
+    arrange(decoded.policy)
+    return decoded
+
+
 class Context(msgspec.Struct, frozen=True):
     """`configuration` is replaced when the bus reads it again; workers keep theirs. `maker`: of a bus
     that a program has made; `kdbus`: there may be clients of kdbus."""
@@ -87,7 +94,7 @@ class Context(msgspec.Struct, frozen=True):
         kdbus: bool = False,
     ) -> Context:
         """`pid` is the supervisor's, which is the bus's to the outside."""
-        decoded = _decode(configuration)
+        decoded = _settings(configuration)
         made = msgspec.msgpack.decode(maker, type=Maker) if maker else None
         bus = Bus(
             guid,
@@ -115,4 +122,4 @@ class Context(msgspec.Struct, frozen=True):
         return NamePolicies(replica, self.bus.owner, self.closed)
 
     def with_configuration(self, configuration: bytes) -> Context:
-        return msgspec.structs.replace(self, configuration=_decode(configuration))
+        return msgspec.structs.replace(self, configuration=_settings(configuration))

@@ -699,14 +699,17 @@ class Engine:
     def _from_broker(self):
         try:
             self.asking.line.flush()
-            while (received := self.asking.line.receive()) is not None:
-                message, fds = received
-                if self.loaded:
-                    self._inbound()  # what a reply caused stands in the log before it
-                try:
-                    self._broker_says(message, fds)
-                finally:
-                    close_all(fds)
+            # One a turn: most often there is one, and our client waits for what it brings.
+            received = self.asking.line.receive()
+            if received is None:
+                return
+            message, fds = received
+            if self.loaded:
+                self._inbound()  # what a reply caused stands in the log before it
+            try:
+                self._broker_says(message, fds)
+            finally:
+                close_all(fds)
         except LineError as error:
             raise Gone(f"the broker broke a rule: {error}") from None
 

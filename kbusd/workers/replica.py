@@ -151,6 +151,9 @@ class MatchIndex:
             for bucket in self._buckets.values()
         )
 
+    def __bool__(self) -> bool:
+        return bool(self._buckets)
+
     def add(self, watch: Watch) -> bool:
         """File a rule; False if it can never match a broadcast and was left out."""
         rule = watch.rule
@@ -631,6 +634,11 @@ class Replica:
         for watch in found:
             ids.update(watch.holders)
         return tuple(sorted(ids)), depends
+
+    @property
+    def deaf(self) -> bool:
+        """Whether this worker's own client gets no broadcast at all."""
+        return not self._mine and self.me not in self.monitors
 
     def receives(
         self,

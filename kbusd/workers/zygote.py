@@ -157,6 +157,18 @@ class Zygote:
             self.line.flush()
 
 
+_filling: list[object] = []
+
+
+def _fill_holes() -> None:
+    """Take the places of objects that are gone. They are scattered over pages that workers share, of
+    which each would be copied for one new object of a worker; its new ones lie side by side now."""
+    for size in (*range(4096, 512, -32), *range(512, 32, -16)):
+        _filling.extend(bytes(size - sys.getsizeof(b"")) for _ in range(3 if size > 512 else 100))
+    _filling.extend(float(number) for number in range(100))  # of 32 bytes
+    _filling.extend(object() for _ in range(100))  # of 16
+
+
 def main() -> None:
     _, guid, supervisor, *kinds = sys.argv
     if "kdbus" in kinds:
@@ -175,6 +187,7 @@ def main() -> None:
     apply.confine(own, keep_fds=[0, 1, 2, 3, 8])
     zygote = Zygote(context, for_files, line)
     gc.collect()
+    _fill_holes()
     gc.freeze()
     try:
         zygote.run()
