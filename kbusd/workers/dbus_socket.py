@@ -169,11 +169,14 @@ class DBusSocket(Engine):
 
     # -- in ------------------------------------------------------------------------------------
 
-    def _receive(self):
-        if self.input.receive(self.client) < 0:
-            if self.input.broken:
-                raise Gone("broke a rule of descriptor passing")
-            self.client_left()
+    def _receive(self) -> cython.bint:
+        """False if the client has left."""
+        if self.input.receive(self.client) >= 0:
+            return True
+        if self.input.broken:
+            raise Gone("broke a rule of descriptor passing")
+        self.client_left()
+        return False
 
     def _messages(self) -> cython.void:
         """Handle every whole message that the client has sent."""

@@ -734,7 +734,7 @@ class Engine:
         if not self.loaded:
             return
         self.more = False
-        position = self.log.head()
+        position: uint64_t = self.log.head()
         while self.merge.gather() > 0:
             while True:
                 source = self.merge.next(cython.address(head), cython.address(payload))
@@ -758,6 +758,8 @@ class Engine:
             if rounds >= ROUNDS and self.log.position >= position:
                 self.more = True  # a flood keeps us from nothing else that we have to do
                 break
+        if not self.merge.broken:
+            return
         for source, text in self.merge.take_broken():
             if source is self.log:
                 self._behind()

@@ -9,7 +9,6 @@ into them, until `trim` finds that nobody has used it for a while.
 """
 
 import os
-from collections import deque
 
 import cython
 from cython.cimports.kbusd.rings.bulk import BULK_MOST, Area, BulkView
@@ -96,7 +95,7 @@ class Output:
 
     def __init__(self):
         self.tail = _segment(SEGMENT)
-        self.segments = deque([self.tail])
+        self.segments = [self.tail]
         self.pending = 0
         self.spare = None
         self.spare_used = False
@@ -221,7 +220,7 @@ class Output:
                 vector[count].iov_len = segment.end - segment.start
                 wanted += segment.end - segment.start
                 count += 1
-            segment = self.segments[0]
+            segment = cython.cast(Segment, self.segments[0])
             if segment.piped:
                 code: cython.int = self._pour(segment, fd)
                 if code:
@@ -264,7 +263,7 @@ class Output:
         self.pending -= sent
         self.sent += sent
         while True:
-            segment: Segment = self.segments[0]
+            segment: Segment = cython.cast(Segment, self.segments[0])
             if sent and segment.fds:
                 self._close(segment)
             here: cython.size_t = segment.end - segment.start
@@ -275,7 +274,7 @@ class Output:
             if len(self.segments) == 1:
                 self.messages = 0
                 break
-            self.segments.popleft()
+            del self.segments[0]
             self._retire(segment)
         if segment.full or segment.capacity > SEGMENT:
             self.tail = _segment(SEGMENT)

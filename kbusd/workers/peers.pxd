@@ -39,6 +39,7 @@ cdef class Peer:
     cdef dict templates
     cdef unsigned int noted[64]
     cdef unsigned int notes
+    cdef void ring_bell(self) noexcept
     cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
     cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
     cpdef int flush(self) except -2

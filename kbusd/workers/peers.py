@@ -37,10 +37,10 @@ from kbusd.rings.memfd import RingError
 from kbusd.rings.values import Frame
 from kbusd.workers.errors import LIMITS_EXCEEDED, NO_REPLY, NO_REPLY_DISCONNECTED, Gone
 
-NEW = 0  # known by the log alone
-ASKED = 1  # Introduce is on its way
-READY = 2  # rings are mapped
-GONE = 3  # its connection ended
+NEW = cython.declare(cython.int, 0)  # known by the log alone
+ASKED = cython.declare(cython.int, 1)  # Introduce is on its way
+READY = cython.declare(cython.int, 2)  # rings are mapped
+GONE = cython.declare(cython.int, 3)  # its connection ended
 
 MESSAGE = cython.declare(cython.int, 1)
 MARK = cython.declare(cython.int, 3)
@@ -296,7 +296,7 @@ class Peer:
                 return True
         return False
 
-    def ring_bell(self) -> None:
+    def ring_bell(self) -> cython.void:
         """Wake the peer's worker if it sleeps."""
         if self.view.sleeping():
             ring_doorbell(self.doorbell)
