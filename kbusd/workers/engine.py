@@ -348,7 +348,7 @@ class Engine:
         route = self._route(data, header, cython.NULL)
         if route.peer is None or route.peer.state != READY or route.moves is not None:
             return None
-        bulk: Bulk = self.peers.bulk(route.peer)
+        bulk: Bulk = self.peers.bulk(route.peer, header.body_length)
         if bulk is not None:
             self.tidy_later()
         return bulk

@@ -11,7 +11,7 @@ into them, until `trim` finds that nobody has used it for a while.
 import os
 
 import cython
-from cython.cimports.kbusd.rings.bulk import BULK_MOST, Area, BulkView
+from cython.cimports.kbusd.rings.bulk import BULK_LARGE, BULK_MOST, Area, BulkView
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -41,9 +41,10 @@ from cython.cimports.libc.stdlib import free, malloc
 from cython.cimports.libc.string import memcpy, memset
 
 SEGMENT = cython.declare(cython.size_t, 32768)
-# Messages above SEGMENT get a segment of this size, of which only the pages that are used exist;
-# still larger ones (only by their headers) one of their own.
+# Messages above SEGMENT get a segment of the first size in which they fit, of which only the pages that are
+# used exist; still larger ones (only by their headers) one of their own.
 LARGE_SEGMENT = cython.declare(cython.size_t, BULK_MOST + 131072)
+LARGEST_SEGMENT = cython.declare(cython.size_t, BULK_LARGE + 131072)
 MAX_FDS = 253  # SCM_MAX_FD of the kernel
 
 
@@ -287,7 +288,9 @@ class Output:
         """A segment for a message above SEGMENT; the spare one, if it is large enough."""
         segment: Segment = self.spare
         if segment is None or length > segment.capacity:
-            return _segment(length if length > LARGE_SEGMENT else LARGE_SEGMENT)
+            if length <= LARGE_SEGMENT:
+                return _segment(LARGE_SEGMENT)
+            return _segment(max(length, LARGEST_SEGMENT))
         self.spare = None
         return segment
 
@@ -296,7 +299,9 @@ class Output:
         if segment.lender is not None:
             segment.lender.back(segment.area)
             return
-        if self.spare is None and segment.capacity == LARGE_SEGMENT and not segment.full:
+        if segment.full or not LARGE_SEGMENT <= segment.capacity <= LARGEST_SEGMENT:
+            return
+        if self.spare is None or self.spare.capacity < segment.capacity:
             segment.start = segment.end = 0
             self.spare = segment
             self.spare_used = True

@@ -74,7 +74,7 @@ cdef class Peers:
     cdef void begin(self, uint64_t stamp) noexcept
     cdef void end(self) noexcept
     cdef void bells(self) except *
-    cdef Bulk bulk(self, Peer peer)
+    cdef Bulk bulk(self, Peer peer, size_t length)
     cdef bint tidy(self) except -1
     cdef bint waits(self) except -1
     cdef bint _is_full(self) except -1
