@@ -6,6 +6,7 @@ from kbusd.rings.status cimport StatusPage, StatusView
 cdef enum:
     BULK_SIZE = 4194304  # of an area
     BULK_MOST = 2097152  # longest body that goes through one
+    BULK_LARGE = 16777216  # of a large area, and the longest body that goes through that
 cdef extern from *:
     """
     #define BULK_FRESH (UINT64_C(1) << 63)
@@ -17,6 +18,7 @@ cdef extern from *:
 cdef class Bulk:
     cdef readonly int fd
     cdef readonly bint broken
+    cdef readonly size_t size
     cdef uint8_t *base
     cdef const uint64_t *claimed
     cdef StatusView reader
@@ -27,7 +29,7 @@ cdef class Bulk:
     cdef readonly PagePipe pipe
     cdef size_t piped, piped_at
     cdef readonly int idle
-    cdef int open(self) noexcept
+    cdef int open(self, size_t size) noexcept
     cdef void close_fd(self) noexcept
     cdef uint8_t *reserve(self, size_t length) except? NULL
     cdef uint64_t commit(self) except 0
@@ -40,6 +42,7 @@ cdef class Bulk:
 
 cdef class Area:
     cdef const uint8_t *base
+    cdef size_t size
     cdef PagePipe pipe
 
 cdef class BulkView:

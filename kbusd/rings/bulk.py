@@ -5,7 +5,7 @@ A fresh page costs more than what is copied into it (a MiB of them some 400 µs,
 sender's worker receives its client's body into pages that it keeps; the receiver's maps them read-
 only, copies the body out and then checks the copy. A frame of kind BULK says where the body
 stands: `aux` is offset << 32 | length; length 0 means that the area is given up. An area is told
-of by its first frame (BULK_FRESH). A body that no bytes can make invalid, such as "ay", is not
+of by its first frame (BULK_FRESH). For bodies above BULK_MOST there is a larger one instead. A body that no bytes can make invalid, such as "ay", is not
 even copied: its receiver's worker lends it to the client's queue, which sends it from there.
 
 Better still, most of such a body does not enter the area: it goes through a pipe (pagepipe.py) that
@@ -51,7 +51,7 @@ ALIGN = cython.declare(cython.size_t, 64)
 @cython.cclass
 class Bulk:
     """The sender's side; counts go on from one area to the next. `idle` is the caller's to raise
-    and is 0 after each use. Raises RingError for a slot that does not exist."""
+    and is 0 after each use that needs an area of that `size`. Raises RingError for a slot that does not exist."""
 
     def __cinit__(self):
         self.fd = -1
@@ -62,22 +62,24 @@ class Bulk:
         self.spans = deque()
 
     def __dealloc__(self):
-        unmap_whole(self.base, BULK_SIZE)
+        unmap_whole(self.base, self.size)
         self.close_fd()
 
-    def open(self) -> cython.int:
-        """Have an area: 0 or -errno. No page of it exists yet."""
+    def open(self, size) -> cython.int:
+        """Have an area of `size` bytes (BULK_SIZE or BULK_LARGE): 0 or -errno. No page of it exists yet."""
         if self.base != cython.NULL:
             return 0
-        code: cython.int = create(b"kbusd-bulk", BULK_SIZE)
+        code: cython.int = create(b"kbusd-bulk", size)
         if code < 0:
             return code
         self.fd = code
-        self.base = map_whole(self.fd, BULK_SIZE, True)
+        self.size = size
+        self.base = map_whole(self.fd, size, True)
         code = -12 if self.base == cython.NULL else add_seals(self.fd, RING_SEALS)
         if code < 0:
-            unmap_whole(self.base, BULK_SIZE)
+            unmap_whole(self.base, size)
             self.base = cython.NULL
+            self.size = 0
             self.close_fd()
         self.told = False
         self.pipe = make_pipe() if code >= 0 else None
@@ -97,7 +99,9 @@ class Bulk:
         first: cython.size_t
         last: cython.size_t
         need: cython.size_t = (length + ALIGN - 1) & ~(ALIGN - 1)
-        if self.base == cython.NULL or self.reserved or not 0 < length <= BULK_MOST:
+        if self.base == cython.NULL or self.reserved or length == 0:
+            return cython.NULL
+        if length > (self.size if self.size > BULK_SIZE else BULK_MOST):
             return cython.NULL
         self._settle()
         if self.broken:
@@ -110,13 +114,14 @@ class Bulk:
             if last < first:  # it has gone round
                 if first - at < need:
                     return cython.NULL
-            elif BULK_SIZE - at < need:
+            elif self.size - at < need:
                 if first < need:
                     return cython.NULL
                 at = 0
         self.reserved = length
         self.reserved_at = at
-        self.idle = 0
+        if length > BULK_MOST or self.size == BULK_SIZE:
+            self.idle = 0
         return self.base + at
 
     def commit(self) -> uint64_t:
@@ -184,8 +189,9 @@ class Bulk:
         self._settle()
         if self.spans:
             return False
-        unmap_whole(self.base, BULK_SIZE)
+        unmap_whole(self.base, self.size)
         self.base = cython.NULL
+        self.size = 0
         self.pipe = None
         self.close_fd()
         return self.told
@@ -204,9 +210,9 @@ class Bulk:
 
     # -- for Python ------------------------------------------------------------------------------
 
-    def make(self) -> None:
+    def make(self, large: bool = False) -> None:
         """`open` for Python. Raises OSError."""
-        code: cython.int = self.open()
+        code: cython.int = self.open(BULK_LARGE if large else BULK_SIZE)
         if code < 0:
             raise OSError(-code, "a bulk area could not be had")
 
@@ -235,7 +241,7 @@ class Area:
     """A peer's bulk area, mapped read-only as long as somebody uses it."""
 
     def __dealloc__(self):
-        unmap_whole(self.base, BULK_SIZE)
+        unmap_whole(self.base, self.size)
 
 
 NOT_LENT = cython.declare(cython.int, 0)
@@ -254,10 +260,11 @@ class BulkView:
     def open(self, fd: cython.int, pipe: cython.int) -> cython.void:
         """Map a new area instead of the old; `fd` stays the caller's, `pipe` (or -1) only if this
         fails. Raises RingError."""
-        memfd.check_seals(fd, BULK_SIZE, BULK_SIZE)
+        size: cython.size_t = memfd.check_seals(fd, BULK_SIZE, BULK_LARGE)
         self.release()
         area: Area = Area()
-        area.base = map_whole(fd, BULK_SIZE, False)
+        area.size = size
+        area.base = map_whole(fd, size, False)
         if area.base == cython.NULL:
             raise RingError("a peer's bulk area could not be mapped")
         area.pipe = None if pipe < 0 else adopt(pipe)
@@ -277,7 +284,9 @@ class BulkView:
         frame is wrong about it."""
         at: uint64_t = (aux & ~(BULK_FRESH | BULK_PIPE)) >> 32
         length: uint64_t = aux & 0xFFFFFFFF
-        if self.area is None or length == 0 or length > BULK_MOST or at > BULK_SIZE - length:
+        if self.area is None or length == 0 or length > self.area.size:
+            return cython.NULL
+        if at > self.area.size - length:
             return cython.NULL
         return self.area.base + at
 

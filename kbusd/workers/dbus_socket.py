@@ -11,7 +11,7 @@ here, since here it is copied.
 import os
 
 import cython
-from cython.cimports.kbusd.rings.bulk import BULK_MOST, Area, Bulk, BulkView
+from cython.cimports.kbusd.rings.bulk import BULK_LARGE, BULK_MOST, Area, Bulk, BulkView
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.rings.memfd import large_map
 from cython.cimports.kbusd.wire.body import check as check_body
@@ -170,11 +170,14 @@ class DBusSocket(Engine):
 
     # -- in ------------------------------------------------------------------------------------
 
-    def _receive(self):
-        if self.input.receive(self.client) < 0:
-            if self.input.broken:
-                raise Gone("broke a rule of descriptor passing")
-            self.client_left()
+    def _receive(self) -> cython.bint:
+        """False if the client has left."""
+        if self.input.receive(self.client) >= 0:
+            return True
+        if self.input.broken:
+            raise Gone("broke a rule of descriptor passing")
+        self.client_left()
+        return False
 
     def _messages(self) -> cython.void:
         """Handle every whole message that the client has sent."""
@@ -238,7 +241,7 @@ class DBusSocket(Engine):
         code = scan(data, total - body_length, cython.address(header))
         if code < 0:
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
-        if body_length <= BULK_MOST:
+        if body_length <= BULK_LARGE:
             bulk: Bulk = self.bulk_for(data, cython.address(header))
             place = cython.NULL if bulk is None else bulk.reserve(body_length)
             if place != cython.NULL:
@@ -259,9 +262,13 @@ class DBusSocket(Engine):
         header: cython.pointer(Header),
         place: cython.pointer(uint8_t),
     ) -> cython.void:
-        """Let the rest of the body at `place` go through the pipe, if any bytes of it are valid."""
+        """Let the rest of the body at `place` go through the pipe, if it fits in there and any bytes of it are valid."""
         have: cython.size_t = self.input.large_have
-        if header.unix_fds or header.body_length - have < PIPE_LEAST:
+        if (
+            header.unix_fds
+            or header.body_length - have < PIPE_LEAST
+            or header.body_length > BULK_MOST
+        ):
             return
         if opaque_from(
             place,

@@ -348,7 +348,7 @@ class Engine:
         route = self._route(data, header, cython.NULL)
         if route.peer is None or route.peer.state != READY or route.moves is not None:
             return None
-        bulk: Bulk = self.peers.bulk(route.peer)
+        bulk: Bulk = self.peers.bulk(route.peer, header.body_length)
         if bulk is not None:
             self.tidy_later()
         return bulk
@@ -737,7 +737,7 @@ class Engine:
         if not self.loaded:
             return
         self.more = False
-        position = self.log.head()
+        position: uint64_t = self.log.head()
         while self.merge.gather() > 0:
             while True:
                 source = self.merge.next(cython.address(head), cython.address(payload))
@@ -761,6 +761,8 @@ class Engine:
             if rounds >= ROUNDS and self.log.position >= position:
                 self.more = True  # a flood keeps us from nothing else that we have to do
                 break
+        if not self.merge.broken:
+            return
         for source, text in self.merge.take_broken():
             if source is self.log:
                 self._behind()

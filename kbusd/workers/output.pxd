@@ -12,7 +12,7 @@ cdef class Segment:
     cdef Area area
 
 cdef class Output:
-    cdef object segments
+    cdef list segments
     cdef Segment tail, spare
     cdef bint spare_used
     cdef readonly bint refused

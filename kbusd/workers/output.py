@@ -9,10 +9,9 @@ into them, until `trim` finds that nobody has used it for a while.
 """
 
 import os
-from collections import deque
 
 import cython
-from cython.cimports.kbusd.rings.bulk import BULK_MOST, Area, BulkView
+from cython.cimports.kbusd.rings.bulk import BULK_LARGE, BULK_MOST, Area, BulkView
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -43,9 +42,10 @@ from cython.cimports.libc.stdlib import free, malloc
 from cython.cimports.libc.string import memcpy, memset
 
 SEGMENT = cython.declare(cython.size_t, 32768)
-# Messages above SEGMENT get a segment of this size, of which only the pages that are used exist;
-# still larger ones (only by their headers) one of their own.
+# Messages above SEGMENT get a segment of the first size in which they fit, of which only the pages that are
+# used exist; still larger ones (only by their headers) one of their own.
 LARGE_SEGMENT = cython.declare(cython.size_t, BULK_MOST + 131072)
+LARGEST_SEGMENT = cython.declare(cython.size_t, BULK_LARGE + 131072)
 MAX_FDS = 253  # SCM_MAX_FD of the kernel
 
 
@@ -98,7 +98,7 @@ class Output:
 
     def __init__(self):
         self.tail = _segment(SEGMENT)
-        self.segments = deque([self.tail])
+        self.segments = [self.tail]
         self.pending = 0
         self.spare = None
         self.spare_used = False
@@ -224,7 +224,7 @@ class Output:
                 vector[count].iov_len = segment.end - segment.start
                 wanted += segment.end - segment.start
                 count += 1
-            segment = self.segments[0]
+            segment = cython.cast(Segment, self.segments[0])
             if segment.piped:
                 code: cython.int = self._pour(segment, fd)
                 if code:
@@ -268,7 +268,7 @@ class Output:
         self.pending -= sent
         self.sent += sent
         while True:
-            segment: Segment = self.segments[0]
+            segment: Segment = cython.cast(Segment, self.segments[0])
             if sent and segment.fds:
                 self._close(segment)
             here: cython.size_t = segment.end - segment.start
@@ -279,7 +279,7 @@ class Output:
             if len(self.segments) == 1:
                 self.messages = 0
                 break
-            self.segments.popleft()
+            del self.segments[0]
             self._retire(segment)
         if segment.full or segment.capacity > SEGMENT:
             self.tail = _segment(SEGMENT)
@@ -292,7 +292,9 @@ class Output:
         """A segment for a message above SEGMENT; the spare one, if it is large enough."""
         segment: Segment = self.spare
         if segment is None or length > segment.capacity:
-            return _segment(length if length > LARGE_SEGMENT else LARGE_SEGMENT)
+            if length <= LARGE_SEGMENT:
+                return _segment(LARGE_SEGMENT)
+            return _segment(max(length, LARGEST_SEGMENT))
         self.spare = None
         return segment
 
@@ -301,7 +303,9 @@ class Output:
         if segment.lender is not None:
             segment.lender.back(segment.area)
             return
-        if self.spare is None and segment.capacity == LARGE_SEGMENT and not segment.full:
+        if segment.full or not LARGE_SEGMENT <= segment.capacity <= LARGEST_SEGMENT:
+            return
+        if self.spare is None or self.spare.capacity < segment.capacity:
             segment.start = segment.end = 0
             self.spare = segment
             self.spare_used = True

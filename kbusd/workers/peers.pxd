@@ -39,6 +39,7 @@ cdef class Peer:
     cdef dict templates
     cdef unsigned int noted[64]
     cdef unsigned int notes
+    cdef void ring_bell(self) noexcept
     cdef int put(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, Clock clock) except -2
     cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
     cpdef int flush(self) except -2
@@ -73,7 +74,7 @@ cdef class Peers:
     cdef void begin(self, uint64_t stamp) noexcept
     cdef void end(self) noexcept
     cdef void bells(self) except *
-    cdef Bulk bulk(self, Peer peer)
+    cdef Bulk bulk(self, Peer peer, size_t length)
     cdef bint tidy(self) except -1
     cdef bint waits(self) except -1
     cdef bint _is_full(self) except -1

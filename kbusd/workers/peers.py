@@ -19,7 +19,15 @@ from collections import deque
 import cython
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import Broadcast, BroadcastReader
-from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_PIPE, Bulk, BulkView
+from cython.cimports.kbusd.rings.bulk import (
+    BULK_FRESH,
+    BULK_LARGE,
+    BULK_MOST,
+    BULK_PIPE,
+    BULK_SIZE,
+    Bulk,
+    BulkView,
+)
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
@@ -37,10 +45,10 @@ from kbusd.rings.memfd import RingError
 from kbusd.rings.values import Frame
 from kbusd.workers.errors import LIMITS_EXCEEDED, NO_REPLY, NO_REPLY_DISCONNECTED, Gone
 
-NEW = 0  # known by the log alone
-ASKED = 1  # Introduce is on its way
-READY = 2  # rings are mapped
-GONE = 3  # its connection ended
+NEW = cython.declare(cython.int, 0)  # known by the log alone
+ASKED = cython.declare(cython.int, 1)  # Introduce is on its way
+READY = cython.declare(cython.int, 2)  # rings are mapped
+GONE = cython.declare(cython.int, 3)  # its connection ended
 
 MESSAGE = cython.declare(cython.int, 1)
 MARK = cython.declare(cython.int, 3)
@@ -52,7 +60,7 @@ LARGE_COPY = cython.declare(cython.int, 8)
 HEAD = cython.declare(cython.size_t, 40)
 SILENT_SIZE = cython.declare(cython.size_t, 65536)  # a page, at least
 NOTES = cython.declare(cython.int, 64)  # as many as `noted` has in peers.pxd
-MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, 4 MiB each
+MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, one of them large
 IDLE_TIDIES = cython.declare(cython.int, 3)  # an area goes when `tidy` found it unused so often
 TOO_MANY = "too many descriptors are on the way that nobody has taken yet"
 LINES_PER_SECOND = 10  # of one worker in the log: a client that is refused again and again is known
@@ -296,7 +304,7 @@ class Peer:
                 return True
         return False
 
-    def ring_bell(self) -> None:
+    def ring_bell(self) -> cython.void:
         """Wake the peer's worker if it sleeps."""
         if self.view.sleeping():
             ring_doorbell(self.doorbell)
@@ -617,19 +625,28 @@ class Peers:
 
     # -- large bodies --------------------------------------------------------------------------
 
-    def bulk(self, peer) -> Bulk:
-        """The bulk area to a peer that is READY; None if it can't have one."""
+    def bulk(self, peer, length) -> Bulk:
+        """The bulk area to a peer that is READY, for a body of `length` bytes; None if it can't have one."""
+        large: cython.bint = length > BULK_MOST
         if peer.bulk is None:
             peer.bulk = Bulk(peer.view, peer.their_slot)
+        if large and peer.bulk.size < BULK_LARGE:
+            for item in self.bulks:
+                other: Peer = item
+                if other.bulk is not None and other.bulk.size > BULK_SIZE:
+                    return None
+            self._give_back(peer)
         if peer.bulk.base == cython.NULL:
-            if cython.cast(cython.size_t, len(self.bulks)) >= MAX_BULKS or peer.bulk.open() < 0:
+            if peer not in self.bulks:
+                if cython.cast(cython.size_t, len(self.bulks)) >= MAX_BULKS:
+                    return None
+                self.bulks.append(peer)
+            if peer.bulk.open(BULK_LARGE if large else BULK_SIZE) < 0:
                 return None
-            self.bulks.append(peer)
         return peer.bulk
 
     def tidy(self) -> cython.bint:
         """Give back the bulk areas that nobody has used for a while; True: some are left."""
-        head: FrameHead
         peer: Peer
         kept = []
         for item in self.bulks:
@@ -637,14 +654,20 @@ class Peers:
             if peer.bulk is None:
                 continue
             peer.bulk.idle += 1
-            if peer.bulk.idle > IDLE_TIDIES and peer.bulk.release():
-                memset(cython.address(head), 0, cython.sizeof(FrameHead))
-                head.kind = BULK
-                self.must_send(peer, cython.address(head), b"", cython.NULL, ())
+            if peer.bulk.idle > IDLE_TIDIES:
+                self._give_back(peer)
             if peer.bulk is not None and peer.bulk.base != cython.NULL:
                 kept.append(peer)
         self.bulks = kept
         return len(kept) > 0
+
+    def _give_back(self, peer: Peer):
+        """Let go of the bulk area to the peer, unless something of it is in use."""
+        head: FrameHead
+        if peer.bulk.release():
+            memset(cython.address(head), 0, cython.sizeof(FrameHead))
+            head.kind = BULK
+            self.must_send(peer, cython.address(head), b"", cython.NULL, ())
 
     # -- waiting for peers ---------------------------------------------------------------------
 

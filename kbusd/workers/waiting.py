@@ -29,7 +29,9 @@ MOST_EVENTS = cython.declare(cython.int, 8)
 POLL_LEAST = cython.declare(uint64_t, 10_000)
 POLL_MOST = cython.declare(uint64_t, 50_000)
 CONTENDED = cython.declare(uint64_t, 200_000)
-POLL_PAUSE = cython.declare(uint64_t, 1_000_000_000)
+PAUSE = cython.declare(
+    uint64_t, 100
+)  # times what such a look has cost: so it never costs more than 1 %
 # Where a peer has promised something, look for it so often, mostly in vain for less than 10 µs; then
 # leave the core to whoever it waits for.
 HELD_LOOKS = cython.declare(cython.int, 50)
@@ -103,7 +105,7 @@ class Waiting:
                 # Somebody computes on this core: who yields waits for a whole slice of his,
                 # who sleeps is woken ahead of him.
                 self.poll_ns = 0
-                self.poll_from = now + POLL_PAUSE
+                self.poll_from = now + PAUSE * (now - before)
 
     def _sleep(self, events, timeout) -> cython.int:
         """Sleep until something comes; how long it was decides how long `_poll` will look."""

@@ -11,15 +11,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "calling.h"
 
 static const char *socket_path, *signature;
 static unsigned window;
+static pid_t run_id;
 static size_t bytes;
 
+/* A new one in each run: that of the last may still be somebody's who was killed just now. */
 static void service_name(char *out, size_t size, int pair) {
-    snprintf(out, size, "org.kbusd.Bench.Echo%d", pair);
+    snprintf(out, size, "org.kbusd.Bench.Echo%d_%d", pair, (int)run_id);
 }
 
 static void call_repeatedly(int pair, double seconds, struct outcome *outcome) {
@@ -47,6 +50,7 @@ int main(int argc, char **argv) {
     double seconds = atof(argv[6]);
     if (pairs < 1 || pairs > 64 || window < 1 || window > MAX_WINDOW)
         die("pairs 1 to 64, window 1 to %d", MAX_WINDOW);
+    run_id = getpid();
     stage_begin();
     struct outcome *outcomes = shared_memory((size_t)pairs * sizeof *outcomes);
     for (int pair = 0; pair < pairs; pair++)

@@ -7,6 +7,7 @@
  */
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "calling.h"
 
@@ -19,7 +20,7 @@ static int ascending(const void *left, const void *right) {
 }
 
 int main(int argc, char **argv) {
-    static const char *name = "org.kbusd.Bench.Versus";
+    char name[64];
     static struct client clients[2];
     static struct outcome outcome;
     static double ratios[MAX_PAIRS];
@@ -30,6 +31,7 @@ int main(int argc, char **argv) {
     int pairs = (int)(atof(argv[6]) / SLICE_SECONDS / 2) + 1;
     if (window < 1 || window > MAX_WINDOW || pairs > MAX_PAIRS)
         die("window 1 to %d, at most %d pairs of slices", MAX_WINDOW, MAX_PAIRS);
+    snprintf(name, sizeof name, "org.kbusd.Bench.Versus%d", (int)getpid()); /* as in calls.c */
     stage_begin();
     for (int bus = 0; bus < 2; bus++)
         if (!stage_fork())

@@ -42,6 +42,8 @@ SIZES = (
     2 * MIB - 8,
     2 * MIB + 8,
     3 * MIB,
+    16 * MIB - 4,
+    16 * MIB + 4,
 )
 AREA = "memfd:kbusd-bulk"
 
@@ -427,13 +429,14 @@ def mapped(pid: int, name: str = AREA) -> bool:
 
 
 @pytest.mark.kbusd_only
-def test_idle_workers_give_the_memory_back(bus: Bus) -> None:
+@pytest.mark.parametrize("size", [2 * MIB - 8, 8 * MIB])
+def test_idle_workers_give_the_memory_back(bus: Bus, size: int) -> None:
     caller = bus.connect()
     with echo(bus, caller) as callee:
         workers = [bus.worker_of(client).pid for client in (caller, callee)]
         before = [procs.pss(pid) for pid in workers]
         for turn in range(3):
-            ask(caller, callee, array(2 * MIB - 8, turn))
+            ask(caller, callee, array(size, turn))
         assert all(mapped(pid) for pid in workers)
         procs.eventually(lambda: not any(mapped(pid) for pid in workers), "no bulk area is left")
         for pid, at_first in zip(workers, before, strict=True):

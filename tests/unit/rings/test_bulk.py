@@ -20,17 +20,18 @@ FRESH = 1 << 63
 PIPE = 1 << 62
 SIZE = 4 << 20
 MOST = 2 << 20
+LARGE = 16 << 20
 
 
 class Pair:
     """Sender and receiver in one process, in the receiver's slot 3."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: bool = False) -> None:
         self.page = StatusPage()
         slots = [self.page.take_slot() for _ in range(4)]
         self.view = BulkView(self.page, slots[3])
         self.bulk = Bulk(StatusView(self.page.fileno()), slots[3])
-        self.bulk.make()
+        self.bulk.make(large)
 
     def send(self, body: bytes) -> int | None:
         aux = self.bulk.put(body)
@@ -106,6 +107,37 @@ def test_two_of_the_longest_fit_and_no_longer_one_does(pair: Pair) -> None:
     assert pair.view.read(third) == b"c" * MOST
 
 
+def test_a_large_area_takes_one_body_of_its_size() -> None:
+    pair = Pair(large=True)
+    assert pair.send(b"x" * (LARGE + 1)) is None
+    for body in (b"a" * LARGE, b"b" * (MOST + 1)):
+        aux = pair.send(body)
+        assert aux is not None and where(aux) == (0, len(body))
+        assert pair.send(b"c" * LARGE) is None
+        assert pair.view.read(aux) == body
+
+
+def test_small_bodies_do_not_keep_a_large_area() -> None:
+    pair = Pair(large=True)
+    aux = pair.send(b"x" * (MOST + 1))
+    assert aux is not None
+    pair.view.read(aux)
+    pair.bulk.rest()
+    aux = pair.send(b"x" * MOST)
+    assert aux is not None and pair.bulk.idle == 1
+    pair.view.read(aux)
+    pair.send(b"x" * (MOST + 1))
+    assert pair.bulk.idle == 0
+
+
+def test_a_body_out_of_bounds_of_a_large_area_is_refused() -> None:
+    pair = Pair(large=True)
+    assert pair.send(b"x") is not None
+    for aux in (LARGE + 1, 1 << 32 | LARGE, LARGE << 32 | 1):
+        with pytest.raises(RingError):
+            pair.view.read(aux)
+
+
 def test_no_page_exists_before_it_is_written(pair: Pair) -> None:
     assert os.fstat(pair.bulk.fd).st_blocks == 0
     aux = pair.send(b"x" * 100)
@@ -170,7 +202,7 @@ def test_a_receiver_that_counts_backwards_gets_no_more(pair: Pair) -> None:
         SIZE << 32,
         SIZE << 32 | 1,
         (SIZE - 1) << 32 | 2,
-        MOST + 1,
+        SIZE + 1,
         0xFFFFFFFF,
         0x7FFFFFFF << 32 | 0xFFFFFFFF,
         FRESH | 0x7FFFFFFF << 32 | 1,
@@ -188,7 +220,7 @@ def test_a_body_before_any_area_is_refused() -> None:
         BulkView(page, page.take_slot()).read(1)
 
 
-@pytest.mark.parametrize("size", [SIZE - 4096, SIZE + 4096, 0])
+@pytest.mark.parametrize("size", [SIZE - 4096, LARGE + 4096, 0])
 def test_an_area_of_another_size_is_refused(pair: Pair, size: int) -> None:
     fd = memfd.make("area", size)
     memfd.seal(fd)
