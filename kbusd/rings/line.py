@@ -66,9 +66,9 @@ class Line:
         if self.queue or not self._try(data, fds):
             self.queue.append((data, _dup_all(fds)))
 
-    def offer(self, message: msgspec.Struct) -> bool:
+    def offer(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> bool:
         """Send if that is possible at once; False if not, and nothing is queued. Raises OSError."""
-        return not self.queue and self._try(_encode(message), ())
+        return not self.queue and self._try(_encode(message), fds)
 
     def flush(self) -> bool:
         """Send what is queued; False while something is left."""

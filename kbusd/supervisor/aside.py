@@ -10,10 +10,8 @@ import threading
 
 import cython
 from cython.cimports.cpython.pythread import PyThread_get_thread_ident
-from cython.cimports.kbusd.supervisor.libc import nanosleep, timespec
+from cython.cimports.kbusd.supervisor.libc import close, nanosleep, timespec
 from cython.cimports.libc.stdint import int64_t
-
-from kbusd.rings.line import LineError
 
 MAX_THREADS = 32
 MAX_STUCK_PER_UID = 8
@@ -21,32 +19,40 @@ TICK_SECONDS = 0.002
 _TICK_NS = cython.declare(cython.long, 2_000_000)
 
 
+class Crowded(Exception):
+    """Too much is stuck already. Whoever is at the other end need not be to blame for that."""
+
+
 @cython.cclass
 class Aside:
-    def __init__(self, take_over):
-        """`take_over`: have another thread listen."""
+    def __init__(self, take_over, start):
+        """`take_over`: see to it that the event of `event` is off; `start`: have another thread listen, or
+        raise RuntimeError."""
         self.event = -1
         self.stuck = {}
+        self.left = []
         self.take_over = take_over
+        self.start = start
         self.watched = True
         self.wanted = threading.Semaphore(0)
         self.lock = threading.Lock()
         threading.Thread(target=self._watch, name="kbusd-watch", daemon=True).start()
 
     def work(self, uid: int64_t):
-        """Do something for this uid. Raises LineError if too much of that takes too long."""
+        """Do something for this uid. Raises Crowded if too much of that takes too long."""
         work: Work = Work.__new__(Work)
         work.aside = self
         work.uid = uid
         return work
 
     def enter(self, uid: int64_t):
-        """See `work`."""
+        """See `work`. Nobody gets more than half of the threads that are left. What is sure to end counts for
+        itself: its uid is ~uid."""
         count: cython.int = self.stuck.get(uid, 0)
-        if count == MAX_STUCK_PER_UID or self.inside == MAX_THREADS - 1:
-            raise LineError(f"{count} requests of uid {uid} are stuck already")
+        if self._full(uid, count):
+            raise Crowded(f"{count} requests of uid {uid} are stuck already")
         self.stuck[uid] = count + 1
-        self.inside += 1
+        self.inside += uid >= 0
         self.begun += 1
         if PyThread_get_thread_ident() == self.listener:
             self.at = self.begun
@@ -56,13 +62,41 @@ class Aside:
 
     def leave(self, uid: int64_t):
         """See `work`."""
-        self.stuck[uid] -= 1
-        self.inside -= 1
+        count: cython.int = self.stuck.pop(uid) - 1
+        if count:
+            self.stuck[uid] = count
+        self.inside -= uid >= 0
         if PyThread_get_thread_ident() == self.listener:
             self.at = 0
         else:
             with self.lock:
                 pass  # another thread takes over, and first sees to it that our event is off
+
+    def _full(self, uid, count) -> cython.bint:
+        return count >= MAX_STUCK_PER_UID or (
+            uid >= 0 and 2 * count >= MAX_THREADS - 1 - self.inside
+        )
+
+    def close(self, uid: int64_t, fd: cython.int):
+        """Close it for this uid, who may have seen to it that this takes for ever; later, if too much
+        does already."""
+        if self._full(uid, self.stuck.get(uid, 0)):
+            self.left.append((uid, fd))
+            return
+        self.enter(uid)
+        with cython.nogil:
+            close(fd)
+        self.leave(uid)
+
+    def owes(self, uid: int64_t):
+        """Whether there is something to be closed for this uid that could not be yet."""
+        return any(each == uid for each, _ in self.left)
+
+    def close_left(self):
+        """Try again to close what could not be."""
+        for _ in range(len(self.left)):
+            if self.left:  # else another thread does the same
+                self.close(*self.left.pop(0))
 
     def let_go(self):
         """What this thread is going to do has to do with no other event of its descriptor."""
@@ -76,8 +110,24 @@ class Aside:
                     self.take_over()
                 finally:
                     self.lock.release()
+                while not self._started():
+                    self._nap()  # whoever comes back meanwhile ends, which makes room
             elif not self.watched:
                 self.wanted.acquire()
+
+    def _started(self) -> cython.bint:
+        try:
+            self.start()
+        except RuntimeError:
+            return False
+        return True
+
+    def _nap(self):
+        tick: timespec
+        tick.tv_sec = 0
+        tick.tv_nsec = _TICK_NS
+        with cython.nogil:
+            nanosleep(cython.address(tick), cython.NULL)
 
     def _look(self) -> cython.bint:
         """Whether the listener is stuck, who is not it any more, and waits for `lock` should he come

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Protocol
 
 from kbusd.cuse import abi, routing
@@ -33,6 +34,8 @@ WAIT_SECONDS = 1.0
 MORE_SECONDS = 0.02  # for each file that was closed before, as their workers end one after another
 TARDY_SECONDS = 60.0
 MAX_FOR_OTHERS = 8  # of one uid that are going at a time, for requests of others to wait for them
+MAX_LANES = 64  # so many users close files at a time, for anybody to wait for another
+LOOK_SECONDS = 0.01  # how often to see whether something takes too long
 _OF_FILES = frozenset({abi.IOCTL, abi.POLL})
 _OF_TREES = frozenset({abi.LOOKUP, abi.GETATTR, abi.OPEN, abi.OPENDIR, abi.READDIR, abi.ACCESS})
 
@@ -56,11 +59,28 @@ class _Going:
     owned: bool  # something ends with it that is in the tree
     done: Callable[[], object] | None  # closed by a client that waits for it
 
+    def lanes(self) -> tuple[_LaneKey, ...]:
+        """Of which it is one."""
+        mine = self.domain, self.uid, False
+        return (mine, (self.domain, self.uid, True)) if self.owned else (mine,)
+
 
 @dataclass
 class _Waiting:
     requests: list[bytes]  # one, and what interrupts it
-    after: set[int] = field(default_factory=set)
+    after: int  # in so many lanes
+
+
+_Key = tuple["Asked", int]
+_LaneKey = tuple[Domain, int, bool]
+
+
+@dataclass
+class _Lane:
+    """What is going of one uid in one domain; all of it, or what is `owned`. Turns rise in both."""
+
+    going: dict[int, int] = field(default_factory=dict)  # by number: its turn
+    waiting: deque[tuple[int, _Key]] = field(default_factory=deque)  # for all up to this turn
 
 
 class Closings:
@@ -76,9 +96,14 @@ class Closings:
         self._call = call
         self._open: dict[int, bool] = {}  # by number of the worker: whether its connection is gone
         self._going: dict[int, _Going] = {}
+        self._of: Counter[int] = Counter()  # how many of them, by uid
+        self._lanes: dict[_LaneKey, _Lane] = {}
+        self._turns = count(1)
+        self._turn = 0
         self._tardy: dict[int, float] = {}  # uids, until when
-        self._waiting: dict[tuple[Asked, int], _Waiting] = {}
-        self._ready: deque[tuple[Asked, int]] = deque()
+        self._look_at = 0.0
+        self._waiting: dict[_Key, _Waiting] = {}
+        self._ready: deque[_Key] = deque()
         self._lock = threading.Lock()
         self._bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         listen(self._bell, self._go_on)
@@ -111,10 +136,12 @@ class Closings:
 
     def left(self, number: int) -> None:
         """The broker says so: whatever this connection had is nobody's or another's."""
-        with self._lock:
+        with self._lock:  # whole: whoever closes it meanwhile counts this as done, or waits for it
             if number in self._open:
                 self._open[number] = True
-        self._step(number)
+            done = self._counted(number)
+        if done:
+            self._finish(number)
 
     def over(self, bus: str) -> None:
         """This bus has ended: of its connections nothing is said any more."""
@@ -125,6 +152,10 @@ class Closings:
     def expire(self) -> None:
         """Give up on what takes too long."""
         now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        self._tardy = {uid: until for uid, until in self._tardy.items() if until > now}
         for number, each in list(self._going.items()):
             if each.until <= now:
                 self._tardy[each.uid] = now + TARDY_SECONDS
@@ -143,21 +174,23 @@ class Closings:
                 return False
             after = self._awaited(connection.domain, caller.ids(request)[0], number == 0)
             if after:
-                self._waiting[connection, unique] = _Waiting([request], after)
+                self._waiting[connection, unique] = _Waiting([request], len(after))
+                for lane in after:
+                    lane.waiting.append((self._turn, (connection, unique)))
             return bool(after)
 
-    def _awaited(self, domain: Domain, uid: int, tree: bool) -> set[int]:
-        of, now = Counter(each.uid for each in self._going.values()), time.monotonic()
-        return {
-            number
-            for number, each in self._going.items()
-            if each.domain is domain
-            and (each.owned or not tree)
-            and (
-                each.uid == uid
-                or (of[each.uid] <= MAX_FOR_OTHERS and self._tardy.get(each.uid, 0) <= now)
-            )
-        }
+    def _awaited(self, domain: Domain, uid: int, tree: bool) -> list[_Lane]:
+        if len(self._lanes) > MAX_LANES:
+            own = self._lanes.get((domain, uid, tree))
+            return [own] if own else []
+        return [
+            lane
+            for (where, who, what), lane in self._lanes.items()
+            if where is domain and what == tree and (who == uid or self._is_quick(who))
+        ]
+
+    def _is_quick(self, uid: int) -> bool:
+        return self._of[uid] <= MAX_FOR_OTHERS and self._tardy.get(uid, 0) <= time.monotonic()
 
     def _begin(
         self, holder: Holder, domain: Domain, missing: int, done: Callable[[], object] | None
@@ -165,33 +198,55 @@ class Closings:
         before = self._going.get(holder.number)
         patience = WAIT_SECONDS + len(self._going) * MORE_SECONDS
         until = before.until if before else time.monotonic() + patience
-        self._going[holder.number] = _Going(
+        going = self._going[holder.number] = _Going(
             holder.uid, domain, holder.bus, until, missing, holder.owned is not None, done
         )
+        self._of[holder.uid] += before is None
+        self._turn = next(self._turns)
+        for key in going.lanes():
+            self._lanes.setdefault(key, _Lane()).going.setdefault(holder.number, self._turn)
         self.busy = True
+
+    def _counted(self, number: int) -> bool:
+        """One thing less is missing; whether it was the last."""
+        if (going := self._going.get(number)) is None:
+            return False
+        going.missing -= 1
+        return going.missing <= 0
 
     def _step(self, number: int) -> None:
         with self._lock:
-            if (going := self._going.get(number)) is None:
-                return
-            going.missing -= 1
-        if going.missing <= 0:
+            done = self._counted(number)
+        if done:
             self._finish(number)
 
     def _finish(self, number: int) -> None:
         with self._lock:
-            going = self._going.pop(number, None)
-            for key, waiting in self._waiting.items():
-                if number in waiting.after:
-                    waiting.after.remove(number)
-                    if not waiting.after:
-                        self._ready.append(key)
+            if (going := self._going.pop(number, None)) is not None:
+                self._of[going.uid] -= 1
+                if not self._of[going.uid]:
+                    del self._of[going.uid]
+                for key in going.lanes():
+                    self._pass(key, number)
             if self._ready:
                 with suppress(BlockingIOError):
                     os.write(self._ring, b"!")
             self.busy = bool(self._going or self._waiting)
         if going is not None and going.done is not None:
             going.done()
+
+    def _pass(self, key: _LaneKey, number: int) -> None:
+        """This one is gone from a lane: whoever waited for it, and for none before it, waits no more."""
+        lane = self._lanes[key]
+        del lane.going[number]
+        first = next(iter(lane.going.values()), self._turn + 1)
+        while lane.waiting and lane.waiting[0][0] < first:
+            _, who = lane.waiting.popleft()
+            self._waiting[who].after -= 1
+            if not self._waiting[who].after:
+                self._ready.append(who)
+        if not lane.going:
+            del self._lanes[key]
 
     def _go_on(self, _: Room) -> bool:
         """With one request that waits for nothing any more; the bell rings on while there are others."""

@@ -25,8 +25,9 @@ from msgspec.structs import replace
 
 from kbusd.cuse import abi, replies, routing
 from kbusd.rings import entries
-from kbusd.rings.line import LineError, close_all
+from kbusd.rings.line import LineError
 from kbusd.supervisor import caller, reach
+from kbusd.supervisor.aside import Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import Domain
 from kbusd.supervisor.holder import Holder, Opening, Worker
@@ -87,6 +88,8 @@ class Connection(Relay):
             return
         limit = self.host.settings.limits["max_connections_per_user"]
         why = self.domain.full(clients.of)
+        if self.devices.aside.owes(credentials.uid):
+            why = f"uid {credentials.uid} has left behind what can't be closed"
         if not why and (refusal := clients.refusal(credentials, limit)):
             why = f"uid {credentials.uid} {refusal}"
         if not why:
@@ -103,7 +106,7 @@ class Connection(Relay):
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
         file = Holder(
-            worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.slow
+            worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.late
         )
         file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
         file.ipc_owner = credentials.ipc_owner
@@ -198,8 +201,10 @@ class Connection(Relay):
         self.write(replies.reply(unique))
 
     def _release(self, holder: Holder, done: Callable[[], object] | None = None) -> None:
-        self.files.pop(holder.number, None)
-        self.devices.closings.close(holder, self.domain, done)
+        if self.files.pop(holder.number, None) is not None:
+            self.devices.closings.close(holder, self.domain, done)
+        elif done is not None:
+            done()
 
     def fail(self, unique: int, number: int) -> None:
         """Answer a request with an errno, if it was not answered yet."""
@@ -208,14 +213,19 @@ class Connection(Relay):
 
     # -- what workers say --------------------------------------------------------------------------
 
-    def heard(self, holder: Holder, message: Any, fds: list[int]) -> None:
-        """What is not said all the time. Raises LineError if it may not say that."""
+    def heard(self, holder: Holder, message: Any, fds: list[int]) -> bool | None:
+        """What is not said all the time. As `hear`. Raises LineError if it may not say that."""
         try:
             self.said(holder, message, fds)
         finally:
-            if fds:
-                with self.devices.aside.work(holder.uid):
-                    close_all(fds)
+            for fd in fds:
+                self.devices.aside.close(holder.uid, fd)
+        return True if holder.may_be_heard() else self.pause(holder)
+
+    def pause(self, holder: Holder) -> bool | None:
+        """Leave what it says next till it may be heard again."""
+        self.devices.pause(holder)
+        return None
 
     def ends(self, holder: Holder) -> None:
         """Its connection has, by BYEBYE."""
@@ -228,11 +238,12 @@ class Connection(Relay):
     def lose(self, holder: Holder) -> None:
         """Its process is gone, or as good as; whoever waits for it must not do so for ever."""
         self.devices.forget(holder.line.fileno())
-        holder.end(gone=True)
+        line = holder.end(gone=True)
         uniques = [unique for unique, (who, _) in list(self.held.items()) if who is holder]
         for unique in self.left(holder, uniques):
             self.refuse(holder, unique)
         self.wake(holder)
+        self.devices.aside.close(holder.uid, line)
 
     def request_of(self, holder: Holder, unique: int, opcode: int | None = None) -> bytes:
         """The request of this number, or its head, if it holds it. Raises LineError."""
@@ -241,32 +252,47 @@ class Connection(Relay):
             raise LineError(f"meddled with request {unique}, which it does not hold")
         return request
 
-    def _is_hello(self, holder: Holder, unique: int) -> bool:
-        request = self.request_of(holder, unique, abi.IOCTL)
+    def _is_hello(self, request: bytes) -> bool:
         command: int = _IOCTL.unpack_from(request, _BEHIND_HANDLE)[0]
         return command == caller.HELLO
+
+    def _order(self, holder: Holder, job: Callable[[], None]) -> None:
+        """Have something done for it in the supervisor's thread. Till that is done, it is not heard."""
+        holder.has_ordered = True
+
+        def do() -> None:
+            job()
+            holder.has_ordered = False
+            self.devices.late(holder)
+
+        self.devices.call(do)
 
     def said(self, holder: Holder, message: Any, fds: list[int]) -> None:
         """What is left of `fds` is closed. Raises LineError if it may not say that."""
         match message, fds:
             case entries.Ahead(), []:
                 holder.ahead[message.command] = reach.check_ahead(message, holder.ahead)
-            case entries.AskFacts(unique), [] if self._is_hello(holder, unique):
-                request = self.request_of(holder, unique)
-                with self.devices.aside.work(holder.uid):
-                    who, files = caller.credentials(request), caller.facts(caller.ids(request)[2])
-                who = replace(who, ipc_owner=holder.ipc_owner)
-                facts = entries.Facts(unique, files, who)
-                self.devices.call(partial(self.host.enter, holder, who, facts))
-            case ((entries.Copy() | entries.Store() | entries.Take() | entries.AskFacts()), []):
+            case entries.AskFacts(unique), []:
+                request = self.request_of(holder, unique, abi.IOCTL)
+                files = reach.facts(self.devices.aside, holder.uid, caller.ids(request)[2])
+                if self._is_hello(request):
+                    who = replace(caller.credentials(request), ipc_owner=holder.ipc_owner)
+                    facts = entries.Facts(unique, files, who)
+                    self._order(holder, partial(self.host.enter, holder, who, facts))
+                else:
+                    holder.say(entries.Facts(unique, files))
+            case ((entries.Copy() | entries.Store() | entries.Take()), []):
                 request = self.request_of(holder, message.unique, abi.IOCTL)
-                with self.devices.aside.work(holder.uid):
-                    reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
+                try:
+                    with self.devices.aside.work(holder.uid):
+                        reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
+                except Crowded:
+                    reach.refuse(holder, message)
             case ((entries.MakeBus() | entries.MakeEndpoint()), []) if holder.may_make(
                 message, self.domain.prefix
             ):
                 creator = caller.credentials(self.request_of(holder, message.unique, abi.IOCTL))
-                self.devices.call(partial(self.host.make, holder, creator, message))
+                self._order(holder, partial(self.host.make, holder, creator, message))
             case _:
                 raise LineError(f"said {type(message).__name__} with {len(fds)} descriptors")
 

@@ -36,8 +36,9 @@ from kbusd.supervisor.relay import Room
 
 MAX_WAITING = 1024  # messages for a worker that does not listen
 
-Handler = Callable[[Room], bool]
-"""Called when there is something to read, with room for it; says whether to listen on."""
+Handler = Callable[[Room], bool | None]
+"""Called when there is something to read, with room for it; says whether to listen on, None if it has seen to
+that by itself."""
 
 
 class Transport(Protocol):
@@ -73,17 +74,19 @@ class Devices:
         self._jobs: deque[Callable[[], None]] = deque()
         self.epoll = select.epoll()
         self.handlers: dict[int, Handler] = {}
-        self.aside = Aside(self._take_over)
+        self._alarm, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.aside = Aside(self._take_over, self._start_thread)
+        self.listen(self._alarm, self._woken)
         self.closings = Closings(self.listen, self.call)
         self._start_thread()
 
     # -- the supervisor's thread -----------------------------------------------------------------
 
     def attend(self) -> None:
-        """Do what was asked for by `call`."""
+        """Do what was asked for by `call` until now."""
         with suppress(BlockingIOError):
             os.read(self.bell, 4096)
-        while self._jobs:
+        for _ in range(len(self._jobs)):
             self._jobs.popleft()()
 
     def stop(self) -> None:
@@ -128,7 +131,27 @@ class Devices:
             self.epoll.unregister(fd)
         del self.handlers[fd]
 
+    def late(self, holder: Holder) -> None:
+        """Something waits for it, or may do so no more: whoever listens is to flush it."""
+        self.slow.add(holder)
+        if threading.get_ident() != self.aside.listener:
+            with suppress(BlockingIOError):
+                os.write(self._wake, b"!")
+
+    def pause(self, holder: Holder) -> None:
+        """Not to listen to it till it may be heard."""
+        fd = holder.line.fileno()
+        if (handler := self.handlers.get(fd)) is not None:
+            self.turn(fd, handler, on=False)
+            holder.paused = True
+            self.late(holder)
+
     # -- threads that listen -----------------------------------------------------------------------
+
+    def _woken(self, _: Room) -> bool:
+        with suppress(BlockingIOError):
+            os.read(self._alarm, 4096)
+        return True
 
     def _start_thread(self) -> None:
         threading.Thread(target=self._serve, name="kbusd-device", daemon=True).start()
@@ -142,7 +165,6 @@ class Devices:
         event = self.aside.event
         if (handler := self.handlers.get(event)) is not None:
             self.turn(event, handler, on=False)
-        self._start_thread()
 
     def turn(self, fd: int, handler: Handler, on: bool) -> None:
         """A descriptor is not listened to any more, or is again; if it is not that of another by now."""
@@ -156,10 +178,22 @@ class Devices:
     def flush(self) -> None:
         """Try again with those that are slow, and give up on those that take too long to go."""
         for holder in tuple(self.slow):
-            if holder.flush() > MAX_WAITING:
+            self.slow.discard(holder)
+            waiting = holder.flush()
+            if waiting > MAX_WAITING:
                 self.kill(holder, f"leaves {MAX_WAITING} requests unread")
+            if holder.paused and (holder.may_be_heard() or waiting > MAX_WAITING):
+                holder.paused = False
+                fd = holder.line.fileno()
+                if (handler := self.handlers.get(fd)) is not None:
+                    self.turn(fd, handler, on=True)
+            if waiting or holder.paused:
+                self.slow.add(holder)
         if self.closings.busy:
             self.closings.expire()
+        if self.aside.left:
+            self.aside.let_go()
+            self.aside.close_left()
 
     def bug(self, error: Exception) -> None:
         """A handler ended so."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.relay import End
 
 Order = entries.MakeBus | entries.MakeEndpoint
+
+MAX_LENT = 64 << 20  # bytes in descriptors that it has not read yet, for it to be heard
+_SO_MEMINFO, _MEMINFO = 55, struct.Struct("=9I")  # sock_diag(7)
+_UNREAD = 2  # SK_MEMINFO_WMEM_ALLOC
 
 
 @dataclass(frozen=True)
@@ -60,43 +65,78 @@ class Host(Protocol):
 
 
 class Holder(End):
-    """Whoever holds requests: the worker of an open file, or the tree."""
+    """Whoever holds requests: the worker of an open file, or the tree.
+
+    Nothing with descriptors ever waits for it here: to close them may take for ever."""
 
     def __init__(
-        self, worker: Worker, messages: object, uid: int, node: int, slow: set[Holder]
+        self,
+        worker: Worker,
+        messages: object,
+        uid: int,
+        node: int,
+        late: Callable[[Holder], None],
     ) -> None:
-        """`slow`: those that are to be flushed."""
+        """`late`: called with it when it is to be flushed. The worker's line is ours from now on."""
         super().__init__()
         self.number = worker.number
         self.uid = uid
         self.node = node
-        # Of our own: the supervisor closes its one when the process has ended, in its thread.
-        self.fd = os.dup(worker.line.fileno())
+        # Only ours: what is left unread in it is closed with it (Aside.close).
+        self.fd = worker.line.sock.detach()
         self.line = Line(socket.socket(fileno=self.fd), messages)
-        self.slow = slow
+        self.late = late
+        self.lent = 0
+        self.paused = False  # it is not listened to
+        self.has_ordered = False  # something that the supervisor's thread has not done yet
         self.bus = self.endpoint = ""
         self.ipc_owner = False  # whoever opened the file had this capability
         self.why = errno.ECONNRESET
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
+        self.owns_no_more = False
         self.bound = False  # or as its worker
 
-    def say(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
+    def say(self, message: msgspec.Struct) -> None:
         """Raises OSError if it is gone."""
         with self.lock:
-            self.line.send(message, fds)
-            if self.line.queue:
-                self.slow.add(self)
+            self.line.send(message)
+            waits = bool(self.line.queue)
+        if waits:
+            self.late(self)
+
+    def lend(self, message: msgspec.Struct, fds: Sequence[int], size: int) -> bool:
+        """Say it, with descriptors that take `size` bytes of memory; False if it has no room for that now."""
+        with self.lock, suppress(OSError):
+            if not self._unread():
+                self.lent = 0
+            if self.line.offer(message, fds):
+                self.lent += size
+                return True
+        return False
+
+    def _unread(self) -> int:
+        """How much of what was said it has not read. Raises OSError."""
+        found = self.line.sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
+        unread: int = _MEMINFO.unpack(found)[_UNREAD]
+        return unread
+
+    def may_be_heard(self) -> bool:
+        """Not if it does not take what it has asked for, which would pile up here."""
+        with self.lock, suppress(OSError):
+            if not self.gone and self.lent > MAX_LENT and not self._unread():
+                self.lent = 0
+        waits = self.line.queue or self.has_ordered or self.lent > MAX_LENT
+        return self.gone or not waits
 
     def flush(self) -> int:
         """How many messages it does not take now."""
         with self.lock:
             try:
-                done = self.gone or self.line.flush()
+                if not self.gone:
+                    self.line.flush()
             except OSError:
-                done = True
-            if done:
-                self.slow.discard(self)
-            return 0 if done else len(self.line.queue)
+                self.line.queue.clear()  # nobody takes them any more
+            return len(self.line.queue)
 
     def read(self, offset: int, size: int) -> bytes:
         """From the pool, with zeros behind its end: a short answer would make the file short. Nothing
@@ -134,18 +174,24 @@ class Holder(End):
             self.why = errno.ESHUTDOWN
             self.line.sock.shutdown(socket.SHUT_RDWR)
 
-    def end(self, *, gone: bool = False, released: bool = False) -> None:
-        """The worker is gone, or its file is closed; when both are, so is the pool."""
+    def end(self, *, gone: bool = False, released: bool = False) -> int:
+        """The worker is gone, or its file is closed; when both are, so is the pool. Returns what is to be
+        closed then, which may take for ever: our end of the line; -1 for nothing."""
+        line = pool = -1
         with self.lock:
             with suppress(OSError):
                 self.line.sock.shutdown(socket.SHUT_RDWR)
             self.gone |= gone
             self.released |= released
             if gone:
-                self.fd = -1
-                self.line.close()
-            if self.gone and self.released and self.pool >= 0:
-                os.close(self.pool)
-                self.pool = -1
-        if self.owned is not None and (released or self.bound):
+                self.line.queue.clear()
+                line, self.fd = self.line.sock.detach(), -1
+            if self.gone and self.released:
+                pool, self.pool = self.pool, -1
+            due = self.owned is not None and not self.owns_no_more and (released or self.bound)
+            self.owns_no_more |= due
+        if pool >= 0:
+            os.close(pool)
+        if due and self.owned is not None:
             self.owned()
+        return line

@@ -88,7 +88,7 @@ class Mount(Connection):
         self.devices.call(partial(self.host.openers.add, me, work))
 
     def _employ_tree(self, first: int, worker: Worker, credentials: entries.Credentials) -> None:
-        tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.slow)
+        tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.late)
         with suppress(OSError):
             tree.say(entries.Tree(self.nodes, first))
         self.tree = tree  # before anybody can hear that it is gone, or it would stay

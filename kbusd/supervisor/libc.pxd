@@ -40,8 +40,9 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t cmsg_len
         int cmsg_level
         int cmsg_type
-    enum: MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_TRUNC
+    enum: MSG_CMSG_CLOEXEC, MSG_CTRUNC, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, MSG_TRUNC
     enum: SOL_SOCKET, SCM_RIGHTS
+    ssize_t recv(int fd, void *data, size_t size, int flags)
     ssize_t recvmsg(int fd, msghdr *message, int flags)
     ssize_t send(int fd, const void *data, size_t size, int flags)
     cmsghdr *CMSG_FIRSTHDR(msghdr *message)
@@ -50,6 +51,7 @@ cdef extern from "<sys/socket.h>" nogil:
     size_t CMSG_LEN(size_t size)
 
 cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
     ssize_t pread(int fd, void *buffer, size_t size, off_t at)
     ssize_t read(int fd, void *buffer, size_t size)
     ssize_t write(int fd, const void *data, size_t size)

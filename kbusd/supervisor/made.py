@@ -225,7 +225,7 @@ class Several(Supervisor):
         )
         self.made[bus.name] = bus
         if not holder.own(partial(self.devices.call, partial(self._stop, bus))):
-            self._end(bus)  # it is closed already, or has made one before
+            return bus.stop()  # it is closed already, or has made one before
         try:
             bus.start()
         except OSError as error:
@@ -265,7 +265,7 @@ class Several(Supervisor):
     def _stop(self, bus: MadeBus) -> None:
         """The file that made it is closed: who asks for it next is to be told that it is not there."""
         self._end(bus)
-        if bus.name in self.made:
+        if self.made.get(bus.name) is bus:
             bus.stop()
 
     def said(self, message: msgspec.Struct, fds: list[int]) -> None:

@@ -12,10 +12,12 @@ import errno
 import mmap
 import os
 from collections.abc import Mapping, Set
+from contextlib import suppress
 
 from kbusd.rings import entries, memfd
 from kbusd.rings.line import LineError, close_all
 from kbusd.supervisor import caller, calls
+from kbusd.supervisor.aside import Aside, Crowded
 from kbusd.supervisor.holder import Holder
 from kbusd.supervisor.relay import MAX_AHEAD, MAX_RANGES, Wish
 
@@ -24,7 +26,9 @@ SMALL_COPY = 64 << 10  # what goes in a message; more goes by memfd
 MAX_AHEAD_COMMANDS = 16
 
 
-Order = entries.Copy | entries.Store | entries.Take | entries.AskFacts
+FD_COUNTS = 1 << 20  # as so many bytes of memory, while nobody has read it
+
+Order = entries.Copy | entries.Store | entries.Take
 
 
 def serve(holder: Holder, order: Order, tid: int, ours: Set[int]) -> None:
@@ -36,8 +40,24 @@ def serve(holder: Holder, order: Order, tid: int, ours: Set[int]) -> None:
             _store(holder, tid, unique, parts)
         case entries.Take(unique, numbers):
             _take(holder, tid, unique, numbers, ours)
-        case entries.AskFacts(unique):
-            holder.say(entries.Facts(unique, caller.facts(tid)))
+
+
+def refuse(holder: Holder, order: Order) -> None:
+    """Not now. Who asks again does so from the beginning, so it must not be said of what has an effect."""
+    match order:
+        case entries.Copy(unique):
+            holder.say(entries.Copied(unique, errno.EAGAIN, (), b""))
+        case entries.Store(unique):
+            holder.say(entries.Stored(unique, errno.ENOMEM))
+        case entries.Take(unique):
+            holder.say(entries.Given(unique, errno.EAGAIN))
+
+
+def facts(aside: Aside, uid: int, tid: int) -> dict[str, bytes]:
+    """Of a thread, in whose memory some of them are; nothing if they can't be had now."""
+    with suppress(Crowded), aside.work(uid):
+        return caller.facts(tid)
+    return {}
 
 
 def check_ahead(wish: entries.Ahead, known: Mapping[int, Wish]) -> Wish:
@@ -70,7 +90,8 @@ def _copy(holder: Holder, tid: int, unique: int, ranges: tuple[tuple[int, int], 
         return
     fd = memfd.sealed("kbusd-copy", bytes(data))
     try:
-        holder.say(entries.Copied(unique, number, tuple(sizes), b""), [fd])
+        if not holder.lend(entries.Copied(unique, number, tuple(sizes), b""), [fd], wanted):
+            holder.say(entries.Copied(unique, errno.EAGAIN, (), b""))
     finally:
         os.close(fd)
 
@@ -107,6 +128,7 @@ def _take(holder: Holder, tid: int, unique: int, numbers: tuple[int, ...], ours:
     except OSError as error:
         number = error.errno or errno.EBADF
     try:
-        holder.say(entries.Given(unique, number), [] if number else fds)
+        if number or not holder.lend(entries.Given(unique, 0), fds, len(fds) * FD_COUNTS):
+            holder.say(entries.Given(unique, number or errno.EAGAIN))
     finally:
         close_all(fds)

@@ -56,7 +56,7 @@ class Ready:
         closings = devices.closings
         aside.listener = me
         while aside.listener == me:
-            aside.event = fd = self._wait(RETRY_MS if slow or closings.busy else -1)
+            aside.event = fd = self._wait(RETRY_MS if slow or closings.busy or aside.left else -1)
             handler = handlers.get(fd)
             if handler is not None:  # else it was forgotten meanwhile, or time is up
                 on = True
@@ -64,10 +64,10 @@ class Ready:
                     on = handler(room)
                 except Exception as error:  # noqa: BLE001 (one client's event must not be the end of all)
                     devices.bug(error)
-                if not on or aside.listener != me:
+                if on is not None and (not on or aside.listener != me):
                     devices.turn(fd, handler, on)
                 handler = None  # and with it a node that has been withdrawn
-            if slow or closings.busy:
+            if slow or closings.busy or aside.left:
                 devices.flush()
 
     def _wait(self, timeout) -> cython.int:

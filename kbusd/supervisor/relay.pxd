@@ -39,7 +39,7 @@ cdef class Wish:
 
 cdef class End:
     cdef public object line, lock
-    cdef public set slow
+    cdef public object late  # called with it when a message waits for it
     cdef public dict ahead  # Wishes, by command
     cdef public int64_t uid
     cdef public uint64_t node
@@ -65,7 +65,8 @@ cdef class Relay:
     cdef int _ask(self, End end, Room room, Route *route, Wish wish, uint64_t argument) except -1
     cdef size_t _look(self, End end, Room room, size_t size, int thread, Wish wish,
                       uint64_t argument) except 0
-    cdef int _hear(self, End end, Room room) except -1
+    cdef object _hear(self, End end, Room room)
+    cdef _taken(self, End end)
     cdef bint _heard(self, End end, Room room, size_t size) except -1
     cdef int _answered(self, End end, const uint8_t *reply, size_t length) except -1
     cdef int _push(self, End end, Room room, uint64_t offset, uint64_t size) except -1

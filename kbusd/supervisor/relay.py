@@ -26,7 +26,6 @@ from cython.cimports.kbusd.supervisor.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
     CMSG_LEN,
-    CMSG_NXTHDR,
     EAGAIN,
     ECONNRESET,
     EINTR,
@@ -35,10 +34,9 @@ from cython.cimports.kbusd.supervisor.libc import (
     MSG_CTRUNC,
     MSG_DONTWAIT,
     MSG_NOSIGNAL,
+    MSG_PEEK,
     MSG_TRUNC,
     POLLIN,
-    SCM_RIGHTS,
-    SOL_SOCKET,
     cmsghdr,
     errno,
     htobe32,
@@ -48,6 +46,7 @@ from cython.cimports.kbusd.supervisor.libc import (
     pread,
     process_vm_readv,
     read,
+    recv,
     recvmsg,
     send,
     write,
@@ -59,11 +58,15 @@ from cython.cimports.libc.string import memcmp, memcpy, memset
 from kbusd.cuse import abi
 from kbusd.rings import entries
 from kbusd.rings.line import MAX_RECORD, LineError
+from kbusd.supervisor.aside import Crowded
 
 MAX_REQUEST = (128 << 10) + 4096
 MAX_AHEAD = 8 << 10  # bytes of a Wish
 MAX_RANGES = 8
 MAX_PUSH = 256 << 10  # in one write; more are several
+MAX_PUSHED = (
+    16 << 30
+)  # with one answer: no worker can map a larger pool (profiles/kdbus-worker.toml)
 
 # How the messages begin and end on a line: behind `_ASKED` come the request's length, the request and
 # the parts of `ahead`; behind `_ANSWERED` the reply, the pairs of `pushed`, and whether it is the last.
@@ -83,6 +86,7 @@ _REQUEST_AT = cython.declare(cython.size_t, len(_ASKED) + 4)
 _MOST = cython.declare(cython.size_t, MAX_REQUEST)
 _RECORD = cython.declare(cython.size_t, MAX_RECORD)
 _PUSH = cython.declare(cython.size_t, MAX_PUSH)
+_MOST_PUSHED = cython.declare(uint64_t, MAX_PUSHED)
 _NEVER = cython.declare(uint64_t, 1 << 62)  # no offset or size in a file is so large
 _BEHIND = cython.declare(cython.size_t, cython.sizeof(InHeader))
 _KEPT = cython.declare(cython.size_t, cython.sizeof(InHeader) + 16)  # up to an ioctl's command
@@ -154,8 +158,8 @@ class End:
                     return False
             data = PyBytes_FromStringAndSize(cython.cast(cython.p_char, room.data), size)
             self.line.queue.append((data, ()))
-            self.slow.add(self)
-            return True
+        self.late(self)
+        return True
 
     def readable(self) -> cython.int:
         """The poll(2) events that hold, if its worker says that POLLIN is one of them; else 0."""
@@ -299,8 +303,8 @@ class Relay:
             count += 1
         try:
             self.aside.enter(end.uid)
-        except LineError:
-            # Too much is stuck already: its worker asks, and is told so.
+        except Crowded:
+            # Its worker asks, and is told so.
             room.data[size] = _NO_PARTS
             return size + 1
         with cython.nogil:
@@ -324,9 +328,9 @@ class Relay:
     # -- what workers say --------------------------------------------------------------------------
 
     def hear(self, end: End, room: Room):
-        """It has said something, or is gone. Says whether to listen on."""
+        """It has said something, or is gone. Says whether to listen on; None: see `pause`."""
         try:
-            self._hear(end, room)
+            return self._hear(end, room)
         except EOFError:
             self.lose(end)
             return False
@@ -335,11 +339,12 @@ class Relay:
                 self.accuse(end, str(error))
             self.lose(end)
             return False
-        return True
 
-    def _hear(self, end: End, room: Room) -> cython.int:
-        """Raises EOFError, LineError."""
-        control: uint64_t[12]  # for 16 descriptors
+    def _hear(self, end: End, room: Room) -> object:
+        """The same. Raises EOFError, LineError.
+
+        The kernel closes descriptors that come with a record and are not taken, when that is received; which may
+        take for ever. So it is looked at first, and only a pool is taken. All others go with the line."""
         number: cython.int
         whole: iovec
         message: msghdr
@@ -348,34 +353,59 @@ class Relay:
         whole.iov_len = _RECORD
         message.msg_iov = cython.address(whole)
         message.msg_iovlen = 1
-        message.msg_control = control
-        message.msg_controllen = cython.sizeof(control)
-        size: cython.Py_ssize_t = recvmsg(
-            end.fd, cython.address(message), MSG_DONTWAIT | MSG_CMSG_CLOEXEC
-        )
+        size: cython.Py_ssize_t = recvmsg(end.fd, cython.address(message), MSG_DONTWAIT | MSG_PEEK)
         if size < 0:
             if errno == EAGAIN or errno == EINTR:
-                return 0
+                return True
             if errno == ECONNRESET:
                 raise EOFError
             number = errno
             raise OSError(number, os.strerror(number))
-        fds = _descriptors(cython.address(message))
-        cut: cython.bint = message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)
-        if size == 0 or fds or cut or not self._heard(end, room, size):
-            said, fds = end.line.decoded(memoryview(room.bytes)[:size], fds, cut)
-            self.heard(end, said, fds)
-        return 0
+        fds: cython.bint = message.msg_flags & MSG_CTRUNC
+        cut: cython.bint = message.msg_flags & MSG_TRUNC
+        if size > 0 and not fds and not cut:
+            try:
+                if self._heard(end, room, size):
+                    return True
+            except Crowded:
+                return self.pause(end)
+            recv(end.fd, cython.NULL, 0, MSG_DONTWAIT)
+        said, _ = end.line.decoded(memoryview(room.bytes)[:size], [], cut)
+        if fds and (end.pool >= 0 or not isinstance(said, entries.Pool)):
+            raise LineError(f"said {type(said).__name__} with descriptors")
+        return self.heard(end, said, [self._taken(end)] if fds else [])
+
+    def _taken(self, end: End):
+        """The descriptor that comes with the next record; if there are more, they are closed. Raises OSError,
+        Crowded."""
+        control: uint64_t[3]  # for one
+        number: cython.int = -1
+        done: cython.Py_ssize_t
+        message: msghdr
+        memset(cython.address(message), 0, cython.sizeof(msghdr))
+        message.msg_control = control
+        message.msg_controllen = CMSG_LEN(cython.sizeof(cython.int))
+        with self.aside.work(end.uid):
+            with cython.nogil:
+                done = recvmsg(end.fd, cython.address(message), MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+        head: cython.pointer(cmsghdr) = CMSG_FIRSTHDR(cython.address(message))
+        if done < 0 or head == cython.NULL:
+            raise OSError("a descriptor is lost")
+        memcpy(cython.address(number), CMSG_DATA(head), cython.sizeof(cython.int))
+        return number
 
     def _heard(self, end: End, room: Room, size) -> cython.bint:
-        """Whether it is one of what is said all the time, and done. Raises LineError."""
+        """Whether it is one of what is said all the time, and done. Raises LineError, and Crowded, if it is to
+        be heard later."""
         answered: cython.p_char = _ANSWERED
         nudge: cython.p_char = _NUDGE
         reader: Reader
         reply: cython.size_t
         length: cython.size_t
         count: cython.size_t
+        pushed: uint64_t = 0
         if size == cython.cast(cython.size_t, len(_NUDGE)) and not memcmp(room.data, nudge, size):
+            recv(end.fd, cython.NULL, 0, MSG_DONTWAIT)
             self.wake(end)
             return True
         reader.data = room.data
@@ -391,15 +421,23 @@ class Relay:
         count = _count(cython.address(reader))
         if count:
             self.may_push(end)
-            self.aside.enter(end.uid)
+            # A page that is being read is there as soon as some thread listens: it ends.
+            self.aside.enter(~end.uid)
             try:
+                recv(end.fd, cython.NULL, 0, MSG_DONTWAIT)
                 for _ in range(count):
                     if _big(cython.address(reader), 1) != _PAIR:
                         raise LineError("pushed something else than pages")
                     offset: uint64_t = _unsigned(cython.address(reader))
-                    self._push(end, room, offset, _unsigned(cython.address(reader)))
+                    more: uint64_t = _unsigned(cython.address(reader))
+                    pushed += more
+                    if pushed > _MOST_PUSHED:
+                        raise LineError("pushed more than a pool can hold")
+                    self._push(end, room, offset, more)
             finally:
-                self.aside.leave(end.uid)
+                self.aside.leave(~end.uid)
+        else:
+            recv(end.fd, cython.NULL, 0, MSG_DONTWAIT)
         last: int64_t = _big(cython.address(reader), 1)
         if reader.at != size or not _FALSE <= last <= _TRUE:
             raise LineError("an answer with something else behind it")
@@ -441,7 +479,7 @@ class Relay:
         store.node = end.node
         store.padding = 0
         with cython.nogil:
-            while offset < stop and not end.released:
+            while offset < stop and not end.released and end.why != ESHUTDOWN:
                 got = pread(end.pool, room.data + _RECORD, min(stop - offset, _PUSH), offset)
                 if got <= 0:
                     break  # behind the end of the pool
@@ -478,26 +516,6 @@ class Relay:
         with cython.nogil:
             done = write(self.fuse, data, size)
         return done >= 0
-
-
-@cython.cfunc
-def _descriptors(message: cython.pointer(msghdr)) -> list:
-    """Those that came with a message."""
-    found: list = []
-    number: cython.int
-    each: cython.size_t
-    head: cython.pointer(cmsghdr) = CMSG_FIRSTHDR(message)
-    while head != cython.NULL:
-        if head.cmsg_level == SOL_SOCKET and head.cmsg_type == SCM_RIGHTS:
-            for each in range((head.cmsg_len - CMSG_LEN(0)) // cython.sizeof(cython.int)):
-                memcpy(
-                    cython.address(number),
-                    CMSG_DATA(head) + each * cython.sizeof(cython.int),
-                    cython.sizeof(cython.int),
-                )
-                found.append(number)
-        head = CMSG_NXTHDR(message, head)
-    return found
 
 
 @cython.cfunc

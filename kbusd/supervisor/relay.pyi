@@ -1,4 +1,5 @@
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from kbusd.rings.line import Line
@@ -7,6 +8,7 @@ from kbusd.supervisor.aside import Aside
 MAX_REQUEST: int
 MAX_AHEAD: int
 MAX_RANGES: int
+MAX_PUSHED: int
 
 class Room: ...
 
@@ -16,7 +18,7 @@ class Wish:
 class End:
     line: Line
     lock: threading.Lock
-    slow: set[Any]
+    late: Callable[[Any], None]
     ahead: dict[int, Wish]
     uid: int
     node: int
@@ -39,6 +41,6 @@ class Relay:
     def take(self, room: Room) -> bool: ...
     def give(self, request: bytes) -> None: ...
     def put_off(self, unique: int, interrupt: bytes) -> bool: ...
-    def hear(self, end: Any, room: Room) -> bool: ...
+    def hear(self, end: Any, room: Room) -> bool | None: ...
     def wake(self, end: End) -> None: ...
     def write(self, reply: bytes) -> bool: ...

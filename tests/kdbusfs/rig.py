@@ -125,6 +125,7 @@ class Rig:
     cuse: bool = False  # a node instead of a mount, which takes no tree
     warnings: list[str] = field(default_factory=list)
     killed: list[int] = field(default_factory=list)
+    entered: list[entries.Facts] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.path = "/dev/kdbus/rig" if self.cuse else tempfile.mkdtemp("", "kdbusfs-", "/tmp")
@@ -156,6 +157,10 @@ class Rig:
     def kill(self, number: int, reason: str) -> None:
         self.killed.append(number)
         self.players[number].die()
+
+    def enter(self, holder: Any, who: entries.Credentials, facts: entries.Facts) -> None:
+        self.entered.append(facts)
+        holder.say(facts)
 
     def attend(self) -> None:
         """What the supervisor's loop does when the bell rings."""

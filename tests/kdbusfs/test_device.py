@@ -17,12 +17,15 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
+from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
 
@@ -282,6 +285,167 @@ def test_a_worker_that_does_not_listen_leaves_no_descriptors_here() -> None:
     assert rig.end() == ["ECONNRESET", "ECONNRESET"]
 
 
+def unending() -> tuple[socket.socket, socket.socket]:
+    """A socket that close(2) waits for, for a day; or till the other one is closed."""
+    server = socket.create_server(("127.0.0.1", 0))
+    slow = socket.create_connection(server.getsockname())
+    other, _ = server.accept()
+    server.close()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 86_400))
+    slow.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            slow.send(bytes(1 << 20))
+    return slow, other
+
+
+@everywhere(NATIVE[:1])
+def test_closing_what_a_hostile_worker_has_sent_held_up_everybody() -> None:
+    def client(path: str) -> Any:
+        told: list[Any] = []
+        with opened(path) as good:
+            for _ in RECORDS:
+                with opened(path) as fd:
+                    told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+                told.append(fcntl.ioctl(good, PLAIN))
+        return told
+
+    rig = Rig(client)
+    good = rig.hire()
+    others = []
+    for record in RECORDS:
+        bad = rig.hire()
+        bad.asked(requests.Ioctl)
+        slow, other = unending()
+        others.append(other)
+        ears = rig.mount.files[bad.number].fd
+        handler = rig.devices.handlers[ears]
+        rig.devices.turn(ears, handler, on=False)  # or we would be the last to close it
+        socket.send_fds(bad.line.sock, [record], [slow.fileno()] * 3)
+        os.close(slow.detach())
+        rig.devices.turn(ears, handler, on=True)
+        if record:  # else it is taken for the end
+            while bad.number not in rig.killed:
+                rig.attend()
+        good.serve_ioctl(5)
+    assert sum(rig.devices.aside.stuck.values()) == len(RECORDS)
+    for other in others:
+        other.close()
+    assert rig.end() == ["ECONNRESET", 5] * len(RECORDS)
+
+
+RECORDS = [b"\xc1", b"", msgspec.msgpack.encode(entries.Nudge())]
+
+
+@everywhere(NATIVE)
+def test_who_leaves_behind_what_cannot_be_closed_gets_no_more_files_till_it_is() -> None:
+    def client(path: str) -> Any:
+        told = []
+        for _ in range(3):
+            try:
+                with opened(path) as fd:
+                    told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+            except OSError as error:
+                told.append(errno.errorcode[error.errno or 0])
+        return told
+
+    rig = Rig(client)
+    aside, uid = rig.devices.aside, os.geteuid()
+    bad = rig.hire()
+    bad.asked(requests.Ioctl)
+    for _ in range(MAX_STUCK_PER_UID):
+        aside.enter(uid)
+    bad.die()
+    rig.attend()
+    assert aside.owes(uid)
+    for _ in range(MAX_STUCK_PER_UID):
+        aside.leave(uid)
+    deadline = time.monotonic() + SECONDS
+    while aside.owes(uid):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    good = rig.hire()
+    good.serve_ioctl()
+    assert rig.end() == ["ECONNRESET", "EMFILE", ""]
+    assert "can't be closed" in rig.warnings[0]
+
+
+@everywhere(NATIVE)
+def test_who_asked_for_something_while_all_threads_were_stuck_was_ended() -> None:
+    def client(path: str) -> Any:
+        memory = array("B", b"memory")
+        with opened(path) as fd:
+            fcntl.ioctl(fd, command(4, 8), array("Q", [address(memory)]))
+        return True
+
+    rig = Rig(client)
+    player = rig.hire()
+    player.say(entries.Pool(), memfd.make("pool", PAGE))
+    unique, body = player.asked(requests.Ioctl)
+    deadline = time.monotonic() + SECONDS
+    while rig.mount.files[player.number].pool < 0 or rig.devices.aside.stuck:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for uid in range(10_000, 10_040):
+        with suppress(Crowded):
+            while True:
+                rig.devices.aside.enter(uid)
+    (at,) = array("Q", body.data)
+    player.say(entries.Copy(unique, ((at, 6),)))
+    assert player.hear(entries.Copied) == entries.Copied(unique, errno.EAGAIN, (), b"")
+    player.say(entries.Store(unique, ((at, b"M"),)))
+    assert player.hear(entries.Stored) == entries.Stored(unique, errno.ENOMEM)
+    player.say(entries.Take(unique, (0,)))
+    assert player.hear(entries.Given) == entries.Given(unique, errno.EAGAIN)
+    player.say(entries.AskFacts(unique))
+    assert player.hear(entries.Facts) == entries.Facts(unique, {})
+    player.answer(unique, 0, body.data, pushed=((0, PAGE),))
+    assert rig.end() is True
+    assert rig.killed == []
+
+
+@everywhere(NATIVE)
+def test_what_the_supervisor_said_to_a_full_line_waited_for_somebody_to_ask_something() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            return errno_of(lambda: fcntl.ioctl(fd, PLAIN))
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    holder = rig.mount.files[player.number]
+    count = 0
+    while not holder.line.queue:
+        holder.say(entries.Made(unique, count))
+        count += 1
+    for number in range(count):
+        assert player.hear(entries.Made) == entries.Made(unique, number)
+    player.answer(unique)
+    assert rig.end() == ""
+
+
+@everywhere(NATIVE)
+def test_a_worker_that_orders_without_end_kept_the_supervisor_from_all_else() -> None:
+    def client(path: str) -> Any:
+        block = array("B", bytes(96))
+        with opened(path) as fd:
+            return errno_of(lambda: fcntl.ioctl(fd, 0xC0609580, block))
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, body = player.asked(requests.Ioctl)
+    for _ in range(50):
+        player.say(entries.AskFacts(unique))
+    for number in range(50):
+        while len(rig.entered) == number:
+            rig.attend()
+        assert len(rig.entered) == number + 1
+    for _ in range(50):
+        assert player.hear(entries.Facts).who is not None
+    player.answer(unique, 0, body.data)
+    assert rig.end() == ""
+
+
 @everywhere(NATIVE)
 def test_the_pool_is_what_the_client_maps_and_reads() -> None:
     def client(path: str) -> Any:
@@ -310,7 +474,7 @@ def test_the_pool_is_what_the_client_maps_and_reads() -> None:
         unique, _ = player.asked(requests.Ioctl)
         os.pwrite(pool, text, PAGE - 3)
         # To the end and no further.
-        player.answer(unique, pushed=((PAGE - 3, 6), (0, 1 << 60)) if pushed else ())
+        player.answer(unique, pushed=((PAGE - 3, 6), (0, 4 * PAGE)) if pushed else ())
     assert player.ends()
     assert rig.end() == ["abcdef", "abcdef", "ghijkl", False, "GHIJKL"]
 

@@ -16,9 +16,10 @@ def request(
     node: int = 1,
     extra: bytes = b"",
     tid: int = 77,
+    uid: int = 1000,
 ) -> bytes:
-    """A request of the user 1000, group 100."""
+    """A request of this user, group 100."""
     content = (layout.pack(*fields) if layout else b"") + data + extra
     length = abi.IN_HEADER.size + len(content)
-    head = abi.IN_HEADER.pack(length, opcode, unique, node, 1000, 100, tid, len(extra) // 8, 0)
+    head = abi.IN_HEADER.pack(length, opcode, unique, node, uid, 100, tid, len(extra) // 8, 0)
     return head + content

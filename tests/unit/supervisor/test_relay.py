@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
 import threading
 from array import array
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from kbusd.cuse import abi, replies
 from kbusd.rings import entries
 from kbusd.rings.line import Line, pair
-from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Aside
-from kbusd.supervisor.holder import Holder
+from kbusd.supervisor import reach
+from kbusd.supervisor.aside import MAX_STUCK_PER_UID, MAX_THREADS, Aside, Crowded
+from kbusd.supervisor.holder import MAX_LENT, Holder
 from kbusd.supervisor.relay import Relay, Room, Wish
 from tests.unit.cuse.requests_of import request
 
@@ -33,7 +36,8 @@ class Connection(Relay):
 
     def __init__(self, fuse: int) -> None:
         self.said: list[Any] = []
-        super().__init__(Aside(lambda: None), "a mount", fuse)
+        self.stuck = Aside(lambda: None, lambda: None)
+        super().__init__(self.stuck, "a mount", fuse)
 
     def request(self, *what: Any) -> None:
         self.said.append(("request", *what))
@@ -44,8 +48,13 @@ class Connection(Relay):
     def pass_on(self, end: Holder, interrupt: bytes) -> None:
         self.said.append(("pass_on", interrupt))
 
-    def heard(self, end: Holder, message: Any, fds: list[int]) -> None:
+    def heard(self, end: Holder, message: Any, fds: list[int]) -> bool:
         self.said.append(message)
+        self.came = fds
+        return True
+
+    def pause(self, end: Holder) -> None:
+        self.said.append("pause")
 
     def accuse(self, end: Holder, what: str) -> None:
         self.said.append(("accuse", what))
@@ -64,11 +73,12 @@ class Player:
         self.kernel, fuse = pair()
         fuse.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 212_992)  # twice as much, in fact
         ours, theirs = pair()
-        self.ends = fuse, ours
+        self.fuse = fuse
         self.connection = Connection(fuse.fileno())
         self.line = Line(theirs, entries.Asked)
-        worker: Any = SimpleNamespace(number=FILE, line=SimpleNamespace(fileno=ours.fileno))
-        self.holder = Holder(worker, entries.FromDeviceWorker, 0, 5, set())
+        worker: Any = SimpleNamespace(number=FILE, line=Line(ours, entries.FromDeviceWorker))
+        self.late: list[Holder] = []
+        self.holder = Holder(worker, entries.FromDeviceWorker, 0, 5, self.late.append)
         self.connection.files[FILE] = self.holder
         self.room = Room()
 
@@ -76,8 +86,8 @@ class Player:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.holder.end(gone=True, released=True)
-        for sock in (self.kernel, self.line.sock, *self.ends):
+        os.close(self.holder.end(gone=True, released=True))
+        for sock in (self.kernel, self.line.sock, self.fuse):
             sock.close()
 
     def hold(self, unique: int = UNIQUE, request: bytes = b"") -> None:
@@ -306,7 +316,7 @@ def test_who_comes_back_waits_till_another_has_taken_over() -> None:
             begun.wait(10)
         back.set()
 
-    aside = Aside(take_over)
+    aside = Aside(take_over, lambda: None)
     thread = threading.Thread(target=listen)
     thread.start()
     assert seen.wait(10) and back.wait(10)
@@ -315,7 +325,7 @@ def test_who_comes_back_waits_till_another_has_taken_over() -> None:
 
 
 def test_so_many_may_be_stuck_for_one_user() -> None:
-    aside = Aside(lambda: None)
+    aside = Aside(lambda: None, lambda: None)
     pieces = [aside.work(0) for _ in range(MAX_STUCK_PER_UID)]
     for piece in pieces:
         piece.__enter__()
@@ -325,3 +335,190 @@ def test_so_many_may_be_stuck_for_one_user() -> None:
         pieces[0].__exit__(None, None, None)
         with aside.work(0):
             pass
+
+
+def test_four_users_could_take_every_thread() -> None:
+    """Whose requests were stuck; then whoever asked for something was ended."""
+    aside = Aside(lambda: None, lambda: None)
+    for uid in range(4):
+        for _ in range(MAX_STUCK_PER_UID):
+            with suppress(Crowded):
+                aside.work(uid).__enter__()
+    assert sum(aside.stuck.values()) < MAX_THREADS - 1
+    with aside.work(9):
+        pass
+    assert 9 not in aside.stuck, "it kept count of everybody that it ever saw"
+
+
+def test_what_is_sure_to_end_goes_on_though_the_rest_is_stuck() -> None:
+    aside = Aside(lambda: None, lambda: None)
+    for uid in range(MAX_THREADS):
+        with suppress(Crowded):
+            aside.work(uid).__enter__()
+    with pytest.raises(Crowded):
+        aside.work(77).__enter__()
+    with aside.work(~77):
+        pass
+
+
+def test_without_a_thread_to_take_over_nobody_listened_any_more() -> None:
+    tried = []
+    listens = threading.Event()
+
+    def start() -> None:
+        tried.append(True)
+        if len(tried) < 4:
+            raise RuntimeError("can't start new thread")
+        listens.set()
+
+    def listen() -> None:
+        aside.listener = threading.get_ident()
+        with aside.work(0):
+            listens.wait(10)
+
+    aside = Aside(lambda: None, start)
+    thread = threading.Thread(target=listen)
+    thread.start()
+    assert listens.wait(10)
+    thread.join()
+
+
+def test_what_could_not_be_closed_yet_is_closed_when_there_is_room() -> None:
+    aside = Aside(lambda: None, lambda: None)
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    pieces = [aside.work(5) for _ in range(MAX_STUCK_PER_UID)]
+    for piece in pieces:
+        piece.__enter__()
+    aside.close(5, writer)
+    aside.close_left()
+    assert aside.owes(5) and not aside.owes(6)
+    with pytest.raises(BlockingIOError):
+        os.read(reader, 1)
+    pieces.pop().__exit__(None, None, None)
+    aside.close_left()
+    assert not aside.owes(5) and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"\xc1",
+        b"",
+        encode(entries.Nudge()),
+        encode(entries.Answered(ANSWER)),
+        encode(entries.Copy(UNIQUE, ())),
+        encode(entries.Pool()),
+    ],
+)
+def test_descriptors_that_nobody_wants_were_closed_by_who_listens(record: bytes) -> None:
+    """To close one may take for ever. They are left in the line, to be closed with it."""
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    with Player() as player:
+        player.hold()
+        player.holder.pool = os.memfd_create("pool")
+        socket.send_fds(player.line.sock, [record], [writer] * 20)
+        os.close(writer)
+        player.connection.hear(player.holder, player.room)
+        assert player.connection.said[-1] == "lose"
+        assert player.written() == []
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+        line = player.holder.end(gone=True)
+        os.close(line)
+        assert os.read(reader, 1) == b""
+        player.holder.end = lambda **_: os.dup(reader)  # type: ignore[method-assign]
+    os.close(reader)
+
+
+def test_of_what_comes_with_a_pool_one_is_taken() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with Player() as player:
+        pool = os.memfd_create("pool")
+        socket.send_fds(player.line.sock, [encode(entries.Pool())], [pool] * 200)
+        os.close(pool)
+        player.connection.hear(player.holder, player.room)
+        assert player.connection.said == [entries.Pool()]
+        (taken,) = player.connection.came
+        os.close(taken)
+        assert player.connection.stuck.stuck == {}
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_sparse_pool_could_be_pushed_for_years() -> None:
+    with Player() as player:
+        player.holder.pool = os.memfd_create("pool")
+        os.ftruncate(player.holder.pool, 1 << 45)
+        player.hold()
+        assert player.says(encode(entries.Answered(ANSWER, ((0, 1 << 45),)))) == []
+        assert player.connection.said == [("accuse", "pushed more than a pool can hold"), "lose"]
+
+
+def test_pages_that_cannot_be_pushed_yet_are_not_forgotten() -> None:
+    with Player() as player:
+        player.holder.pool = os.memfd_create("pool")
+        os.write(player.holder.pool, b"x")
+        player.hold()
+        aside = player.connection.stuck
+        pieces = [aside.work(~0) for _ in range(MAX_STUCK_PER_UID)]
+        for piece in pieces:
+            piece.__enter__()
+        assert player.says(encode(entries.Answered(ANSWER, ((0, 1),)))) == []
+        assert player.connection.said == ["pause"]
+        pieces[0].__exit__(None, None, None)
+        player.connection.hear(player.holder, player.room)
+        assert player.written() == [replies.store(5, 0, b"x"), ANSWER]
+
+
+def test_descriptors_waited_here_for_a_worker_that_does_not_read() -> None:
+    """And were closed by who listens, when the worker was gone."""
+    own = os.pipe()
+    with Player() as player:
+        while not player.holder.line.queue:
+            player.connection.give(ioctl(data=bytes(16_000)))
+        assert player.late == [player.holder]
+        order = entries.Take(UNIQUE, own)
+        reach.serve(player.holder, order, os.getpid(), set())
+        memory = ctypes.create_string_buffer(100_000)
+        copy = entries.Copy(UNIQUE, ((ctypes.addressof(memory), 100_000),))
+        reach.serve(player.holder, copy, os.getpid(), set())
+        waiting = list(player.holder.line.queue)
+        assert [fds for _, fds in waiting] == [()] * len(waiting)
+        said = [data for data, _ in waiting[-2:]]
+        assert said == [
+            encode(entries.Given(UNIQUE, errno.EAGAIN)),
+            encode(entries.Copied(UNIQUE, errno.EAGAIN, (), b"")),
+        ]
+        assert not player.holder.may_be_heard()
+    for fd in own:
+        os.close(fd)
+
+
+def test_memory_for_a_worker_that_does_not_read_grew_without_bounds() -> None:
+    memory = ctypes.create_string_buffer(8 << 20)
+    copy = entries.Copy(UNIQUE, ((ctypes.addressof(memory), 8 << 20),))
+    with Player() as player:
+        player.line = Line(player.line.sock, entries.ToDeviceWorker)
+        count = 0
+        while player.holder.may_be_heard():
+            reach.serve(player.holder, copy, os.getpid(), set())
+            count += 1
+        assert player.holder.lent == (count << 23) <= MAX_LENT + (8 << 20)
+        for _ in range(count):
+            assert not player.holder.may_be_heard()
+            received = player.line.receive()
+            assert received
+            os.close(received[1][0])
+        assert player.holder.may_be_heard()
+
+
+def test_what_a_file_had_made_was_ended_twice() -> None:
+    """By then, its name may have been another's."""
+    with Player() as player:
+        ended: list[bool] = []
+        assert player.holder.own(lambda: ended.append(True), bound=True)
+        player.holder.end(released=True)
+        player.holder.end(released=True)
+        os.close(player.holder.end(gone=True))
+        assert ended == [True]
+        player.holder.end = lambda **_: os.dup(0)  # type: ignore[method-assign]
