@@ -23,6 +23,7 @@ cdef class Engine:
     cdef BroadcastReader log
     cdef Calls calls
     cdef dict routes
+    cdef set again  # serials of messages that have moved with a name: monitors have seen them before
     cdef Route undone   # of a message that waits, which `decide` has looked at already
     cdef bytes undone_key
     cdef unsigned int undone_serial
@@ -52,7 +53,7 @@ cdef class Engine:
     cdef void _let_overhear(self, tuple eavesdroppers, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void _to_myself(self, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
     cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
-    cdef object _send_held(self, object held, FrameHead *head)
+    cdef object _send_held(self, object held, FrameHead *head, bint again)
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *
     cdef Template _judged(self, judge, Peer peer, key, bytes raw, FrameHead *head, const uint8_t *payload, tuple fds)

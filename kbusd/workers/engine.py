@@ -437,7 +437,7 @@ class Engine:
         head.body_length = header.body_length
         if route.eavesdroppers is not None and not route.to_bus:
             self._let_overhear(route.eavesdroppers, cython.address(head), route.envelope, body, fds)
-        if self.monitored:
+        if self.monitored and (self.again is None or header.serial not in self.again):
             head.stamp = self.clock.next()
             content: bytes = _bytes(body, header.body_length)
             self.monitors.copy(route.facts, cython.address(head), content, fds, self.id)
@@ -649,11 +649,12 @@ class Engine:
             if isinstance(answer, entries.Failure):
                 self.error(head.serial, answer.error, answer.message)
             else:
-                self._send_held(held, cython.address(head))
+                self._send_held(held, cython.address(head), False)
             close_all(held.fds)
 
-    def _send_held(self, held, head):
-        """Send a message that was held; its destination may have an owner now."""
+    def _send_held(self, held, head, again):
+        """Send a message that was held; its destination may have an owner now. `again`: who eavesdrops has
+        it already."""
         facts = held.envelope
         decision = self.router.decide(
             facts,
@@ -673,7 +674,7 @@ class Engine:
             self.calls.open(head.serial, peer.id)
         else:
             peer.note(head.serial)
-        if decision.eavesdroppers:
+        if decision.eavesdroppers and not again:
             watching = tuple([self.peers.peer(id) for id in decision.eavesdroppers])
             self._let_overhear(watching, head, envelope, place, held.fds)
         if peer is self.peers.me:
@@ -689,7 +690,7 @@ class Engine:
             memcpy(cython.address(head), source, cython.sizeof(FrameHead))
             # Unless it has failed meanwhile.
             if not held.wants_reply or self.calls.wait_for(serial, old):
-                self._send_held(held, cython.address(head))
+                self._send_held(held, cython.address(head), True)
                 if self.replica.connections[self.replica.names[name]].kdbus is not None:
                     self.kept.keep(name, serial, held)
             close_all(held.fds)

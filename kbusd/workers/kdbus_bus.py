@@ -406,7 +406,7 @@ class Port:
             self._show(parcel, data, fds)
         if not to.kdbus:
             whole = _join(parcel, data, memfds)
-            await self._send_dbus(to, parcel, whole, fds[len(memfds) :])
+            await self._send_dbus(to, parcel, whole, fds[len(memfds) :], again)
             return
         connections = replica.connections
         is_open = router.is_open(connections[replica.me], connections[to.id])
@@ -482,7 +482,9 @@ class Port:
         for id in self._replica.kdbus_monitors:
             self.engine.send_parcel(id, 0, _encode(parcel), data, tuple(fds))
 
-    async def _send_dbus(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+    async def _send_dbus(
+        self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], again: bool
+    ) -> None:
         """To a D-Bus client, or to nobody if the payload is not a D-Bus message."""
         try:
             message = kdbus_payload.read(parcel, data)
@@ -492,11 +494,15 @@ class Port:
             raise Errno(errno.EBADMSG, f"no message for a D-Bus client: {error}") from None
         if parcel.flags & abi.MSG_EXPECT_REPLY:
             self._sent[serial] = to.id, parcel.cookie, parcel.reply_or_timeout
+        if again:
+            self.engine.sends_again(serial, True)
         try:
             await self._feed(wire, fds, serial)
         except Errno:
             self._sent.pop(serial, None)
             raise
+        finally:
+            self.engine.sends_again(serial, False)
 
     async def _feed(self, wire: bytes, fds: Sequence[int], serial: int = 0) -> None:
         """Hand a D-Bus message to the engine, and wait until it is on its way."""

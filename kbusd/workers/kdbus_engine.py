@@ -63,6 +63,7 @@ class DeviceEngine(DBusSocket):
         self.activating = engine.activating
         self.kept = engine.kept
         self.routes = {}
+        self.again = set()
         self.calls = engine.calls
         self.input = engine.input
         self.output = engine.output
@@ -120,6 +121,13 @@ class DeviceEngine(DBusSocket):
         self.client_left()
 
     # -- to the bus ----------------------------------------------------------------------------
+
+    def sends_again(self, serial: int, on: bool) -> None:
+        """Monitors have seen the D-Bus message that is fed with this serial before; or it is on its way."""
+        if on:
+            self.again.add(serial)
+        else:
+            self.again.discard(serial)
 
     def feed(self, message: bytes, fds: list) -> None:
         """A D-Bus message of our client; it may have to wait in `input`. `fds` are ours from now on."""

@@ -39,7 +39,10 @@ CLONE_NEWPID, CLONE_NEWUSER = 0x20000000, 0x10000000
 @pytest.fixture(scope="module")
 def shared() -> Iterator[KdbusBus]:
     # One that users may open whom its policy then lets in.
-    connect = '<policy context="default"><allow user="*"/></policy>'
+    connect = (
+        '<policy context="default"><allow user="*"/><allow eavesdrop="true"/>'
+        '<allow send_destination="*" eavesdrop="true"/></policy>'
+    )
     bus = KdbusBus("kdbusfs", type_="system", policy=STRICT_POLICY + connect)
     yield bus
     bus.stop()
@@ -287,6 +290,38 @@ def test_a_dbus_client_that_takes_a_name_gets_what_its_activator_had(bus: KdbusB
     taker.reply(second, "s", ["two"])
     assert b"one" in c.recv().payload
     assert d.wait_reply(serial).args == ["two"]
+
+
+def test_a_monitor_and_an_eavesdropper_see_once_what_moves_with_its_name(bus: KdbusBus) -> None:
+    monitor, nosy = bus.connect(), bus.connect()
+    nosy.add_match(f"eavesdrop='true',type='method_call',destination='{NAME}'")
+    a, c, d, service, taker = activator(bus), bus.kdbus(), bus.connect(), bus.kdbus(), bus.connect()
+    monitor.driver(
+        "BecomeMonitor", "asu", [["type='method_call',path='/test'"], 0],
+        interface="org.freedesktop.DBus.Monitoring",
+    )  # fmt: skip
+    c.send(0, call("OfKdbus", cookie=1, flags=1), to_name(NAME))
+    d.send_call(NAME, "/test", "com.example.Test", "OfDbus")
+    d.driver("GetId")  # its call is on the way
+    assert a.readable(5)
+    service.acquire(NAME)
+    service.release(NAME)
+    taker.request_name(NAME)
+    for member in ("OfKdbus", "OfDbus"):
+        taker.wait_call(member)
+    taker.driver("ReleaseName", "s", [NAME])
+    for each, members in ((c, "LastOfKdbus"), (d, "LastOfDbus")):
+        if each is c:
+            c.send(0, call(members, cookie=2, flags=1), to_name(NAME), cookie=2)
+        else:
+            d.send_call(NAME, "/test", "com.example.Test", members)
+    # Between kdbus clients nobody eavesdrops.
+    for client, expected in (
+        (monitor, ["LastOfDbus", "LastOfKdbus", "OfDbus", "OfKdbus"]),
+        (nosy, ["LastOfDbus", "OfDbus", "OfKdbus"]),
+    ):
+        seen = [client.wait(lambda m: m.type == 1 and m.path == "/test").member for _ in expected]
+        assert sorted(seen) == expected
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acts as another user")
