@@ -29,6 +29,7 @@ from kbusd.supervisor import kdbusfs
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
+from tests.bus.lingering import lingering
 
 from .places import NATIVE, everywhere
 from .rig import BUS, SECONDS, Player, Rig, command, errno_of
@@ -286,20 +287,6 @@ def test_a_worker_that_does_not_listen_leaves_no_descriptors_here() -> None:
     assert rig.end() == ["ECONNRESET", "ECONNRESET"]
 
 
-def unending() -> tuple[socket.socket, socket.socket]:
-    """A socket that close(2) waits for, for a day; or till the other one is closed."""
-    server = socket.create_server(("127.0.0.1", 0))
-    slow = socket.create_connection(server.getsockname())
-    other, _ = server.accept()
-    server.close()
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 86_400))
-    slow.setblocking(False)
-    with suppress(BlockingIOError):
-        while True:
-            slow.send(bytes(1 << 20))
-    return slow, other
-
-
 @everywhere(NATIVE[:1])
 def test_closing_what_a_hostile_worker_has_sent_held_up_everybody() -> None:
     def client(path: str) -> Any:
@@ -317,7 +304,7 @@ def test_closing_what_a_hostile_worker_has_sent_held_up_everybody() -> None:
     for record in RECORDS:
         bad = rig.hire()
         bad.asked(requests.Ioctl)
-        slow, other = unending()
+        slow, other = lingering()
         others.append(other)
         ears = rig.mount.files[bad.number].fd
         handler = rig.devices.handlers[ears]
