@@ -939,7 +939,6 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     unique: int
     bus: str
     endpoint: str
-    node: int
     flags: int
 
 

@@ -12,9 +12,9 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
-from select import POLLHUP, poll
 
 from kbusd.rings.entries import Credentials, Share
+from kbusd.rings.unread import dispose, hung_up
 from kbusd.sandbox import kernel
 
 # Who connects; or what a device does with (worker, credentials) when it is its turn.
@@ -79,12 +79,8 @@ class Clients:
             credentials, client = queue.popleft()
             if queue:
                 self._queues[share] = queue  # behind the others
-            if not isinstance(client, socket.socket):
+            if not isinstance(client, socket.socket) or not hung_up(client):
                 return credentials, client
-            there = poll()
-            there.register(client, POLLHUP)
-            if not there.poll(0):
-                return credentials, client
-            client.close()
+            dispose(client)
             self.of[share] -= 1
         return None

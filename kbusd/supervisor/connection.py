@@ -62,6 +62,10 @@ class Connection(Relay):
         """A request that is of no open file."""
         raise NotImplementedError
 
+    def inode(self, unique: int) -> int:
+        """Of which of the kernel's an OPEN is, if that has pages; else 0."""
+        return 0
+
     def left(self, holder: Holder, uniques: list[int]) -> list[int]:
         """Of the requests that a dead worker held, those that its callers can't have answered."""
         return uniques
@@ -105,9 +109,8 @@ class Connection(Relay):
         if worker is None:
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
-        file = Holder(
-            worker, entries.FromDeviceWorker, credentials.uid, opened.node, self.devices.late
-        )
+        inode = self.inode(opened.unique)
+        file = Holder(worker, entries.FromDeviceWorker, credentials.uid, inode, self.devices.late)
         file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
         file.ipc_owner = credentials.ipc_owner
         self.files[file.number] = file
@@ -252,10 +255,6 @@ class Connection(Relay):
             raise LineError(f"meddled with request {unique}, which it does not hold")
         return request
 
-    def _is_hello(self, request: bytes) -> bool:
-        command: int = _IOCTL.unpack_from(request, _BEHIND_HANDLE)[0]
-        return command == caller.HELLO
-
     def _order(self, holder: Holder, job: Callable[[], None]) -> None:
         """Have something done for it in the supervisor's thread. Till that is done, it is not heard."""
         holder.has_ordered = True
@@ -275,7 +274,7 @@ class Connection(Relay):
             case entries.AskFacts(unique), []:
                 request = self.request_of(holder, unique, abi.IOCTL)
                 files = reach.facts(self.devices.aside, holder.uid, caller.ids(request)[2])
-                if self._is_hello(request):
+                if _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
                     who = replace(caller.credentials(request), ipc_owner=holder.ipc_owner)
                     facts = entries.Facts(unique, files, who)
                     self._order(holder, partial(self.host.enter, holder, who, facts))

@@ -138,7 +138,7 @@ class CuseNode(Connection):
             return
         flags, _ = abi.OPEN_IN.unpack_from(request, routing.HEADER_SIZE)
         self.held[unique] = None, request
-        opened = entries.Opened(unique, self.node.bus, self.node.endpoint, 0, flags)
+        opened = entries.Opened(unique, self.node.bus, self.node.endpoint, flags)
         self.devices.call(partial(self.grant, opened))
 
     def closed(self, holder: Holder, unique: int) -> None:

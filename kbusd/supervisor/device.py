@@ -59,6 +59,12 @@ class Transport(Protocol):
         """Take all of it away; this process goes on."""
 
 
+class Watched(Protocol):
+    """What has to be looked at though nothing happens."""
+
+    def look(self) -> None: ...
+
+
 class Devices:
     """All devices of one bus. `bell` is readable when `attend` is to be called."""
 
@@ -70,6 +76,7 @@ class Devices:
         self.endpoints: dict[tuple[str, str], int] = {}  # custom ones, by bus and node
         self.numbers: set[int] = set()  # of our devices: what no process of ours may have open
         self.slow: set[Holder] = set()  # whom we have more to say than they listen to
+        self.watched: set[Watched] = set()  # what is to be looked at from time to time
         self.bell, self._ring = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._jobs: deque[Callable[[], None]] = deque()
         self.epoll = select.epoll()
@@ -131,9 +138,18 @@ class Devices:
             self.epoll.unregister(fd)
         del self.handlers[fd]
 
+    def watch(self, what: Watched) -> None:
+        """Have a look at it within a second or so."""
+        if what not in self.watched:
+            self.watched.add(what)
+            self._alert()
+
     def late(self, holder: Holder) -> None:
         """Something waits for it, or may do so no more: whoever listens is to flush it."""
         self.slow.add(holder)
+        self._alert()
+
+    def _alert(self) -> None:
         if threading.get_ident() != self.aside.listener:
             with suppress(BlockingIOError):
                 os.write(self._wake, b"!")
@@ -189,6 +205,9 @@ class Devices:
                     self.turn(fd, handler, on=True)
             if waiting or holder.paused:
                 self.slow.add(holder)
+        for what in tuple(self.watched):
+            self.watched.discard(what)
+            what.look()
         if self.closings.busy:
             self.closings.expire()
         if self.aside.left:

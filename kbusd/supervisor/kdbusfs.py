@@ -7,11 +7,13 @@ the kernel from a memfd of its worker's, and renewed when that says so.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections import Counter, deque
 from contextlib import suppress
 from functools import partial
+from struct import Struct
 from typing import Any
 
 from kbusd.cuse import abi, routing
@@ -24,14 +26,16 @@ from kbusd.supervisor.holder import Holder, Worker
 from kbusd.supervisor.mount import mount, unmount
 
 MAX_TREES = 8  # asked the same; more than die at once, as nobody looks whether a spare one lives
+PATIENCE = 10.0  # seconds; a tree has everything that it is asked for in its memory
 _FOPEN_NOFLUSH = 1 << 5
+_INODE = Struct("=16xQ")
 _UNANSWERED = frozenset({abi.FORGET, abi.BATCH_FORGET})
 
 
 class Mount(Connection):
     """One mount; `nodes` are what is in it at first."""
 
-    open_flags = abi.FOPEN_KEEP_CACHE | _FOPEN_NOFLUSH
+    open_flags = _FOPEN_NOFLUSH  # without KEEP_CACHE: no file begins with what was another's
 
     def __init__(
         self, devices: Devices, path: str, nodes: tuple[entries.Node, ...], domain: Domain = HOST
@@ -44,6 +48,9 @@ class Mount(Connection):
         self.tree: Holder | None = None
         self.early: deque[bytes] = deque()  # requests for a tree that is not there yet
         self.again: Counter[int] = Counter()  # how many trees have left them unanswered
+        self.asked: dict[
+            int, float
+        ] = {}  # what the tree was asked last, and when; some is answered
         self._want_tree(first=2)
         devices.listen(fuse, self.take)
 
@@ -111,10 +118,33 @@ class Mount(Connection):
             self.pass_on(tree, request)
             return
         self.held[unique] = tree, request
+        self.asked[unique] = time.monotonic()
+        self.look()
         if not self.pass_on(tree, request) and self.held.pop(unique, None) is not None:
             self.early.append(request)  # the next tree can answer it as well
             if self.tree is not tree:
                 self._ask_tree()
+
+    def look(self) -> None:
+        """Whoever holds a request of somebody for ever is no tree."""
+        while self.asked:
+            try:
+                unique, at = next(iter(self.asked.items()))
+            except (StopIteration, RuntimeError):
+                continue  # another thread is at it, too
+            if self.held.get(unique, (None, b""))[0] is self.tree is not None:
+                if time.monotonic() - at < PATIENCE:
+                    return self.devices.watch(self)
+                self.accuse(self.tree, f"has not answered for {PATIENCE:.0f} s")
+            self.asked.pop(unique, None)
+
+    def inode(self, unique: int) -> int:
+        """That of no other open file, or one's worker could write what another reads."""
+        _, request = self.held.get(unique, (None, b""))
+        inode: int = _INODE.unpack_from(request)[0] if request else 0
+        if inode in [file.node for file in tuple(self.files.values())]:
+            self.fail(unique, errno.ESTALE)
+        return inode
 
     def left(self, holder: Holder, uniques: list[int]) -> list[int]:
         """The next tree is asked again, but for ever is not for what each of them dies of."""

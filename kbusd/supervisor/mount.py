@@ -15,7 +15,7 @@ from kbusd.supervisor import calls
 
 KIND = "fuse.kbusd"
 LABEL = "system_u:object_r:kbus_device_t:s0"  # of all files in it: selinux/kbus.te
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOSYMFOLLOW = 2, 4, 8, 256  # the last since Linux 5.10
 _MNT_DETACH = 2
 
 
@@ -49,7 +49,7 @@ def _mount(path: str, more: str) -> int:
     # Access bits are the kernel's to check, who knows the caller's groups best.
     options = f"fd={fuse},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
     options += f",default_permissions,allow_other{more}"
-    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOSYMFOLLOW
     try:
         calls.mount(b"kbusd", os.fsencode(path), KIND.encode(), flags, options.encode())
     except OSError:

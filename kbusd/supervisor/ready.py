@@ -26,6 +26,8 @@ from cython.cimports.kbusd.supervisor.relay import Room
 from cython.cimports.libc.stdint import int64_t
 
 RETRY_MS = cython.declare(cython.int, 10)  # after so long, who is slow is tried again
+WATCH_MS = cython.declare(cython.int, 1000)  # and what is watched is looked at
+MANY = cython.declare(cython.int, 1024)  # events, after which it is, too
 
 LEAST = cython.declare(int64_t, 10_000)
 MOST = cython.declare(int64_t, 50_000)
@@ -53,10 +55,16 @@ class Ready:
         """Listen, as that which is known to `aside`, till that is another one."""
         me: cython.ulong = PyThread_get_thread_ident()
         room: Room = Room()
+        count: cython.uint = 0
         closings = devices.closings
         aside.listener = me
         while aside.listener == me:
-            aside.event = fd = self._wait(RETRY_MS if slow or closings.busy or aside.left else -1)
+            aside.event = fd = self._wait(
+                RETRY_MS
+                if slow or closings.busy or aside.left
+                else (WATCH_MS if devices.watched else -1)
+            )
+            count += 1
             handler = handlers.get(fd)
             if handler is not None:  # else it was forgotten meanwhile, or time is up
                 on = True
@@ -67,7 +75,7 @@ class Ready:
                 if on is not None and (not on or aside.listener != me):
                     devices.turn(fd, handler, on)
                 handler = None  # and with it a node that has been withdrawn
-            if slow or closings.busy or aside.left:
+            if slow or closings.busy or aside.left or fd < 0 or count % MANY == 0:
                 devices.flush()
 
     def _wait(self, timeout) -> cython.int:

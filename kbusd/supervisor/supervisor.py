@@ -28,12 +28,13 @@ from functools import partial
 from itertools import count, islice
 from resource import RLIMIT_NOFILE, getrlimit
 from select import POLLIN, POLLOUT, poll
-from socket import socket
+from socket import SHUT_RD, socket
 
 import msgspec
 
 from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line, LineError, adopt, close_all, pair
+from kbusd.rings.unread import dispose
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
@@ -310,7 +311,7 @@ class Supervisor:
         limit = self.settings.limits["max_connections_per_user"] + NOT_AUTHENTICATED
         if why := self.clients.refusal(credentials, limit):
             self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
-            return client.close()
+            return dispose(client)
         client.setblocking(False)  # for the worker, which may not change it
         self.clients.add(credentials, client)
 
@@ -327,6 +328,7 @@ class Supervisor:
         if isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
+                worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 known = kernel.uid_map(credentials.pid)
                 worker.line.send(entries.Client(credentials, known), [client.fileno()])
         else:

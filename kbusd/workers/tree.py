@@ -108,7 +108,7 @@ class Tree:
                 if file.opened:
                     return replies.failure(head.unique, errno.ESTALE)
                 file.opened = True
-                return entries.Opened(head.unique, file.bus, file.endpoint, head.node, body.flags)
+                return entries.Opened(head.unique, file.bus, file.endpoint, body.flags)
         return replies.failure(head.unique, errno.EPERM)
 
     def _attributes(self, node: int) -> replies.Attributes | None:

@@ -25,9 +25,11 @@ import msgspec
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
+from kbusd.supervisor import kdbusfs
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
+from tests.bus.lingering import lingering
 
 from .places import NATIVE, everywhere
 from .rig import BUS, SECONDS, Player, Rig, command, errno_of
@@ -285,20 +287,6 @@ def test_a_worker_that_does_not_listen_leaves_no_descriptors_here() -> None:
     assert rig.end() == ["ECONNRESET", "ECONNRESET"]
 
 
-def unending() -> tuple[socket.socket, socket.socket]:
-    """A socket that close(2) waits for, for a day; or till the other one is closed."""
-    server = socket.create_server(("127.0.0.1", 0))
-    slow = socket.create_connection(server.getsockname())
-    other, _ = server.accept()
-    server.close()
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 86_400))
-    slow.setblocking(False)
-    with suppress(BlockingIOError):
-        while True:
-            slow.send(bytes(1 << 20))
-    return slow, other
-
-
 @everywhere(NATIVE[:1])
 def test_closing_what_a_hostile_worker_has_sent_held_up_everybody() -> None:
     def client(path: str) -> Any:
@@ -316,7 +304,7 @@ def test_closing_what_a_hostile_worker_has_sent_held_up_everybody() -> None:
     for record in RECORDS:
         bad = rig.hire()
         bad.asked(requests.Ioctl)
-        slow, other = unending()
+        slow, other = lingering()
         others.append(other)
         ears = rig.mount.files[bad.number].fd
         handler = rig.devices.handlers[ears]
@@ -909,7 +897,7 @@ MISCHIEF = [
     _say(lambda mine, others: entries.Store(others, ((4096, b"x"),))),
     _say(lambda mine, others: entries.Take(others, (0,))),
     _say(lambda mine, others: entries.AskFacts(others)),
-    _say(lambda mine, others: entries.Opened(mine, "0-test", "bus", 2, 0)),
+    _say(lambda mine, others: entries.Opened(mine, "0-test", "bus", 0)),
     _say(lambda mine, others: entries.Answered(replies.ioctl(mine, 0), ((0, 1),))),
     _say(lambda mine, others: entries.Ahead(1, -1, ())),
     _say(lambda mine, others: entries.Ahead(1, 8 << 10, ((0, 1),))),
@@ -1032,3 +1020,88 @@ def test_requests_for_a_worker_that_does_not_listen_wait() -> None:
         unique, body = player.asked(requests.Ioctl)
         player.answer(unique, 0, body.data)
     assert rig.end() is True
+
+
+@everywhere(NATIVE)
+def test_a_tree_that_was_taken_over_gave_two_clients_the_same_pages() -> None:
+    """Then one's worker could write what the other reads."""
+
+    def client(path: str) -> Any:
+        told: list[Any] = []
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            told.append(os.pread(fd, 4, 0).decode())
+            told.append(errno_of(lambda: os.open(path, os.O_RDWR)))
+            told.append(os.pread(fd, 4, 0).decode())
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+            told.append(os.pread(fd, 4, 0).decode())
+        return told
+
+    rig = Rig(client)
+    rig.kill_tree()
+    liar = rig.hire(silent=True)
+    threading.Thread(target=lie_of_nodes, args=(liar,), daemon=True).start()
+    one = rig.hire()
+    pool = memfd.make("pool", PAGE)
+    os.pwrite(pool, b"mine", 0)
+    one.say(entries.Pool(), pool)
+    one.serve_ioctl()
+    for _ in range(2):  # after ESTALE the kernel looks once more
+        assert rig.hire().ends()
+    three = rig.hire()
+    pool = memfd.make("pool", PAGE)
+    os.pwrite(pool, b"next", 0)
+    three.say(entries.Pool(), pool)
+    three.serve_ioctl()
+    assert rig.end() == ["mine", "ESTALE", "mine", "next"]
+
+
+def lie_of_nodes(liar: Player) -> None:
+    """Every file is the same, number 2."""
+    file = replies.Attributes(2, 0o100666, 0, 0, size=PAGE)
+    folder = replies.Attributes(1, 0o40755, 0, 0)
+    while True:
+        try:
+            message = liar.receive()[0]
+        except EOFError:
+            return
+        request = requests.decode(message.request)
+        unique = request.header.unique
+        match request.body:
+            case requests.Init():
+                body = request.body
+                reply = replies.init(unique, body.flags, body.max_readahead, 4096)
+            case requests.Lookup(name):
+                directory = name == b"0-test"
+                at = msgspec.structs.replace(folder, node=3) if directory else file
+                reply = replies.entry(unique, at, 0)
+            case requests.GetAttr():
+                reply = replies.attributes(unique, file if request.header.node == 2 else folder)
+            case requests.Open():
+                liar.say(entries.Opened(unique, "0-test", "bus", request.body.flags))
+                continue
+            case requests.Forget():
+                continue
+            case _:
+                reply = replies.failure(unique, errno.ENOSYS)
+        liar.say(entries.Answered(reply))
+
+
+@everywhere(NATIVE)
+def test_a_tree_that_was_taken_over_held_up_everybody_by_saying_nothing() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            return fcntl.ioctl(fd, PLAIN)
+
+    kdbusfs.PATIENCE = 0.0
+    rig = Rig(client)
+    rig.kill_tree()
+    tree = rig.hire(silent=True)
+    tree.is_asked()
+    while tree.number not in rig.killed:
+        rig.attend()
+    kdbusfs.PATIENCE = SECONDS
+    rig.hire()
+    rig.hire().serve_ioctl(3)
+    assert rig.end() == 3

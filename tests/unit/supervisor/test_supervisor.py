@@ -44,6 +44,20 @@ def test_a_worker_is_to_be_killed_that_has_ended_and_was_reaped() -> None:
     os.close(pidfd)
 
 
+def test_a_worker_left_descriptors_in_its_line_that_nobody_reads() -> None:
+    """To close them, when it had ended, could take the supervisor for ever."""
+    one = supervisor()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client, other = socket.socketpair()
+    with theirs, ours, other:
+        worker = Worker(3, 1 << 30, -1, Line(ours, entries.ToSupervisor), one.pools[0])
+        one._give(worker, entries.Credentials(1, 1, os.getpid()), client)
+        _, fds, _, _ = socket.recv_fds(theirs, 4096, 1)
+        with pytest.raises(BrokenPipeError):
+            socket.send_fds(theirs, [b"x"], fds)
+        os.close(fds[0])
+
+
 def test_sockets_of_endpoints_are_where_the_configuration_says(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Whatever names the broker comes up with, should it have been taken over."""
     one = supervisor(fixed=str(tmp_path / "fixed"), **{"": f"{tmp_path}/bus."})
