@@ -75,10 +75,10 @@ class Holder(End):
         self.line = Line(socket.socket(fileno=self.fd), messages)
         self.slow = slow
         self.bus = self.endpoint = ""
-        self.ipc_owner = False  # whoever opened the file had this capability
         self.why = errno.ECONNRESET
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
-        self.bound = False  # or as its worker
+        # Whether that is as its worker, too; who opened the file had CAP_IPC_OWNER.
+        self.bound = self.ipc_owner = False
 
     def say(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> None:
         """Raises OSError if it is gone."""

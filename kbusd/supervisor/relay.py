@@ -354,10 +354,9 @@ class Relay:
             end.fd, cython.address(message), MSG_DONTWAIT | MSG_CMSG_CLOEXEC
         )
         if size < 0:
-            if errno == EAGAIN or errno == EINTR:
+            # ECONNRESET: it ended and left something of ours unread; what it had said before comes next.
+            if errno == EAGAIN or errno == EINTR or errno == ECONNRESET:
                 return 0
-            if errno == ECONNRESET:
-                raise EOFError
             number = errno
             raise OSError(number, os.strerror(number))
         fds = _descriptors(cython.address(message))
