@@ -101,7 +101,8 @@ class Line:
         except BlockingIOError:
             return None
         except ConnectionResetError:
-            raise EOFError from None
+            # It has closed and left something of ours unread; what it had said before comes next.
+            return self.receive(buffer)
         fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == _SOL_SOCKET and kind == _SCM_RIGHTS:

@@ -27,8 +27,6 @@ _LINKS = ("exe", "root", "ns/user", "ns/pid")
 _MAX_FILE = 64 << 10
 _MAX_DESCRIPTORS = 16
 _MAX_CGROUP = 1024
-_CAP_IPC_OWNER = 15  # capabilities(7)
-_HOME = os.readlink("/proc/self/ns/user")
 
 
 def ids(request: bytes) -> tuple[int, int, int]:
@@ -48,8 +46,8 @@ def credentials(request: bytes, *, whole: bool = True) -> Credentials:
         fields = _status(tid)
         number, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
         groups = _numbers(fields[b"Groups"])
-        may = int(fields[b"CapEff"], 16) >> _CAP_IPC_OWNER & 1
-        ipc_owner = bool(may) and os.readlink(f"/proc/{tid}/ns/user") == _HOME
+        may = int(fields[b"CapEff"], 16) >> 15 & 1  # CAP_IPC_OWNER
+        ipc_owner = may != 0 and os.path.samefile(f"/proc/{tid}/ns/user", "/proc/self/ns/user")
         with suppress(OSError):  # where no security module labels processes
             label = _read(tid, "attr/current").rstrip(b"\0\n")
         process = _process(tid, parent, fields) if whole else None

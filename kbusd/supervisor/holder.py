@@ -90,11 +90,11 @@ class Holder(End):
         self.paused = False  # it is not listened to
         self.has_ordered = False  # something that the supervisor's thread has not done yet
         self.bus = self.endpoint = ""
-        self.ipc_owner = False  # whoever opened the file had this capability
         self.why = errno.ECONNRESET
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.owns_no_more = False
-        self.bound = False  # or as its worker
+        # Whether that is as its worker, too; who opened the file had CAP_IPC_OWNER.
+        self.bound = self.ipc_owner = False
 
     def say(self, message: msgspec.Struct) -> None:
         """Raises OSError if it is gone."""

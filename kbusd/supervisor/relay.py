@@ -355,10 +355,9 @@ class Relay:
         message.msg_iovlen = 1
         size: cython.Py_ssize_t = recvmsg(end.fd, cython.address(message), MSG_DONTWAIT | MSG_PEEK)
         if size < 0:
-            if errno == EAGAIN or errno == EINTR:
+            # ECONNRESET: it ended and left something of ours unread; what it had said before comes next.
+            if errno == EAGAIN or errno == EINTR or errno == ECONNRESET:
                 return True
-            if errno == ECONNRESET:
-                raise EOFError
             number = errno
             raise OSError(number, os.strerror(number))
         fds: cython.bint = message.msg_flags & MSG_CTRUNC

@@ -377,6 +377,98 @@ def test_connection_update(node: str) -> None:
         assert two.set_attach(abi.ATTACH_ALL + 1, abi.ATTACH_ALL) == "EINVAL"
 
 
+# ATTACH flags, in the order of their bits, and the items that they stand for.
+TOLD = (
+    abi.ITEM_TIMESTAMP, abi.ITEM_CREDS, abi.ITEM_PIDS, abi.ITEM_AUXGROUPS, abi.ITEM_OWNED_NAME,
+    abi.ITEM_TID_COMM, abi.ITEM_PID_COMM, abi.ITEM_EXE, abi.ITEM_CMDLINE, abi.ITEM_CGROUP,
+    abi.ITEM_CAPS, abi.ITEM_SECLABEL, abi.ITEM_AUDIT, abi.ITEM_CONN_DESCRIPTION,
+)  # fmt: skip
+ALWAYS = {abi.ITEM_CREDS, abi.ITEM_PIDS, abi.ITEM_TID_COMM, abi.ITEM_PID_COMM, abi.ITEM_EXE}
+"""Of those, what there is of every process on every kernel."""
+PUBLIC = {
+    abi.ITEM_CREDS, abi.ITEM_PIDS, abi.ITEM_AUXGROUPS, abi.ITEM_OWNED_NAME,
+    abi.ITEM_CONN_DESCRIPTION,
+}  # fmt: skip
+
+
+def test_attach_flags_of_connections(node: str) -> None:
+    """test-attach-flags.c, without what kdbus itself gave up: a mask of the module's, flags that a bus requires."""
+    with Peer(node) as one, Peer(node) as reader:
+        found = set(reader.info(one.id))
+        assert ALWAYS | {abi.ITEM_CONN_DESCRIPTION, abi.ITEM_CMDLINE} <= found
+        assert not found & {abi.ITEM_TIMESTAMP, abi.ITEM_OWNED_NAME}
+        assert reader.info(one.id, flags=abi.ATTACH_NAMES) == {}
+        assert one.want("com.example.attach") == ""
+        found.add(abi.ITEM_OWNED_NAME)
+        for bit, type in enumerate(TOLD):
+            assert set(reader.info(one.id, flags=1 << bit)) == {type} & found
+        for bit, type in enumerate(TOLD):  # what it lets be known, beside what anybody may know
+            assert one.set_attach(1 << bit, 0) == ""
+            assert set(reader.info(one.id)) == ({type} | PUBLIC) & found
+        assert one.set_attach(0, 0) == ""
+        assert set(reader.info(one.id)) == PUBLIC
+
+
+@pytest.mark.parametrize("told", [abi.ATTACH_ALL, abi.ATTACH_PIDS | abi.ATTACH_CREDS, 0])
+def test_attach_flags_of_a_buss_creator(node: str, told: int) -> None:
+    root, bloom = Path(node).parents[1], layout.BLOOM_PARAMETER.pack(64, 1)
+    both = abi.ATTACH_PIDS | abi.ATTACH_CREDS
+    with Maker(root).make(f"{UID}-tells", 0, bloom, told=told):
+        with Peer(str(root / f"{UID}-tells/bus")) as client:
+
+            def asked(flags: int) -> set[int]:
+                fixed = struct.pack("=6Q", 0, 0, 0, flags, 0, 0)
+                got = client.do(abi.CMD_BUS_CREATOR_INFO, fixed)
+                offset, size = struct.unpack_from("=2Q", got, 40)
+                found = items.split(client.pool[offset : offset + size], layout.INFO.size)
+                client.free(offset)
+                return {each.type for each in found}
+
+            name = {abi.ITEM_MAKE_NAME}
+            assert asked(0) == name
+            assert asked(both) == name | ({abi.ITEM_PIDS, abi.ITEM_CREDS} if told else set())
+            assert asked(abi.ATTACH_PIDS) == name | ({abi.ITEM_PIDS} if told else set())
+            everything = asked(abi.ATTACH_ALL)
+            never = {abi.ITEM_TIMESTAMP, abi.ITEM_OWNED_NAME, abi.ITEM_CONN_DESCRIPTION}
+            assert not everything & never
+            if told == abi.ATTACH_ALL:
+                assert everything >= name | ALWAYS
+            else:
+                assert everything == asked(both)
+
+
+@pytest.mark.parametrize("other", ["byebye", "match"])
+def test_race_of_byebye_with_another_thread(node: str, other: str) -> None:
+    """test-race.c: one of two BYEBYEs succeeds; MATCH_REMOVE comes before it or after."""
+    commands = {
+        "byebye": (abi.CMD_BYEBYE, struct.pack("=3Q", 24, 0, 0)),
+        "match": (abi.CMD_MATCH_REMOVE, struct.pack("=4Q", 32, 0, 0, 0xDEADBEEF)),
+    }
+    for _ in range(10):
+        with KdbusClient(node) as client:
+            barrier = threading.Barrier(2)
+            said = {}
+
+            def run(at: int, command: int, data: bytes) -> None:
+                buffer = Buffer(data)
+                barrier.wait()  # noqa: B023
+                said[at] = outcome(lambda: kclient_ioctl(client.fd, command, buffer.address))  # noqa: B023
+
+            threads = [
+                threading.Thread(target=run, args=(at, *commands[which]))
+                for at, which in enumerate(("byebye", other))
+            ]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+            if other == "byebye":
+                assert sorted(said.values()) == ["", "ECONNRESET"]
+            else:
+                assert said[0] == ""
+                assert said[1] in ("EBADSLT", "ECONNRESET")
+
+
 WRITABLE = """
 import ctypes, mmap, struct, sys
 from kbusd.kdbus import abi
@@ -591,6 +683,30 @@ def test_fd_passing_to_who_accepts_none(node: str, fds: list[int], memfds: list[
         assert source.post(plain.id, 79) == ""
         child.join()
         assert other.take() == "EAGAIN"
+
+
+# -- test-benchmark.c -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memfd", [True, False])
+def test_benchmark(node: str, memfd: bool) -> None:
+    """What it sends and how, many times; not how long it takes."""
+    stress = bytes(range(256)) * 32
+    with Peer(node) as a, Peer(node) as b:
+        for each in (a, b):
+            each.match_anything()
+        assert a.want("foo.bar.echo") == ""
+        if not memfd:
+            assert a.set_attach(abi.ATTACH_ALL, 0) == ""
+        assert a.take() == "EAGAIN"
+        for number in range(50):
+            stamp = struct.pack("=Q", number) if memfd else b""
+            fds = [sealed(stamp)] if memfd else []
+            b.send(a.id, stress, *memfd_items(fds), cookie=0)
+            for fd in fds:
+                os.close(fd)
+            assert a.readable(5)
+            assert a.recv_now().payload == stress + stamp
 
 
 # -- test-endpoint.c, test-monitor.c -----------------------------------------------------------
