@@ -258,6 +258,8 @@ def _listen(settings: Settings) -> list[Listener]:
             listeners += _passed() if kind == "systemd" else [bind(kind, value)]
         except OSError as error:
             reason = f"{value}: {error.strerror}" if error.strerror else str(error)
+            if kind == "path" and isinstance(error, FileNotFoundError):
+                reason += f"; make the directory first: mkdir -p {os.path.dirname(value)}"
             _fail(f"{where}: cannot listen on {text!r}: {reason}")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)

@@ -25,6 +25,16 @@ from kbusd.policy.endpoints import RULE_WORDS, WORDS
 
 _BUS = DBusAddress("/org/freedesktop/DBus", "org.freedesktop.DBus", "org.kbusd.Endpoints1")
 _SECONDS = 25.0
+_HELP = {
+    "hide": "know nothing of it, whatever another line says; NAME.* is all names below",
+    "see": "see who has the name",
+    "talk": "and call him, hear his broadcasts, have him started",
+    "own": "and have the name",
+    "call": "send him what RULE says: [INTERFACE.MEMBER][@PATH][ arg0='TEXT']",
+    "broadcast": "hear of his broadcasts what RULE says",
+    "deny-call": "not send him this, whatever another line allows",
+    "deny-broadcast": "not hear this",
+}
 
 
 def add_to(commands: Any) -> None:
@@ -33,16 +43,19 @@ def add_to(commands: Any) -> None:
         "endpoint", help="sockets of the bus with a policy of their own, as xdg-dbus-proxy has them"
     )
     which = command.add_mutually_exclusive_group()
-    which.add_argument("--session", dest="bus", action="store_const", const="SESSION")
-    which.add_argument("--system", dest="bus", action="store_const", const="SYSTEM")
+    for bus in "session", "system":
+        address = f"the bus of DBUS_{bus.upper()}_BUS_ADDRESS"
+        which.add_argument(
+            f"--{bus}", dest="bus", action="store_const", const=bus.upper(), help=address
+        )
     which.add_argument("--address", dest="bus", help="of the bus; by default the session bus")
     actions = command.add_subparsers(dest="action", required=True)
     add = actions.add_parser("add", help="make one, which stays until it is removed")
-    add.add_argument("name")
+    add.add_argument("name", metavar="NAME", help="of the endpoint; its socket is the bus's, .NAME")
     _take_policy(add)
     add.set_defaults(run=_add)
     remove = actions.add_parser("remove", help="remove one; its clients are disconnected")
-    remove.add_argument("name")
+    remove.add_argument("name", metavar="NAME")
     remove.set_defaults(run=_remove)
     listing = actions.add_parser("list", help="each with its address and its policy")
     listing.add_argument("--json", action="store_true", help="for programs")
@@ -56,10 +69,11 @@ def add_to(commands: Any) -> None:
 
 def _take_policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", help="take the policy from a file as in /etc/kbusd/endpoints.d")
-    for word in WORDS:
-        parser.add_argument(f"--{word}", action="append", default=[], metavar="NAME")
-    for word in RULE_WORDS:
-        parser.add_argument(f"--{word}", action="append", default=[], metavar="NAME=RULE")
+    for kind, metavar in ((WORDS, "NAME"), (RULE_WORDS, "NAME=RULE")):
+        for word in kind:
+            parser.add_argument(
+                f"--{word}", action="append", default=[], metavar=metavar, help=_HELP[word]
+            )
 
 
 def _policy(options: argparse.Namespace) -> list[str]:
@@ -80,7 +94,7 @@ def _connect(options: argparse.Namespace) -> DBusConnection:
     try:
         path = get_bus(options.bus or "SESSION")
     except KeyError as error:
-        raise Unclear(f"say which bus: {error} is not set") from None
+        raise Unclear(f"say which bus by --system or --address: {error} is not set") from None
     except (RuntimeError, ValueError) as error:
         raise Unclear(f"an address that makes no sense: {error}") from None
     connection = DBusConnection(prep_socket(path, timeout=_SECONDS))

@@ -41,6 +41,7 @@ _CONTINUE = 1
 _LISTENER = "anon_inode:seccomp notify"
 _PIDFD_GETFD = 438  # on every architecture
 _SHOWN = 6  # values of an argument
+_ADDRESSES = 1 << 16  # where they begin, as vm.mmap_min_addr has it
 _LOOK_SECONDS = 0.01  # for new processes; until we have seen one it waits
 _START_SECONDS = 60.0
 # Run as the bus: its supervisor compiles all profiles, and so is the one to be told.
@@ -295,8 +296,21 @@ def _proposal(
         yield "  [[seccomp.rules]]"
         yield f'  why = "seen {count} times; say who calls it, and why that is harmless"'
         yield f'  calls = ["{call}"]'
+        if narrower := list(_conditions(seen[call])):
+            yield "  # As it was seen; leave out what is a descriptor or a length:"
+            yield f"  # arguments = [{', '.join(narrower)}]"
         if _argued(profile, call):
             yield "  # other rules name it with other arguments: add to those, or copy them here"
+
+
+def _conditions(seen: Seen) -> Iterator[str]:
+    """What its arguments have in common that can be no addresses."""
+    for index, values in enumerate(seen.values):
+        known = [value for value in values if value is not None]
+        if len(known) == len(values) and any(known) and all(each < _ADDRESSES for each in known):
+            kind = "equals" if len(known) == 1 else "one-of"
+            listed = ", ".join(f'"{each:#x}"' for each in sorted(known))
+            yield f"{{ index = {index}, {kind} = [{listed}] }}"
 
 
 def _unused(

@@ -6,6 +6,7 @@ Reads /proc and the profiles; changes nothing and talks to no process.
 from __future__ import annotations
 
 import argparse
+import os
 import pwd
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def _row(
 
 
 def supervisor_of(pid: int | None, pidfile: str | None) -> int:
-    """The supervisor that is meant; without a hint, the only one there is. Raises Unclear."""
+    """The supervisor that is meant; without a hint, the only one there is outside of containers. Raises Unclear."""
     if pid is not None:
         return pid
     if pidfile is not None:
@@ -111,10 +112,22 @@ def supervisor_of(pid: int | None, pidfile: str | None) -> int:
         except (OSError, ValueError) as error:
             raise Unclear(f"pid file {pidfile}: {error}") from None
     found = running()
-    if len(found) != 1:
-        which = "none is" if not found else f"{', '.join(map(str, found))} are"
-        raise Unclear(f"say which bus by --pid or --pidfile: {which} running")
-    return found[0]
+    here = [pid for pid in found if inforce.in_our_namespace(pid)]
+    if len(here) == 1:
+        return here[0]
+    if not found:
+        raise Unclear("no kbusd is running")
+    which = "".join(f"\n  {pid}  {_command(pid)}" for pid in found)
+    raise Unclear(f"say which bus by --pid or --pidfile; these are running:{which}")
+
+
+def _command(pid: int) -> str:
+    """How it was started, and whether in a container."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    given = [each.decode(errors="replace") for each in words if each]
+    at = next((n for n, each in enumerate(given) if os.path.basename(each) == "kbusd"), 0)
+    inside = "" if inforce.in_our_namespace(pid) else "  (in a container)"
+    return " ".join(["kbusd", *given[at + 1 :]]) + inside
 
 
 def running() -> list[int]:

@@ -109,16 +109,22 @@ def family(supervisor: int) -> list[int]:
 
 
 def named(title: str) -> list[int]:
-    """Every process whose name is `title`."""
+    """Every process whose name is `title`, and that has not ended; those of our pid namespace first."""
     pids = []
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             try:
-                if _status(int(entry))["Name"] == title:
-                    pids.append(int(entry))
+                status = _status(int(entry))
+                if status["Name"] == title and not status["State"].startswith("Z"):
+                    pids.append((len(status["NSpid"].split()), int(entry)))
             except (FileNotFoundError, ProcessLookupError):
                 continue
-    return sorted(pids)
+    return [pid for _, pid in sorted(pids)]
+
+
+def in_our_namespace(pid: int) -> bool:
+    """Whether a process has no pid namespace of its own, as in a container. Raises OSError."""
+    return len(_status(pid)["NSpid"].split()) == 1
 
 
 def differences(

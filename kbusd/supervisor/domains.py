@@ -68,8 +68,11 @@ HOST = Domain()
 
 
 def read(directory: str) -> dict[str, Domain]:
-    """Those that the admin wants, by their prefixes. Raises DomainError."""
-    found = {}
+    """Those that the admin wants, by their prefixes; none yet, if the usual directory is not there.
+    Raises DomainError."""
+    found: dict[str, Domain] = {}
+    if directory == DOMAINS and not os.path.exists(directory):
+        return found
     try:
         for name in sorted(os.listdir(directory)):
             if not name.startswith(".") and not name.endswith("~"):

@@ -450,6 +450,31 @@ def test_it_speaks_in_nobody_else_s_name(red_bus: RedBus, victims: Victims) -> N
     red_bus.logs("a copy of what the bus is to have said to None")
 
 
+def test_it_reads_nothing_that_two_others_say_to_each_other(
+    red_bus: RedBus, victims: Victims
+) -> None:
+    """Of what a client it has met says to all, it has a copy: its own client could subscribe to that."""
+    a, b = victims.caller, victims.callee
+    words = ["unicast.Call", "unicast.Reply", "unicast.Signal", "broadcast.Signal", "x" * 70_000]
+    red = red_bus.attack("search_traffic", victims.id(a), victims.id(b), words)
+    assert red.heard() == "met"
+    for body in (words[0], words[4]):
+        serial = a.send_call("victim.Service", "/", "a.b", "Ask", "s", (body,))
+        b.reply(b.wait_call("Ask"), "s", (words[1],))
+        assert a.wait_reply(serial).args == [words[1]]
+    b.signal("/", "a.b", "Told", "s", (words[2],), to=a.name)
+    assert a.wait_signal("Told").args == [words[2]]
+    victims.monitor.add_match("type='signal',sender='victim.Service'")
+    for _ in range(3):  # for several, who have met it: written once for all of them
+        b.signal("/", "a.b", "Told", "s", (words[3],))
+        for each in (a, victims.monitor):
+            assert each.wait_signal("Told").args == [words[3]]
+    red.write(b"x")
+    size, found = red.heard()
+    assert size > 1 << 20 and found == ["broadcast.Signal"]
+    red.close()
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_in_its_rings_costs_it_its_peer(red_bus: RedBus, victims: Victims, seed: int) -> None:
     red = red_bus.attack("scribble", victims.id(victims.callee), seed)

@@ -16,6 +16,7 @@ import os
 import random
 import select
 import socket
+import stat
 import struct
 import time
 import typing
@@ -579,6 +580,21 @@ def _all_of(fds: Sequence[int]) -> bytes:
         with mmap.mmap(fd, os.fstat(fd).st_size, access=mmap.ACCESS_READ) as data:
             whole += data[:]
     return whole
+
+
+def search_traffic(taken: Taken, *arguments: Any) -> None:
+    """Look for what others say to each other in all memory that we have, or that they give us."""
+    *victims, words = arguments
+    _, fds = taken.ask(entries.Hello(taken.next()))
+    for victim in victims:
+        peer = taken.introduce(victim)
+        assert isinstance(peer, Peer), peer
+        fds += [peer.theirs, peer.their_status, peer.their_broadcast]
+    taken.say("met")
+    taken.client.recv(1) if wait(taken.client) else None
+    mine = [fd for fd in range(256) if _is_open(fd) and stat.S_ISREG(os.fstat(fd).st_mode)]
+    whole = _all_of([*fds, *(fd for fd in mine if fd not in fds and os.fstat(fd).st_size)])
+    taken.say([len(whole), [word for word in words if word.encode() in whole]])
 
 
 def become_monitor(taken: Taken) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kbusd.rings.entries import Node, Share
+from kbusd.supervisor import domains
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import HOST, MAX_CONNECTIONS, Domain, DomainError, read
@@ -55,6 +56,15 @@ def test_who_says_what_was_opened_can_t_lead_into_another_domain() -> None:
     assert found(HOST, "0-host") is here and found(BOX, "0-mine") is there
     assert found(HOST, "domain/box/0-mine") is None
     assert found(BOX, "../../0-host") is None and found(BOX, "0-host") is None
+
+
+def test_before_the_first_container_was_added_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(domains, "DOMAINS", str(tmp_path / "not-made-yet"))
+    assert read(domains.DOMAINS) == {}
+    with pytest.raises(DomainError, match="elsewhere: No such file or directory"):
+        read(str(tmp_path / "elsewhere"))
 
 
 def test_the_admin_says_it_by_files(tmp_path: Path) -> None:
