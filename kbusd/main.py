@@ -370,6 +370,8 @@ def _run(
             if isinstance(supervisor, Several):
                 supervisor.begin(_configuration_of_made_buses(), node_of(settings), where)
         except (StartError, SandboxError, MountError, DomainError, OSError) as error:
+            if supervisor.exit_status == 0:
+                return 0  # told to end before it was ready
             journal.warn(f"not started: {error}")
             return 1
         printed: set[int] = set()

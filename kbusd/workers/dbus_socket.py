@@ -146,8 +146,8 @@ class DBusSocket(Engine):
             self.writing = writing
 
     def tidy_client(self) -> cython.bint:
-        """Give back memory of the output; True: some is left."""
-        return self.output.trim()
+        """Give back memory of the output; True: some is left, or waits."""
+        return self.output.trim() or self.output.pending > self.uncounted
 
     def count(self):
         """For statistics: see entries.Counted."""
@@ -254,6 +254,7 @@ class DBusSocket(Engine):
             self.input.begin_large(header.header_length, body_length)
         except OSError as error:
             raise Gone(f"no memory for a message of {total} bytes: {error.strerror}") from None
+        self.tidy_later()
         return True
 
     def _try_pipe(
@@ -373,6 +374,7 @@ class DBusSocket(Engine):
         """Send what the socket takes if much waits."""
         if self.output.pending > self.uncounted:
             self.flush()
+            self.tidy_later()
 
     def hand_over(self, peer, template, head, body, fds) -> cython.void:
         """A frame that policy allows, for our client. Raises HostilePeer."""

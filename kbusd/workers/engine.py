@@ -25,7 +25,7 @@ from cython.cimports.kbusd.rings.merge import Merge
 from cython.cimports.kbusd.wire.header import Header
 from cython.cimports.kbusd.workers.calls import Calls
 from cython.cimports.kbusd.workers.decisions import Route, Template, key_of
-from cython.cimports.kbusd.workers.libc import EPOLLIN, epoll_event
+from cython.cimports.kbusd.workers.libc import EPOLLIN, epoll_event, give_back
 from cython.cimports.kbusd.workers.monitors import Monitors
 from cython.cimports.kbusd.workers.peers import Peer, Peers
 from cython.cimports.kbusd.workers.waiting import Waiting
@@ -280,14 +280,16 @@ class Engine:
         return timeout
 
     def tidy_later(self) -> cython.void:
-        """Something large was used, whose memory is to be given back when it idles."""
+        """Much was used, whose memory is to be given back when it idles."""
         if self.tidy_at == 0:
             self.tidy_at = monotonic() + TIDY_NS
 
     def _tidy(self):
-        """Give back what large messages have left behind and nobody has used for a while."""
+        """Give back what large messages, or many, have left behind and nobody has used for a while."""
         left: cython.bint = self.tidy_client()
         left |= self.peers.tidy()
+        if not left:
+            give_back()
         self.tidy_at = monotonic() + TIDY_NS if left else 0
 
     # -- from our client -----------------------------------------------------------------------

@@ -81,3 +81,16 @@ cdef extern from "<string.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from *:
+    """
+    #include <malloc.h>
+    static inline void give_back(void)
+    {
+    #ifdef __GLIBC__
+        malloc_trim(0);
+    #endif
+    }
+    """
+    # The C library keeps what was freed below anything that is in use; other libraries keep less.
+    void give_back() nogil

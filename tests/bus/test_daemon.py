@@ -635,6 +635,18 @@ def test_signals_end_it_cleanly(start_bus, number: int) -> None:  # type: ignore
 
 @pytest.mark.kbusd_only
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_end_while_it_starts(config: Path, number: int) -> None:
+    """It was a failure, of workers that did not get ready."""
+    process = start(f"--config-file={config}", "--nofork")
+    socket = config.with_name("bus")  # is there after the configuration was read
+    procs.eventually(lambda: socket.exists() and procs.descendants(process.pid), "it starts")
+    assert "not started" not in end(process, number)
+    assert process.returncode == 0
+    assert not socket.exists()
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_the_whole_group(config: Path, number: int) -> None:
     """Control-C at a terminal, or a service manager, reaches every process of the bus at once."""
     process = subprocess.Popen(

@@ -240,6 +240,26 @@ def test_killed_broker_ends_the_bus(start_bus: Callable[..., Bus]) -> None:
 
 
 @pytest.mark.kbusd_only
+def test_killed_supervisor_takes_everything_along(start_bus: Callable[..., Bus]) -> None:
+    """Nobody is left who would hold the clients, or the socket of the next bus."""
+    bus = start_bus()
+    client, stopped = bus.connect(), bus.connect()
+    tree = bus.tree()
+    worker = bus.worker_of(stopped).pid
+    os.kill(worker, signal.SIGSTOP)
+    bus.process.kill()
+    assert bus.process.wait(SECONDS) == -signal.SIGKILL
+    client.expect_disconnect()
+    others = [process for process in tree if process.pid != worker]
+    procs.eventually(lambda: not any(procs.alive(p) for p in others), "its processes end")
+    os.kill(worker, signal.SIGCONT)
+    stopped.expect_disconnect()
+    procs.eventually(lambda: not any(procs.alive(p) for p in tree), "the stopped one, too")
+    assert "Traceback" not in bus.log()
+    bus.kill()
+
+
+@pytest.mark.kbusd_only
 def test_killed_launcher_is_replaced(start_bus: Callable[..., Bus]) -> None:
     bus = start_bus()
 

@@ -181,3 +181,18 @@ def test_a_client_that_reads_slowly_gets_everything(small: Bus) -> None:
         assert message.args[0] == n
         slow.reply(message)
         sender.wait_reply(serial)
+
+
+def test_what_waited_for_a_slow_client_leaves_no_memory_behind(bus: Bus) -> None:
+    """The heap was kept as it was at its largest."""
+    sender, slow = bus.connect(), bus.connect()
+    worker = bus.worker_of(slow).pid
+    sender.signal("/", "t.I", "S", to=slow.name)
+    slow.wait_signal("S")
+    before = procs.pss(worker)
+    for n in range(40_000):
+        sender.signal("/", "t.I", "S", "uay", (n, b"x" * 200), to=slow.name)
+    procs.eventually(lambda: procs.pss(worker) > before + 5_000_000, "much waits")
+    for n in range(40_000):
+        assert slow.read().args[0] == n
+    procs.eventually(lambda: procs.pss(worker) < before + 1_000_000, "it is given back")
