@@ -150,10 +150,7 @@ class Server:
         for worker in self._wake_up:
             line = self._lines.get(worker)
             if line is not None:
-                try:
-                    line.offer(Wake())
-                except OSError:
-                    pass  # it is gone; its line says so next
+                line.offer(Wake())
         self._wake_up.clear()
 
     # -- workers -------------------------------------------------------------------------------

@@ -760,7 +760,11 @@ class Nodes(msgspec.Struct, frozen=True, array_like=True, tag="nodes"):
     nodes: tuple[Node, ...]
 
 
-ToWorker = Client | Device | Tree
+class Soon(msgspec.Struct, frozen=True, array_like=True, tag="soon"):
+    """supervisor -> worker. A client is about to come, most likely to this worker."""
+
+
+ToWorker = Client | Device | Tree | Soon
 
 
 # -- supervisor <-> device worker, tree ------------------------------------------------------

@@ -67,8 +67,12 @@ class Line:
             self.queue.append((data, _dup_all(fds)))
 
     def offer(self, message: msgspec.Struct, fds: Sequence[int] = ()) -> bool:
-        """Send if that is possible at once; False if not, and nothing is queued. Raises OSError."""
-        return not self.queue and self._try(_encode(message), fds)
+        """Send if that is possible at once; False if not, and nothing is queued. That the other end is
+        gone shows at the next read."""
+        try:
+            return not self.queue and self._try(_encode(message), fds)
+        except OSError:
+            return False
 
     def flush(self) -> bool:
         """Send what is queued; False while something is left."""

@@ -38,13 +38,10 @@ def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
     return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint)
 
 
-def pidfd_of(client: Client) -> list[int]:
-    """A pidfd of the process that connected, if the kernel (6.5 and later) gives one: not by its number,
-    which may be another's by now."""
-    with suppress(OSError):
-        if isinstance(client, socket.socket):
-            return [client.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)]
-    return []
+def pidfd_of(client: socket.socket) -> int:
+    """A pidfd of the process that connected, from kernels since 6.5: not by its number, which may be
+    another's by now. Raises OSError."""
+    return client.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
 
 
 class Clients:

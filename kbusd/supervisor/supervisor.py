@@ -300,6 +300,9 @@ class Supervisor:
         self._tell(BROKER, entries.Listening({e.endpoint: e.address for e in self.listeners}))
 
     def _accept(self, listener: Listener) -> None:
+        # It gets ready while we look who comes; where many come, no processor is free for that.
+        if len(spare := self.pools[0].spare) == SPARES and not self.incomplete:
+            spare[0].line.offer(entries.Soon())
         try:
             client, _ = listener.sock.accept()
             credentials = credentials_of(client, listener.endpoint)
@@ -323,14 +326,14 @@ class Supervisor:
 
     def _give(self, worker: Worker, credentials: entries.Credentials, client: Client) -> None:
         worker.client = credentials
-        endpoint, fds = getattr(client, "endpoint", 0), pidfd_of(client)
-        hasty = isinstance(client, socket)
-        if isinstance(client, socket):
+        endpoint, fds = getattr(client, "endpoint", 0), list[int]()
+        if hasty := isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             with client, suppress(OSError):
                 worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 known = kernel.uid_map(credentials.pid)
                 worker.line.send(entries.Client(credentials, known), [client.fileno()])
+                fds.append(pidfd_of(client))
         else:
             client(worker, credentials)
         # Second, so that the broker does not take the processor that this worker is about to have.

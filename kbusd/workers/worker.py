@@ -21,7 +21,7 @@ from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth, aliases
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
-from kbusd.workers.rehearsal import Rehearsal
+from kbusd.workers.rehearsal import Rehearsal, get_ready
 
 _SASL_READ = 16384
 for each in (entries.BrokerMessage, entries.ToWorker):
@@ -60,7 +60,7 @@ def say_locked(fd: int) -> None:
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
     """Wait for what is to be done, from `hand_over`, and do it to its end."""
     # What is imported here, the zygote has imported: after lock-down no file can be opened.
-    match _wait_for_work(hand_over):
+    match _wait_for_work(hand_over, context):
         case entries.Client() as handed_over, [fd]:
             if handed_over.credentials.endpoint:
                 engine.leave_log()
@@ -106,7 +106,7 @@ def _serve_socket(
 
 
 def _wait_for_work(
-    line: Line,
+    line: Line, context: Context
 ) -> tuple[entries.Client | entries.Device | entries.Tree, list[int]] | None:
     """What the supervisor wants of us, None if it closes the line instead."""
     arrived = select.poll()
@@ -118,6 +118,9 @@ def _wait_for_work(
             received = line.receive()
         except EOFError:
             return None
+        if received is not None and isinstance(received[0], entries.Soon):
+            get_ready(context)
+            received = None
     return received
 
 
