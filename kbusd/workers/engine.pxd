@@ -29,6 +29,7 @@ cdef class Engine:
     cdef unsigned int undone_serial
     cdef int client, supervisor, fetching
     cdef long long id, epoch
+    cdef long long matches, mine  # versions of the replica
     cdef bint busy, leaving, everyone, loaded
     cdef bint monitor   # our client is one
     cdef bint monitored, overheard  # somebody is, or has rules with eavesdrop='true'

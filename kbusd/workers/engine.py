@@ -382,7 +382,7 @@ class Engine:
             route is not None
             and route.epoch == self.epoch
             and not route.depends
-            and (not route.broadcast or route.matches == self.replica.matches_version)
+            and (not route.broadcast or route.matches == self.matches)
         ):
             return route
         if (
@@ -390,7 +390,7 @@ class Engine:
             and self.undone_serial == header.serial
             and self.undone_key == key
             and self.undone.epoch == self.epoch
-            and (not self.undone.broadcast or self.undone.matches == self.replica.matches_version)
+            and (not self.undone.broadcast or self.undone.matches == self.matches)
         ):
             return self.undone  # what a rule logs, it logs once
         route = decisions.decide(
@@ -621,7 +621,10 @@ class Engine:
             self._let_overhear(watching, cython.address(head), envelope, cython.NULL, ())
 
     def _look_who_watches(self):
-        """Monitors and eavesdroppers have to be looked at only if there are some."""
+        """Monitors and eavesdroppers have to be looked at only if there are some; and of which match rules a
+        decision was made is compared for each signal."""
+        self.matches = self.replica.matches_version
+        self.mine = self.replica.my_version
         self.monitored = bool(self.replica.monitors)
         self.overheard = bool(self.replica.eavesdroppers)
 
@@ -922,7 +925,7 @@ class Engine:
             template is None
             or template.epoch != self.epoch
             or template.depends
-            or (template.broadcast and template.mine != self.replica.my_version)
+            or (template.broadcast and template.mine != self.mine)
         ):
             template = self._judged(decisions.judge, peer, key, envelope, head, payload, fds)
         if template.type == RETURN or template.type == ERROR:
