@@ -400,7 +400,8 @@ class Bus:
             case Leaving():
                 connection.last_word = message.reason[:512]
                 return
-        self._outside.send(connection.worker, Reply(message.request, value))
+        answer = Reply(message.request, value, self._outside.stamp())
+        self._outside.send(connection.worker, answer)
 
     def _hello(self, connection: Connection, message: Hello) -> None:
         credentials = connection.credentials

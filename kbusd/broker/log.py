@@ -83,7 +83,7 @@ class Logs:
     ) -> None:
         self._log = Log()
         self._clock = Clock()
-        self._stamp = 0
+        self.stamp = 0
         self._state = state
         self._filter = behind
         self._behind: dict[Behind, tuple[Log, Filter]] = {}
@@ -93,12 +93,12 @@ class Logs:
         return self._log.fileno()
 
     def append(self, entry: LogEntry) -> None:
-        self._stamp = self._clock.tick()
-        self._log.append(entry, self._stamp)
+        self.stamp = self._clock.tick()
+        self._log.append(entry, self.stamp)
         for behind, (log, filter) in list(self._behind.items()):
             for passed in filter.entries(entry, lambda: self._state(0, 0)):
-                log.append(passed, self._stamp)
-                self._stamp = self._clock.tick()  # they rise from frame to frame
+                log.append(passed, self.stamp)
+                self.stamp = self._clock.tick()  # they rise from frame to frame
             if filter.changes(entry):
                 log.forget()  # it was made by what the endpoint said before
             if filter.is_over(entry):
@@ -108,12 +108,12 @@ class Logs:
     def snapshot(self, behind: Behind, size: int) -> list[int]:
         """Where to join in: a snapshot; for who is behind an endpoint, also the log to go on with."""
         if behind == OPEN:
-            return [self._log.snapshot(lambda position: self._state(position, self._stamp), size)]
+            return [self._log.snapshot(lambda position: self._state(position, self.stamp), size)]
         if behind not in self._behind:
             self._behind[behind] = Log(OF_ENDPOINT), self._filter(behind)
         log, filter = self._behind[behind]
 
         def state(position: int) -> Snapshot:
-            return filter.snapshot(self._state(position, self._stamp))
+            return filter.snapshot(self._state(position, self.stamp))
 
         return [log.snapshot(state, size), log.fileno()]

@@ -19,6 +19,9 @@ class Outside(Protocol):
     def append(self, entry: LogEntry) -> None:
         """Write one entry to the control log."""
 
+    def stamp(self) -> int:
+        """That of the entry written last."""
+
     def send(self, worker: int, message: BrokerMessage, fds: Sequence[int] = ()) -> None:
         """Send to a worker; `fds` stay the caller's."""
 

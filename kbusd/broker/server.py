@@ -344,6 +344,9 @@ class Server:
     def append(self, entry: LogEntry) -> None:
         self._log.append(entry)
 
+    def stamp(self) -> int:
+        return self._log.stamp
+
     def send(self, worker: int, message: BrokerMessage, fds: Sequence[int] = ()) -> None:
         line = self._lines.get(worker)
         if line is None:

@@ -466,10 +466,13 @@ class FromBroker(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Reply(FromBroker, frozen=True, tag="reply"):
-    """The answer to `request`. Log entries that it caused are in the log already."""
+    """The answer to `request`. Log entries that it caused are in the log already.
+
+    `stamp`: that of the log's last entry then, behind which our client hears it; 0 if any time will do."""
 
     request: int
     value: Any = None
+    stamp: int = 0
 
 
 class Failure(FromBroker, frozen=True, tag="failure"):

@@ -710,14 +710,25 @@ class Engine:
             if received is None:
                 return
             message, fds = received
+            in_order: cython.bint = type(message) is entries.Reply and message.stamp
+            if in_order:
+                self.answer, self.answer_at = message, message.stamp
             if self.loaded:
                 self._inbound()  # what a reply caused stands in the log before it
             try:
-                self._broker_says(message, fds)
+                if not in_order:
+                    self._broker_says(message, fds)
+                elif self.answer is not None:
+                    self._answered()
             finally:
                 close_all(fds)
         except LineError as error:
             raise Gone(f"the broker broke a rule: {error}") from None
+
+    def _answered(self):
+        """Its turn has come between what stands in the log and in the rings."""
+        answer, self.answer = self.answer, None
+        self._broker_says(answer, [])
 
     def _broker_says(self, message, fds):
         kind = type(message)
@@ -749,6 +760,8 @@ class Engine:
                 source = self.merge.next(cython.address(head), cython.address(payload))
                 if source is None:
                     break
+                if self.answer is not None and head.stamp > self.answer_at:
+                    self._answered()
                 if source is self.log:
                     self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
                     continue

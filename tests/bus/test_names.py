@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
+from . import procs
 from .daemon import Bus
 from .rawclient import DRIVER, RawClient
 
@@ -71,6 +75,44 @@ def test_queue_in_order(bus: Bus, name: str, watcher: RawClient) -> None:
     b.close()
     assert c.read().args == [name]
     assert changes(watcher, 3) == [("", a.name), (a.name, b.name), (b.name, c.name)]
+
+
+@pytest.mark.kbusd_only
+def test_name_that_is_free_at_once_does_not_come_before_the_word_that_it_is_queued_for(
+    bus: Bus, name: str
+) -> None:
+    a, b = bus.connect(), bus.connect()
+    a.request_name(name)
+    worker, others = bus.worker_of(b).pid, procs.descendants(bus.pid)
+    [broker] = [
+        p.pid for p in others if b"kbusd.broker" in Path(f"/proc/{p.pid}/cmdline").read_bytes()
+    ]
+
+    def stopped(*pids: int) -> bool:
+        return all(process.state == "T" for process in map(procs.look, pids) if process)
+
+    os.kill(broker, signal.SIGSTOP)
+    try:
+        procs.eventually(lambda: stopped(broker), "the broker stops")
+        heard = Path(f"/proc/{worker}/schedstat").read_text
+        before = heard()
+        asked = b.send_call(DRIVER, "/org/freedesktop/DBus", DRIVER, "RequestName", "su", (name, 0))
+        procs.eventually(
+            lambda: heard() != before and (p := procs.look(worker)) and p.state == "S",
+            "b's worker has asked the broker",
+        )
+        os.kill(worker, signal.SIGSTOP)
+        procs.eventually(lambda: stopped(worker), "b's worker stops")
+        released = a.send_call(DRIVER, "/org/freedesktop/DBus", DRIVER, "ReleaseName", "s", (name,))
+    finally:
+        os.kill(broker, signal.SIGCONT)
+    try:
+        assert a.wait_reply(released).args == [RELEASED]
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    first, second = b.read(), b.read()
+    assert (first.reply_serial, first.args) == (asked, [IN_QUEUE])
+    assert (second.member, second.args) == ("NameAcquired", [name])
 
 
 def test_leaving_the_queue(bus: Bus, name: str) -> None:

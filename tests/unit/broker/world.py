@@ -50,6 +50,9 @@ class World:
 
     # -- Outside ---------------------------------------------------------------------------------
 
+    def stamp(self) -> int:
+        return 0
+
     def append(self, entry: e.LogEntry) -> None:
         self.events.append(("log", entry))
 
