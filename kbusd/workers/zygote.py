@@ -182,8 +182,11 @@ def main() -> None:
     context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker, kdbus)
     for fd in (4, 5, 6, 7, 9) if made else (4, 5, 6, 7):
         os.close(fd)
-    for _ in range(REHEARSALS):
-        Rehearsal(context).play(worker.serve)
+    try:
+        for _ in range(REHEARSALS):
+            Rehearsal(context).play(worker.serve)
+    except OSError as error:
+        raise SystemExit(f"kbusd-zygote: cannot rehearse: {error.strerror}") from None
     apply.confine(own, keep_fds=[0, 1, 2, 3, 8])
     zygote = Zygote(context, for_files, line)
     gc.collect()

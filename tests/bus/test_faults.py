@@ -6,12 +6,14 @@ Each test has bystanders whose traffic must go on, in order and complete, while 
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import random
 import re
 import resource
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 
@@ -19,11 +21,12 @@ import pytest
 
 from . import procs
 from . import wireformat as w
-from .daemon import OPEN_POLICY, Bus, configuration, need_a_tree_for_all
+from .clients import DEBIAN_PYTHON
+from .daemon import OPEN_POLICY, Bus, configuration, need_a_tree_for_all, read_line
 from .rawclient import DRIVER, BusError, Disconnected, RawClient, RawSocket
 
 SEED = 20150401
-ALONE = 64231  # a uid that nobody else on the machine has
+ALONE, HOARDING = 64231, 64232  # uids that nobody else on the machine has
 SECONDS = 20.0
 SPARES = 4  # workers that wait
 
@@ -576,6 +579,66 @@ def test_processes_run_out(start_bus: Callable[..., Bus]) -> None:
     while not late.read_line().startswith(b"OK "):
         pass
     late.close()
+    pair.end()
+
+
+HOARDER = """
+import array, os, resource, socket, sys
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+many = array.array("i", [os.pipe()[1]] * 253)
+pairs = []
+try:
+    while True:
+        pairs.append(socket.socketpair())
+        pairs[-1][0].setblocking(False)
+        try:
+            while True:
+                pairs[-1][0].sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, many)])
+        except BlockingIOError:
+            pass
+except OSError as error:
+    print(error.errno, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.kbusd_only
+def test_descriptors_in_flight_run_out(start_bus: Callable[..., Bus]) -> None:
+    """The user's own program sends more than the bus may have open: nobody can be given a worker.
+    Who is connected goes on; later there is room. The log tells what was wanting, in words."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become a user that has no other process")
+    become = ["setpriv", f"--reuid={HOARDING}", f"--regid={HOARDING}", "--clear-groups", "--"]
+    need_a_tree_for_all(become)
+    bus = start_bus(
+        configuration(
+            f"unix:abstract=kbusd-test-flight-{os.getpid()}",
+            policy=OPEN_POLICY.replace("<allow", '<allow user="*"/><allow', 1),
+        ),
+        prefix=[*become, "prlimit", "--nofile=4096:4096", "--"],
+    )
+    pair = Bystanders(bus)
+    pair.go_on()
+    waiting: list[RawSocket] = []
+    hoarder = subprocess.Popen(
+        [*become, "prlimit", "--nofile=8192:8192", DEBIAN_PYTHON, "-c", HOARDER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    try:
+        assert hoarder.stdout and read_line(hoarder.stdout) == str(errno.ETOOMANYREFS)
+        for _ in range(2 * SPARES):
+            waiting.append(RawSocket(bus.address))
+            pair.go_on(5)
+        logged(bus, "cannot make a worker: Too many references")
+        pair.go_on()
+    finally:
+        hoarder.communicate()
+        for sock in waiting:
+            sock.close()
+    procs.eventually(lambda: connects(bus), "there is room again", SECONDS)
     pair.end()
 
 
