@@ -83,6 +83,7 @@ class Rehearsal:
         state = entries.Snapshot(0, 0, (), (), (), (), (), 0)
         snapshot = memfd.sealed("kbusd-snapshot", msgspec.msgpack.encode(state))
         # All that is said to the worker is there when it looks, so that nobody ever waits.
+        self._supervisors.send(entries.Soon())
         self._supervisors.send(entries.Client(who), [self._served.fileno()])
         self._served.close()
         self._client.send(_SCRIPT)
