@@ -249,6 +249,11 @@ def test_an_activator_waits_for_no_sender_whose_worker_hangs(bus: KdbusBus) -> N
     d.send(0, b"does not", to_name(NAME))
     os.kill(hung, signal.SIGSTOP)
     b.release(NAME)
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    assert fails(a.recv_now) == "EINTR"  # nor does a signal to it
+    signal.signal(signal.SIGALRM, before)
     assert a.recv_now().payload == b"does not"
     assert fails(a.recv_now) == "EAGAIN"
     os.kill(hung, signal.SIGCONT)

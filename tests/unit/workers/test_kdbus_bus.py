@@ -22,10 +22,12 @@ from kbusd.rings.entries import (
     NamePolicyChanged,
     PolicyEntry,
 )
+from kbusd.workers import kdbus_coming
 from kbusd.workers.kdbus_bus import Port
 from kbusd.workers.replica import Replica
 
 ME, PEER = 1, 2
+NAME = "com.example.Name"
 OWNER = 500
 
 
@@ -52,6 +54,13 @@ class Received:
 
     def __init__(self) -> None:
         self.messages: list[tuple[int, list[Any]]] = []
+        self.ordered: list[str] = []
+
+    def name_changed(self, *_: Any) -> None:
+        pass
+
+    def put_in_order(self, name: str) -> None:
+        self.ordered.append(name)
 
     def receive(
         self, source: Any, found: Parcel, parts: list[Any], stamp: int, fds: tuple[int, ...] = ()
@@ -179,6 +188,55 @@ def test_nobody_else_says_whose_a_message_was(activator: int) -> None:
     with pytest.raises(ParcelError):
         give(bus, passed_on(), b"ab")
     assert not session.messages
+
+
+def enter(to: Port, *changes: NameOwnerChanged) -> None:
+    """What stands in the log is taken in, as the engine does it."""
+    for each in changes:
+        to.before_entry(msgspec.msgpack.encode(each))
+        to.engine_router.replica.apply(each)
+        to.after_entry()
+
+
+def moved(coming: dict[int, int]) -> bytes:
+    return kdbus_coming.write(kdbus_coming.Moved(NAME, coming))
+
+
+def test_an_activator_waits_for_what_who_had_its_name_says_will_come() -> None:
+    bus, session = port(Policy())
+    enter(
+        bus, NameOwnerChanged(NAME, 0, ME, (), (), ME), NameOwnerChanged(NAME, ME, PEER, (), (), ME)
+    )
+    assert bus.coming_back() is None
+    bus.call_dropped(PEER, moved({PEER: 2}))  # its file is being closed
+    assert bus.coming_back() is None
+    enter(bus, NameOwnerChanged(NAME, PEER, ME, (), (), ME))
+    wait = bus.coming_back()
+    assert wait is not None
+    bus.call_dropped(PEER, moved({}))
+    for _ in range(2):
+        assert not wait.settled
+        give(bus, msgspec.structs.replace(message((BYTES, 1, 0)), dst_name=NAME), b"x")
+    assert wait.settled
+    assert bus.coming_back() is None
+    assert session.ordered == [NAME]
+
+
+def test_nobody_else_makes_an_activator_wait() -> None:
+    bus, _ = port(Policy())
+    enter(bus, NameOwnerChanged(NAME, 0, ME, (), (), ME))
+    bus.call_dropped(PEER, moved({PEER: 2}))  # who never had the name
+    enter(bus, NameOwnerChanged(NAME, ME, PEER, (), (), ME))
+    for note in (moved({PEER: 1}), kdbus_coming.NOTE, kdbus_coming.NOTE + b"\xc1"):
+        bus.call_dropped(PEER, note)
+        assert bus.coming_back() is None  # and who has it does only when it is given back
+    enter(bus, NameOwnerChanged(NAME, PEER, ME, (), (), ME))
+    wait = bus.coming_back()
+    assert wait is not None
+    bus.call_dropped(ME, moved({}))
+    assert not wait.settled
+    enter(bus, NameOwnerChanged(NAME, ME, PEER, (), (), ME))  # it is taken once more
+    assert wait.settled
 
 
 def test_on_a_made_bus_whom_no_policy_lets_talk_is_refused_by_the_receiver_too() -> None:
