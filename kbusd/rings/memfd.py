@@ -201,7 +201,7 @@ def _check(fd: cython.int, seals: cython.int, lowest: int64_t, highest: int64_t)
     return size
 
 
-def sealed(name: str | bytes, data: bytes) -> int:
+def sealed(name: str | bytes, data: bytes | memoryview) -> int:
     """A memfd that holds `data` and that nobody can change. Raises OSError."""
     fd = make(name, len(data))
     try:

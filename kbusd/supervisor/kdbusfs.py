@@ -135,7 +135,8 @@ class Mount(Connection):
             if self.held.get(unique, (None, b""))[0] is self.tree is not None:
                 if time.monotonic() - at < PATIENCE:
                     return self.devices.watch(self)
-                self.accuse(self.tree, f"has not answered for {PATIENCE:.0f} s")
+                self.asked.clear()  # the next one is asked again
+                return self.accuse(self.tree, f"has not answered for {PATIENCE:.0f} s")
             self.asked.pop(unique, None)
 
     def inode(self, unique: int) -> int:

@@ -84,11 +84,11 @@ def _copy(holder: Holder, tid: int, unique: int, ranges: tuple[tuple[int, int], 
     for _, size in ranges:
         sizes.append(min(size, left))
         left -= sizes[-1]
-    data = buffer[:got]
+    data = memoryview(buffer)[:got]
     if wanted <= SMALL_COPY:
         holder.say(entries.Copied(unique, number, tuple(sizes), bytes(data)))
         return
-    fd = memfd.sealed("kbusd-copy", bytes(data))
+    fd = memfd.sealed("kbusd-copy", data)  # written without Python's lock
     try:
         if not holder.lend(entries.Copied(unique, number, tuple(sizes), b""), [fd], wanted):
             holder.say(entries.Copied(unique, errno.EAGAIN, (), b""))

@@ -49,7 +49,7 @@ READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
 SPARES = 4
-FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs the line once more and a pool
+FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs a pool; one in case of need
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
 START_SECONDS = 30.0
