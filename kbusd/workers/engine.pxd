@@ -38,6 +38,7 @@ cdef class Engine:
     cdef bint stopped   # whole messages of our client wait for us
     cdef bint retry     # what waits for our client, now and then
     cdef uint64_t tidy_at, leave_until
+    cdef list said      # by the broker
     cdef object answer  # of the broker's, to which the log has not come yet
     cdef uint64_t answer_at
 

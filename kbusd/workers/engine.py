@@ -135,6 +135,7 @@ class Engine:
         self.activating = Activating()
         self.kept = Kept()
         self.routes = {}
+        self.said = []
         self.calls = Calls()
 
     def descriptors(self) -> list:
@@ -203,6 +204,8 @@ class Engine:
         i: cython.int
         while True:
             self._inbound()
+            if self.said:
+                self._take_said()
             if self.tidy_at and monotonic() >= self.tidy_at:
                 self._tidy()
             if self.stopped:
@@ -703,32 +706,41 @@ class Engine:
     # -- the broker ----------------------------------------------------------------------------
 
     def _from_broker(self):
+        """One a turn: most often there is one, and our client waits for what it brings."""
+        self.asking.line.flush()
+        if self.answer is None:
+            self._hear()
+
+    def _hear(self) -> cython.bint:
+        """Keep what the broker says next, till what it caused has been read in the log."""
         try:
-            self.asking.line.flush()
-            # One a turn: most often there is one, and our client waits for what it brings.
             received = self.asking.line.receive()
-            if received is None:
-                return
-            message, fds = received
-            in_order: cython.bint = type(message) is entries.Reply and message.stamp
-            if in_order:
-                self.answer, self.answer_at = message, message.stamp
-            if self.loaded:
-                self._inbound()  # what a reply caused stands in the log before it
-            try:
-                if not in_order:
-                    self._broker_says(message, fds)
-                elif self.answer is not None:
-                    self._answered()
-            finally:
-                close_all(fds)
         except LineError as error:
             raise Gone(f"the broker broke a rule: {error}") from None
+        if received is None:
+            return False
+        message, fds = received
+        if type(message) is entries.Reply and message.stamp:
+            self.answer, self.answer_at = message, message.stamp
+        else:
+            self.said.append((message, fds))
+        return True
 
     def _answered(self):
-        """Its turn has come between what stands in the log and in the rings."""
+        """The answer's turn has come, between what stands in the log and in the rings."""
         answer, self.answer = self.answer, None
-        self._broker_says(answer, [])
+        self.asking.answered(answer, [])
+
+    def _take_said(self):
+        """What else the broker has said."""
+        while self.said:
+            message, fds = self.said.pop(0)
+            try:
+                self._broker_says(message, fds)
+            except LineError as error:
+                raise Gone(f"the broker broke a rule: {error}") from None
+            finally:
+                close_all(fds)
 
     def _broker_says(self, message, fds):
         kind = type(message)
@@ -756,6 +768,9 @@ class Engine:
         self.more = False
         position: uint64_t = self.log.head()
         while self.merge.gather() > 0:
+            # The broker says an answer before it writes on in the log.
+            while self.busy and self.answer is None and self._hear():
+                pass
             while True:
                 source = self.merge.next(cython.address(head), cython.address(payload))
                 if source is None:
@@ -780,6 +795,8 @@ class Engine:
             if rounds >= ROUNDS and self.log.position >= position:
                 self.more = True  # a flood keeps us from nothing else that we have to do
                 break
+        if self.answer is not None and not self.more:
+            self._answered()
         if not self.merge.broken:
             return
         for source, text in self.merge.take_broken():
