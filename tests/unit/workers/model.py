@@ -86,6 +86,9 @@ class Model:
     def append(self, entry: LogEntry) -> None:
         self.log.append(entry)
 
+    def stamp(self) -> int:
+        return 0
+
     def send(self, worker: int, message: BrokerMessage, fds: Sequence[int] = ()) -> None:
         self.sent.append((worker, message, fds))
 
