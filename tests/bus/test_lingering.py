@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -14,6 +14,8 @@ from kbusd.supervisor.supervisor import NOT_AUTHENTICATED
 
 from .daemon import Bus
 from .lingering import lingering
+from .procs import eventually
+from .rawclient import Disconnected
 
 
 @contextmanager
@@ -63,7 +65,14 @@ def test_a_client_that_is_refused_stopped_the_bus_by_what_it_had_sent() -> None:
             refused.recv(1)
         for each in clients:
             each.close()
-        bus.connect()
+
+        def comes_in() -> bool:
+            with suppress(Disconnected, ConnectionError):  # those who left still count
+                bus.connect()
+                return True
+            return False
+
+        eventually(comes_in, "the supervisor goes on")
         other.close()
     finally:
         bus.stop()
