@@ -51,9 +51,12 @@ def acquired(result: int, flags: int, waited: bool) -> int:
     """NAME_ACQUIRE's return flags, for RequestName's result.
 
     `flags` are those that were asked for; `waited`: the asker was in the queue before. A name that is
-    the asker's already has the new flags, and lacks ACQUIRED. Raises Errno EEXIST if it is another's.
+    the asker's already has the new flags, and lacks ACQUIRED; who waited and does not ask to QUEUE again
+    does not wait any more. Raises Errno EEXIST if the name is another's.
     """
     if result == _EXISTS:
+        if waited:
+            return flags & abi.NAME_ALLOW_REPLACEMENT
         raise Errno(errno.EEXIST, "the name has an owner")
     is_new = result == _PRIMARY_OWNER or (result == _IN_QUEUE and not waited)
     return claim_flags(request_flags(flags), result != _IN_QUEUE) | (

@@ -59,6 +59,7 @@ class DeviceEngine(DBusSocket):
         self.peers = engine.peers
         self.waiting = engine.waiting
         self.log = engine.log
+        self.said = engine.said
         self.monitors = engine.monitors
         self.activating = engine.activating
         self.kept = engine.kept

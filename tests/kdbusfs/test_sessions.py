@@ -86,6 +86,15 @@ def test_everybody_sees_who_owns_and_who_waits_and_how(bus: KdbusBus) -> None:
     assert bus.kdbus().entries(LISTED)[0] == (b.id, NAME, queued)
 
 
+def test_who_waits_for_a_name_and_asks_again_without_queue_waits_no_more(bus: KdbusBus) -> None:
+    a, b = bus.kdbus(), bus.kdbus()
+    a.acquire(NAME)
+    assert b.acquire(NAME, abi.NAME_QUEUE) & IN_QUEUE
+    assert b.acquire(NAME, abi.NAME_ALLOW_REPLACEMENT) == abi.NAME_ALLOW_REPLACEMENT
+    assert a.entries(LISTED) == [(a.id, NAME, PRIMARY)]
+    assert fails(lambda: b.acquire(NAME)) == "EEXIST"
+
+
 def test_a_connection_hears_itself_if_its_matches_say_so(bus: KdbusBus) -> None:
     a, b = bus.kdbus(), bus.kdbus()
     for each in (a, b):

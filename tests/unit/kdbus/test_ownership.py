@@ -79,6 +79,16 @@ def test_queue() -> None:
     assert bus.listed() == [(B, QUEUE | PRIMARY)]
 
 
+def test_who_asks_again_without_queue_waits_no_more() -> None:
+    bus, a, b = Bus(), connection(A), connection(B)
+    bus.acquire(a)
+    bus.acquire(b, QUEUE)
+    assert bus.acquire(b, ALLOW) == ALLOW
+    assert bus.listed() == [(A, PRIMARY)]
+    with refused("EEXIST"):
+        bus.acquire(b, ALLOW)
+
+
 def test_takeover() -> None:
     bus, a, b = Bus(), connection(A), connection(B)
     bus.acquire(a, ALLOW)
