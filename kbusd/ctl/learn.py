@@ -297,7 +297,7 @@ def _proposal(
         yield f'  why = "seen {count} times; say who calls it, and why that is harmless"'
         yield f'  calls = ["{call}"]'
         if narrower := list(_conditions(seen[call])):
-            yield "  # As it was seen; leave out what is a descriptor or a length:"
+            yield "  # As it was seen; leave out what is a descriptor, a length, or behind the last argument:"
             yield f"  # arguments = [{', '.join(narrower)}]"
         if _argued(profile, call):
             yield "  # other rules name it with other arguments: add to those, or copy them here"
