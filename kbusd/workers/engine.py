@@ -720,7 +720,7 @@ class Engine:
         if received is None:
             return False
         message, fds = received
-        if type(message) is entries.Reply and message.stamp:
+        if type(message) is entries.Reply and message.stamp and self.loaded:
             self.answer, self.answer_at = message, message.stamp
         else:
             self.said.append((message, fds))
