@@ -11,12 +11,13 @@ front (`kdbus_device.py`): as bytes that are checked, or else are said not to be
 import os
 
 import cython
+from cython.cimports.kbusd.rings.clock import monotonic
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.wire.body import check as check_body
 from cython.cimports.kbusd.workers.dbus_socket import DBusSocket
-from cython.cimports.kbusd.workers.libc import EPOLLERR, EPOLLHUP, EPOLLIN
+from cython.cimports.kbusd.workers.libc import EPOLLERR, EPOLLHUP, EPOLLIN, sched_yield
 from cython.cimports.kbusd.workers.peers import Peer
-from cython.cimports.libc.stdint import uint8_t
+from cython.cimports.libc.stdint import uint8_t, uint64_t
 from cython.cimports.libc.string import memset
 
 from kbusd.rings import entries, memfd
@@ -38,6 +39,7 @@ WATCHED = cython.declare(cython.uint, 16)  # and above: a descriptor of our clie
 
 LARGE_BODY = cython.declare(cython.size_t, 65536)  # vectors above this travel as a memfd
 MAX_ACKS = cython.declare(cython.size_t, 1 << 20)  # bytes that wait for a peer that does not run
+PROMISED_NS = cython.declare(uint64_t, 5_000_000)
 MAX_MESSAGE = 128 << 20
 
 
@@ -114,8 +116,14 @@ class DeviceEngine(DBusSocket):
         return wanted if timeout < 0 or (0 <= wanted < timeout) else timeout
 
     def catch_up(self) -> None:
-        """Take in all that stands in the rings and in the log now."""
+        """Take in all that stands in the rings and in the log now, and what a peer is about to write before
+        something that stands there. We wait for that, but not long: it may be hostile."""
         self._inbound()
+        if self.merge.holding:
+            until: uint64_t = monotonic() + PROMISED_NS
+            while self.merge.holding and monotonic() < until:
+                sched_yield()
+                self._inbound()
 
     def end(self) -> None:
         """End once everything that was sent is on its way; the file may stay open."""
