@@ -289,7 +289,7 @@ def flood_broker(taken: Taken, seconds: float) -> None:
 def flood_supervisor(taken: Taken) -> None:
     """Say things to the supervisor, which expects nothing of a worker of a socket."""
     count = 0
-    with suppress(BlockingIOError):
+    with suppress(BlockingIOError, BrokenPipeError):
         for message in (
             entries.Kill(1, "because"),
             entries.Joined(1),
