@@ -126,8 +126,8 @@ class Bus(Protocol):
         the name's activator or has brought policy for it."""
 
     def is_privileged(self, who: Known) -> bool:
-        """Whether its user owns the bus or is root, or it was opened with CAP_IPC_OWNER; and it is behind no
-        custom endpoint."""
+        """Whether its user owns the bus, or it was opened with CAP_IPC_OWNER; and it is behind no custom
+        endpoint."""
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
         """Of a policy holder. Raises Errno EEXIST."""

@@ -44,11 +44,12 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     parent: int = 0  # its parent's pid, where /proc was read for it anyway
     process: Process | None = None  # likewise
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
-    ipc_owner: bool = False  # opened its file with CAP_IPC_OWNER in the bus's user namespace
+    ipc_owner: bool = False
+    """Opened its file with CAP_IPC_OWNER in the bus's user namespace; or is root by a socket, which does not tell."""
 
     def is_privileged(self, owner: int) -> bool:
         """Whether it is to a bus of this owner's, by the bus's own node or socket."""
-        return self.uid in (0, owner) or self.ipc_owner
+        return self.uid == owner or self.ipc_owner
 
     @property
     def share(self) -> Share:

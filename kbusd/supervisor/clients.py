@@ -35,7 +35,8 @@ def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
     label = b""
     with suppress(OSError):  # where no security module labels sockets
         label = kernel.getsockopt(client.fileno(), _SO_PEERSEC, _MOST).rstrip(b"\0")
-    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint)
+    owns = uid == 0  # a socket does not tell capabilities
+    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint, ipc_owner=owns)
 
 
 def pidfd_of(client: socket.socket) -> int:

@@ -211,7 +211,7 @@ class Port:
         return self._replica.me, about
 
     def is_privileged(self, who: Known) -> bool:
-        return not who.custom and (who.uid in (0, self._context.bus.owner) or who.ipc_owner)
+        return not who.custom and (who.uid == self._context.bus.owner or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""

@@ -29,6 +29,7 @@ from kbusd.kdbus.port import Caller, Joining
 from kbusd.kdbus.session import Done, Session, fetch
 from kbusd.kdbus.waits import Wait
 from kbusd.rings import entries, memfd
+from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line
 from kbusd.workers import kdbus_bus
 from kbusd.workers.context import Context
@@ -36,6 +37,13 @@ from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.kdbus_attached import Attached
 from kbusd.workers.kdbus_engine import DeviceEngine
 from kbusd.workers.kdbus_requests import Request, Requests
+
+MAX_COMPLAINTS = 16  # lines in the log about one file
+BAD_INPUT = {
+    errno.EINVAL, errno.EFAULT, errno.EBADF, errno.EBADFD, errno.EBADMSG, errno.EDOM, errno.EMSGSIZE,
+    errno.EMEDIUMTYPE, errno.ENAMETOOLONG, errno.ENOTUNIQ, errno.EOPNOTSUPP, errno.ETXTBSY,
+}  # fmt: skip
+"""What no client is refused with that knows the ABI: the rest is for it to handle, and nobody else's business."""
 
 
 class FileLine(Line):
@@ -60,10 +68,21 @@ class Device(Requests):
         self.entering: Callable[[entries.Credentials], None] | None = None  # called at HELLO
         self.cuse = transport == "cuse"
         self._uid = uid
+        self._journal = Journal("kbusd-worker")
+        self._complaints = 0
         self.sees_pids = True  # of the namespace in which the supervisor is
         self.space = 0  # the pid namespace of our client
         self.users = kdbus_bus.HOME  # and its user namespace
         self.maps = SAME, SAME  # uids and gids of its user namespace
+
+    def refused(self, held: Request, error: Errno) -> None:
+        """What is wrong with what the client wrote leaves a line in the log; so many at most."""
+        if error.errno not in BAD_INPUT or self._complaints >= MAX_COMPLAINTS:
+            return
+        self._complaints += 1
+        last = " (what else is wrong is not logged)" * (self._complaints == MAX_COMPLAINTS)
+        who = f"thread {held.tid} of uid {self._uid}"
+        self._journal.say(f"{who}, a kdbus client: {error}{last}")
 
     def own_command(self, held: Request) -> Coroutine[Wait[Any], None, Done] | None:
         if held.command == attach.COMMAND:

@@ -267,6 +267,10 @@ class Requests:
             command = self.session.ioctl(held, held.command, held.argument, first)
         waits.start(command, lambda result: self._ended(held, result))
 
+    def refused(self, held, error):
+        """A command fails that was not carried out at once."""
+        raise NotImplementedError
+
     def own_command(self, held):
         """A command that is not the session's, but the file's; None if this is none of those."""
         raise NotImplementedError
@@ -352,6 +356,7 @@ class Requests:
         if isinstance(result, Interrupted):
             held.answer(-fuse.ERESTARTSYS, ())
         elif isinstance(result, Errno):
+            self.refused(held, result)
             held.answer(-result.errno, [(poke.offset, poke.data) for poke in result.pokes])
         else:
             held.answer(0, [(at - held.argument, data) for at, data in result.stores])

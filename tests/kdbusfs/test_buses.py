@@ -145,6 +145,14 @@ def test_a_bus_has_bloom_filters_that_can_be(root: Path, bloom: tuple[int, int])
         assert errno_of(maker, f"{UID}-b", 0, layout.BLOOM_PARAMETER.pack(*bloom)) == "EINVAL"
 
 
+def test_one_user_makes_16_at_most(root: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(16):
+            stack.enter_context(Maker(root)).make(f"{UID}-n{number}")
+        with Maker(root) as maker:
+            assert errno_of(maker, f"{UID}-n16") == "EMFILE"
+
+
 def test_a_file_makes_one_bus_and_takes_no_other_command(root: Path) -> None:
     with Maker(root) as maker:
         with pytest.raises(OSError) as caught:

@@ -129,6 +129,16 @@ def fill(bed: Bed) -> None:
         bed.a.send(bed.b.id, bytes(1000))
 
 
+def named(name: str) -> bytes:
+    return items.string(abi.ITEM_MAKE_NAME, name)
+
+
+def exhaust(bed: Bed, number: int, more: bytes = b"", flags: int = 0) -> None:
+    """Let a command fill a pool that nobody frees."""
+    with KdbusClient(bed.node, size=mmap.PAGESIZE) as small:
+        overdo(lambda _: cmd(small, number, flags=flags, more=more)())
+
+
 def overdo(what: Callable[[int], Any]) -> None:
     for number in range(1000):
         what(number)
@@ -186,6 +196,16 @@ ROWS: dict[str, Row] = {
     "update-flags": ("EINVAL", lambda t: lambda: t.a.update(item(abi.ITEM_ATTACH_FLAGS_SEND, 1 << 40))),
     "update-two-names": ("E2BIG", lambda t: lambda: t.holder.update(*brought("a.b"), *brought("a.c"))),
     "update-order": ("EINVAL", lambda t: lambda: t.holder.update(item(abi.ITEM_POLICY_ACCESS, 3, 0, 0))),
+    "update-anothers": ("EEXIST", lambda t: lambda: t.holder.update(*brought("com.example.Act"))),
+    "update-access": ("EINVAL", lambda t: lambda: t.holder.update(*brought("a.b", (abi.POLICY_ACCESS_WORLD, 3, 0)))),
+    "update-who": ("EINVAL", lambda t: lambda: t.holder.update(*brought("a.b", (4, abi.POLICY_SEE, 0)))),
+    "update-no-uid": ("EINVAL", lambda t: lambda: t.holder.update(*brought("a.b", (abi.POLICY_ACCESS_USER, 0, (1 << 32) - 1)))),
+    # -- BUS_MAKE (the manual page has EBADMSG for a missing item, the kernel never gave it)
+    "make-bus-of-nothing": ("EINVAL", lambda t: cmd(t.control, abi.CMD_BUS_MAKE)),
+    "make-bus-no-bloom": ("EINVAL", lambda t: cmd(t.control, abi.CMD_BUS_MAKE, named(f"{UID}-x"))),
+    "make-bus-no-name": ("EINVAL", lambda t: cmd(t.control, abi.CMD_BUS_MAKE, item(abi.ITEM_BLOOM_PARAMETER, 8, 1))),
+    "make-bus-attach": ("EINVAL", lambda t: cmd(t.control, abi.CMD_BUS_MAKE, named(f"{UID}-x"), item(abi.ITEM_BLOOM_PARAMETER, 8, 1), item(abi.ITEM_ATTACH_FLAGS_SEND, 1 << 40))),
+    "make-bus-long-name": ("ENAMETOOLONG", lambda t: cmd(t.control, abi.CMD_BUS_MAKE, named(f"{UID}-" + "x" * 63))),
     # -- CONN_INFO, LIST
     "info-of-nobody": ("EINVAL", lambda t: lambda: t.a.info()),
     "info-flags": ("EINVAL", lambda t: lambda: t.a.info(1, flags=1 << 40)),
@@ -194,6 +214,9 @@ ROWS: dict[str, Row] = {
     "info-other-id": ("ESRCH", lambda t: lambda: t.a.info(t.a.id, NAME)),
     "info-hidden": ("ENXIO", lambda t: lambda: t.inside.info(t.b.id)),
     "creator-flags": ("EINVAL", lambda t: cmd(t.a, abi.CMD_BUS_CREATOR_INFO, more=struct.pack("=2Q", 0, 1 << 40))),
+    "info-full": ("EXFULL", lambda t: lambda: exhaust(t, abi.CMD_CONN_INFO, struct.pack("=2Q", t.a.id, 0))),
+    "creator-full": ("EXFULL", lambda t: lambda: exhaust(t, abi.CMD_BUS_CREATOR_INFO)),
+    "list-full": ("EXFULL", lambda t: lambda: exhaust(t, abi.CMD_LIST, flags=abi.LIST_UNIQUE)),
     "list-flags": ("EINVAL", lambda t: lambda: t.a.list(1 << 20)),
     # -- names
     "acquire-none": ("EINVAL", lambda t: cmd(t.a, abi.CMD_NAME_ACQUIRE)),
@@ -323,6 +346,25 @@ def cancelled(bed: Bed, fd: int) -> Callable[[], Any]:
 def test_what_is_wrong_is_told_by_its_errno(bed: Bed, row: str) -> None:
     expected, make = ROWS[row]
     assert fails(make(bed)) == expected
+
+
+def test_bad_input_leaves_a_line_in_the_log_but_not_without_end(shared: KdbusBus) -> None:
+    def lines(text: str) -> list[str]:
+        return [line for line in shared.log().splitlines() if text in line]
+
+    with KdbusClient(shared.node) as client:
+        assert fails(lambda: client.info(name="no.such.name")) == "ESRCH"
+        for _ in range(40):
+            assert fails(lambda: client.send(client.id, b"x", flags=1 << 41)) == "EINVAL"
+        procs.eventually(lambda: len(lines(f"{1 << 41:#x}")) == 16, "so many lines")
+        first, *_, last = lines(f"{1 << 41:#x}")
+        assert f"thread {os.getpid()} of uid {UID}" in first
+        assert "message with unknown flags" in first
+        assert last.endswith("(what else is wrong is not logged)")
+        assert not lines("no.such.name")
+    with KdbusClient(str(Path(shared.node).parents[1] / "control"), hello=False) as control:
+        assert fails(cmd(control, abi.CMD_BUS_MAKE, flags=1 << 42)) == "EINVAL"
+        procs.eventually(lambda: lines(f"{1 << 42:#x}"), "of a control node, too")
 
 
 # -- for every command -------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kbusd.kdbus import abi
+from kbusd.kdbus import abi, items
 from tests.kdbusfs.kclient import KdbusClient
-from tests.kdbusfs.test_buses import world_bus
+from tests.kdbusfs.test_buses import Maker, world_bus
 from tests.kdbusfs.test_clients import FILE, NODE, fails, to_name
-from tests.kdbusfs.test_sessions import brought, signal_filter
+from tests.kdbusfs.test_sessions import brought, in_a_child, set_capabilities, signal_filter
 
 UID = os.geteuid()
 WORLD, USER = abi.POLICY_ACCESS_WORLD, abi.POLICY_ACCESS_USER
@@ -37,15 +40,59 @@ def test_who_made_it_may_do_anything(made: str) -> None:
         assert one.recv().payload == b"to the name"
 
 
-def as_user(uid: int, node: str, **how: Any) -> KdbusClient:
-    """A connection of another user: he is who opened the file."""
+@contextlib.contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """What is done meanwhile, another user does."""
     os.setegid(uid)
     os.seteuid(uid)
     try:
-        return KdbusClient(node, **how)
+        yield
     finally:
         os.seteuid(0)
         os.setegid(0)
+
+
+def as_user(uid: int, node: str, **how: Any) -> KdbusClient:
+    """A connection of another user: he is who opened the file."""
+    with acting_as(uid):
+        return KdbusClient(node, **how)
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_root_is_privileged_on_anothers_bus_by_its_capability_alone(
+    made: str, capable: bool
+) -> None:
+    root = Path(made).parents[1]
+    with Maker(root) as maker:
+        with acting_as(1):
+            maker.make("1-theirs", abi.MAKE_ACCESS_WORLD)
+        theirs = str(root / "1-theirs" / "bus")
+        with as_user(1, theirs, flags=abi.HELLO_MONITOR), as_user(1, theirs) as peer:
+
+            def child() -> None:
+                ipc_owner = 1 << 15
+                set_capabilities(ipc_owner * capable, ipc_owner)
+                client = KdbusClient(theirs)
+                refused = "" if capable else "EPERM"
+                assert outcome(lambda: client.send(peer.id, b"x")) == refused
+                assert outcome(lambda: client.acquire(NAME)) == refused
+                assert outcome(lambda: KdbusClient(theirs, flags=abi.HELLO_MONITOR)) == refused
+                chain = items.string(abi.ITEM_MAKE_NAME, f"{UID}-apps")
+                file = KdbusClient(theirs, hello=False)
+                make = abi.CMD_ENDPOINT_MAKE
+                assert outcome(lambda: file.do(make, bytes(16), chain)) == refused
+
+            in_a_child(child)
+            assert peer.readable() == capable
+
+
+def outcome(what: Callable[[], object]) -> str:
+    """The name of the errno with which it fails, or ""."""
+    try:
+        what()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return ""
 
 
 def test_others_own_and_reach_nothing_but_what_policy_allows(made: str) -> None:

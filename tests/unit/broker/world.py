@@ -140,7 +140,7 @@ class World:
 
 
 def credentials(worker: int, uid: int = 1000) -> e.Credentials:
-    return e.Credentials(uid, uid, 9000 + worker, (uid,))
+    return e.Credentials(uid, uid, 9000 + worker, (uid,), ipc_owner=uid == 0)
 
 
 def service(name: str, *arguments: str, user: str = "") -> Service:

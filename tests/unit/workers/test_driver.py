@@ -24,7 +24,7 @@ NOC = "NameOwnerChanged"
 
 
 def person(uid: int = 1000) -> e.Credentials:
-    return e.Credentials(uid, 100, 4000, (27, 4))
+    return e.Credentials(uid, 100, 4000, (27, 4), ipc_owner=uid == 0)
 
 
 def make(facts: driver.Bus = FACTS) -> Model:
