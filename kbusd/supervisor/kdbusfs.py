@@ -48,9 +48,8 @@ class Mount(Connection):
         self.tree: Holder | None = None
         self.early: deque[bytes] = deque()  # requests for a tree that is not there yet
         self.again: Counter[int] = Counter()  # how many trees have left them unanswered
-        self.asked: dict[
-            int, float
-        ] = {}  # what the tree was asked last, and when; some is answered
+        # What the tree was asked, and when; some of it is answered.
+        self.asked: dict[int, float] = {}
         self._want_tree(first=2)
         devices.listen(fuse, self.take)
 

@@ -550,20 +550,26 @@ def test_a_zygote_without_a_descriptor_is_made_up_for(start_bus: Callable[..., B
     pair.end()
 
 
-@pytest.mark.kbusd_only
-def test_processes_run_out(start_bus: Callable[..., Bus]) -> None:
-    """Who is connected goes on, who comes waits till somebody leaves."""
+def bus_of(start_bus: Callable[..., Bus], uid: int, limit: str) -> tuple[Bus, list[str]]:
+    """A bus of a user who runs nothing else, with this limit; and the command that becomes him."""
     if os.geteuid() != 0:
         pytest.skip("needs root to become a user that has no other process")
-    become = ["setpriv", f"--reuid={ALONE}", f"--regid={ALONE}", "--clear-groups", "--"]
+    become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
     need_a_tree_for_all(become)
     bus = start_bus(
         configuration(
-            f"unix:abstract=kbusd-test-{os.getpid()}",
+            f"unix:abstract=kbusd-test-{uid}-{os.getpid()}",
             policy=OPEN_POLICY.replace("<allow", '<allow user="*"/><allow', 1),
         ),
-        prefix=[*become, "prlimit", "--nproc=14:14", "--"],
+        prefix=[*become, "prlimit", limit, "--"],
     )
+    return bus, become
+
+
+@pytest.mark.kbusd_only
+def test_processes_run_out(start_bus: Callable[..., Bus]) -> None:
+    """Who is connected goes on, who comes waits till somebody leaves."""
+    bus, _ = bus_of(start_bus, ALONE, "--nproc=14:14")
     pair = Bystanders(bus)
     clients: list[RawSocket] = []
     while "cannot make a worker: Resource temporarily unavailable" not in bus.log():
@@ -607,17 +613,7 @@ sys.stdin.read()
 def test_descriptors_in_flight_run_out(start_bus: Callable[..., Bus]) -> None:
     """The user's own program sends more than the bus may have open: nobody can be given a worker.
     Who is connected goes on; later there is room. The log tells what was wanting, in words."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become a user that has no other process")
-    become = ["setpriv", f"--reuid={HOARDING}", f"--regid={HOARDING}", "--clear-groups", "--"]
-    need_a_tree_for_all(become)
-    bus = start_bus(
-        configuration(
-            f"unix:abstract=kbusd-test-flight-{os.getpid()}",
-            policy=OPEN_POLICY.replace("<allow", '<allow user="*"/><allow', 1),
-        ),
-        prefix=[*become, "prlimit", "--nofile=4096:4096", "--"],
-    )
+    bus, become = bus_of(start_bus, HOARDING, "--nofile=4096:4096")
     pair = Bystanders(bus)
     pair.go_on()
     waiting: list[RawSocket] = []

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from kbusd.kdbus import abi, items
 from tests.kdbusfs.kclient import KdbusClient
+from tests.kdbusfs.rig import errno_of
 from tests.kdbusfs.test_buses import Maker, world_bus
 from tests.kdbusfs.test_clients import FILE, NODE, fails, to_name
 from tests.kdbusfs.test_sessions import brought, in_a_child, set_capabilities, signal_filter
@@ -74,25 +74,16 @@ def test_root_is_privileged_on_anothers_bus_by_its_capability_alone(
                 set_capabilities(ipc_owner * capable, ipc_owner)
                 client = KdbusClient(theirs)
                 refused = "" if capable else "EPERM"
-                assert outcome(lambda: client.send(peer.id, b"x")) == refused
-                assert outcome(lambda: client.acquire(NAME)) == refused
-                assert outcome(lambda: KdbusClient(theirs, flags=abi.HELLO_MONITOR)) == refused
+                assert errno_of(lambda: client.send(peer.id, b"x")) == refused
+                assert errno_of(lambda: client.acquire(NAME)) == refused
+                assert errno_of(lambda: KdbusClient(theirs, flags=abi.HELLO_MONITOR)) == refused
                 chain = items.string(abi.ITEM_MAKE_NAME, f"{UID}-apps")
                 file = KdbusClient(theirs, hello=False)
                 make = abi.CMD_ENDPOINT_MAKE
-                assert outcome(lambda: file.do(make, bytes(16), chain)) == refused
+                assert errno_of(lambda: file.do(make, bytes(16), chain)) == refused
 
             in_a_child(child)
             assert peer.readable() == capable
-
-
-def outcome(what: Callable[[], object]) -> str:
-    """The name of the errno with which it fails, or ""."""
-    try:
-        what()
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
-    return ""
 
 
 def test_others_own_and_reach_nothing_but_what_policy_allows(made: str) -> None:
