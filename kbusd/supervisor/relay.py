@@ -64,9 +64,8 @@ MAX_REQUEST = (128 << 10) + 4096
 MAX_AHEAD = 8 << 10  # bytes of a Wish
 MAX_RANGES = 8
 MAX_PUSH = 256 << 10  # in one write; more are several
-MAX_PUSHED = (
-    16 << 30
-)  # with one answer: no worker can map a larger pool (profiles/kdbus-worker.toml)
+# With one answer: no worker can map a larger pool (profiles/kdbus-worker.toml).
+MAX_PUSHED = 16 << 30
 
 # How the messages begin and end on a line: behind `_ASKED` come the request's length, the request and
 # the parts of `ahead`; behind `_ANSWERED` the reply, the pairs of `pushed`, and whether it is the last.
