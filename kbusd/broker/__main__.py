@@ -40,7 +40,7 @@ def main() -> int:
         owner = bus_owner(read_configuration(CONFIGURATION).user)
     server = Server(adopt(SUPERVISOR), CONFIGURATION, options.address, owner)
     try:
-        for warning in apply.confine(profile):
+        for warning in apply.confine(profile, start_threads=server.start_threads):
             server.say(warning)
     except SandboxError as error:
         server.say(f"not started: {error}")

@@ -27,6 +27,7 @@ import msgspec
 from kbusd.broker.bus import Bus
 from kbusd.broker.connection import Behind, Connection
 from kbusd.broker.filtered import Filter
+from kbusd.broker.guarded import Closers, Guarded
 from kbusd.broker.log import Logs
 from kbusd.broker.refusal import Violation
 from kbusd.policy import configuration
@@ -84,7 +85,8 @@ class Server:
         self._launcher: Line | None = None
         self._to_launcher: list[ToLauncher] = []
         self._configuration = configuration_fd
-        self._lines: dict[int, Line] = {}  # by worker
+        self._closers = Closers()
+        self._lines: dict[int, Guarded] = {}  # by worker
         self._workers: dict[int, int] = {}  # descriptor of a line -> worker
         self._wake_up: set[int] = set()
         self._joined: list[int] = []  # what the supervisor may know a moment later
@@ -101,6 +103,10 @@ class Server:
             self._vectors = selinux.AccessVectors(selinux.label(), self.say)
             self._epoll.register(self._vectors.fileno(), _READ)
         self._bus = Bus(self, read_configuration(configuration_fd), address, owner)
+
+    def start_threads(self) -> None:
+        """Before `run`, and before the process can start none any more. Raises RuntimeError."""
+        self._closers.start()
 
     def run(self) -> None:
         """Serve. Returns when the supervisor has closed its line; raises LineError if it erred."""
@@ -243,7 +249,7 @@ class Server:
         try:
             match message:
                 case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
-                    line = Line(adopt(fds.pop()), WorkerMessage)
+                    line = Guarded(adopt(fds.pop()), WorkerMessage, self._closers)
                     self._lines[worker] = line
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
@@ -378,9 +384,7 @@ class Server:
         if sum(waiting.values()) <= most:
             return False
         worker = max(waiting, key=waiting.__getitem__)
-        queue = self._lines[worker].queue
-        while queue:
-            close_all(queue.popleft()[1])
+        self._lines[worker].discard()
         self._broken[worker] = f"its worker left {waiting[worker]} descriptors unread"
         return True
 
@@ -422,6 +426,9 @@ class Server:
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+    def dispose(self, fd: int) -> None:
+        self._closers.close([fd])
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         if self._vectors is None:

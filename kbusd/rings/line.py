@@ -81,9 +81,17 @@ class Line:
             if not self._try(data, fds):
                 return False
             self.queue.popleft()
-            for fd in fds:
-                os.close(fd)
+            self._release(fds)
         return True
+
+    def discard(self) -> None:
+        """What is queued is not sent any more."""
+        while self.queue:
+            self._release(self.queue.popleft()[1])
+
+    def _release(self, fds: Sequence[int]) -> None:
+        """Those of ours which were queued."""
+        close_all(fds)
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
         ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -99,20 +107,22 @@ class Line:
         Raises EOFError when the other end has closed, LineError when it broke the rules."""
         buffer = self._buffer if buffer is None else buffer
         try:
-            size, ancillary, flags, _ = self.sock.recvmsg_into(
-                [buffer], _ANCILLARY, _RECEIVE | self._wait_flag()
-            )
+            size, fds, cut_short = self._next(buffer, self._wait_flag())
         except BlockingIOError:
             return None
         except ConnectionResetError:
             # It has closed and left something of ours unread; what it had said before comes next.
             return self.receive(buffer)
+        return self.decoded(memoryview(buffer)[:size], fds, cut_short)
+
+    def _next(self, buffer: bytearray, flags: int) -> tuple[int, list[int], int]:
+        """The next record's size, its descriptors, and whether it was cut short."""
+        size, ancillary, found, _ = self.sock.recvmsg_into([buffer], _ANCILLARY, _RECEIVE | flags)
         fds = array.array("i")
         for level, kind, payload in ancillary:
             if level == _SOL_SOCKET and kind == _SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % 4])
-        record = memoryview(buffer)[:size]
-        return self.decoded(record, fds.tolist() if ancillary else [], flags & _CUT_SHORT)
+        return size, fds.tolist() if ancillary else [], found & _CUT_SHORT
 
     def decoded(self, record: memoryview, fds: list[int], cut_short: int) -> tuple[Any, list[int]]:
         """The same of a record that was received by other means."""
@@ -134,9 +144,7 @@ class Line:
         return 0 if self.sock.gettimeout() is None else _DONT_WAIT
 
     def close(self) -> None:
-        for _, fds in self.queue:
-            close_all(fds)
-        self.queue.clear()
+        self.discard()
         self.sock.close()
 
 

@@ -4,7 +4,8 @@ Order, and why: close descriptors (what is not ours must not even be held) -> na
 bounding set, groups, uid, capabilities (each needs a privilege that a later one gives up) -> not
 dumpable (a change of uid resets it) -> rlimits -> setcon (so that the domain needs none of the rights of the
 above; it writes under /proc, which the following forbid) -> no_new_privs -> Landlock (needs it) -> seccomp
-last, as it forbids most of the above. For processes of one thread. Imports nothing at the time of use, and opens nothing
+last, as it forbids most of the above. For processes of one thread; those that it is to have later start between the
+last two, as all but seccomp is a thread's own. Imports nothing at the time of use, and opens nothing
 but what Landlock leaves reachable and /proc/thread-self/attr/current.
 """
 
@@ -14,9 +15,10 @@ import os
 import resource
 import stat
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from kbusd.sandbox import kernel
-from kbusd.sandbox.compiled import Compiled
+from kbusd.sandbox.compiled import Compiled, Limit
 from kbusd.sandbox.errors import Unavailable
 
 _SETPCAP = 1 << 8
@@ -25,12 +27,18 @@ _SYS_ADMIN = 1 << 21
 _ATTRIBUTE = "/proc/thread-self/attr/current"
 
 
-def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> list[str]:
+def confine(
+    compiled: Compiled,
+    *,
+    keep_fds: Iterable[int] | None = None,
+    start_threads: Callable[[], object] | None = None,
+) -> list[str]:
     """Confine the calling process by `compiled`; returns warnings (what could not be had).
 
     `keep_fds`: close all descriptors but these (None: close none). Root changes user and groups;
     anybody else, root of a user namespace without others too, stays who he is and only gives up
-    what he has. May be called again in a forked
+    what he has. `start_threads`: called when nothing but the filter, and the limit on processes, is missing,
+    and they hold for what it starts. May be called again in a forked
     child with a tighter profile. Raises Unavailable (a SandboxError) if a required feature can't be had: the
     process is then half confined and must exit."""
     warnings: list[str] = []
@@ -65,20 +73,22 @@ def confine(compiled: Compiled, *, keep_fds: Iterable[int] | None = None) -> lis
     if compiled.not_dumpable:
         step("not-dumpable", lambda: kernel.prctl(kernel.PR_SET_DUMPABLE, 0))
     for limit in compiled.limits:
-        step(
-            f"limits.{limit.name}",
-            lambda limit=limit: _limit(limit.resource, limit.value),  # type: ignore[misc]
-            limit.required,
-        )
+        if start_threads is None or limit.resource != resource.RLIMIT_NPROC:
+            step(f"limits.{limit.name}", partial(_limit, limit), limit.required)
     if compiled.selinux:
         step("selinux", lambda: _setcon(compiled.selinux))
     if compiled.no_new_privileges:
         step("no-new-privileges", lambda: kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1))
     if compiled.landlock is not None:
         step("landlock", lambda: _landlock(compiled))
+    if start_threads is not None:
+        start_threads()
+        for limit in compiled.limits:
+            if limit.resource == resource.RLIMIT_NPROC:
+                step(f"limits.{limit.name}", partial(_limit, limit), limit.required)
     if compiled.bpf:
         load = kernel.load_listening_filter if compiled.listening else kernel.load_filter
-        step("seccomp", lambda: load(compiled.bpf))
+        step("seccomp", lambda: load(compiled.bpf, start_threads is not None))
     return warnings
 
 
@@ -137,14 +147,13 @@ def _settle_capabilities(
     step("capabilities", lambda: kernel.set_capabilities(keep))
 
 
-def _limit(number: int, value: int) -> None:
-    """At most `value`; what is lower already stays, as only root could raise it."""
-    hard = resource.getrlimit(number)[1]
-    if value < 0:
-        resource.setrlimit(number, (hard, hard))
-        return
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(number, (value, value))
+def _limit(limit: Limit) -> None:
+    """At most its value; what is lower already stays, as only root could raise it."""
+    hard = resource.getrlimit(limit.resource)[1]
+    if limit.value < 0 or limit.value > hard != resource.RLIM_INFINITY:
+        resource.setrlimit(limit.resource, (hard, hard))
+    else:
+        resource.setrlimit(limit.resource, (limit.value, limit.value))
 
 
 def _landlock(compiled: Compiled) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 
@@ -22,7 +23,8 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
     """The confinement of one process. None: the kernel does not say (or not to us).
 
     Ids are real, effective, saved, file system. Capabilities are bits. `filters` counts what
-    was inherited, too. Limits are (soft, hard), -1 unlimited, by the names that profiles use."""
+    was inherited, too. Limits are (soft, hard), -1 unlimited, by the names that profiles use.
+    `unlike` counts threads that are not confined as the first."""
 
     pid: int
     parent: int
@@ -42,9 +44,13 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
     dumpable: bool | None
     limits: dict[str, tuple[int, int]]
     label: str
-    threads: int
+    unlike: int
 
 
+_OF_A_THREAD = (
+    *("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"),
+    *("NoNewPrivs", "Seccomp", "Seccomp_filters"),
+)
 _LIMIT_LINES = {
     "Max address space": "as",
     "Max core file size": "core",
@@ -86,7 +92,7 @@ def read(pid: int, titles: Mapping[str, str] | None = None) -> InForce:
             dumpable=_dumpable(pid, uids[1]),
             limits=_limits(pid),
             label=_label(pid),
-            threads=int(status["Threads"]),
+            unlike=_unlike(pid, status),
         )
     except FileNotFoundError:
         raise ProcessLookupError(f"there is no process {pid}") from None
@@ -167,6 +173,8 @@ def differences(
             wrong.append(f"has {found.filters} filters, no more than its parent")
     if privileged and wanted.selinux and selinux_type(found.label) != wanted.selinux:
         wrong.append(f"SELinux label is {found.label or 'none'}, want type {wanted.selinux}")
+    if found.unlike:
+        wrong.append(f"{found.unlike} of its threads are not confined as the first")
     return wrong
 
 
@@ -202,7 +210,18 @@ def selinux_type(label: str) -> str:
     return parts[2] if len(parts) >= 3 else ""
 
 
-def _status(pid: int) -> dict[str, str]:
+def _unlike(pid: int, first: Mapping[str, str]) -> int:
+    count = 0
+    for name in os.listdir(f"/proc/{pid}/task"):
+        thread = f"{pid}/task/{name}"
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            status = _status(thread)
+            alike = all(status.get(key) == first.get(key) for key in _OF_A_THREAD)
+            count += not alike or _label(thread) != _label(pid)
+    return count
+
+
+def _status(pid: int | str) -> dict[str, str]:
     with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
         lines = [line.partition(":") for line in file]
     return {key: value.strip() for key, _, value in lines}
@@ -230,7 +249,7 @@ def _limits(pid: int) -> dict[str, tuple[int, int]]:
     return limits
 
 
-def _label(pid: int) -> str:
+def _label(pid: int | str) -> str:
     try:
         with open(f"/proc/{pid}/attr/current") as file:
             return file.read().rstrip("\0\n")

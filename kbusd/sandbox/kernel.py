@@ -39,8 +39,10 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _CAPABILITY_VERSION_3 = cython.declare(cython.uint, 0x20080522)
 _SET_MODE_FILTER = cython.declare(cython.ulong, 1)
+_FILTER_TSYNC = cython.declare(cython.ulong, 1)
 _FILTER_LOG = cython.declare(cython.ulong, 2)
 _FILTER_NEW_LISTENER = cython.declare(cython.ulong, 8)
+_FILTER_TSYNC_ESRCH = cython.declare(cython.ulong, 16)
 _FILTER_WAIT_KILLABLE = cython.declare(cython.ulong, 32)
 _LANDLOCK_CREATE_RULESET = cython.declare(cython.long, 444)
 _LANDLOCK_ADD_RULE = cython.declare(cython.long, 445)
@@ -116,35 +118,35 @@ def drop_bounding(keep: uint64_t):
         _check(c_prctl(PR_CAPBSET_DROP, capability, _NONE, _NONE, _NONE))
 
 
-def load_filter(bpf: bytes):
+def load_filter(bpf: bytes, threads: cython.bint = False):
     """seccomp(2) SECCOMP_SET_MODE_FILTER with an array of struct sock_filter (8 bytes each).
 
-    The kernel logs calls that it has fail, too, not only those that kill."""
+    `threads`: for all of them. The kernel logs calls that it has fail, too, not only those that kill."""
     program: sock_fprog
     program.length = len(bpf) // 8
     program.filter = cython.cast(cython.p_char, bpf)
-    _check(syscall(SYS_seccomp, _SET_MODE_FILTER, _FILTER_LOG, cython.address(program)))
+    flags: cython.ulong = _FILTER_LOG | (_FILTER_TSYNC if threads else _NONE)
+    if _check(syscall(SYS_seccomp, _SET_MODE_FILTER, flags, cython.address(program))):
+        raise OSError(0, "a thread has a filter of its own")
 
 
-def load_listening_filter(bpf: bytes):
+def load_listening_filter(bpf: bytes, threads: cython.bint = False):
     """The same; returns the descriptor at which somebody answers what the filter leaves to him.
 
     Every such call waits for that (seccomp_unotify(2))."""
     program: sock_fprog
     program.length = len(bpf) // 8
     program.filter = cython.cast(cython.p_char, bpf)
+    flags: cython.ulong = _FILTER_NEW_LISTENER
+    if threads:
+        flags |= _FILTER_TSYNC | _FILTER_TSYNC_ESRCH
     fd: cython.long = syscall(
-        SYS_seccomp,
-        _SET_MODE_FILTER,
-        _FILTER_NEW_LISTENER | _FILTER_WAIT_KILLABLE,
-        cython.address(program),
+        SYS_seccomp, _SET_MODE_FILTER, flags | _FILTER_WAIT_KILLABLE, cython.address(program)
     )
     if fd >= 0:
         return fd
     # Before Linux 5.19 a signal interrupts a call that waits for an answer.
-    return _check(
-        syscall(SYS_seccomp, _SET_MODE_FILTER, _FILTER_NEW_LISTENER, cython.address(program))
-    )
+    return _check(syscall(SYS_seccomp, _SET_MODE_FILTER, flags, cython.address(program)))
 
 
 def landlock_abi():

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -32,6 +34,16 @@ def look(pid: int) -> Process | None:
         return None
     comm, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
     return Process(pid, int(rest[1]), int(rest[19]), rest[0], comm)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """While it does not run, so that it sees later what came meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def all_processes() -> list[Process]:

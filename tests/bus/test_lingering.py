@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 
@@ -14,18 +12,8 @@ from kbusd.supervisor.supervisor import NOT_AUTHENTICATED
 
 from .daemon import Bus
 from .lingering import lingering
-from .procs import eventually
+from .procs import eventually, stopped
 from .rawclient import Disconnected
-
-
-@contextmanager
-def stopped(bus: Bus) -> Iterator[None]:
-    """While the supervisor does not run, so that it sees later what came meanwhile."""
-    os.kill(bus.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(bus.pid, signal.SIGCONT)
 
 
 def leaves_one(client: socket.socket) -> socket.socket:
@@ -45,7 +33,7 @@ def connected(bus: Bus) -> socket.socket:
 def test_a_client_that_hangs_up_stopped_the_bus_by_what_it_left_behind() -> None:
     bus = Bus()
     try:
-        with stopped(bus), connected(bus) as client:
+        with stopped(bus.pid), connected(bus) as client:
             other = leaves_one(client)
         bus.connect()
         other.close()
@@ -57,7 +45,7 @@ def test_a_client_that_is_refused_stopped_the_bus_by_what_it_had_sent() -> None:
     bus = Bus(limits={"max_connections_per_user": 2})
     clients = []
     try:
-        with stopped(bus):
+        with stopped(bus.pid):
             clients = [connected(bus) for _ in range(2 + NOT_AUTHENTICATED)]
             refused = connected(bus)
             other = leaves_one(refused)

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ from tests.kdbusfs.test_sessions import brought
 
 from .conftest import _running
 from .daemon import OPEN_POLICY, Bus
-from .procs import eventually
+from .lingering import lingering
+from .procs import eventually, stopped
 from .rawclient import BusError, Disconnected, RawClient, RawSocket
 from .redteam import attacks, zygote
 
@@ -373,6 +375,42 @@ def test_who_breaks_a_rule_and_ends_takes_nobody_along(red_bus: RedBus, victims:
         red.expect_disconnect()
         red.close()
     red_bus.logs("sent Running before Hello")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "with a record",
+        "with a record that does not decode",
+        "with a record without bytes",
+        "behind a record without bytes",
+        "with more than a record may have",
+        "behind what ends us",
+        "in a side socket",
+    ],
+)
+def test_a_descriptor_that_takes_a_day_to_be_closed_stopped_the_broker(
+    red_bus: RedBus, victims: Victims, how: str
+) -> None:
+    red = red_bus.attack("hand_on", how)
+    number = red.heard()
+    if how == "in a side socket":
+        asker = red_bus.attack("ask_to_meet", number)
+    slow, other = lingering()
+    socket.send_fds(red.sock, [b"\0"], [slow.fileno()])
+    assert red.heard() == "have it"
+    os.close(slow.detach())
+    broker = next(p.pid for p in red_bus.tree() if p.comm == "kbusd-broker")
+    with stopped(broker):
+        red.write(b"\0")
+        assert red.all() == ["done"]
+    red.close()
+    if how == "in a side socket":
+        assert asker.heard() == "org.freedesktop.DBus.Error.NameHasNoOwner"
+        asker.close()
+    eventually(lambda: f":1.{number}" not in victims.caller.driver("ListNames")[0], "it is gone")
+    red_bus.connect().close()
+    other.close()
 
 
 @as_root

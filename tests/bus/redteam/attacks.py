@@ -380,6 +380,47 @@ def break_a_rule_and_go(taken: Taken) -> None:
     taken.line.send(entries.Running(1))
 
 
+def hand_on(taken: Taken, how: str) -> None:
+    """Have the broker be the last who holds a descriptor of the client's."""
+    taken.say(taken.hello())
+    while how == "in a side socket" and not taken.introductions:
+        wait(taken.line)
+        if (received := taken.line.receive()) is not None:
+            taken.introductions.append(received)
+    wait(taken.client)
+    _, [fd], _, _ = socket.recv_fds(taken.client, 1, 1)
+    taken.say("have it")
+    wait(taken.client)  # it has closed its own, and the broker is stopped
+    message = msgspec.msgpack.encode(entries.Introduce(taken.next(), 1, 0, 0))
+    many = [os.memfd_create("one of many") for _ in range(100)]
+    match how:
+        case "with a record":
+            socket.send_fds(taken.line.sock, [message], [*many[:3], fd])
+        case "with a record that does not decode":
+            socket.send_fds(taken.line.sock, [b"?"], [fd])
+        case "with a record without bytes":
+            socket.send_fds(taken.line.sock, [b""], [fd])
+        case "behind a record without bytes":
+            taken.line.sock.send(b"")
+            socket.send_fds(taken.line.sock, [message], [fd])
+        case "with more than a record may have":
+            socket.send_fds(taken.line.sock, [message], [*many, fd])
+        case "behind what ends us":
+            taken.line.sock.send(b"?")
+            socket.send_fds(taken.line.sock, [message], [fd])
+        case "in a side socket":
+            side = taken.introductions[0][1][-1]
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, side) as sock:
+                socket.send_fds(sock, [b"x"], [fd])
+    os.close(fd)
+
+
+def ask_to_meet(taken: Taken, peer: int) -> None:
+    """Says what the broker answers."""
+    taken.hello()
+    taken.say(taken.introduce(peer))
+
+
 def _odd_descriptors(taken: Taken, chance: random.Random) -> list[int]:
     """Of all sorts that a worker can have, as many as a message never has, or too few."""
     loose = os.memfd_create("loose")

@@ -99,6 +99,9 @@ class World:
     def close(self, fd: int) -> None:
         self.open_fds.remove(fd)
 
+    def dispose(self, fd: int) -> None:
+        self.close(fd)
+
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         return (subject, target, permission) not in self.refused
 

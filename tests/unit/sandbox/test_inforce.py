@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,22 @@ def test_a_broker_that_is_not_confined_is_shown(capsys: pytest.CaptureFixture[st
     assert any("limit core" in line for line in wrong)
     if os.getuid() == 0:
         assert any("user ids are (0, 0, 0, 0)" in line for line in wrong)
+
+
+def test_a_thread_that_started_before_the_lock_down_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def started(early: bool, name: str) -> None:
+        threads = [threading.Thread(target=threading.Event().wait, daemon=True) for _ in range(3)]
+        if early:
+            threads.pop().start()
+        apply.confine(COMPILED[name], start_threads=lambda: [each.start() for each in threads])
+
+    for early in (True, False):
+        with bus(broker=partial(started, early)) as supervisor:
+            assert ctl.main(["workers", "--pid", str(supervisor)]) == early
+        found = capsys.readouterr().out
+        assert ("1 of its threads are not confined as the first" in found) == early
 
 
 def test_a_worker_with_the_zygote_s_filter_only_is_shown(
