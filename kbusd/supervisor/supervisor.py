@@ -240,7 +240,8 @@ class Supervisor:
             self.lines[module].send(message, fds)
 
     def _receive(self, module: str) -> None:
-        line = self.lines[module]
+        if (line := self.lines.get(module)) is None:
+            return  # in this very turn it was seen that its process has ended
         try:
             while (received := line.receive()) is not None:
                 self.said(*received)
@@ -435,8 +436,7 @@ class Supervisor:
             self._worker_ended(worker.number, code)
 
     def _child_ended(self, module: str, pid: int, code: int) -> None:
-        if module in self.lines:
-            self._receive(module)  # its last words
+        self._receive(module)  # its last words
         if module in self.lines:  # a worker that is not locked down yet has the other end
             self.lines.pop(module).close()
         if module == READER:

@@ -58,6 +58,26 @@ def test_a_worker_left_descriptors_in_its_line_that_nobody_reads() -> None:
         os.close(fds[0])
 
 
+def test_a_zygote_was_killed_and_both_its_line_and_the_signal_say_so_in_one_turn() -> None:
+    """Which ended the bus."""
+    one = supervisor()
+    one.signals, writer = os.pipe2(os.O_NONBLOCK)
+    one.max_workers = 0
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    one.lines[ZYGOTE] = Line(ours, entries.FromZygote)
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    one.children[pid] = ZYGOTE
+    os.write(writer, bytes([signal.SIGCHLD]))
+    one._turn(0)
+    assert one.missing == {ZYGOTE} and not one.lines
+    for fd in (one.signals, writer):
+        os.close(fd)
+
+
 def test_a_client_can_not_be_handed_over(capfd: pytest.CaptureFixture[str]) -> None:
     """As when too many descriptors are under way (ETOOMANYREFS): nobody learnt who it was, and it waited."""
     one = supervisor()
