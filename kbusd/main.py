@@ -249,10 +249,20 @@ def _passed() -> list[Listener]:
     return listeners
 
 
-def _listen(settings: Settings) -> list[Listener]:
+def _catch_signals() -> int:
+    """What ends us only asks for that from now on, so that nothing of ours is left. Returns where the
+    numbers of signals arrive."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _listen(settings: Settings, listeners: list[Listener]) -> None:
+    """Fills `listeners`."""
     if not settings.addresses:
         _fail("the configuration has no address to listen on")
-    listeners: list[Listener] = []
     for kind, value, text, where in settings.addresses:
         try:
             listeners += _passed() if kind == "systemd" else [bind(kind, value)]
@@ -263,7 +273,6 @@ def _listen(settings: Settings) -> list[Listener]:
             _fail(f"{where}: cannot listen on {text!r}: {reason}")
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
-    return listeners
 
 
 def main() -> int:
@@ -294,6 +303,11 @@ def main() -> int:
     os.close(outcome)
     settings = msgspec.msgpack.decode(configuration, type=Settings)
     return _run(options, settings, configuration, read)
+
+
+def _close(listeners: list[Listener]) -> None:
+    for listener in listeners:
+        listener.close()
 
 
 def _configuration_of_made_buses() -> bytes:
@@ -341,26 +355,31 @@ def _run(
         _fail(f"the pid file {pidfile!r} exists: if no bus is running, remove it")
     forks = settings.fork if options.fork is None else options.fork
     kdbusfs = os.path.abspath(options.kdbusfs) if options.kdbusfs else None
-    listeners = _listen(settings)
-    ready = _daemonize(settings.keep_umask) if forks else None
-    prctl.set_name("kbusd")
-    if pidfile:
-        _write_pidfile(pidfile)
-    to_syslog = options.log in ("syslog", "syslog-only") or (
-        options.log is None and settings.syslog
-    )
-    journal = Journal(
-        to_stderr=options.log != "syslog-only" and not (forks and to_syslog),
-        to_syslog=to_syslog,
-        relays=to_syslog or forks,
-    )
+    signals = _catch_signals()
+    with contextlib.ExitStack() as held:
+        listeners: list[Listener] = []
+        held.callback(_close, listeners)
+        _listen(settings, listeners)
+        ready = _daemonize(settings.keep_umask) if forks else None
+        prctl.set_name("kbusd")
+        if pidfile:
+            _write_pidfile(pidfile)
+            held.callback(Path(pidfile).unlink, missing_ok=True)
+        to_syslog = options.log in ("syslog", "syslog-only") or (
+            options.log is None and settings.syslog
+        )
+        journal = Journal(
+            to_stderr=options.log != "syslog-only" and not (forks and to_syslog),
+            to_syslog=to_syslog,
+            relays=to_syslog or forks,
+        )
 
-    _make_runtime_directory(configuration)
-    where = Where(kdbusfs, options.cuse, options.domains)
-    has_devices = where != Where(None, None, None)
-    kind = Several if has_devices else Supervisor
-    supervisor = kind(configuration, listeners, journal, read)
-    try:
+        _make_runtime_directory(configuration)
+        where = Where(kdbusfs, options.cuse, options.domains)
+        has_devices = where != Where(None, None, None)
+        kind = Several if has_devices else Supervisor
+        supervisor = kind(configuration, listeners, journal, signals, read)
+        held.callback(supervisor.stop)
         for warning in settings.warnings:
             journal.warn(warning)
         if has_devices:
@@ -388,11 +407,6 @@ def _run(
             os.close(ready)
             _become_quiet()
         return supervisor.run()
-    finally:
-        supervisor.stop()
-        if pidfile:
-            with contextlib.suppress(OSError):
-                os.unlink(pidfile)
 
 
 if __name__ == "__main__":

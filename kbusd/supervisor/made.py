@@ -312,7 +312,7 @@ class MadeBus(Supervisor):
     ) -> None:
         journal = _Journal(host.journal, name)
         self.host = host
-        super().__init__(configuration, (), journal, host.read)
+        super().__init__(configuration, [], journal, host.signals, host.read)
         self.name, self.owner = name, maker.credentials.uid
         self.ready: Callable[[int], None] | None = ready
         self.over = over

@@ -101,17 +101,17 @@ class Worker:
 class Supervisor:
     """Runs one bus until it is told to stop.
 
-    `read` starts the process that reads the configuration."""
+    `data`: the compiled configuration; `read` starts the process that reads another.
+    `signals`: where the numbers of signals arrive, one byte each."""
 
     def __init__(
-        self, configuration: bytes, listeners: Sequence[Listener], journal: Journal, read: Read
+        self, data: bytes, listeners: list[Listener], journal: Journal, signals: int, read: Read
     ) -> None:
-        self._configure(configuration)
-        self.listeners = list(listeners)
+        self._configure(data)
+        self.listeners = listeners
         self.guid = uuid.uuid4().hex
         self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
-        self.journal = journal
-        self.read = read
+        self.journal, self.signals, self.read = journal, signals, read
         self.reading = -1  # the memfd of a reader at work
         self.exit_status: int | None = None
         self.children: dict[int, str] = {}  # process id -> module
@@ -137,10 +137,6 @@ class Supervisor:
 
         Raises StartError, and SandboxError if a confinement can't be had."""
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)  # workers of a dead zygote come to us
-        self.signals, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
         profiles = sandbox.compile_all(self.settings.user)
         self.soft_files = getrlimit(RLIMIT_NOFILE)[0]  # confine raises it
         for warning in apply.confine(profiles["supervisor"]):
@@ -182,8 +178,8 @@ class Supervisor:
 
     def stop(self) -> None:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
-        for listener in self.listeners:
-            listener.close()
+        while self.listeners:
+            self.listeners.pop().close()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
             os.waitpid(pid, 0)
@@ -244,7 +240,8 @@ class Supervisor:
             self.lines[module].send(message, fds)
 
     def _receive(self, module: str) -> None:
-        line = self.lines[module]
+        if (line := self.lines.get(module)) is None:
+            return  # in this very turn it was seen that its process has ended
         try:
             while (received := line.receive()) is not None:
                 self.said(*received)
@@ -329,10 +326,14 @@ class Supervisor:
         endpoint, fds = getattr(client, "endpoint", 0), list[int]()
         if hasty := isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
-            with client, suppress(OSError):
+            try:
                 worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 known = kernel.uid_map(credentials.pid)
                 worker.line.send(entries.Client(credentials, known), [client.fileno()])
+            except OSError as error:
+                self.journal.warn(f"disconnected the client of {worker}: {error.strerror}")
+                worker.line.close()  # it ends by that
+            with client, suppress(OSError):
                 fds.append(pidfd_of(client))
         else:
             client(worker, credentials)
@@ -435,8 +436,7 @@ class Supervisor:
             self._worker_ended(worker.number, code)
 
     def _child_ended(self, module: str, pid: int, code: int) -> None:
-        if module in self.lines:
-            self._receive(module)  # its last words
+        self._receive(module)  # its last words
         if module in self.lines:  # a worker that is not locked down yet has the other end
             self.lines.pop(module).close()
         if module == READER:

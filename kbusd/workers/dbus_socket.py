@@ -535,6 +535,8 @@ class DBusSocket(Engine):
                 )
             elif kind is drivers.Ask:
                 self.ask_for_driver(action)
+            elif kind is drivers.Alone:
+                self._answer_alone(action.answer)
 
     def error(self, reply_serial, name, text):
         """The answer to our client's message `reply_serial`."""
@@ -579,6 +581,15 @@ class DBusSocket(Engine):
                     wire_body.string(refusal),
                 )
 
+    def _answer_alone(self, answer):
+        """To a call that had no destination."""
+        failed = type(answer) is drivers.Error
+        name, signature = (answer.name, "s") if failed else (None, answer.signature)
+        body = wire_body.string(answer.text) if failed else answer.body
+        type_ = ERROR if failed else RETURN
+        facts = envelopes.Envelope(type_, False, None, None, None, None, name, signature)
+        self._tell(facts, self.monitors.next_serial(), answer.reply_serial, body)
+
     def _tell(self, facts, serial, reply_serial, body: bytes, fds: tuple = ()):
         header = wire_header.build(
             ord("l"),
@@ -589,7 +600,7 @@ class DBusSocket(Engine):
             facts.member,
             facts.error_name,
             facts.destination,
-            BUS_NAME,
+            BUS_NAME if facts.destination or facts.type == SIGNAL else None,
             facts.signature,
             len(fds),
             reply_serial != 0,

@@ -129,6 +129,13 @@ class Error(NamedTuple):
     text: str
 
 
+class Alone(NamedTuple):
+    """Send an answer as the other end of any D-Bus connection would: without sender and destination,
+    and seen by nobody else."""
+
+    answer: Return | Error
+
+
 class Signal(NamedTuple):
     """Send a signal of the bus (path BUS_PATH, interface BUS_NAME, body little-endian).
 
@@ -156,7 +163,7 @@ class Ask(NamedTuple):
     token: Token
 
 
-Action = Return | Error | Signal | Ask
+Action = Return | Error | Alone | Signal | Ask
 
 
 class Bus(NamedTuple):
@@ -244,7 +251,9 @@ class Driver:
     def call(self, call: Call) -> list[Action]:
         """What to do about a method call. The replica must have caught up with the log."""
         if call.destination is None:
-            return self._finish(call, self._call_to_nobody)
+            (answer,) = self._finish(call, self._call_to_nobody)
+            assert isinstance(answer, Return | Error)
+            return [Alone(answer)]
         if self._waiting or (self._hello_asked and not self._registered):
             self._waiting.append(call)
             return []

@@ -442,7 +442,7 @@ class Engine:
         head.body_length = header.body_length
         if route.eavesdroppers is not None and not route.to_bus:
             self._let_overhear(route.eavesdroppers, cython.address(head), route.envelope, body, fds)
-        if self.monitored and (self.again is None or header.serial not in self.again):
+        if self.monitored and self._is_shown(route, header.type, header.serial):
             head.stamp = self.clock.next()
             content: bytes = _bytes(body, header.body_length)
             self.monitors.copy(route.facts, cython.address(head), content, fds, self.id)
@@ -518,6 +518,12 @@ class Engine:
             )
         elif route.error is not None:  # whatever it is, and whether it wants a reply or not
             self.error(header.serial, route.error[0], route.error[1])
+
+    def _is_shown(self, route: Route, type: cython.int, serial) -> cython.bint:
+        """Whether monitors see it: once, and not what is said to nobody, as dbus-daemon has it."""
+        if route.facts.destination is None and type != SIGNAL:
+            return False
+        return self.again is None or serial not in self.again
 
     def _let_overhear(self, eavesdroppers, head, envelope, body, fds) -> cython.void:
         """Copies of a message for those who eavesdrop; they are not to see its answer first."""

@@ -87,7 +87,7 @@ class Router:
             self._say(decision.error[1])
         for refusal in decision.refusals:
             self._say(refusal)
-        if self.replica.eavesdroppers and decision.targets and not decision.broadcast:
+        if self.replica.eavesdroppers and decision.targets and envelope.destination is not None:
             decision = self._overheard(decision, envelope, fds, args)
         return decision._replace(depends=True) if self._noted or self.looked else decision
 
@@ -106,8 +106,6 @@ class Router:
             if envelope.type == SIGNAL:
                 return self._broadcast(envelope, fds, args)
             return Decision(targets=(BUS_ID,))
-        if not CALL <= envelope.type <= SIGNAL:
-            return Decision(error=(ACCESS_DENIED, UNKNOWN_TYPE_TEXT))
         id = self.replica.owner(envelope.destination)
         if self.sight is not None:
             refused = self.sight.refuses(envelope, id, flags, args)
@@ -115,6 +113,8 @@ class Router:
                 return Decision(error=refused)
         if id is None:
             return self._unowned(envelope, flags, fds)
+        if not CALL <= envelope.type <= SIGNAL:
+            return Decision(error=(ACCESS_DENIED, UNKNOWN_TYPE_TEXT))
         if id == BUS_ID and not self.replica.me:
             return Decision(targets=(id,))  # who may connect may say Hello; the driver sees to it
         names = self.replica.policy_names(id)
@@ -232,6 +232,8 @@ class Router:
             text = f"The name {name} was not provided by any .service files"
             return Decision(error=(SERVICE_UNKNOWN, text))
         if name in self.replica.activatable:
+            if not CALL <= envelope.type <= SIGNAL:
+                return Decision(error=(ACCESS_DENIED, UNKNOWN_TYPE_TEXT))
             refusal = self._may_send(envelope, NOBODY, (name,), fds)
             if refusal is not None:
                 return Decision(error=(ACCESS_DENIED, refusal))
@@ -274,7 +276,8 @@ class Router:
         if senders.allows_everything_to_send:
             return None
         message = as_message(envelope, fds)
-        requested = envelope.type in (RETURN, ERROR)
+        # The bus itself calls nobody.
+        requested = envelope.type in (RETURN, ERROR) and receiver != BUS_ID
         verdict = senders.can_send(message, names, requested_reply=requested)
         logged = verdict.log and sender == self.replica.me  # once, by the sender's worker
         if verdict.allowed and not logged:
@@ -372,9 +375,13 @@ class Router:
     def unasked(self, envelope: Envelope, sender: Connection, fds: int) -> str:
         """Why our client does not get a reply of `sender`: it asked for none. dbus-daemon says so
         where no rule lets such replies pass; here none does."""
+        message = as_message(envelope, fds)
+        verdict = self.policy.of(sender.credentials).can_send(
+            message, self.replica.policy_names(self.replica.me), requested_reply=False
+        )
         text = policy.complaint(
-            policy.Verdict(False),
-            as_message(envelope, fds),
+            policy.Verdict(False, matched=verdict.matched),
+            message,
             "send",
             sender=sender.name,
             sender_info=self._info(sender.id),

@@ -647,6 +647,31 @@ def test_told_to_end_while_it_starts(config: Path, number: int) -> None:
 
 @pytest.mark.kbusd_only
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_end_before_anything_was_started(system_config: Path, number: int) -> None:
+    """Just after it had begun to listen: socket and pid file were left."""
+    kill = f"kbusd.main._make_runtime_directory = lambda _: os.kill(os.getpid(), {int(number)})"
+    script = f"import os, kbusd.main\n{kill}\nraise SystemExit(kbusd.main.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, f"--config-file={system_config}", "--nofork"],
+        capture_output=True,
+        env=clean_environment(),
+        timeout=20,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert os.listdir(system_config.parent) == [system_config.name]
+
+
+@pytest.mark.kbusd_only
+def test_a_bus_that_can_not_listen_everywhere_leaves_no_socket(place: Path) -> None:
+    path = place / "two.conf"
+    two = f"unix:path={place}/one</listen><listen>unix:path={place}/none/two"
+    path.write_text(configuration(two))
+    assert "none/two" in refused(f"--config-file={path}")
+    assert os.listdir(place) == ["two.conf"]
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_the_whole_group(config: Path, number: int) -> None:
     """Control-C at a terminal, or a service manager, reaches every process of the bus at once."""
     process = subprocess.Popen(

@@ -90,6 +90,40 @@ def test_a_message_of_unknown_type_is_not_passed_on(bus: Bus) -> None:
     assert receiver.drain(sender) == []
 
 
+def test_a_message_of_unknown_type_to_nobody_is_told_that_there_is_nobody(bus: Bus) -> None:
+    """It was told that its type is unknown; dbus-daemon looks for the receiver first."""
+    sender = bus.connect()
+    fields = {w.PATH: "/", w.MEMBER: "M", w.DESTINATION: "test.messages.Nobody"}
+    for flags, error in ((0, "ServiceUnknown"), (w.NO_AUTO_START, "NameHasNoOwner")):
+        with pytest.raises(BusError) as caught:
+            sender.wait_reply(sender.send(5, fields, flags=flags))
+        assert caught.value.name == ERROR + error
+
+
+def test_a_reply_to_the_bus_itself_is_refused(strict_bus: Bus) -> None:
+    """It calls nobody. Such a reply was dropped without a word."""
+    client = strict_bus.connect()
+    fields = {w.REPLY_SERIAL: 7, w.DESTINATION: DRIVER}
+    with pytest.raises(BusError) as caught:
+        client.wait_reply(client.send(w.RETURN, fields))
+    assert caught.value.name == ERROR + "AccessDenied"
+    assert 'requested_reply="0"' in caught.value.text
+
+
+@pytest.mark.parametrize("interface", ["org.freedesktop.DBus.Peer", "test.I"])
+def test_a_call_without_destination_stays_between_client_and_bus(bus: Bus, interface: str) -> None:
+    """Monitors saw it, and the answer had a sender; libdbus answers it as it does without a bus."""
+    client, monitor = bus.connect(), bus.connect()
+    monitor.driver("BecomeMonitor", "asu", ([], 0), interface=MONITORING)
+    serial = client.send_call(None, "/", interface, "Ping")
+    answer = client.wait(lambda m: m.reply_serial == serial)
+    assert answer.type == (w.ERROR if interface == "test.I" else w.RETURN)
+    assert (answer.sender, answer.destination) == (None, None)
+    client.signal("/", "test.I", "End")
+    seen = iter(monitor.read, None)
+    assert next(m for m in seen if m.sender == client.name and m.type != w.ERROR).member == "End"
+
+
 def test_call_without_interface(bus: Bus) -> None:
     caller, callee = bus.connect(), bus.connect()
     caller.send_call(callee.name, "/", None, "M")

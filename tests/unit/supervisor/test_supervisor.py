@@ -24,7 +24,7 @@ SETTINGS = {"user": "", "limits": {}, "sockets": {"": ""}}
 def supervisor(**sockets: str) -> Supervisor:
     configuration = msgspec.msgpack.encode(SETTINGS | {"sockets": {"": "", **sockets}})
     journal = Journal(to_stderr=False, to_syslog=False, relays=False)
-    return Supervisor(configuration, (), journal, lambda _: (0, 0))
+    return Supervisor(configuration, [], journal, -1, lambda _: (0, 0))
 
 
 def test_a_worker_is_to_be_killed_that_has_ended_and_was_reaped() -> None:
@@ -56,6 +56,42 @@ def test_a_worker_left_descriptors_in_its_line_that_nobody_reads() -> None:
         with pytest.raises(BrokenPipeError):
             socket.send_fds(theirs, [b"x"], fds)
         os.close(fds[0])
+
+
+def test_a_zygote_was_killed_and_both_its_line_and_the_signal_say_so_in_one_turn() -> None:
+    """Which ended the bus."""
+    one = supervisor()
+    one.signals, writer = os.pipe2(os.O_NONBLOCK)
+    one.max_workers = 0
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    one.lines[ZYGOTE] = Line(ours, entries.FromZygote)
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    one.children[pid] = ZYGOTE
+    os.write(writer, bytes([signal.SIGCHLD]))
+    one._turn(0)
+    assert one.missing == {ZYGOTE} and not one.lines
+    for fd in (one.signals, writer):
+        os.close(fd)
+
+
+def test_a_client_can_not_be_handed_over(capfd: pytest.CaptureFixture[str]) -> None:
+    """As when too many descriptors are under way (ETOOMANYREFS): nobody learnt who it was, and it waited."""
+    one = supervisor()
+    one.journal.to_stderr = True
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client, other = socket.socketpair()
+    theirs.close()
+    with other:
+        worker = Worker(3, 1 << 30, -1, Line(ours, entries.ToSupervisor), one.pools[0])
+        one._give(worker, entries.Credentials(1, 7, os.getpid()), client)
+        assert other.recv(1) == b""
+    assert ours.fileno() < 0, "the worker waits for ever"
+    said = capfd.readouterr().err
+    assert f"of worker 3 (pid {1 << 30}) of pid {os.getpid()}, uid 1: Broken pipe" in said
 
 
 def test_sockets_of_endpoints_are_where_the_configuration_says(tmp_path) -> None:  # type: ignore[no-untyped-def]

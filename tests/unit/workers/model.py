@@ -243,6 +243,10 @@ class ModelClient:
                     self._see("method_return", "", serial, signature, body, name)
                 case driver.Error(serial, error, text):
                     self.seen.append(Seen("error", error, serial, "s", (text,), name))
+                case driver.Alone(driver.Return(serial, signature, body)):
+                    self._see("method_return", "", serial, signature, body, None)
+                case driver.Alone(driver.Error(serial, error, text)):
+                    self.seen.append(Seen("error", error, serial, "s", (text,), None))
                 case driver.Signal(member, signature, body, destination):
                     self._see("signal", member, None, signature, body, destination)
                 case driver.Ask(request, token):
