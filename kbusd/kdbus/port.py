@@ -195,6 +195,9 @@ class Bus(Protocol):
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""
 
     def find(self, id: int) -> Known | None: ...
+    def monitor(self, id: int) -> Known | None:
+        """A monitor, whom nobody reaches, if our client may learn of it."""
+
     def sees(self, who: Known) -> bool:
         """Whether a connection is there for ours; names that are not are nobody's in all that is
         asked here."""

@@ -127,11 +127,12 @@ class MonitorAttached(Entry, frozen=True, tag="O"):
     connection stays until its ConnectionRemoved, which then implies no change of a name.
 
     `kdbus`: the HELLO flags of one that is a monitor from the beginning; no ConnectionAdded was before,
-    and no name changes."""
+    and no name changes. `credentials`: whose that is; None if it was told before."""
 
     id: int
     rules: tuple[str, ...]
     kdbus: int | None = None
+    credentials: Credentials | None = None
 
 
 class ActivatableChanged(Entry, frozen=True, tag="A"):

@@ -352,6 +352,11 @@ class Port:
         connection = self._replica.connections.get(id)
         return None if connection is None else self._told_of(connection)
 
+    def monitor(self, id: int) -> Known | None:
+        found = self._replica.kdbus_monitors.get(id)
+        behind = self._mine is not None and self._mine.custom
+        return None if found is None or behind else _known(found, self.device.users)
+
     def _told_of(self, connection: Connection) -> Known:
         """`_known`, which is not made anew for each message."""
         names, users = connection.names, self.device.users
