@@ -46,10 +46,12 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
     ipc_owner: bool = False
     """Opened its file with CAP_IPC_OWNER in the bus's user namespace; or is root by a socket, which does not tell."""
+    opener: int | None = None  # the uid of who opened its file, if that is another
 
     def is_privileged(self, owner: int) -> bool:
-        """Whether it is to a bus of this owner's, by the bus's own node or socket."""
-        return self.uid == owner or self.ipc_owner
+        """Whether it is to a bus of this owner's, by the bus's own node or socket: by who opened it."""
+        opener = self.uid if self.opener is None else self.opener
+        return opener == owner or self.ipc_owner
 
     @property
     def share(self) -> Share:

@@ -275,7 +275,9 @@ class Connection(Relay):
                 request = self.request_of(holder, unique, abi.IOCTL)
                 files = reach.facts(self.devices.aside, holder.uid, caller.ids(request)[2])
                 if _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
-                    who = replace(caller.credentials(request), ipc_owner=holder.ipc_owner)
+                    who = caller.credentials(request)
+                    opener = holder.uid if holder.uid != who.uid else None
+                    who = replace(who, ipc_owner=holder.ipc_owner, opener=opener)
                     facts = entries.Facts(unique, files, who)
                     self._order(holder, partial(self.host.enter, holder, who, facts))
                 else:

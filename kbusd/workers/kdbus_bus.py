@@ -211,7 +211,8 @@ class Port:
         return self._replica.me, about
 
     def is_privileged(self, who: Known) -> bool:
-        return not who.custom and (who.uid == self._context.bus.owner or who.ipc_owner)
+        opener = who.uid if who.opener is None else who.opener
+        return not who.custom and (opener == self._context.bus.owner or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -1142,6 +1143,7 @@ def _known(connection: Connection, users: int) -> Known:
             process.space,
             metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
             credentials.ipc_owner,
+            credentials.opener,
         )
     return Known(
         connection.id,
