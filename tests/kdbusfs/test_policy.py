@@ -87,6 +87,7 @@ def test_root_is_privileged_on_anothers_bus_by_its_capability_alone(
 
 
 @pytest.mark.parametrize("opens", [1, 2])
+@pytest.mark.parametrize("made", [FILE], indirect=True)  # to a node his own socket is attached
 def test_who_opens_the_file_owns_the_bus_or_not_whoever_says_hello(made: str, opens: int) -> None:
     root = Path(made).parents[1]
     refused = "" if opens == 1 else "EPERM"
