@@ -445,7 +445,7 @@ class Bus:
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
             self.monitors.add(connection)
-            self._outside.append(MonitorAttached(connection.id, (), message.kdbus))
+            self._outside.append(MonitorAttached(connection.id, (), message.kdbus, credentials))
             self._outside.say(f"{connection} is a monitor")
         else:
             self._outside.append(

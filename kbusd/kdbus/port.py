@@ -58,6 +58,7 @@ class Known(msgspec.Struct, frozen=True):
     space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
     inside: metadata.Pids = metadata.Pids(0, 0, 0)
     ipc_owner: bool = False  # who opened its file had that capability
+    opener: int | None = None  # his uid, if it is another
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -126,7 +127,7 @@ class Bus(Protocol):
         the name's activator or has brought policy for it."""
 
     def is_privileged(self, who: Known) -> bool:
-        """Whether its user owns the bus, or it was opened with CAP_IPC_OWNER; and it is behind no custom
+        """Whether who has opened it owns the bus, or had CAP_IPC_OWNER; and it is behind no custom
         endpoint."""
 
     async def set_policy(self, policy: tuple[Entry, ...]) -> None:
@@ -195,6 +196,9 @@ class Bus(Protocol):
         """The names that a connection owns, waits for, or activates, sorted; with NAME flags."""
 
     def find(self, id: int) -> Known | None: ...
+    def monitor(self, id: int) -> Known | None:
+        """A monitor, whom nobody reaches, if our client may learn of it."""
+
     def sees(self, who: Known) -> bool:
         """Whether a connection is there for ours; names that are not are nobody's in all that is
         asked here."""

@@ -419,7 +419,7 @@ class Session:
                 id = self.bus.owner(asked.name)
                 if id is None:
                     raise Errno(errno.ESRCH, f"nobody owns {asked.name}")
-            known = self.bus.find(id or 0)
+            known = self.bus.find(id or 0) or self.bus.monitor(id or 0)
             if known is None or not self.bus.sees(known):
                 raise Errno(errno.ENXIO, f"there is no connection {id}")
             if asked.name is not None and asked.id not in (0, known.id):

@@ -46,10 +46,12 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
     ipc_owner: bool = False
     """Opened its file with CAP_IPC_OWNER in the bus's user namespace; or is root by a socket, which does not tell."""
+    opener: int | None = None  # the uid of who opened its file, if that is another
 
     def is_privileged(self, owner: int) -> bool:
-        """Whether it is to a bus of this owner's, by the bus's own node or socket."""
-        return self.uid == owner or self.ipc_owner
+        """Whether it is to a bus of this owner's, by the bus's own node or socket: by who opened it."""
+        opener = self.uid if self.opener is None else self.opener
+        return opener == owner or self.ipc_owner
 
     @property
     def share(self) -> Share:
@@ -127,11 +129,12 @@ class MonitorAttached(Entry, frozen=True, tag="O"):
     connection stays until its ConnectionRemoved, which then implies no change of a name.
 
     `kdbus`: the HELLO flags of one that is a monitor from the beginning; no ConnectionAdded was before,
-    and no name changes."""
+    and no name changes. `credentials`: whose that is; None if it was told before."""
 
     id: int
     rules: tuple[str, ...]
     kdbus: int | None = None
+    credentials: Credentials | None = None
 
 
 class ActivatableChanged(Entry, frozen=True, tag="A"):

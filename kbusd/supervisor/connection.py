@@ -21,8 +21,6 @@ from functools import partial
 from struct import Struct
 from typing import Any
 
-from msgspec.structs import replace
-
 from kbusd.cuse import abi, replies, routing
 from kbusd.rings import entries
 from kbusd.rings.line import LineError
@@ -62,8 +60,9 @@ class Connection(Relay):
         """A request that is of no open file."""
         raise NotImplementedError
 
-    def inode(self, unique: int) -> int:
-        """Of which of the kernel's an OPEN is, if that has pages; else 0."""
+    def inode(self, unique: int, number: int) -> int:
+        """Of which of the kernel's an OPEN is, if that has pages; else 0. `number`: of the file that it is to
+        be."""
         return 0
 
     def left(self, holder: Holder, uniques: list[int]) -> list[int]:
@@ -109,7 +108,7 @@ class Connection(Relay):
         if worker is None:
             self.fail(opened.unique, errno.ESHUTDOWN)
             return
-        inode = self.inode(opened.unique)
+        inode = self.inode(opened.unique, worker.number)
         file = Holder(worker, entries.FromDeviceWorker, credentials.uid, inode, self.devices.late)
         file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
         file.ipc_owner = credentials.ipc_owner
@@ -275,7 +274,7 @@ class Connection(Relay):
                 request = self.request_of(holder, unique, abi.IOCTL)
                 files = reach.facts(self.devices.aside, holder.uid, caller.ids(request)[2])
                 if _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
-                    who = replace(caller.credentials(request), ipc_owner=holder.ipc_owner)
+                    who = holder.entering(caller.credentials(request))
                     facts = entries.Facts(unique, files, who)
                     self._order(holder, partial(self.host.enter, holder, who, facts))
                 else:

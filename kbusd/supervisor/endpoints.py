@@ -58,7 +58,7 @@ class Endpoints:
         domain = self._devices.domain_of(holder.bus)
         if domain is None:
             return errno.ESHUTDOWN
-        if uid not in (domain.first, owner):
+        if holder.uid not in (domain.first, owner) and not holder.ipc_owner:
             return errno.EPERM
         if not may_be_called(order.name, domain.inside(uid)):
             return errno.EINVAL

@@ -153,6 +153,11 @@ class Holder(End):
             raise LineError(f"has its events at {events_at}")
         self.pool, self.events_at = fd, events_at
 
+    def entering(self, who: Credentials) -> Credentials:
+        """Who says HELLO by its file, with what counts of who has opened that."""
+        opener = self.uid if self.uid != who.uid else None
+        return msgspec.structs.replace(who, ipc_owner=self.ipc_owner, opener=opener)
+
     def may_make(self, order: Order, control: str) -> bool:
         """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""
         if isinstance(order, entries.MakeBus):

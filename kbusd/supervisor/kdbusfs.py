@@ -11,6 +11,7 @@ import errno
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from struct import Struct
@@ -50,6 +51,7 @@ class Mount(Connection):
         self.again: Counter[int] = Counter()  # how many trees have left them unanswered
         # What the tree was asked, and when; some of it is answered.
         self.asked: dict[int, float] = {}
+        self.inodes: dict[int, int] = {}  # of open files: their numbers
         self._want_tree(first=2)
         devices.listen(fuse, self.take)
 
@@ -138,13 +140,18 @@ class Mount(Connection):
                 return self.accuse(self.tree, f"has not answered for {PATIENCE:.0f} s")
             self.asked.pop(unique, None)
 
-    def inode(self, unique: int) -> int:
+    def inode(self, unique: int, number: int) -> int:
         """That of no other open file, or one's worker could write what another reads."""
         _, request = self.held.get(unique, (None, b""))
         inode: int = _INODE.unpack_from(request)[0] if request else 0
-        if inode in [file.node for file in tuple(self.files.values())]:
+        if self.inodes.setdefault(inode, number) != number:
             self.fail(unique, errno.ESTALE)
         return inode
+
+    def _release(self, holder: Holder, done: Callable[[], object] | None = None) -> None:
+        if self.inodes.get(holder.node) == holder.number:
+            del self.inodes[holder.node]
+        super()._release(holder, done)
 
     def left(self, holder: Holder, uniques: list[int]) -> list[int]:
         """The next tree is asked again, but for ever is not for what each of them dies of."""

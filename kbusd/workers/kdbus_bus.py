@@ -211,7 +211,8 @@ class Port:
         return self._replica.me, about
 
     def is_privileged(self, who: Known) -> bool:
-        return not who.custom and (who.uid == self._context.bus.owner or who.ipc_owner)
+        opener = who.uid if who.opener is None else who.opener
+        return not who.custom and (opener == self._context.bus.owner or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -351,6 +352,11 @@ class Port:
     def find(self, id: int) -> Known | None:
         connection = self._replica.connections.get(id)
         return None if connection is None else self._told_of(connection)
+
+    def monitor(self, id: int) -> Known | None:
+        found = self._replica.kdbus_monitors.get(id)
+        behind = self._mine is not None and self._mine.custom
+        return None if found is None or behind else _known(found, self.device.users)
 
     def _told_of(self, connection: Connection) -> Known:
         """`_known`, which is not made anew for each message."""
@@ -1137,6 +1143,7 @@ def _known(connection: Connection, users: int) -> Known:
             process.space,
             metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
             credentials.ipc_owner,
+            credentials.opener,
         )
     return Known(
         connection.id,

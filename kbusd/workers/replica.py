@@ -286,7 +286,7 @@ class Replica:
         self.activators: dict[str, int] = {}
         self.policies: dict[int, tuple[PolicyEntry, ...]] = {}  # of kdbus policy holders
         self.custom: dict[int, tuple[PolicyEntry, ...]] = {}  # custom ones of kdbus
-        self.kdbus_monitors: set[int] = set()
+        self.kdbus_monitors: dict[int, Connection] = {}
         self.apart: dict[bytes, LabelApart] = {}  # labels that SELinux keeps from others
         self.restrained: frozenset[bytes] = frozenset()  # labels that may not send to some other
         self.monitors: dict[int, tuple[MatchRule, ...]] = {}
@@ -319,7 +319,7 @@ class Replica:
         self._views = {}
         self.monitors = {}
         self.eavesdroppers = {}
-        self.kdbus_monitors = set()
+        self.kdbus_monitors = {}
         self._keep_apart(*snapshot.apart)
         self.activatable = snapshot.activatable
         self.policy_generation = snapshot.policy_generation
@@ -359,8 +359,8 @@ class Replica:
                 self._add_match(id, rule)
             case MatchRemoved(id, rule):
                 self._remove_match(id, rule)
-            case MonitorAttached(id, rules, flags):
-                self._attach_monitor(id, rules, flags)
+            case MonitorAttached(id, rules, flags, whose):
+                self._attach_monitor(id, rules, flags, whose)
             case NamePolicyChanged(id, policy):
                 self._connection(id)
                 self.policies[id] = policy
@@ -418,7 +418,7 @@ class Replica:
     def _remove_connection(self, id: int) -> None:
         if id in self.monitors:
             del self.monitors[id]
-            self.kdbus_monitors.discard(id)
+            self.kdbus_monitors.pop(id, None)
             self.monitors_version += 1
             return
         connection = self._connection(id)
@@ -524,7 +524,13 @@ class Replica:
             if self._index is not None:
                 self._index.discard(watch)
 
-    def _attach_monitor(self, id: int, rules: tuple[str, ...], kdbus: int | None) -> None:
+    def _attach_monitor(
+        self,
+        id: int,
+        rules: tuple[str, ...],
+        kdbus: int | None,
+        credentials: Credentials | None = None,
+    ) -> None:
         connection = self.connections.get(id)
         if connection is not None:
             if connection.names or connection.waits_for or connection.matches:  # nor eavesdrops
@@ -535,7 +541,14 @@ class Replica:
         except ValueError as error:
             raise ReplicaError(f"match rule of monitor {id}: {error}") from None
         if kdbus is not None:
-            self.kdbus_monitors.add(id)
+            if credentials is not None:
+                connection = Connection(id, credentials, kdbus)
+            connection = connection or self.kdbus_monitors.get(id)
+            if connection is None:
+                raise ReplicaError(
+                    f"connection {id} became a monitor, and whose it is was not told"
+                )
+            self.kdbus_monitors[id] = connection
         self.monitors_version += 1
 
     def _connection(self, id: int) -> Connection:

@@ -2,7 +2,7 @@
 
     /                 the mount point
     /control          where buses are made
-    /0-system         a directory for each bus: the uid of its owner, its name
+    /0-system         a directory for each bus: the uid of its owner, its name; for whom the bus was made
     /0-system/bus     a file for each endpoint; opening it is what opening /dev/kdbus/... was
 
 Every look-up of a file is a new node, so that each open file has a page cache, and so a pool, of its
@@ -26,7 +26,6 @@ from kbusd.rings.line import Line
 
 MAX_WRITE = 128 << 10
 FILE_SIZE = 1 << 40  # as large as any pool: what is behind the end can't be mapped
-_DIRECTORY = stat.S_IFDIR | 0o755
 _IGNORED = 0b1111_1111_0000  # FATTR_ATIME to FATTR_KILL_SUIDGID: times, and what goes with a change
 
 
@@ -44,10 +43,10 @@ class Tree:
     """Answers one request after another; does no I/O."""
 
     def __init__(self, start: entries.Tree) -> None:
-        self.owner = start.nodes[0].uid, start.nodes[0].gid  # of the directories
         self.next = start.first
         self.buses: dict[str, dict[str, entries.Node]] = {"": {}}
         self.directories = {abi.ROOT_NODE: ""}  # their names
+        self.above = {"": _above(start.nodes[0], 0o555)}  # the directories, with no endpoint's name
         self.files: dict[int, File] = {}
         self.plant(start.nodes)
 
@@ -57,8 +56,11 @@ class Tree:
         for node in nodes:
             known = before.get(node.bus, {}).get(node.endpoint, node)
             self.buses.setdefault(node.bus, {})[node.endpoint] = known
+            # The first one is the bus's own.
+            self.above.setdefault(node.bus, _above(node, 0o500 | _passing(node.mode)))
         left = {number: bus for number, bus in self.directories.items() if bus in self.buses}
         self.directories = left
+        self.above = {bus: above for bus, above in self.above.items() if bus in self.buses}
         for bus in self.buses.keys() - set(left.values()):
             self.directories[self._number()] = bus
 
@@ -97,7 +99,7 @@ class Tree:
                 return self._lookup(head.unique, directory, body.name)
             case requests.GetAttr():
                 return replies.attributes(head.unique, attributes)
-            case requests.SetAttr() if directory is None and not body.other & ~_IGNORED:
+            case requests.SetAttr() if not body.other & ~_IGNORED:
                 return self._change(head, body)
             case requests.OpenDir() if directory is not None:
                 return replies.opened(head.unique, 0, 0)
@@ -112,11 +114,11 @@ class Tree:
         return replies.failure(head.unique, errno.EPERM)
 
     def _attributes(self, node: int) -> replies.Attributes | None:
-        if node in self.directories:
+        if (bus := self.directories.get(node)) is not None:
+            above = self.above[bus]
+            mode = stat.S_IFDIR | above.mode
             links = 1 + (len(self.directories) if node == abi.ROOT_NODE else 1)
-            first = next(iter(self.buses[self.directories[node]].values()), None)
-            owner = self.owner if first is None or node == abi.ROOT_NODE else (first.uid, first.gid)
-            return replies.Attributes(node, _DIRECTORY, *owner, links=links)
+            return replies.Attributes(node, mode, above.uid, above.gid, links=links)
         file = self.files.get(node)
         of = self.buses.get(file.bus, {}).get(file.endpoint) if file is not None else None
         if of is None:
@@ -144,15 +146,15 @@ class Tree:
                 del self.files[node]
 
     def _change(self, head: requests.Header, body: requests.SetAttr) -> bytes:
-        """chmod and chown of an endpoint; the kernel has checked who does so."""
-        file = self.files[head.node]
-        of = self.buses[file.bus][file.endpoint]
+        """chmod and chown of an endpoint or a directory; the kernel has checked who does so."""
+        file = self.files.get(head.node)
+        found = self.buses[file.bus] if file is not None else self.above
+        name = file.endpoint if file is not None else self.directories[head.node]
+        of = found[name]
         mode = of.mode if body.mode is None else body.mode & 0o777
         uid = of.uid if body.uid is None else body.uid
         gid = of.gid if body.gid is None else body.gid
-        self.buses[file.bus][file.endpoint] = msgspec.structs.replace(
-            of, mode=mode, uid=uid, gid=gid
-        )
+        found[name] = msgspec.structs.replace(of, mode=mode, uid=uid, gid=gid)
         attributes = self._attributes(head.node)
         assert attributes is not None
         return replies.attributes(head.unique, attributes)
@@ -167,6 +169,16 @@ class Tree:
             for at, (name, mode) in enumerate(found, 1)
         ]
         return replies.directory(head.unique, listed[asked.offset :], asked.size)
+
+
+def _above(node: entries.Node, mode: int) -> entries.Node:
+    return msgspec.structs.replace(node, endpoint="", mode=mode)
+
+
+def _passing(mode: int) -> int:
+    """Who may read a bus's own endpoint when it is made may list its directory, and pass (kdbus_bus_new)."""
+    read = mode & 0o444
+    return read | read >> 2
 
 
 def serve(line: Line, start: entries.Tree) -> None:

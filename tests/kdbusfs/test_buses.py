@@ -104,16 +104,37 @@ def test_a_made_bus_is_a_bus_of_its_own(root: Path, shared: KdbusBus) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "mode"),
-    [(0, 0o600), (abi.MAKE_ACCESS_GROUP, 0o660), (abi.MAKE_ACCESS_WORLD, 0o666)],
+    ("flags", "mode", "within"),
+    [
+        (0, 0o600, 0o500),
+        (abi.MAKE_ACCESS_GROUP, 0o660, 0o550),
+        (abi.MAKE_ACCESS_WORLD, 0o666, 0o555),
+    ],
 )
-def test_access_to_the_node_is_as_its_maker_wants(root: Path, flags: int, mode: int) -> None:
+def test_access_to_the_node_is_as_its_maker_wants(
+    root: Path, flags: int, mode: int, within: int
+) -> None:
     with Maker(root).make(f"{UID}-open", flags):
         found = os.stat(root / f"{UID}-open" / "bus")
         assert stat.S_IMODE(found.st_mode) == mode
         assert (found.st_uid, found.st_gid) == (UID, os.getegid())
         with KdbusClient(str(root / f"{UID}-open" / "bus")):
             pass
+        directory = root / f"{UID}-open"
+        if root.is_relative_to("/dev"):
+            return  # that is the kernel's
+
+        def seen() -> tuple[int, int, int]:
+            found = os.stat(directory)
+            return stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid
+
+        assert seen() == (within, UID, os.getegid())
+        os.chmod(directory / "bus", 0o600)
+        os.chmod(root / "control", 0o600)
+        assert seen()[0] == within and stat.S_IMODE(os.stat(root).st_mode) == 0o555
+        os.chmod(root / "control", 0o666)
+        os.chmod(directory, 0o711)
+        assert seen() == (0o711, UID, os.getegid())
 
 
 @pytest.mark.parametrize(

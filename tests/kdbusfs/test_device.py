@@ -92,7 +92,7 @@ def test_a_tree_with_one_file() -> None:
     told = rig.end()
     assert told == {
         "names": [["0-test"], ["bus"]],
-        "stat": [0o100666, 0o40755],
+        "stat": [0o100666, 0o40555],
         "wrong": [ENOENT, ENOENT, "ENAMETOOLONG", "ENOTDIR"],
         "made": told["made"],
         "removed": told["removed"],

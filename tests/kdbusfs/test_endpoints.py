@@ -16,7 +16,7 @@ import pytest
 from kbusd.kdbus import abi, items, layout
 from tests.bus import procs
 from tests.kdbusfs.kclient import KdbusClient
-from tests.kdbusfs.test_buses import Maker
+from tests.kdbusfs.test_buses import Maker, world_bus
 from tests.kdbusfs.test_clients import EXPECT, FILE, NODE, KdbusBus, answer, call, fails, to_name
 from tests.kdbusfs.test_policy import as_user
 from tests.kdbusfs.test_sessions import any_name, brought, signal_filter
@@ -83,6 +83,17 @@ def test_it_is_a_node_beside_the_buss_own(bus: KdbusBus, flags: int, mode: int) 
             with pytest.raises(PermissionError):
                 as_user(1, made.node)
     procs.eventually(lambda: not os.path.exists(made.node), "it goes with the file that made it")
+
+
+@pytest.mark.parametrize("transport", [FILE])
+def test_others_reach_it_in_a_mount_if_the_bus_was_made_for_them(transport: str) -> None:
+    with world_bus(transport) as node, Endpoint(node, flags=abi.MAKE_ACCESS_WORLD) as made:
+        as_user(1, made.node).close()
+        os.chmod(node, 0o600)
+        as_user(1, made.node).close()
+        os.chmod(os.path.dirname(node), 0o500)
+        with pytest.raises(PermissionError):
+            as_user(1, made.node)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,26 @@ def test_root_is_privileged_on_anothers_bus_by_its_capability_alone(
             assert peer.readable() == capable
 
 
+@pytest.mark.parametrize("opens", [1, 2])
+@pytest.mark.parametrize("made", [FILE], indirect=True)  # to a node his own socket is attached
+def test_who_opens_the_file_owns_the_bus_or_not_whoever_says_hello(made: str, opens: int) -> None:
+    root = Path(made).parents[1]
+    refused = "" if opens == 1 else "EPERM"
+    with Maker(root) as maker:
+        with acting_as(1):
+            maker.make("1-theirs", abi.MAKE_ACCESS_WORLD)
+        theirs = str(root / "1-theirs" / "bus")
+        with as_user(opens, theirs, hello=False) as file, acting_as(3 - opens):
+            file.hello()
+            assert errno_of(lambda: file.acquire(NAME)) == refused
+        with as_user(opens, theirs, hello=False) as file, acting_as(3 - opens):
+            assert errno_of(lambda: file.hello(flags=abi.HELLO_MONITOR)) == refused
+        with as_user(opens, theirs, hello=False) as file, acting_as(3 - opens):
+            chain = items.string(abi.ITEM_MAKE_NAME, f"{3 - opens}-apps")
+            make = abi.CMD_ENDPOINT_MAKE
+            assert errno_of(lambda: file.do(make, bytes(16), chain)) == refused
+
+
 def test_others_own_and_reach_nothing_but_what_policy_allows(made: str) -> None:
     with KdbusClient(made) as owner, as_user(1, made) as client, as_user(1, made) as own:
         owner.acquire(NAME)

@@ -529,6 +529,17 @@ def test_a_monitor_sees_everything_and_is_seen_by_nobody(bus: KdbusBus) -> None:
         assert fails(refused) == "ENOTSUP"
     assert monitor.id not in watcher.list(abi.LIST_UNIQUE)
     assert not watcher.readable()
+    later = bus.kdbus()
+    for each in (
+        watcher,
+        later,
+        monitor,
+    ):  # all the same, as in kdbus, who knows its number is told
+        found = each.info(monitor.id)
+        assert each.found == monitor.id and each.found_flags & abi.HELLO_MONITOR
+        assert layout.CREDS.unpack(found[abi.ITEM_CREDS])[0] == os.geteuid()
+    assert fails(lambda: watcher.send(monitor.id, b"x")) == "ENXIO"
+    later.close()
     a, b, d = bus.kdbus(), bus.kdbus(), bus.connect()
     d.add_match("type='signal'")
     a.send(b.id, b"no D-Bus message", cookie=99)

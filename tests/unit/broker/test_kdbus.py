@@ -112,7 +112,8 @@ def test_on_a_made_bus_what_no_policy_allows_is_denied() -> None:
 def test_a_monitor_is_one_from_the_beginning() -> None:
     world = World()
     monitor = join(world, 1, e.Hello(1, MONITOR))
-    assert log(world) == [e.MonitorAttached(1, (), MONITOR)]
+    whose = world.bus.by_id[1].credentials
+    assert whose is not None and log(world) == [e.MonitorAttached(1, (), MONITOR, whose)]
     with pytest.raises(Violation):
         world.ask(monitor, e.RequestName(2, "a.b", 0))
     assert world.bus.snapshot(0, 0).kdbus == ((1, MONITOR),)

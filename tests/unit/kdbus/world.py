@@ -255,6 +255,9 @@ class Port:
         creds = metadata.Creds(*[port.uid] * 8)
         return Known(id, port.uid, names, creds, metadata.Pids(id + 100, 0, 0), (4, 5), b"label")
 
+    def monitor(self, id: int) -> Known | None:
+        return None
+
     def everybody(self) -> Iterable[Known]:
         return [known for id in self.world.ports if (known := self.find(id)) is not None]
 
