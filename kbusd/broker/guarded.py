@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from kbusd.rings.line import Line, LineError
+from kbusd.sandbox import kernel
 
 THREADS = 16
 _PEEK = int(socket.MSG_PEEK)
@@ -32,6 +33,7 @@ class Closers:
 
     def start(self) -> None:
         """Raises RuntimeError if there can be no threads."""
+        kernel.one_heap()
         started = threading.Barrier(THREADS + 1)
         for _ in range(THREADS):
             threading.Thread(target=self._run, args=(started.wait,), daemon=True).start()

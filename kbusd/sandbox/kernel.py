@@ -21,6 +21,7 @@ from cython.cimports.kbusd.sandbox.libc import (
 from cython.cimports.kbusd.sandbox.libc import capget as c_capget
 from cython.cimports.kbusd.sandbox.libc import capset as c_capset
 from cython.cimports.kbusd.sandbox.libc import getsockopt as c_getsockopt
+from cython.cimports.kbusd.sandbox.libc import one_heap as c_one_heap
 from cython.cimports.kbusd.sandbox.libc import prctl as c_prctl
 from cython.cimports.kbusd.sandbox.libc import unshare as c_unshare
 from cython.cimports.libc.stdint import uint64_t
@@ -116,6 +117,12 @@ def drop_bounding(keep: uint64_t):
         if c_prctl(PR_CAPBSET_READ, capability, _NONE, _NONE, _NONE) < 0:
             return  # past the last one that this kernel has
         _check(c_prctl(PR_CAPBSET_DROP, capability, _NONE, _NONE, _NONE))
+
+
+def one_heap():
+    """All threads take memory from the same. Else one that begins to asks first how many processors there are, from a
+    file, which is denied (mallopt(3), M_ARENA_MAX)."""
+    c_one_heap()
 
 
 def load_filter(bpf: bytes, threads: cython.bint = False):

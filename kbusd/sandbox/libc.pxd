@@ -21,6 +21,14 @@ cdef extern from "<sys/socket.h>" nogil:
 cdef extern from *:
     """
     #include <stdint.h>
+    #include <malloc.h>
+    static int kbusd_one_heap(void) {
+    #ifdef M_ARENA_MAX
+        return mallopt(M_ARENA_MAX, 1);
+    #else
+        return 1; /* musl has one */
+    #endif
+    }
     /* glibc and musl have these, but declare them in no header, or under _GNU_SOURCE. */
     int capget(void *header, void *data);
     int capset(void *header, void *data);
@@ -31,6 +39,7 @@ cdef extern from *:
     struct kbusd_ruleset { uint64_t files, network, scopes; };
     struct kbusd_path_beneath { uint64_t access; int32_t parent; } __attribute__((packed));
     """
+    int one_heap "kbusd_one_heap"()
     int capget(void *header, void *data) nogil
     int capset(void *header, void *data) nogil
     int unshare(int flags) nogil
