@@ -17,7 +17,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from kbusd.broker.activation import Activation
-from kbusd.broker.connection import MAX_COMPLAINTS, MAX_WAITING, NOT_YET, Behind, Connection
+from kbusd.broker.connection import (
+    MAX_COMPLAINTS,
+    MAX_WAITING,
+    NOT_YET,
+    OPEN,
+    Behind,
+    Connection,
+)
 from kbusd.broker.counts import Counts
 from kbusd.broker.custom_endpoints import CustomEndpoints
 from kbusd.broker.endpoints import Endpoints
@@ -86,6 +93,7 @@ from kbusd.rings.entries import (
     Share,
     Snapshot,
     StartService,
+    State,
     Statistics,
     Stuck,
     UpdateEnvironment,
@@ -99,6 +107,7 @@ MAX_MONITOR_RULES = 512
 MAX_HELLO_FLAGS = 15  # kdbus.connection(7): four flags
 ACTIVATOR, HOLDER, KDBUS_MONITOR = 2, 4, 8  # three of them
 MAX_ABOUT = 16 << 10
+MAX_TOLD = 16 << 10
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
@@ -180,6 +189,16 @@ class Bus:
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
+                self._tell_state(connection)
+
+    def _tell_state(self, connection: Connection) -> None:
+        """What its worker needs to know at Hello, as long as that makes a short record: it waits in the
+        worker's line, maybe for ever, while a client authenticates."""
+        if self._behind(connection) == OPEN:
+            state, at = self._outside.state()
+            if len(state) <= MAX_TOLD:
+                self._outside.send(connection.worker, State(state))
+                connection.told = at
 
     def entering(self, worker: int, credentials: Credentials) -> None:
         """Who says HELLO by a file need not be who has opened it."""
@@ -429,7 +448,9 @@ class Bus:
         kind = (message.kdbus or 0) & (ACTIVATOR | HOLDER | KDBUS_MONITOR)
         self._check_kind(connection, message, kind)
         # Before the entry, which its replay shows; and before anything changes, as it may fail.
-        snapshot = self._snapshot(connection)
+        told = connection.told
+        knows = told is not None and self._outside.reaches(told)
+        snapshot = [] if knows else self._snapshot(connection)
         if message.policy:
             self.name_policy.set(connection, self._next_id, message.policy)
         connection.about = _about(message.about)
@@ -704,8 +725,11 @@ class Bus:
         )
 
     def _snapshot(self, connection: Connection) -> list[int]:
+        return self._outside.snapshot(self._behind(connection))
+
+    def _behind(self, connection: Connection) -> Behind:
         assert connection.credentials is not None
-        return self._outside.snapshot(Behind.of(connection.credentials, connection.custom))
+        return Behind.of(connection.credentials, connection.custom)
 
     def shown(self, behind: Behind) -> Shown:
         """What those behind an endpoint are shown of names."""

@@ -34,6 +34,13 @@ class Behind(NamedTuple):
         return cls("", custom, who.uid, who.gid, who.groups) if custom else cls(who.endpoint)
 
 
+class At(NamedTuple):
+    """Where in the log a snapshot was made: its position, and how many entries there were."""
+
+    position: int
+    entries: int
+
+
 OPEN = Behind()
 """By nothing."""
 
@@ -60,6 +67,7 @@ class Connection:
         "pid",
         "pidfd",
         "policy",
+        "told",
         "unread",
         "waiting",
         "worker",
@@ -72,6 +80,7 @@ class Connection:
         self.credentials: Credentials | None = None
         self.policy: ClientPolicy | None = None
         self.id = NOT_YET
+        self.told: At | None = None  # the snapshot that its worker was told before Hello
         self.kdbus: int | None = None  # HELLO flags, if it came by a kdbus node
         self.file = False  # its client has opened one of kdbus
         self.custom = 0  # endpoint of kdbus that it is behind (custom_endpoints.py)

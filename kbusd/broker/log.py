@@ -3,7 +3,7 @@
 The broker is its only writer. Those behind an endpoint have a log of their own, with what filtered.py lets
 pass. A snapshot is a sealed memfd with the encoded state at one position
 of the log; it is given out until the log has gone on by more than replaying is worth, so that most
-connections cost no new one.
+connections cost no new one. A small one goes to a worker as it is, before Hello (entries.State).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from kbusd.broker.connection import OPEN, Behind
+from kbusd.broker.connection import OPEN, At, Behind
 from kbusd.broker.filtered import Filter
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
@@ -35,9 +35,9 @@ class Log:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._ring = Broadcast(capacity)
         self._end = 0  # the position behind the last entry
-        self._snapshot = -1
-        self._position = 0  # of the snapshot
-        self._since = 0
+        self._data = b""  # the snapshot, encoded
+        self._at = At(0, 0)
+        self._snapshot = -1  # the memfd that holds it, if somebody has asked for one
         self.entries = 0
         self.snapshots = 0
 
@@ -52,26 +52,35 @@ class Log:
 
     def forget(self) -> None:
         """The next snapshot is a new one."""
+        self._data = b""
         if self._snapshot >= 0:
             os.close(self._snapshot)
             self._snapshot = -1
 
-    def snapshot(self, state: Callable[[int], Snapshot], size: int) -> int:
-        """A sealed memfd with a recent snapshot; `size` is about how much there is to write.
+    def state(self, state: Callable[[int], Snapshot], size: int) -> tuple[bytes, At]:
+        """A recent snapshot, encoded, and where it was made; `size` is about how much there is to write.
 
         The larger the state, the longer one is used: making it costs what replaying saves."""
-        if (
-            self._snapshot < 0
-            or self.entries - self._since > max(REPLAY_ENTRIES, size // 4)
-            or self._end - self._position > REPLAY_BYTES
-        ):
+        if not self._data or not self.reaches(self._at, size):
             self.forget()
-            data = _encode(state(self._end))
-            self._snapshot = memfd.sealed("kbusd-snapshot", data)
-            self._position = self._end
-            self._since = self.entries
+            self._data = _encode(state(self._end))
+            self._at = At(self._end, self.entries)
             self.snapshots += 1
+        return self._data, self._at
+
+    def snapshot(self, state: Callable[[int], Snapshot], size: int) -> int:
+        """A sealed memfd with it."""
+        data, _ = self.state(state, size)
+        if self._snapshot < 0:
+            self._snapshot = memfd.sealed("kbusd-snapshot", data)
         return self._snapshot
+
+    def reaches(self, at: At, size: int, times: int = 1) -> bool:
+        """Whether it is still worth replaying what came after this snapshot; or so many times as much."""
+        return (
+            self.entries - at.entries <= times * max(REPLAY_ENTRIES, size // 4)
+            and self._end - at.position <= times * REPLAY_BYTES
+        )
 
 
 class Logs:
@@ -108,7 +117,7 @@ class Logs:
     def snapshot(self, behind: Behind, size: int) -> list[int]:
         """Where to join in: a snapshot; for who is behind an endpoint, also the log to go on with."""
         if behind == OPEN:
-            return [self._log.snapshot(lambda position: self._state(position, self.stamp), size)]
+            return [self._log.snapshot(self._now, size)]
         if behind not in self._behind:
             self._behind[behind] = Log(OF_ENDPOINT), self._filter(behind)
         log, filter = self._behind[behind]
@@ -117,3 +126,14 @@ class Logs:
             return filter.snapshot(self._state(position, self.stamp))
 
         return [log.snapshot(state, size), log.fileno()]
+
+    def state(self, size: int) -> tuple[bytes, At]:
+        """The same for who is behind nothing, as it is."""
+        return self._log.state(self._now, size)
+
+    def reaches(self, at: At, size: int) -> bool:
+        """Whether he may still go on from there: also if a new one was made since."""
+        return self._log.reaches(at, size, 2)
+
+    def _now(self, position: int) -> Snapshot:
+        return self._state(position, self.stamp)

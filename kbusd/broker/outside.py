@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kbusd.broker.connection import Behind
+from kbusd.broker.connection import At, Behind
 from kbusd.rings.entries import BrokerMessage, Launch, LogEntry
 
 
@@ -52,6 +52,12 @@ class Outside(Protocol):
     def snapshot(self, behind: Behind) -> list[int]:
         """A descriptor of a sealed memfd with a recent Snapshot, and of the log to go on with for who is
         behind an endpoint; they stay the callee's."""
+
+    def state(self) -> tuple[bytes, At]:
+        """A recent Snapshot for who is behind no endpoint, encoded, and where in the log it was made."""
+
+    def reaches(self, at: At) -> bool:
+        """Whether one that was made there is still good for who says Hello now."""
 
     def policy(self) -> int:
         """A descriptor of the sealed memfd with the configuration; stays the callee's."""

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kbusd.broker.bus import Bus
-from kbusd.broker.connection import Behind, Connection
+from kbusd.broker.connection import At, Behind, Connection
 from kbusd.broker.filtered import Filter
 from kbusd.broker.guarded import Closers, Guarded
 from kbusd.broker.log import Logs
@@ -414,6 +414,12 @@ class Server:
 
     def snapshot(self, behind: Behind) -> list[int]:
         return self._log.snapshot(behind, self._bus.size())
+
+    def state(self) -> tuple[bytes, At]:
+        return self._log.state(self._bus.size())
+
+    def reaches(self, at: At) -> bool:
+        return self._log.reaches(at, self._bus.size())
 
     def policy(self) -> int:
         return self._configuration

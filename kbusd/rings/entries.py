@@ -479,6 +479,13 @@ class Reply(FromBroker, frozen=True, tag="reply"):
     stamp: int = 0
 
 
+class State(FromBroker, frozen=True, tag="state"):
+    """An encoded Snapshot, before Hello: what the worker takes over while the broker answers that. If
+    the reply comes without a snapshot, this one holds."""
+
+    snapshot: bytes
+
+
 class Failure(FromBroker, frozen=True, tag="failure"):
     """`request` failed: a D-Bus error name and its text."""
 
@@ -520,7 +527,7 @@ class Wake(FromBroker, frozen=True, tag="wake"):
     at the log."""
 
 
-BrokerMessage = Reply | Failure | Introduction | Withdrawn | Probe | Count | Wake
+BrokerMessage = Reply | State | Failure | Introduction | Withdrawn | Probe | Count | Wake
 
 
 # -- supervisor <-> others -------------------------------------------------------------------

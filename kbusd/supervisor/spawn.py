@@ -15,6 +15,9 @@ from fcntl import F_DUPFD_CLOEXEC, fcntl
 import kbusd
 from kbusd.supervisor import start
 
+# What its children would each have to look up, by reading symbol tables, is looked up before (ld.so(8)).
+_MORE = {"kbusd.workers.zygote": {"LD_BIND_NOW": "1"}}
+
 
 def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr: int = 2) -> int:
     """Run `module`'s main with `arguments` and returns its pid. Raises OSError.
@@ -35,7 +38,7 @@ def spawn(module: str, arguments: Sequence[str], fds: Mapping[int, int], stderr:
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-S", "-s", "-P", start.__file__, *path, "--", module, *arguments],
-            os.environ,
+            os.environ | _MORE.get(module, {}),
             file_actions=actions,
             setpgroup=0,  # signals to our group, such as ^C, are ours to act on
             setsigmask=[],

@@ -21,6 +21,7 @@ def main() -> None:
     sys.argv[:] = [name, *sys.argv[end + 2 :]]
     # msgspec does without it, and it brings inspect, ast, dis and tokenize.
     sys.modules["typing_extensions"] = None  # type: ignore[assignment]
+    sys.modules["_uuid"] = None  # type: ignore[assignment]  # two shared objects more
     from importlib import import_module
 
     module = import_module(name)

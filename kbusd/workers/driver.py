@@ -573,7 +573,7 @@ class Driver:
         snapshot: bytes = b"",
         fds: tuple[int, ...] = (),
     ) -> list[Action]:
-        """What to do when the broker has answered; `snapshot` is what came with Hello's reply, `fds`
+        """What to do when the broker has answered; `snapshot` is what came with Hello's reply, if not before; `fds`
         are what came with others, and go into a Return.
 
         All log entries that the request caused must have been given to `entry` before, except
@@ -605,7 +605,8 @@ class Driver:
         match request:
             case Hello():
                 self.replica.me = _id(value)
-                self.replica.load(_decode_snapshot(snapshot))
+                if snapshot:
+                    self.load(snapshot)
                 return [
                     *self._return(call, "s", self.name),
                     self._signal("NameAcquired", self.name, destination=self.name),
@@ -636,6 +637,10 @@ class Driver:
                 return self._return(call, "a{sv}", statistics.of_connection(connection, reported))
             case _:
                 return self._return(call)
+
+    def load(self, snapshot: bytes) -> None:
+        """Take over this state of the bus. Raises MsgspecError or ReplicaError."""
+        self.replica.load(_decode_snapshot(snapshot))
 
     def _gone(self, call: Call, what: str, id: int) -> list[Action]:
         """Whom the call asks about has gone meanwhile."""

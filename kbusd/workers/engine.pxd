@@ -31,6 +31,9 @@ cdef class Engine:
     cdef long long id, epoch
     cdef long long matches, mine  # versions of the replica
     cdef bint busy, leaving, everyone, loaded
+    cdef bint asked, joined  # for Hello; and we know the state of the bus already
+    cdef bytes state    # of the bus, as the broker told it before Hello
+    cdef uint64_t before  # how far the log was when we asked
     cdef bint monitor   # our client is one
     cdef bint monitored, overheard  # somebody is, or has rules with eavesdrop='true'
     cdef bint unix_fds  # our client takes descriptors

@@ -591,25 +591,56 @@ class Engine:
 
     def ask_for_driver(self, action):
         """Ask the broker what the driver wants to know (drivers.Ask)."""
+        hello: cython.bint = type(action.request) is entries.Hello
+        if hello and self.log is not None:
+            self.before = self.log.head()
         self.asking.ask(
             action.request,
             lambda answer, fds: self._answer_driver(action.token, answer, fds),
         )
+        if hello:
+            self.asked = True
+            self._join()
+
+    def _join(self):
+        """While the broker answers Hello: take over the state that it has told us, and what the log has said
+        since. No one hears of that, as our client is nobody yet."""
+        if self.loaded or not (self.asked and self.state):
+            return
+        state, self.state = self.state, b""
+        try:
+            self.driver.load(state)
+            self.log.seek(self.replica.position)
+            while self.log.position < self.before:
+                frame = self.log.read()
+                entry = decode_entry(frame.body)
+                if type(entry) is entries.PolicyChanged:
+                    break  # of which more is to be asked, by somebody
+                self.replica.apply(entry)
+                self.replica.position = frame.position
+        except (msgspec.MsgspecError, ReplicaError) as error:
+            raise Gone(f"the broker talks nonsense: {error}") from None
+        except memfd.RingError:
+            return  # its client took so long that the log has gone on; the answer has a new one
+        self.joined = True
 
     def _answer_driver(self, token, answer, fds):
         snapshot = b""
         passed: tuple = ()
-        if fds and isinstance(token.request, entries.Hello):
+        hello: cython.bint = isinstance(token.request, entries.Hello)
+        if hello and fds:
             snapshot = memfd.read(fds[0])
             if self.log is None:
                 self.log = BroadcastReader(fds[1], 0)
+        elif hello and type(answer) is entries.Reply and not self.joined:
+            raise Gone("the broker talks nonsense: an answer to Hello without a snapshot")
         elif fds:
             passed = tuple([os.dup(fd) for fd in fds])
         try:
             actions = self.driver.answer(token, answer, snapshot, passed)
         except (msgspec.MsgspecError, ReplicaError, TypeError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
-        if snapshot and not self.loaded:
+        if hello and self.replica.me and not self.loaded:
             self._loaded()
             self._inbound()  # the snapshot may be older than a monitor
             if (self.monitored or self.overheard) and self.hello is not None:
@@ -756,6 +787,9 @@ class Engine:
             self.peers.introduced_by(message, fds)
         elif kind is entries.Withdrawn:
             self.peers.withdrawn(message.peer)
+        elif kind is entries.State:
+            self.state = message.snapshot
+            self._join()
         elif kind is entries.Probe:
             self.asking.line.send(entries.Running(0))
         elif kind is entries.Count:

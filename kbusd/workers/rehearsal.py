@@ -23,7 +23,7 @@ from jeepney.low_level import (
 
 from kbusd.policy.decide import ClientPolicy, can_connect
 from kbusd.policy.rules import RECEIVE, SEND, USER, Policy, Rule
-from kbusd.rings import entries, memfd
+from kbusd.rings import entries
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
 from kbusd.rings.line import Line, pair
@@ -81,15 +81,14 @@ class Rehearsal:
         ):
             self._log.append(_LOG, clock.tick(), b"", msgspec.msgpack.encode(entry))
         state = entries.Snapshot(0, 0, (), (), (), (), (), 0)
-        snapshot = memfd.sealed("kbusd-snapshot", msgspec.msgpack.encode(state))
         # All that is said to the worker is there when it looks, so that nobody ever waits.
         self._supervisors.send(entries.Soon())
         self._supervisors.send(entries.Client(who), [self._served.fileno()])
         self._served.close()
         self._client.send(_SCRIPT)
         self._client.shutdown(socket.SHUT_WR)
-        self._brokers.send(entries.Reply(1, _ME), [snapshot])
-        os.close(snapshot)
+        self._brokers.send(entries.State(msgspec.msgpack.encode(state)))
+        self._brokers.send(entries.Reply(1, _ME))
         serve(self._context, self._engine, self._ours, self._theirs)
         got = self._client.recv(4096)
         self._close()

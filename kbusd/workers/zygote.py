@@ -18,6 +18,8 @@ import select
 import signal
 import socket
 import sys
+from _thread import allocate_lock
+from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
@@ -157,16 +159,44 @@ class Zygote:
             self.line.flush()
 
 
+_POOL = 16384  # of Python's allocator, for objects of one size up to 512 bytes
+_POOL_HEAD = 48
+_MOST_HOLES = 2000  # of one size
+_MOST_LARGE = 2 << 20  # bytes of those above
 _filling: list[object] = []
 
 
 def _fill_holes() -> None:
     """Take the places of objects that are gone. They are scattered over pages that workers share, of
-    which each would be copied for one new object of a worker; its new ones lie side by side now."""
-    for size in (*range(4096, 512, -32), *range(512, 32, -16)):
-        _filling.extend(bytes(size - sys.getsizeof(b"")) for _ in range(3 if size > 512 else 100))
-    _filling.extend(float(number) for number in range(100))  # of 32 bytes
-    _filling.extend(object() for _ in range(100))  # of 16
+    which each would be copied for one new object of a worker; its new ones lie side by side now: the
+    next of each size is the first of a pool, whose head is on the same page, or at the end of the heap."""
+    empty = sys.getsizeof(b"")
+    end, room = id(bytes(100_000)), _MOST_LARGE
+    for size in range(8192, 512, -16):
+        make = lambda size=size: bytes(size - empty)
+        room -= size * _fill(make, lambda at: at >= end, room // size)
+    _filling.extend(allocate_lock() for _ in range(500))  # of 32 bytes that are malloc's
+    for size in range(512, 32, -16):
+        _fill(lambda size=size: bytes(size - empty), _begins_a_pool)  # type: ignore[misc]
+    numbers = iter(range(_MOST_HOLES))
+    _fill(lambda: float(next(numbers)), _begins_a_pool)  # of 32 bytes
+    _fill(object, _begins_a_pool)  # of 16
+
+
+def _fill(
+    make: Callable[[], object], is_beyond: Callable[[int], bool], most: int = _MOST_HOLES
+) -> int:
+    """With things of one size, until the next is not in a hole any more; returns how many."""
+    for count in range(most):
+        new = make()
+        if is_beyond(id(new)):
+            return count
+        _filling.append(new)
+    return most
+
+
+def _begins_a_pool(at: int) -> bool:
+    return at % _POOL == _POOL_HEAD
 
 
 def main() -> None:

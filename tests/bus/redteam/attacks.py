@@ -216,10 +216,11 @@ def held(taken: Taken) -> None:
 
 
 def spoil_snapshot(taken: Taken) -> None:
-    """Change the broker's snapshot, which the next who says Hello believes; the log's own descriptor is
-    closed before a client comes."""
+    """Change the broker's snapshot, which others believe, too; the log's own descriptor is closed before
+    a client comes."""
     taken.say(_is_open(taken.context.log_fd))
-    _, [fd] = taken.ask(entries.Hello(taken.next()))
+    taken.hello()
+    _, [fd] = taken.ask(entries.FetchSnapshot(taken.next()))
     taken.say(list(_spoil(fd)))
 
 
@@ -451,6 +452,8 @@ def lie_to_broker(taken: Taken, seed: int, each: int, start: int, hello: bool) -
     chance = random.Random(seed + start)
     if hello and not isinstance(said := taken.hello(), int):
         raise RuntimeError(said)
+    if not hello and wait(taken.line):
+        taken.line.receive()  # the state of the bus
     for number, lie in enumerate(all_lies[start:], start):
         taken.say([number, type(lie).__name__])
         fds = _odd_descriptors(taken, chance)

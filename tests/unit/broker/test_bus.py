@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+from msgspec.structs import replace
 
 from kbusd.broker.bus import FAULTY
 from kbusd.broker.connection import Connection
@@ -33,6 +34,28 @@ def test_hello_is_answered_with_id_and_snapshot_once_it_stands_in_the_log() -> N
         (4, e.Reply(1, 1), 77),
     ]
     assert world.joined_by == [4]
+
+
+def test_a_short_state_is_told_before_hello_and_holds_as_long_as_the_log_leads_on_from_it() -> None:
+    world = World()
+    world.told = b"state"
+    for worker in (4, 5):
+        world.bus.worker_started(worker, worker)
+        world.bus.assigned(worker, credentials(worker))
+    assert world.events == [(4, e.State(b"state")), (5, e.State(b"state"))]
+    assert (4, e.Reply(1, 1)) in world.ask(world.bus.connections[4], e.Hello(1))
+    world.reach = False
+    assert (5, e.Reply(1, 2), 77) in world.ask(world.bus.connections[5], e.Hello(1))
+
+
+def test_who_is_behind_an_endpoint_or_has_opened_a_file_is_told_no_state() -> None:
+    world = World()
+    world.told = b"state"
+    world.bus.worker_started(1, 1)
+    world.bus.assigned(1, replace(credentials(1), endpoint="app"))
+    world.bus.worker_started(2, 2)
+    world.bus.assigned(2, credentials(2), hasty=False)
+    assert world.events == []
 
 
 def test_who_does_not_say_hello_in_time_is_ended() -> None:

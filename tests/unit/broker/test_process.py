@@ -72,9 +72,9 @@ class Broker:
 
     def client(self, uid: int = 1000) -> Worker:
         worker = self.worker(uid)
-        reply, (fd,) = worker.ask(e.Hello(1))
+        reply, fds = worker.ask(e.Hello(1))
         worker.id = reply.value
-        os.close(fd)
+        close_all(fds)
         assert self.hear()[0] == e.Joined(worker.number)
         return worker
 
@@ -97,6 +97,7 @@ class Worker:
         self.number = number
         self.line = line
         self.id = 0
+        self.told: list[bytes] = []
 
     def ask(self, message: e.Request, fds: Sequence[int] = ()) -> tuple[Any, list[int]]:
         """Ask and pass by what is not the answer."""
@@ -105,6 +106,8 @@ class Worker:
             answer, received = hear(self.line)
             if isinstance(answer, e.Reply | e.Failure) and answer.request == message.request:
                 return answer, received
+            if isinstance(answer, e.State):
+                self.told.append(answer.snapshot)
 
 
 def hear(line: Line) -> tuple[Any, list[int]]:
@@ -172,18 +175,26 @@ def test_a_hello_may_overtake_the_word_of_who_says_it(broker: Broker) -> None:
     while struct.unpack("i", fcntl.ioctl(worker.line.fileno(), termios.TIOCOUTQ, bytes(4)))[0]:
         assert broker.process.poll() is None  # it has not read it yet
     broker.line.send(e.Assigned(worker.number, credentials(worker.number, 1000)))
-    reply, (fd,) = hear(worker.line)
-    os.close(fd)
-    assert isinstance(reply, e.Reply)
+    assert isinstance(hear(worker.line)[0], e.State)
+    assert isinstance(hear(worker.line)[0], e.Reply)
 
 
 def test_hello_gives_an_id_and_a_snapshot_from_which_the_log_leads_on(broker: Broker) -> None:
     a = broker.worker()
-    reply, (fd,) = a.ask(e.Hello(1))
-    assert reply.value == 1
-    state = snapshot(fd)
+    reply, fds = a.ask(e.Hello(1))
+    assert (reply.value, fds) == (1, [])
+    state = _decode_snapshot(a.told.pop())
     broker.log.seek(state.position)
     assert broker.entries() == [e.ConnectionAdded(1, credentials(1))]
+
+
+def test_what_was_told_long_before_hello_is_followed_by_a_snapshot(broker: Broker) -> None:
+    slow, a = broker.worker(), broker.client()
+    for request in range(100):
+        a.ask(e.AddMatch(request, f"member='M{request}'"))
+    _, (fd,) = slow.ask(e.Hello(1))
+    assert _decode_snapshot(slow.told.pop()).matches == ()
+    assert len(snapshot(fd).matches) == 100
     with pytest.raises(OSError, match=r"denied|permitted"):
         os.truncate(fd, 0)
     os.close(fd)
@@ -191,8 +202,8 @@ def test_hello_gives_an_id_and_a_snapshot_from_which_the_log_leads_on(broker: Br
 
 def test_a_snapshot_is_used_again_and_renewed(broker: Broker) -> None:
     a = broker.client()
-    _, (first,) = broker.worker().ask(e.Hello(1))
-    _, (second,) = broker.worker().ask(e.Hello(1))
+    _, (first,) = broker.client().ask(e.FetchSnapshot(2))
+    _, (second,) = broker.client().ask(e.FetchSnapshot(2))
     assert os.fstat(first).st_ino == os.fstat(second).st_ino
     for request in range(100):
         a.ask(e.AddMatch(request, f"member='M{request}'"))

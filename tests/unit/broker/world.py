@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from kbusd.broker.bus import Bus
+from kbusd.broker.bus import MAX_TOLD, Bus
 from kbusd.broker.connection import OPEN as BY_NOTHING
-from kbusd.broker.connection import Behind, Connection
+from kbusd.broker.connection import At, Behind, Connection
 from kbusd.policy.configuration import DEFAULT_LIMITS, Configuration
 from kbusd.policy.rules import OWN, RECEIVE, SEND, USER, Policy, Rule
 from kbusd.policy.services import Service
@@ -43,6 +43,8 @@ class World:
         self.words: list[str] = []
         self.joined_by: list[int] = []
         self.refused: set[tuple[bytes | None, bytes | None, str]] = set()  # by SELinux
+        self.told = bytes(MAX_TOLD + 1)  # the encoded state of the bus: too much to be told
+        self.reach = True
         limits = DEFAULT_LIMITS | settings.pop("limits", {})
         settings = dict[str, Any](type="session", policy=OPEN) | settings
         self.configuration = Configuration(limits=limits, **settings)
@@ -86,6 +88,13 @@ class World:
 
     def snapshot(self, behind: Behind) -> list[int]:
         return [77] if behind == BY_NOTHING else [77, 78]
+
+    def state(self) -> tuple[bytes, At]:
+        return self.told, At(5, 6)
+
+    def reaches(self, at: At) -> bool:
+        assert at == At(5, 6)
+        return self.reach
 
     def policy(self) -> int:
         return 88

@@ -16,15 +16,18 @@ from jeepney.low_level import (  # type: ignore[import-untyped]
 )
 
 from kbusd.broker.bus import Bus
+from kbusd.broker.connection import At
 from kbusd.policy.configuration import Configuration
 from kbusd.rings.entries import (
     BrokerMessage,
     Count,
     Counted,
     Credentials,
+    Hello,
     Launch,
     LogEntry,
     Queued,
+    State,
 )
 from kbusd.workers import behind, driver
 from kbusd.workers.replica import Replica
@@ -73,8 +76,13 @@ class Model:
                 if worker in self.broker.connections:
                     self.broker.handle(self.broker.connections[worker], counted, ())
                 continue
+            if isinstance(message, State):
+                client.told = message.snapshot
+                continue
             token = client.asked.pop(message.request)  # type: ignore[union-attr]
             snapshot = self.snapshots[fds[0]] if fds else b""
+            if isinstance(token.request, Hello) and not fds:
+                snapshot = client.told
             client.act(client.driver.answer(token, message, snapshot))  # type: ignore[arg-type]
             if snapshot:
                 client.position = msgspec.msgpack.decode(snapshot)[0]
@@ -121,6 +129,12 @@ class Model:
         self.snapshots.append(msgspec.msgpack.encode(state))
         return [len(self.snapshots) - 1]
 
+    def state(self) -> tuple[bytes, At]:
+        return msgspec.msgpack.encode(self.broker.snapshot(len(self.log), 0)), At(0, 0)
+
+    def reaches(self, at: At) -> bool:
+        return True
+
     def policy(self) -> int:
         return 0
 
@@ -149,6 +163,7 @@ class ModelClient:
         self.serial = 0
         self.requests = 0
         self.position: int | None = None
+        self.told = b""
         self.asked: dict[int, driver.Token] = {}
         self.seen: list[Seen] = []
         model.broker.worker_started(worker, 1)

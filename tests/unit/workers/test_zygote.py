@@ -9,6 +9,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,3 +157,15 @@ def test_a_worker_that_is_ready_when_nobody_asks_any_more_says_nothing_of_it() -
     worker.say_locked(locked)
     with pytest.raises(OSError):
         os.fstat(locked)
+
+
+FILLED = """
+from kbusd.workers import zygote
+zygote._fill_holes()
+print(all(id(bytes(size - 33)) % 16384 < 4096 for size in range(64, 513, 16)))
+"""
+
+
+def test_what_a_worker_makes_first_of_each_size_lies_beside_the_head_of_its_pool() -> None:
+    words = [sys.executable, "-c", FILLED]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "True\n"

@@ -1,0 +1,175 @@
+"""The state of the bus comes before Hello is answered, or with the answer; the test is the broker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from kbusd.rings import entries as e
+from kbusd.rings import memfd
+from kbusd.rings.broadcast import Broadcast
+from kbusd.rings.clock import Clock
+from kbusd.rings.line import Line, pair
+from kbusd.workers import worker
+from kbusd.workers.context import Context
+from kbusd.workers.dbus_socket import DBusSocket
+from tests.bus import wireformat as w
+
+LOG = 2  # kind of frame
+ME, OTHER, LATE = 1, 7, 8
+SECONDS = 20
+WHO = e.Credentials(os.geteuid(), os.getegid(), os.getpid())
+SASL = b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+BUS = {w.PATH: "/org/freedesktop/DBus", w.DESTINATION: "org.freedesktop.DBus"}
+
+
+class Stage:
+    """A worker whose client has authenticated. OTHER is on the bus since before the snapshot, LATE
+    since after it."""
+
+    def __init__(self, context: Context) -> None:
+        self.clock = Clock()
+        self.log = Broadcast(65536)
+        supervisor, ours = pair()
+        broker, theirs = pair()
+        self.client, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        context = msgspec.structs.replace(context, log_fd=self.log.fileno())
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                for sock in (supervisor, broker, self.client):
+                    sock.close()
+                served.setblocking(False)
+                line = Line(theirs, e.BrokerMessage)
+                worker.serve(context, DBusSocket(context, line), Line(ours, e.ToWorker), line)
+            finally:
+                os._exit(0)
+        ours.close()
+        theirs.close()
+        self.client.settimeout(SECONDS)
+        self.supervisor, self.broker = Line(supervisor, e.ToWorker), Line(broker, e.WorkerMessage)
+        broker.settimeout(SECONDS)
+        self.buffer = b""
+        self.enter(e.ConnectionAdded(OTHER, WHO))
+        state = e.Snapshot(self.log.position, 0, ((OTHER, WHO),), (), (), (), (), 0)
+        self.state = msgspec.msgpack.encode(state)
+        self.enter(e.ConnectionAdded(LATE, WHO))
+        self.supervisor.send(e.Client(WHO), [served.fileno()])
+        served.close()
+        self.client.sendall(SASL)
+        while self.buffer.count(b"\r\n") < 3:
+            self.buffer += self.client.recv(4096)
+        self.buffer = self.buffer.split(b"\r\n", 3)[3]
+
+    def close(self) -> None:
+        self.client.close()
+        self.supervisor.close()
+        self.broker.close()
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+    def enter(self, entry: e.LogEntry) -> None:
+        self.log.append(LOG, self.clock.tick(), b"", msgspec.msgpack.encode(entry))
+
+    def asked(self, kind: type) -> Any:
+        """What the worker says to us, which must be of that kind."""
+        received = self.broker.receive()
+        assert received is not None and isinstance(received[0], kind), received
+        return received[0]
+
+    def call(self, member: str, *names: str) -> None:
+        fields = BUS | {w.MEMBER: member}
+        self.client.sendall(w.build(w.CALL, fields, "s" * len(names), names))
+
+    def admit(self, request: int, *fds: int) -> None:
+        """Answer Hello."""
+        self.enter(e.ConnectionAdded(ME, WHO))
+        self.broker.send(e.Reply(request, ME), fds)
+        assert self.read().args == [f":1.{ME}"]
+        assert self.read().member == "NameAcquired"
+
+    def read(self) -> w.Message:
+        while len(self.buffer) < 16 or len(self.buffer) < w.total_length(self.buffer[:16]):
+            data = self.client.recv(65536)
+            assert data, "the client was disconnected"
+            self.buffer += data
+        size = w.total_length(self.buffer[:16])
+        message, self.buffer = w.parse(self.buffer[:size]), self.buffer[size:]
+        return message
+
+    def owned(self) -> list[bool]:
+        """Whether its client finds these on the bus."""
+        found = []
+        for id in (OTHER, LATE, ME, 9):
+            self.call("NameHasOwner", f":1.{id}")
+            found += self.read().args
+        return found
+
+
+@pytest.fixture
+def stage(context: Context) -> Iterator[Stage]:
+    made = Stage(context)
+    yield made
+    made.close()
+
+
+ALL_BUT_ONE = [True, True, True, False]
+
+
+def test_the_state_is_told_before_the_client_says_hello(stage: Stage) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.call("Hello")
+    stage.admit(stage.asked(e.Hello).request)
+    assert stage.owned() == ALL_BUT_ONE
+
+
+def test_the_state_is_told_after_the_client_has_said_hello(stage: Stage) -> None:
+    stage.call("Hello")
+    hello = stage.asked(e.Hello)
+    stage.broker.send(e.State(stage.state))
+    stage.admit(hello.request)
+    assert stage.owned() == ALL_BUT_ONE
+
+
+def test_a_snapshot_with_the_answer_replaces_what_was_told(stage: Stage) -> None:
+    stage.broker.send(e.State(msgspec.msgpack.encode(e.Snapshot(0, 0, (), (), (), (), (), 0))))
+    stage.call("Hello")
+    hello = stage.asked(e.Hello)
+    fd = memfd.sealed("snapshot", stage.state)
+    stage.admit(hello.request, fd)
+    os.close(fd)
+    assert stage.owned() == ALL_BUT_ONE
+
+
+def test_a_policy_that_has_changed_since_is_asked_for_after_hello(stage: Stage) -> None:
+    stage.enter(e.PolicyChanged(1))
+    stage.broker.send(e.State(stage.state))
+    stage.call("Hello")
+    hello = stage.asked(e.Hello)
+    stage.enter(e.ConnectionAdded(ME, WHO))
+    stage.broker.send(e.Reply(hello.request, ME))
+    assert stage.read().args == [f":1.{ME}"]
+    stage.asked(e.FetchPolicy)
+
+
+def test_a_client_that_was_refused_may_say_hello_again(stage: Stage) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.call("Hello")
+    stage.broker.send(e.Failure(stage.asked(e.Hello).request, "t.Refused", "not now"))
+    assert stage.read().error_name == "t.Refused"
+    stage.enter(e.ConnectionAdded(9, WHO))
+    stage.call("Hello")
+    stage.admit(stage.asked(e.Hello).request)
+    assert stage.owned() == [True] * 4
+
+
+def test_an_answer_without_any_state_ends_the_worker(stage: Stage) -> None:
+    stage.call("Hello")
+    stage.broker.send(e.Reply(stage.asked(e.Hello).request, ME))
+    assert "without a snapshot" in stage.asked(e.Leaving).reason
