@@ -386,8 +386,12 @@ class DBusSocket(Engine):
             return
         before = self.output.pending
         self._emit(template, head, body, fds, peer.bulk_view if head.kind == BULK else None)
+        amount: cython.size_t = self.output.pending - before
+        if before <= self.uncounted:
+            self.relieve()  # what the socket takes at once need not be counted
+            amount = min(amount, self.output.pending)
         if self._crowded():
-            self._count(peer, template, self.output.pending - before + head.fds * self.fd_cost)
+            self._count(peer, template, amount + head.fds * self.fd_cost)
 
     def show(self, template, head, body, fds) -> cython.void:
         """A copy for our client as a monitor. Raises HostilePeer."""
@@ -647,6 +651,7 @@ class DBusSocket(Engine):
 
     def _count(self, peer: Peer, template: Template, amount):
         """`amount` more waits for our client."""
+        self.shares.release(self.output.sent)
         end = self.output.sent + self.output.pending
         if self._asked_for(peer, template):
             self._count_own(amount)
@@ -661,6 +666,7 @@ class DBusSocket(Engine):
     def _count_own(self, amount):
         """`amount` more waits of what our client asked for. If that is the most of what is over
         the limit, it does not read."""
+        self.shares.release(self.output.sent)
         self.shares.charge_own(amount, self.output.sent + self.output.pending)
         if self._over_the_limit():
             self.shares.release(self.output.sent)
