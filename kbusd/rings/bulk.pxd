@@ -26,6 +26,7 @@ cdef class Bulk:
     cdef uint64_t sent, done
     cdef size_t reserved, reserved_at
     cdef bint told, piping
+    cdef int dry
     cdef readonly PagePipe pipe
     cdef size_t piped, piped_at
     cdef readonly int idle

@@ -46,6 +46,7 @@ from kbusd.rings.memfd import RingError
 from kbusd.rings.values import BulkStatistics
 
 ALIGN = cython.declare(cython.size_t, 64)
+DRY = cython.declare(cython.int, 8)
 
 
 @cython.cclass
@@ -166,7 +167,13 @@ class Bulk:
         moved: cython.Py_ssize_t = self.pipe.fill(source, most)
         if moved > 0:
             self.piped += moved
-        elif moved < 0 and moved != -EAGAIN:
+            self.dry = 0
+        elif moved == -EAGAIN:
+            # It is most often the socket that has nothing more; if for long, look at the pipe.
+            self.dry += 1
+            if self.dry % DRY == 0 and self.pipe.full():
+                self.piping = False
+        elif moved < 0:
             self.piping = False
         return moved
 

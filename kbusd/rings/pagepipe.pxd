@@ -31,6 +31,7 @@ cdef extern from "<fcntl.h>" nogil:
 cdef class PagePipe:
     cdef readonly int read_fd, write_fd
     cdef bint empty(self) noexcept
+    cdef bint full(self) noexcept
     cdef ssize_t fill(self, int source, size_t most) noexcept
     cdef ssize_t pour(self, int to, size_t most) noexcept
     cdef bint take(self, uint8_t *to, size_t length) noexcept

@@ -43,7 +43,7 @@ class PagePipe:
 
     def fill(self, source, most) -> cython.Py_ssize_t:
         """Move up to `most` bytes in: how many; 0 the socket `source` has ended, -EAGAIN it has
-        nothing now, another -errno: no more can go this way."""
+        nothing now, or the pipe is full, another -errno: no more can go this way."""
         moved: cython.Py_ssize_t = splice(
             source, cython.NULL, self.write_fd, cython.NULL, most, SPLICE_F_NONBLOCK
         )
@@ -51,9 +51,11 @@ class PagePipe:
             return moved
         if errno == EINTR:
             return -EAGAIN
-        if errno == EAGAIN and not kbusd_ready(self.write_fd, POLLOUT):
-            return -28  # ENOSPC
         return -errno
+
+    def full(self) -> cython.bint:
+        """Whether nothing more can be moved in."""
+        return not kbusd_ready(self.write_fd, POLLOUT)
 
     def pour(self, to, most) -> cython.Py_ssize_t:
         """Move up to `most` bytes out: how many; 0 there are none, -EAGAIN the socket `to` takes

@@ -16,6 +16,7 @@ cdef class DBusSocket(Engine):
     cdef size_t max_message, max_outgoing, max_outgoing_fds, uncounted, fd_cost
     cdef uint32_t max_fds
     cdef bint _receive(self) except -1
+    cdef void _stay(self) except *
     cdef void _messages(self) except *
     cdef bint _begin_large(self, uint8_t *data, size_t total, size_t have) except -1
     cdef void _try_pipe(self, uint8_t *data, Header *header, uint8_t *place) except *

@@ -68,6 +68,9 @@ PIPE_LEAST = cython.declare(cython.size_t, 32768)  # what is shorter is copied a
 SEND_BUFFER = cython.declare(cython.int, 524288)
 WIDE_LEAST = cython.declare(cython.size_t, 32 * 524288)  # of max_outgoing_bytes
 MAX_MESSAGE = cython.declare(cython.size_t, 128 << 20)  # D-Bus specification, "Message Protocol"
+# A client in the middle of a write gives so much at once; if it pauses, look so often for more.
+PIECE = cython.declare(cython.size_t, 16384)
+LOOKS = cython.declare(cython.int, 12)
 # Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
 UNCOUNTED = cython.declare(cython.size_t, 131072)
 
@@ -126,7 +129,10 @@ class DBusSocket(Engine):
         self._receive()
         self._messages()
         if self.input.large_have < self.input.large_need and not self.leaving:
-            self._receive()
+            if self.input.bulk is not None and self.input.bulk.piping:
+                self._stay()
+            else:
+                self._receive()
             self._messages()
 
     def go_on(self) -> cython.void:
@@ -178,6 +184,17 @@ class DBusSocket(Engine):
             raise Gone("broke a rule of descriptor passing")
         self.client_left()
         return False
+
+    def _stay(self) -> cython.void:
+        """Take in a body for a pipe as long as the client writes on, and nobody else wants us: on its core
+        it goes on while we yield, on another its next piece is about to come."""
+        had: cython.size_t = self.input.large_have
+        tries: cython.int = 0
+        while self._receive() and self.input.large_have < self.input.large_need:
+            tries = tries + 1 if self.input.large_have - had < PIECE else 1
+            had = self.input.large_have
+            if tries > LOOKS or self.merge.pending() or not self.waiting.give_way():
+                return
 
     def _messages(self) -> cython.void:
         """Handle every whole message that the client has sent."""
@@ -386,8 +403,12 @@ class DBusSocket(Engine):
             return
         before = self.output.pending
         self._emit(template, head, body, fds, peer.bulk_view if head.kind == BULK else None)
+        amount: cython.size_t = self.output.pending - before
+        if before <= self.uncounted:
+            self.relieve()  # what the socket takes at once need not be counted
+            amount = min(amount, self.output.pending)
         if self._crowded():
-            self._count(peer, template, self.output.pending - before + head.fds * self.fd_cost)
+            self._count(peer, template, amount + head.fds * self.fd_cost)
 
     def show(self, template, head, body, fds) -> cython.void:
         """A copy for our client as a monitor. Raises HostilePeer."""
@@ -437,9 +458,11 @@ class DBusSocket(Engine):
         if fds:
             self.output.begin_with_fds(fds)
         self.output.messages += 1
-        place = self.output.reserve(n if mapping != cython.NULL else n + length)
-        memcpy(place, source, n)
         own: cython.size_t = length  # how much of the body is to be copied
+        if view is not None and view.piped:
+            own = view.piped_at
+        place = self.output.reserve(n if mapping != cython.NULL else n + own)
+        memcpy(place, source, n)
         area: Area = None
         if view is not None:
             self._widen()
@@ -658,6 +681,7 @@ class DBusSocket(Engine):
 
     def _count(self, peer: Peer, template: Template, amount):
         """`amount` more waits for our client."""
+        self.shares.release(self.output.sent)
         end = self.output.sent + self.output.pending
         if self._asked_for(peer, template):
             self._count_own(amount)
@@ -672,6 +696,7 @@ class DBusSocket(Engine):
     def _count_own(self, amount):
         """`amount` more waits of what our client asked for. If that is the most of what is over
         the limit, it does not read."""
+        self.shares.release(self.output.sent)
         self.shares.charge_own(amount, self.output.sent + self.output.pending)
         if self._over_the_limit():
             self.shares.release(self.output.sent)

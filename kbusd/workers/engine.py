@@ -951,7 +951,8 @@ class Engine:
         if count and own_fds is None:
             fds = peer.receive_fds(count)
         if head.kind == BULK:
-            fds = peer.bulk_begins(self.peers.status, head.aux, fds)
+            if head.aux & BULK_FRESH or head.aux & 0xFFFFFFFF == 0:
+                fds = peer.bulk_begins(self.peers.status, head.aux, fds)
             if head.aux & 0xFFFFFFFF == 0:
                 close_all(fds)
                 return

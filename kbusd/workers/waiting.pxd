@@ -15,4 +15,6 @@ cdef class Waiting:
     cdef void forget(self, int fd) noexcept
     cdef int wait(self, epoll_event *events, int timeout) except -1
     cdef int _poll(self, epoll_event *events) noexcept
+    cdef uint64_t _yield(self, uint64_t before) noexcept
+    cdef bint give_way(self) noexcept
     cdef int _sleep(self, epoll_event *events, int timeout) noexcept

@@ -86,7 +86,6 @@ class Waiting:
         count: cython.int
         now: uint64_t = monotonic()
         until: uint64_t = now + self.poll_ns
-        before: uint64_t
         pending: cython.bint
         while True:
             pending = self.merge.pending()
@@ -98,14 +97,23 @@ class Waiting:
                 return -2
             if now >= until:
                 return 0
-            before = now
-            sched_yield()
-            now = monotonic()
-            if now - before > CONTENDED:
-                # Somebody computes on this core: who yields waits for a whole slice of his,
-                # who sleeps is woken ahead of him.
-                self.poll_ns = 0
-                self.poll_from = now + PAUSE * (now - before)
+            now = self._yield(now)
+
+    def _yield(self, before) -> uint64_t:
+        """Let whoever else can run go first: the time after it."""
+        sched_yield()
+        now: uint64_t = monotonic()
+        if now - before > CONTENDED:
+            # Somebody computes on this core: who yields waits for a whole slice of his,
+            # who sleeps is woken ahead of him.
+            self.poll_ns = 0
+            self.poll_from = now + PAUSE * (now - before)
+        return now
+
+    def give_way(self) -> cython.bint:
+        """Let whoever else can run go first; False if we had better sleep."""
+        now: uint64_t = monotonic()
+        return now >= self.poll_from and self._yield(now) >= self.poll_from
 
     def _sleep(self, events, timeout) -> cython.int:
         """Sleep until something comes; how long it was decides how long `_poll` will look."""

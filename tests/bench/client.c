@@ -305,6 +305,12 @@ static void authenticate(struct client *client) {
     client->end = 0;
 }
 
+void client_adopt(struct client *client, int fd) {
+    *client = (struct client){.fd = fd, .capacity = FIRST_CAPACITY, .in = malloc(FIRST_CAPACITY)};
+    if (fd < 0 || !client->in)
+        die("socket: %s", strerror(errno));
+}
+
 void client_connect(struct client *client, const char *path) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     size_t length = strlen(path);
@@ -315,10 +321,7 @@ void client_connect(struct client *client, const char *path) {
         address.sun_path[0] = 0;
     else
         length++;
-    *client = (struct client){.capacity = FIRST_CAPACITY, .in = malloc(FIRST_CAPACITY)};
-    client->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (client->fd < 0 || !client->in)
-        die("socket: %s", strerror(errno));
+    client_adopt(client, socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (connect(client->fd, (struct sockaddr *)&address,
                 (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length)))
         die("connect to %s: %s", path, strerror(errno));

@@ -51,6 +51,8 @@ uint64_t now_ns(void); /* CLOCK_MONOTONIC */
  * sd-bus does (all of SASL in one write) and says Hello. */
 void client_connect(struct client *, const char *path);
 void client_close(struct client *);
+/* A client on a socket that needs no greeting. */
+void client_adopt(struct client *, int fd);
 void client_request_name(struct client *, const char *name);
 void client_add_match(struct client *, const char *rule);
 

@@ -18,6 +18,8 @@ OURS = "kbusd"
 DAEMON = "dbus-daemon"
 BROKER = "dbus-broker"
 KDBUSFS = "kdbusfs"
+STREAMED = "direct, streamed"  # no bus
+WHOLE = "direct, whole"
 UNCONFINED = "unconfined"
 
 CAVEATS = """\
@@ -81,6 +83,13 @@ FIGURES = (
         absolute=2.5,
     ),
     Row("PSS per idle connection, MB", "idle", "pss_mb_each", False, absolute=2.5),
+)
+
+
+# What a bus would reach that costs nothing (direct.c).
+DIRECT_FIGURES = (
+    ("read when it is whole", WHOLE),
+    ("read while it is written", STREAMED),
 )
 
 
@@ -185,7 +194,8 @@ def buses(recording: Recording) -> list[str]:
 def _columns(recording: Recording) -> list[str]:
     """All that were measured."""
     seen = {sample.bus for sample in recording.samples}
-    return [*buses(recording), *(bus for bus in (KDBUSFS, UNCONFINED) if bus in seen)]
+    others = (KDBUSFS, UNCONFINED, WHOLE, STREAMED)
+    return [*buses(recording), *(bus for bus in others if bus in seen)]
 
 
 def _number(figure: float) -> str:
@@ -268,6 +278,18 @@ def figures_table(recording: Recording) -> str:
             cells += _judged(row.at_least, figure, target)
         ratios.append(cells)
     return f"{_align(ratios)}\n\n{_align(absolutes)}"
+
+
+def direct_table(recording: Recording) -> str:
+    """How much longer each bus takes than the clients alone; "" if that was not measured."""
+    table = [["1 MiB payload, time over that without a bus", DAEMON, BROKER, OURS]]
+    for label, phase in DIRECT_FIGURES:
+        over = [
+            ratio(recording, bus, phase, "payload-1MiB", "p50_us") for bus in (DAEMON, BROKER, OURS)
+        ]
+        if any(over):
+            table.append([label, *(_judged(True, each, None)[0] for each in over)])
+    return _align(table) if len(table) > 1 else ""
 
 
 def confinement_table(recording: Recording) -> str:
@@ -363,7 +385,8 @@ def text(recording: Recording) -> str:
         medians_table(recording),
         figures_table(recording) if OURS in buses(recording) else "kbusd was not measured.",
     ]
-    parts += filter(None, (device_table(recording), confinement_table(recording)))
+    tables = (direct_table(recording), device_table(recording), confinement_table(recording))
+    parts += filter(None, tables)
     if broken := failures(recording):
         parts.append("FAILED:\n" + "\n".join(broken))
     return "\n\n".join(parts) + "\n"

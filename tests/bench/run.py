@@ -29,7 +29,7 @@ import measure as measured
 import msgspec
 import report
 from measure import HERE, Failed, compile_programs
-from topologies import TOPOLOGIES, Topology, measure
+from topologies import TOPOLOGIES, Topology, measure, measure_without_bus
 
 OUT = HERE / "out"
 SCHEMA = 1
@@ -131,6 +131,8 @@ class Runner:
                 figures = {"filter_load_ms": measured.filter_load_ms()}
                 self.samples.append(report.Sample("kbusd", "filter-load", number, figures))
             for topology in self._options.topologies:
+                if topology.bare:
+                    self._measure_without_bus(number, topology)
                 for name in order:
                     bus = self._running.get(name)
                     if bus is not None and topology.is_for(name):
@@ -140,6 +142,17 @@ class Runner:
             for bus in self._running.values():
                 bus.stop()
             self._running.clear()
+
+    def _measure_without_bus(self, number: int, topology: Topology) -> None:
+        """Its phases count as buses, and as what is measured of these."""
+        test = topology.name.removesuffix("-direct")
+        try:
+            phases = measure_without_bus(topology, self._options.seconds, HERE / "bin")
+        except Failed as error:
+            self.samples.append(report.Sample("direct", test, number, error=f"{error}"))
+            return
+        for phase, metrics in phases.items():
+            self.samples.append(report.Sample(f"direct, {phase}", test, number, metrics))
 
     def _measure(self, number: int, topology: Topology, name: str) -> None:
         bus = self._running[name]

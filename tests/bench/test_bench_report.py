@@ -159,3 +159,26 @@ def test_confinement_is_judged_against_kbusd_without_it() -> None:
 
 def test_a_recording_of_one_kbusd_says_nothing_of_confinement(recorded: report.Recording) -> None:
     assert report.confinement_table(recorded) == ""
+
+
+def test_a_bus_is_measured_by_what_its_clients_need_without_one() -> None:
+    samples = [
+        report.Sample(bus, "payload-1MiB", 0, {"p50_us": figure})
+        for bus, figure in (
+            ("kbusd", 500.0),
+            ("dbus-daemon", 2500.0),
+            (report.WHOLE, 400.0),
+            (report.STREAMED, 250.0),
+        )
+    ]
+    table = report.direct_table(report.Recording(1, "", {}, {}, {}, samples))
+    assert line_of(table, "read when it is whole") == (
+        "read when it is whole 6.25 (6.25–6.25) 1.25 (1.25–1.25)"
+    )
+    assert line_of(table, "read while it is written").endswith("2.00 (2.00–2.00)")
+
+
+def test_a_recording_without_clients_alone_says_nothing_of_them(
+    recorded: report.Recording,
+) -> None:
+    assert report.direct_table(recorded) == ""

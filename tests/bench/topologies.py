@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
@@ -34,7 +35,7 @@ class Topology(msgspec.Struct, frozen=True):
     With `one_core`, the bus and the clients are held on one core: without the scheduler's choice,
     which moves a round trip by a factor of three, what is left is the work itself. With `in_turns`,
     kbusd and kbusd unconfined are called in turns, for a difference that is smaller than the machine's
-    from one second to the next.
+    from one second to the next. Without a bus, if `bare`.
     """
 
     name: str
@@ -43,14 +44,21 @@ class Topology(msgspec.Struct, frozen=True):
     one_core: bool = False
     device: bool = False
     in_turns: bool = False
+    bare: bool = False
 
     def is_for(self, bus: str) -> bool:
         """Whether it is measured on this bus."""
+        if self.bare:
+            return False
         if self.device or bus == "kdbusfs":
             return self.device and bus == "kdbusfs"
         if self.in_turns:
             return bus in ("kbusd", "unconfined")
         return bus != "unconfined" or self.name == "connect"
+
+    def timed(self, seconds: float) -> list[object]:
+        """Its arguments, for so long a measurement."""
+        return [seconds if value == "SECONDS" else value for value in self.arguments]
 
 
 def _calls(name: str, pairs: int, window: int, size: int, signature: str) -> Topology:
@@ -78,6 +86,7 @@ TOPOLOGIES = (
         for n in (1, 8, 64)
     ),
     *(_calls(f"payload-{name}", 1, 1, size, "ay") for name, size in PAYLOADS.items()),
+    Topology("payload-1MiB-direct", "direct", (PAYLOADS["1MiB"], "SECONDS"), bare=True),
     Topology("connect", "connects", (40, 10, 200)),
     _in_turns("confined-round-trip", 1, MESSAGE_BYTES, "s"),
     _in_turns("confined-pipelined", IN_FLIGHT, MESSAGE_BYTES, "s"),
@@ -96,7 +105,7 @@ def measure(
 
     `other` is the second bus of a topology in turns. Raises `measure.Failed`.
     """
-    arguments = [seconds if value == "SECONDS" else value for value in topology.arguments]
+    arguments = topology.timed(seconds)
     memory = topology.program == "idle"
     paths = [bus.socket, bus.node] if topology.device else [bus.socket]
     if other is not None:
@@ -126,3 +135,14 @@ def measure(
         name = topology.name if len(phases) == 1 else f"{topology.name}/{phase}"
         results[name] = metrics
     return results
+
+
+def measure_without_bus(
+    topology: Topology, seconds: float, bin_directory: Path
+) -> dict[str, Metrics]:
+    """The same of a bare topology, by phase. Raises `measure.Failed`."""
+    phases = run_program(bin_directory, topology.program, topology.timed(seconds), os.getpid())
+    for metrics in phases.values():
+        del metrics["daemon_cpu_s"]
+        metrics["clients_cpu_us_each"] = metrics["clients_cpu_s"] * 1e6 / metrics["calls"]
+    return phases

@@ -447,6 +447,23 @@ def test_idle_workers_give_the_memory_back(bus: Bus, size: int) -> None:
         assert all(mapped(pid) for pid in workers)
 
 
+@pytest.mark.kbusd_only
+def test_what_was_sent_at_once_is_not_kept_account_of(bus: Bus) -> None:
+    caller, callee = bus.connect(), bus.connect()
+    fields = {w.PATH: "/", w.MEMBER: "M", w.DESTINATION: callee.name, w.SIGNATURE: "ay"}
+    message = w.build(w.CALL, fields, body=array(140_000), serial=99, flags=1)
+    pid = bus.worker_of(callee).pid
+
+    def send(count: int) -> int:
+        for _ in range(count):
+            caller.write(message)
+            assert callee.read().serial == 99
+        return procs.pss(pid)
+
+    before = send(300)
+    assert send(4000) < before + 300 * KIB
+
+
 def resident(pid: int) -> int:
     """Bytes of bulk areas that a process has touched."""
     total, ours = 0, False
