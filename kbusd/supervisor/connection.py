@@ -25,7 +25,6 @@ from kbusd.cuse import abi, replies, routing
 from kbusd.rings import entries
 from kbusd.rings.line import LineError
 from kbusd.supervisor import caller, reach
-from kbusd.supervisor.aside import Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.domains import Domain
 from kbusd.supervisor.holder import Holder, Opening, Worker
@@ -190,8 +189,8 @@ class Connection(Relay):
 
     def _interrupt(self, unique: int, request: bytes) -> None:
         holder, _ = self.held.get(unique, (None, b""))
-        if self.put_off(unique, request):
-            pass
+        if self.take_back(unique):
+            self.write(replies.ioctl(unique, -abi.ERESTARTSYS))
         elif holder is not None:
             self.pass_on(holder, request)
         else:
@@ -250,7 +249,7 @@ class Connection(Relay):
     def request_of(self, holder: Holder, unique: int, opcode: int | None = None) -> bytes:
         """The request of this number, or its head, if it holds it. Raises LineError."""
         who, request = self.held.get(unique, (None, b""))
-        if who is not holder or (opcode is not None and _opcode(request) != opcode):
+        if who is not holder or (opcode is not None and request and _opcode(request) != opcode):
             raise LineError(f"meddled with request {unique}, which it does not hold")
         return request
 
@@ -272,7 +271,8 @@ class Connection(Relay):
                 holder.ahead[message.command] = reach.check_ahead(message, holder.ahead)
             case entries.AskFacts(unique), []:
                 request = self.request_of(holder, unique, abi.IOCTL)
-                files = reach.facts(self.devices.aside, holder.uid, caller.ids(request)[2])
+                of = holder.uid, caller.ids(request)[2], unique
+                files = reach.facts(self.devices.aside, *of, self.copying)
                 if _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
                     who = holder.entering(caller.credentials(request))
                     facts = entries.Facts(unique, files, who)
@@ -281,11 +281,9 @@ class Connection(Relay):
                     holder.say(entries.Facts(unique, files))
             case ((entries.Copy() | entries.Store() | entries.Take()), []):
                 request = self.request_of(holder, message.unique, abi.IOCTL)
-                try:
-                    with self.devices.aside.work(holder.uid):
-                        reach.serve(holder, message, caller.ids(request)[2], self.devices.numbers)
-                except Crowded:
-                    reach.refuse(holder, message)
+                tid = caller.ids(request)[2] if request else -1
+                going, ours = self.copying, self.devices.numbers
+                reach.attend(self.devices.aside, holder, message, tid, ours, going)
             case ((entries.MakeBus() | entries.MakeEndpoint()), []) if holder.may_make(
                 message, self.domain.prefix
             ):

@@ -31,15 +31,35 @@ FD_COUNTS = 1 << 20  # as so many bytes of memory, while nobody has read it
 Order = entries.Copy | entries.Store | entries.Take
 
 
-def serve(holder: Holder, order: Order, tid: int, ours: Set[int]) -> None:
+Going = dict[int, bool]
+"""By their numbers, the requests at whose callers a thread is at work; not those that were answered meanwhile."""
+
+
+def attend(
+    aside: Aside, holder: Holder, order: Order, tid: int, ours: Set[int], going: Going
+) -> None:
+    """As `serve`; not at a caller who has his answer (`tid` -1), nor if too much is stuck. Raises LineError."""
+    try:
+        if tid < 0:
+            return refuse(holder, order)
+        going[order.unique] = True
+        with aside.work(holder.uid):
+            serve(holder, order, tid, ours, going)
+    except Crowded:
+        refuse(holder, order)
+    finally:
+        going.pop(order.unique, None)
+
+
+def serve(holder: Holder, order: Order, tid: int, ours: Set[int], going: Going) -> None:
     """Do it at this thread, and answer. `ours`: our own devices' numbers. Raises LineError."""
     match order:
-        case entries.Copy(unique, ranges):
-            _copy(holder, tid, unique, ranges)
-        case entries.Store(unique, parts):
-            _store(holder, tid, unique, parts)
-        case entries.Take(unique, numbers):
-            _take(holder, tid, unique, numbers, ours)
+        case entries.Copy():
+            _copy(holder, tid, order, going)
+        case entries.Store():
+            _store(holder, tid, order)
+        case entries.Take():
+            _take(holder, tid, order, ours, going)
 
 
 def refuse(holder: Holder, order: Order) -> None:
@@ -53,11 +73,16 @@ def refuse(holder: Holder, order: Order) -> None:
             holder.say(entries.Given(unique, errno.EAGAIN))
 
 
-def facts(aside: Aside, uid: int, tid: int) -> dict[str, bytes]:
-    """Of a thread, in whose memory some of them are; nothing if they can't be had now."""
+def facts(aside: Aside, uid: int, tid: int, unique: int, going: Going) -> dict[str, bytes]:
+    """Of a thread, in whose memory some of them are; nothing if they can't be had now. Raises LineError if it has
+    its answer meanwhile: then it may be gone, and another in its place."""
+    going[unique] = True
+    found: dict[str, bytes] = {}
     with suppress(Crowded), aside.work(uid):
-        return caller.facts(tid)
-    return {}
+        found = caller.facts(tid)
+    if not going.pop(unique, False):
+        raise LineError("asked who it is that was interrupted")
+    return found
 
 
 def check_ahead(wish: entries.Ahead, known: Mapping[int, Wish]) -> Wish:
@@ -71,8 +96,9 @@ def check_ahead(wish: entries.Ahead, known: Mapping[int, Wish]) -> Wish:
     return Wish(wish.at_argument, wish.ranges)
 
 
-def _copy(holder: Holder, tid: int, unique: int, ranges: tuple[tuple[int, int], ...]) -> None:
+def _copy(holder: Holder, tid: int, order: entries.Copy, going: Going) -> None:
     """Memory of a thread, for Copy. Raises LineError."""
+    unique, ranges = order.unique, order.ranges
     wanted = _total(ranges)
     buffer = bytearray(wanted) if wanted <= SMALL_COPY else mmap.mmap(-1, wanted)
     number = got = 0
@@ -80,6 +106,8 @@ def _copy(holder: Holder, tid: int, unique: int, ranges: tuple[tuple[int, int], 
         got = calls.read_memory(tid, ranges, buffer)
     except OSError as error:
         number = 0 if error.errno == errno.EFAULT else error.errno or errno.EPERM
+    if not going.pop(unique, False):
+        number, got = errno.EINTR, 0
     sizes, left = [], got
     for _, size in ranges:
         sizes.append(min(size, left))
@@ -96,16 +124,16 @@ def _copy(holder: Holder, tid: int, unique: int, ranges: tuple[tuple[int, int], 
         os.close(fd)
 
 
-def _store(holder: Holder, tid: int, unique: int, parts: tuple[tuple[int, bytes], ...]) -> None:
+def _store(holder: Holder, tid: int, order: entries.Store) -> None:
     """Bytes into the memory of a thread, for Store. Raises LineError."""
-    ranges = tuple((address, len(data)) for address, data in parts)
+    ranges = tuple((address, len(data)) for address, data in order.parts)
     wanted = _total(ranges)
     try:
-        done = calls.write_memory(tid, ranges, b"".join(data for _, data in parts))
+        done = calls.write_memory(tid, ranges, b"".join(data for _, data in order.parts))
         number = 0 if done == wanted else errno.EFAULT
     except OSError as error:
         number = error.errno or errno.EPERM
-    holder.say(entries.Stored(unique, number))
+    holder.say(entries.Stored(order.unique, number))
 
 
 def _total(ranges: tuple[tuple[int, int], ...]) -> int:
@@ -116,19 +144,20 @@ def _total(ranges: tuple[tuple[int, int], ...]) -> int:
     return total
 
 
-def _take(holder: Holder, tid: int, unique: int, numbers: tuple[int, ...], ours: Set[int]) -> None:
+def _take(holder: Holder, tid: int, order: entries.Take, ours: Set[int], going: Going) -> None:
     """Descriptors of a thread, for Take."""
     fds: list[int] = []
     number = 0
     try:
-        for fd in caller.descriptors(tid, numbers, ours):
+        for fd in caller.descriptors(tid, order.numbers, ours):
             fds.append(fd)
             if not ours.isdisjoint(calls.devices_of(fd)):  # another thread has put it there
                 raise OSError(errno.ELOOP, "a device of our own")
     except OSError as error:
         number = error.errno or errno.EBADF
+    number = number if going.pop(order.unique, False) else errno.EINTR
     try:
-        if number or not holder.lend(entries.Given(unique, 0), fds, len(fds) * FD_COUNTS):
-            holder.say(entries.Given(unique, number or errno.EAGAIN))
+        if number or not holder.lend(entries.Given(order.unique, 0), fds, len(fds) * FD_COUNTS):
+            holder.say(entries.Given(order.unique, number or errno.EAGAIN))
     finally:
         close_all(fds)

@@ -57,7 +57,7 @@ cdef class Relay:
     cdef public str where
     cdef public dict files  # by handle, which is the worker's number
     cdef public dict held  # who holds a request, None for us, and its head, or all of it
-    cdef public dict copying  # what is not passed on yet, and what has interrupted it
+    cdef public dict copying  # requests at whose caller a thread is at work, and that were not taken back
     cdef public object closings
     cdef Aside aside
     cdef bint _postponed(self, Room room, size_t size) except -1

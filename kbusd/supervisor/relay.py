@@ -258,7 +258,6 @@ class Relay:
         length: uint32_t = htobe32(route.head.length)
         size: cython.size_t = _REQUEST_AT + route.head.length
         unique = route.head.unique
-        interrupt: bytes = None
         sent: cython.bint
         memcpy(room.data, asked, _REQUEST_AT - 4)
         memcpy(room.data + _REQUEST_AT - 4, cython.address(length), 4)
@@ -267,15 +266,17 @@ class Relay:
             room.data[size] = _NO_PARTS
             sent = end.send(room, size + 1)
         else:
-            self.copying[unique] = b""
+            self.copying[unique] = True
             self.aside.let_go()
             size = self._look(end, room, size, route.head.thread, wish, argument)
+            if not self.copying.pop(unique, False):
+                self.held.pop(
+                    unique, None
+                )  # its caller was interrupted, so its worker hears nothing of it
+                return 0
             sent = end.send(room, size)
-            interrupt = self.copying.pop(unique)
         if not sent:
             self.refuse(end, unique)
-        elif interrupt:
-            self.pass_on(end, interrupt)
         return 0
 
     def _look(self, end: End, room: Room, size, thread, wish: Wish, argument) -> cython.size_t:
@@ -317,11 +318,12 @@ class Relay:
         room.data[size] = _NO_PARTS + parts
         return at
 
-    def put_off(self, unique: uint64_t, interrupt: bytes):
-        """If its worker does not have this request yet, it gets that behind it. Whether it does so."""
-        if unique not in self.copying:
+    def take_back(self, unique: uint64_t):
+        """Whether a thread is stuck at the memory of this request's caller, who is interrupted: that may be for ever,
+        so he is to be answered. Nothing more is done at him then, and what his worker answers is nobody's."""
+        if not self.copying.pop(unique, False):
             return False
-        self.copying[unique] = interrupt
+        self.held[unique] = self.held[unique][0], b""
         return True
 
     # -- what workers say --------------------------------------------------------------------------

@@ -31,10 +31,11 @@ _IGNORED = 0b1111_1111_0000  # FATTR_ATIME to FATTR_KILL_SUIDGID: times, and wha
 
 @dataclass
 class File:
-    """What one look-up found."""
+    """What one look-up found; `seen`: how it was last, if it is no more."""
 
     bus: str
     endpoint: str
+    seen: entries.Node
     lookups: int = 1
     opened: bool = False
 
@@ -119,17 +120,16 @@ class Tree:
             mode = stat.S_IFDIR | above.mode
             links = 1 + (len(self.directories) if node == abi.ROOT_NODE else 1)
             return replies.Attributes(node, mode, above.uid, above.gid, links=links)
-        file = self.files.get(node)
-        of = self.buses.get(file.bus, {}).get(file.endpoint) if file is not None else None
-        if of is None:
-            return None  # or no more
+        if (file := self.files.get(node)) is None:
+            return None
+        of = file.seen = self.buses.get(file.bus, {}).get(file.endpoint, file.seen)
         return replies.Attributes(node, stat.S_IFREG | of.mode, of.uid, of.gid, FILE_SIZE)
 
     def _lookup(self, unique: int, directory: str, name: bytes) -> bytes:
         text = name.decode("utf-8", "replace")
         if text in self.buses[directory]:
             node = self._number()
-            self.files[node] = File(directory, text)
+            self.files[node] = File(directory, text, self.buses[directory][text])
         elif directory == "":
             node = next((n for n, bus in self.directories.items() if bus == text and bus), 0)
         else:
@@ -148,9 +148,10 @@ class Tree:
     def _change(self, head: requests.Header, body: requests.SetAttr) -> bytes:
         """chmod and chown of an endpoint or a directory; the kernel has checked who does so."""
         file = self.files.get(head.node)
-        found = self.buses[file.bus] if file is not None else self.above
+        found = self.buses.get(file.bus, {}) if file is not None else self.above
         name = file.endpoint if file is not None else self.directories[head.node]
-        of = found[name]
+        if (of := found.get(name)) is None:
+            return replies.failure(head.unique, errno.ESTALE)  # it is no more
         mode = of.mode if body.mode is None else body.mode & 0o777
         uid = of.uid if body.uid is None else body.uid
         gid = of.gid if body.gid is None else body.gid

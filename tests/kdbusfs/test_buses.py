@@ -214,6 +214,7 @@ def test_a_bus_ends_with_the_file_that_made_it(root: Path, shared: KdbusBus) -> 
     before = {each.pid for each in procs.descendants(shared.pid)}
     with Maker(root).make(f"{UID}-brief") as maker:
         client = KdbusClient(str(root / f"{UID}-brief" / "bus"))
+        late = KdbusClient(str(root / f"{UID}-brief" / "bus"), hello=False)
         poller = select.poll()
         poller.register(client.fd, select.POLLIN)
         assert not poller.poll(0)
@@ -232,6 +233,14 @@ def test_a_bus_ends_with_the_file_that_made_it(root: Path, shared: KdbusBus) -> 
             client.send(client.id, b"x")
         assert caught.value.errno == errno.ESHUTDOWN
         client.close()
+        with pytest.raises(OSError) as caught:
+            late.hello()
+        assert caught.value.errno == errno.ESHUTDOWN
+        with pytest.raises(OSError) as caught:
+            os.fchmod(late.fd, 0o640)
+        assert caught.value.errno == errno.ESTALE
+        assert stat.S_IMODE(os.fstat(late.fd).st_mode) == 0o600
+        late.close()
     procs.eventually(lambda: made(root) == [], "the bus is gone")
     with pytest.raises(FileNotFoundError):
         os.open(root / f"{UID}-brief" / "bus", os.O_RDWR)

@@ -22,6 +22,7 @@ from tests.guest.child import Child, Say
 from tests.kdbusfs.kclient import KdbusClient
 from tests.kdbusfs.test_buses import UID, Maker
 from tests.kdbusfs.test_clients import EXPECT, FILE, KdbusBus, fails, sealed
+from tests.kdbusfs.test_device import Unanswered
 from tests.kdbusfs.test_endpoints import Endpoint
 from tests.kdbusfs.test_sessions import any_name, signal_filter
 
@@ -161,6 +162,37 @@ def test_a_client_that_is_stopped_in_a_call_can_go_on_and_be_killed(bus: KdbusBu
     stopped.signal(signal.SIGCONT)
     assert stopped.hear() in ("ETIMEDOUT", "EINTR")
     stopped.wait()
+
+
+def _send_what_never_comes(say: Say, path: str) -> None:
+    memory = Unanswered()  # which nobody but this process could answer
+    with KdbusClient(path) as client:
+        vector = layout.VECTOR.pack(16, memory.address)
+        say("sends")
+        client.send(client.id, b"", items.build(abi.ITEM_PAYLOAD_VEC, vector))
+
+
+def is_copying(pid: int) -> bool:
+    """Whether a thread of the supervisor is in process_vm_readv(2)."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/task/{thread}/syscall").read_text().startswith("310 "):
+                return True
+    return False
+
+
+def test_a_client_whose_memory_never_comes_can_be_killed(bus: KdbusBus) -> None:
+    """While it sends it. It could not: the copier waited for it, and it for its answer."""
+    b, c = bus.kdbus(), bus.kdbus()
+    child = Child(_send_what_never_comes, bus.node)
+    assert child.hear() == "sends"
+    procs.eventually(lambda: is_copying(bus.pid), "it is being copied")
+    b.send(c.id, b"meanwhile")
+    assert c.recv().payload == b"meanwhile"
+    child.signal(signal.SIGKILL)
+    child.wait()
+    procs.eventually(lambda: not is_copying(bus.pid), "nobody waits for it any more")
+    assert set(b.list(abi.LIST_UNIQUE)) == {b.id, c.id}
 
 
 # -- many --------------------------------------------------------------------------------------

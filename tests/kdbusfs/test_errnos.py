@@ -2,8 +2,12 @@
 
 A row of the table is a thing to do and the errno that it ends with. After all of them, and after each sort of
 bad input, the bus is as good as before. What takes a connection to be in some state for long is tested where
-that is: EINTR, ETIMEDOUT, EPIPE, ECANCELED, EREMOTEIO and ESHUTDOWN in test_clients.py, test_descriptors.py
-and test_buses.py.
+that is: EINTR, ETIMEDOUT, EPIPE, ECANCELED, EREMOTEIO and ESHUTDOWN in test_clients.py, test_selftests.py
+and test_buses.py; EMFILE of too many buses and files there and in test_deaths.py.
+
+What the pages have and the last kdbus did not give: EBADMSG of BUS_MAKE, EFAULT of a pool's size (EINVAL), ECONNREFUSED
+of HELLO, EALREADY of BYEBYE (ECONNRESET) and of NAME_ACQUIRE (success), EEXIST of SEND (EINVAL), EINVAL of FREE for
+what was peeked at (success), ENOTTY of a command on another sort of file (EBADFD).
 """
 
 from __future__ import annotations
@@ -346,6 +350,18 @@ def cancelled(bed: Bed, fd: int) -> Callable[[], Any]:
 def test_what_is_wrong_is_told_by_its_errno(bed: Bed, row: str) -> None:
     expected, make = ROWS[row]
     assert fails(make(bed)) == expected
+
+
+def test_free_takes_what_was_peeked_at_once_and_what_is_no_slice_always(bed: Bed) -> None:
+    with KdbusClient(bed.node) as client:
+        client.send(client.id, b"peek")
+        got = client.do(abi.CMD_RECV, struct.pack("=2Qq4Q", abi.RECV_PEEK, 0, 0, 0, 0, 0, 0))
+        (offset,) = struct.unpack_from("=Q", got, 40)
+        client.free(offset)
+        assert fails(lambda: client.free(offset)) == "ENXIO"
+        assert client.recv().payload == b"peek"
+        for _ in range(2):
+            client.free(len(client.pool))  # what is said to be nothing lies there
 
 
 def test_bad_input_leaves_a_line_in_the_log_but_not_without_end(shared: KdbusBus) -> None:

@@ -478,10 +478,10 @@ def test_descriptors_waited_here_for_a_worker_that_does_not_read() -> None:
             player.connection.give(ioctl(data=bytes(16_000)))
         assert player.late == [player.holder]
         order = entries.Take(UNIQUE, own)
-        reach.serve(player.holder, order, os.getpid(), set())
+        reach.serve(player.holder, order, os.getpid(), set(), {UNIQUE: True})
         memory = ctypes.create_string_buffer(100_000)
         copy = entries.Copy(UNIQUE, ((ctypes.addressof(memory), 100_000),))
-        reach.serve(player.holder, copy, os.getpid(), set())
+        reach.serve(player.holder, copy, os.getpid(), set(), {UNIQUE: True})
         waiting = list(player.holder.line.queue)
         assert [fds for _, fds in waiting] == [()] * len(waiting)
         said = [data for data, _ in waiting[-2:]]
@@ -501,7 +501,7 @@ def test_memory_for_a_worker_that_does_not_read_grew_without_bounds() -> None:
         player.line = Line(player.line.sock, entries.ToDeviceWorker)
         count = 0
         while player.holder.may_be_heard():
-            reach.serve(player.holder, copy, os.getpid(), set())
+            reach.serve(player.holder, copy, os.getpid(), set(), {UNIQUE: True})
             count += 1
         assert player.holder.lent == (count << 23) <= MAX_LENT + (8 << 20)
         for _ in range(count):
