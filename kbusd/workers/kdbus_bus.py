@@ -1201,14 +1201,14 @@ def _refuse_sockets(fds: Sequence[int]) -> None:
 
 
 def _check(segment: message.Memfd) -> None:
-    """After ipc/kdbus/message.c. Raises Errno: EMEDIUMTYPE, ETXTBSY, EBADF."""
+    """After ipc/kdbus/message.c. Raises Errno: EMEDIUMTYPE, ETXTBSY, EFAULT."""
     try:
         size = memfd.check_sealed(segment.fd, 0)
     except RingError as error:
         number = errno.EMEDIUMTYPE if "no memfd" in str(error) else errno.ETXTBSY
         raise Errno(number, str(error)) from None
     if segment.start + segment.size > size:
-        raise Errno(errno.EBADF, "a segment that ends behind its memfd")
+        raise Errno(errno.EFAULT, "a segment that ends behind its memfd")
 
 
 def _read(segment: message.Memfd) -> bytes:

@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kbusd.rings.frame cimport FrameHead
 from kbusd.workers.dbus_socket cimport DBusSocket
@@ -7,6 +7,7 @@ from kbusd.workers.peers cimport Peer
 
 cdef class DeviceEngine(DBusSocket):
     cdef object front
+    cdef public uint64_t promised_ns  # how long `catch_up` waits for what peers have promised
     cdef int _timeout(self) except -2
     cdef void from_client(self, uint32_t events) except *
     cdef void other(self, unsigned int source) except *

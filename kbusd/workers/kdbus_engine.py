@@ -53,6 +53,7 @@ class DeviceEngine(DBusSocket):
     """Takes over what the engine of a spare worker has made, and serves a file instead of a socket."""
 
     def __init__(self, engine: DBusSocket):
+        self.promised_ns = PROMISED_NS
         self.context = engine.context
         self.clock = engine.clock
         self.merge = engine.merge
@@ -120,7 +121,7 @@ class DeviceEngine(DBusSocket):
         something that stands there. We wait for that, but not long: it may be hostile."""
         self._inbound()
         if self.merge.holding:
-            until: uint64_t = monotonic() + PROMISED_NS
+            until: uint64_t = monotonic() + self.promised_ns
             while self.merge.holding and monotonic() < until:
                 sched_yield()
                 self._inbound()

@@ -281,7 +281,7 @@ ROWS: dict[str, Row] = {
     "send-memfd-unsealed": ("ETXTBSY", lambda t: message(t, memfd(unsealed()))),
     "send-memfd-own-file": ("ENOTSUP", lambda t: message(t, memfd(t.a.fd))),
     "send-memfd-empty": ("EINVAL", lambda t: message(t, items.build(abi.ITEM_PAYLOAD_MEMFD, layout.MEMFD.pack(0, 0, 0, 0)))),
-    "send-memfd-long": ("EBADF", lambda t: message(t, long_memfd())),
+    "send-memfd-long": ("EFAULT", lambda t: message(t, long_memfd())),
     "send-to-nothing": ("EDESTADDRREQ", lambda t: message(t, dst=0)),
     "send-no-name": ("ESRCH", lambda t: message(t, to_name("no.body"), dst=0)),
     "send-bad-name": ("EINVAL", lambda t: message(t, to_name("nodots"), dst=0)),
