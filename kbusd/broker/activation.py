@@ -253,8 +253,9 @@ class Activation:
     # -- the launch ----------------------------------------------------------------------------
 
     def _launch(self, service: Service, waiter: Waiter) -> None:
-        if not service.exec:
-            raise Refused(INVALID_ARGS, f"{service.file}: Exec: {service.exec_error}")
+        if service.exec_error:
+            text = f"Unclosed quotes in command line ({service.file}: {service.exec_error})"
+            raise Refused(INVALID_ARGS, text)
         if self._as_users and not service.user:
             raise Refused(SPAWN_FILE_INVALID, "Cannot do system-bus activation with no user\n")
         job = self._next

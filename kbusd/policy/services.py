@@ -23,8 +23,8 @@ _KEY = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789
 class Service(msgspec.Struct, frozen=True, array_like=True):
     """How to start the owner of `name`.
 
-    `exec` is the argument vector; when its quoting is broken it is empty and `exec_error` says
-    why (the name stays activatable, starting it fails). Absent keys are "".
+    `exec` is the argument vector, empty where there is none; when its quoting is broken `exec_error`
+    says why (the name stays activatable, starting it fails). Absent keys are "".
     """
 
     name: str
@@ -181,7 +181,7 @@ def _key_value(line: str, number: int) -> tuple[str, str] | None:
 def split(command: str) -> tuple[str, ...]:
     """`command` as an argument vector, by the quoting rules of sh(1), nothing expanded.
 
-    Raises ValueError with the reason: unfinished quotes or escapes, or no word at all.
+    Raises ValueError with the reason: unfinished quotes or escapes.
     """
     words: list[str] = []
     word: list[str] | None = None
@@ -231,8 +231,6 @@ def split(command: str) -> tuple[str, ...]:
         raise ValueError(f"unfinished {quote} quote")
     if word is not None:
         words.append("".join(word))
-    if not words:
-        raise ValueError("no command")
     return tuple(words)
 
 

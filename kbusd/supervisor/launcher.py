@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from errno import ENOENT
 
 from kbusd.rings.entries import EndLaunch, Launch, LaunchEnded, Look, Looked, ToLauncher
 from kbusd.rings.line import Line, LineError, adopt, close_all
@@ -89,6 +90,8 @@ class Launcher:
 
     def _launch(self, launch: Launch) -> None:
         try:
+            if not launch.arguments or any("\0" in each for each in launch.arguments):
+                raise FileNotFoundError(ENOENT, os.strerror(ENOENT))
             if launch.user:
                 pid = start_as(launch.user, launch.arguments, launch.environment)
             else:
@@ -115,8 +118,6 @@ class Launcher:
 
 def start(arguments: tuple[str, ...], environment: Mapping[str, str]) -> int:
     """Run a program as ourselves, in a session of its own; returns its pid. Raises OSError."""
-    if not arguments or any("\0" in each for each in arguments):
-        raise FileNotFoundError(2, os.strerror(2))
     return os.posix_spawnp(
         arguments[0],
         arguments,

@@ -13,7 +13,7 @@ from kbusd.workers.peers cimport Peer, Peers
 from kbusd.workers.waiting cimport Waiting
 
 cdef class Engine:
-    cdef object context, replica, asking, driver, router, credentials, activating, kept, hello
+    cdef object context, replica, asking, driver, router, credentials, activating, kept, hello, unheard
     cdef object sight  # of a client behind an endpoint
     cdef Clock clock
     cdef Merge merge

@@ -134,6 +134,7 @@ class Engine:
         self.monitors = Monitors(self.peers, self.replica)
         self.activating = Activating()
         self.kept = Kept()
+        self.unheard = {}  # serial -> a call to the bus that some overhear if it is granted
         self.routes = {}
         self.said = []
         self.calls = Calls()
@@ -501,7 +502,10 @@ class Engine:
             done = self._call_bus(
                 route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
             )
-            if route.eavesdroppers is not None and done:
+            if route.eavesdroppers is not None and done is None and not fds:
+                content = _bytes(body, header.body_length)
+                self.unheard[header.serial] = route, _raw(cython.address(head)), content
+            elif route.eavesdroppers is not None and done is not False:
                 self._let_overhear(
                     route.eavesdroppers, cython.address(head), route.envelope, body, fds
                 )
@@ -564,7 +568,7 @@ class Engine:
     # -- the bus itself ------------------------------------------------------------------------
 
     def _call_bus(self, route: Route, type, serial, flags, body):
-        """False if it has failed already."""
+        """False if it has failed already, None if the broker is asked first whether it does."""
         facts = route.facts
         if type != CALL:
             return True  # the bus expects no signals and no replies
@@ -582,12 +586,41 @@ class Engine:
             )
         )
         self._act_and_note(actions)
-        return not (actions and isinstance(actions[0], drivers.Error))
+        if not actions or isinstance(actions[0], drivers.Ask):
+            waits = not actions or actions[0].token.held
+            return None if waits and not flags & WANTS_NO_REPLY else True
+        return not isinstance(actions[0], drivers.Error)
 
     def _act_and_note(self, actions):
+        if self.unheard:
+            self._let_overhear_granted(actions)
         self.act(actions)
         # What the client says next must not overtake what it has just changed.
         self.busy = self.driver.busy
+
+    def _let_overhear_granted(self, actions):
+        """Who eavesdrops sees what the bus was asked for once that is granted, and before the answer."""
+        head: FrameHead
+        route: Route
+        for action in actions:
+            granted = isinstance(action, drivers.Return)
+            if not granted and not isinstance(action, drivers.Error):
+                continue
+            kept = self.unheard.pop(action.reply_serial, None)
+            if kept is None or not granted:
+                continue
+            route, raw, body = kept
+            there = tuple([p for p in route.eavesdroppers if p.id in self.replica.connections])
+            source: cython.p_char = raw
+            data: cython.p_char = body
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            self._let_overhear(
+                there,
+                cython.address(head),
+                route.envelope,
+                cython.cast(cython.pointer(cython.const[uint8_t]), data),
+                (),
+            )
 
     def ask_for_driver(self, action):
         """Ask the broker what the driver wants to know (drivers.Ask)."""

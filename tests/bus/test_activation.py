@@ -56,6 +56,35 @@ def test_a_call_starts_the_service(bus: Bus) -> None:
     assert changed.args == ["test.act.Echo", "", reply.sender]
 
 
+@pytest.mark.parametrize(
+    ("command", "error", "text"),
+    [
+        (
+            " ",
+            "Spawn.ExecFailed",
+            "Failed to execute program test.act.Odd: No such file or directory",
+        ),
+        ("/bin/sh -c 'exit", "InvalidArgs", "Unclosed quotes in command line"),
+        ("/bin/sh \\\\", "InvalidArgs", "Unclosed quotes in command line"),
+        (
+            "/bin/sh -c 'exit 4' # 5'",
+            "Spawn.ChildExited",
+            "Process test.act.Odd exited with status 4",
+        ),
+    ],
+)
+def test_odd_command_lines_fail_as_on_dbus_daemon(
+    bus: Bus, command: str, error: str, text: str
+) -> None:
+    add_service(bus, "test.act.Odd", executable=command)
+    reload(bus)
+    client = bus.connect()
+    with pytest.raises(BusError) as caught:
+        client.driver("StartServiceByName", "su", ("test.act.Odd", 0))
+    assert caught.value.name == ERROR + error
+    assert caught.value.text.startswith(text)
+
+
 def test_messages_wait_in_order_for_the_service(bus: Bus) -> None:
     add_service(bus, "test.act.Echo")
     reload(bus)

@@ -14,7 +14,7 @@ import pytest
 
 from . import wireformat as w
 from .daemon import Bus
-from .rawclient import BusError, RawClient
+from .rawclient import DRIVER, DRIVER_PATH, BusError, RawClient
 
 OPEN_TO_ALL = """
   <policy context="default">
@@ -72,6 +72,21 @@ def test_sees_calls_to_the_bus_but_not_what_it_says_to_one(bus: Bus, nosy: RawCl
     assert nosy.drain(client) == []
     newcomer = bus.connect()
     assert nosy.wait_call("Hello").sender == newcomer.name
+
+
+def test_does_not_see_what_the_bus_refuses(bus: Bus, nosy: RawClient) -> None:
+    """It saw what only the broker refuses."""
+    client = bus.connect()
+    nosy.drain(client)
+    for member, args in (
+        ("RemoveMatch", ("member='Unheard'",)),
+        ("GetNameOwner", ("test.Nobody",)),
+    ):
+        client.send_call(DRIVER, DRIVER_PATH, DRIVER, member, "s", args)
+    client.request_name("test.Overheard.Granted")
+    client.driver("AddMatch", "s", ("member='Heard'",))
+    seen = [m.member for m in nosy.drain(client) if m.sender == client.name]
+    assert seen == ["RequestName", "AddMatch"]
 
 
 def test_gets_what_is_its_own_once(bus: Bus, nosy: RawClient) -> None:

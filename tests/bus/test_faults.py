@@ -840,6 +840,9 @@ class Chaos:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(
+    600
+)  # some hundred clients and as many faults: on a busy machine it takes minutes
 @pytest.mark.kbusd_only
 @pytest.mark.parametrize("seed", range(3))
 def test_chaos(start_bus: Callable[..., Bus], seed: int) -> None:

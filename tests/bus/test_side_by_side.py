@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 from xml.sax.saxutils import quoteattr
 
@@ -188,6 +189,14 @@ def odd_message(dice: random.Random, names: list[str]) -> tuple[Any, ...]:
     return type_, fields, signature, args, options
 
 
+def monitored(dice: random.Random) -> list[str]:
+    """Two valid rules of a monitor: none that asks for an argument twice."""
+    names = [*NAMES, *(f"{{{n}}}" for n in range(CLIENTS))]
+    rules = (rule(dice, names) for _ in iter(int, 1))
+    twice = re.compile(r"\barg(\d).*\barg\1")
+    return list(islice((each for each in rules if not twice.search(each)), 2))
+
+
 def session(dice: random.Random) -> Iterator[Step]:
     """What happens; `{n}` is the unique name of client n."""
     someone = [*NAMES, *(f"{{{n}}}" for n in range(CLIENTS))]
@@ -246,7 +255,7 @@ def _one(pair: tuple[int, str]) -> tuple[int, tuple[str]]:
 class Stage:
     """One bus with its clients."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, rules: list[str]) -> None:
         self.address, self.pid = bus.address, re.compile(rf"\b{bus.pid}\b")
         self.known: dict[str, str] = {}  # unique name -> what it is called here
         self.clients: list[RawClient] = []
@@ -256,9 +265,19 @@ class Stage:
         self.janitor.add_match("member='NameOwnerChanged',arg2=''")
         for n in range(CLIENTS):
             self.clients.append(self._enter(n))
-        self.monitor = RawClient(self.address)
+        self.monitor, self.watcher = RawClient(self.address), RawClient(self.address)
         self.known |= {self.janitor.name: "<janitor>", self.monitor.name: "<monitor>"}
-        self.monitor.driver("BecomeMonitor", "asu", ([], 0), interface=f"{DRIVER}.Monitoring")
+        self.known[self.watcher.name] = "<watcher>"
+        end = "member='End'"
+        for monitor, wanted in (
+            (self.monitor, []),
+            (self.watcher, [*map(self._filled, rules), end]),
+        ):
+            monitor.driver("BecomeMonitor", "asu", (wanted, 0), interface=MONITORING)
+        # The second of them sees, on dbus-daemon, how its own name goes.
+        self.janitor.signal("/", "test.Marker", "End")
+        for monitor in (self.monitor, self.watcher):
+            self._overheard(monitor)
 
     def _enter(self, n: int) -> RawClient:
         client = RawClient(self.address, fds=n != CLIENTS - 1)
@@ -346,18 +365,18 @@ class Stage:
             got[actor] += self.clients[actor].drain(client)
         for n, messages in enumerate(got):
             self.calls[n] += [m for m in messages if m.type == w.CALL and m.destination]
-        got.append(self._overheard(actor))
+        self.clients[actor].signal("/", "test.Marker", "End")
+        got += [self._overheard(self.watcher), self._overheard(self.monitor)]
         # Eavesdroppers see the markers of others, too.
         return [
             [self._told(m) for m in messages if m.fields.get(w.INTERFACE) != "test.Marker"]
             for messages in got
         ]
 
-    def _overheard(self, actor: int) -> list[Message]:
-        """What the monitor got since the last step."""
-        self.clients[actor].signal("/", "test.Marker", "End")
+    def _overheard(self, monitor: RawClient) -> list[Message]:
+        """What a monitor got since the last step."""
         got = []
-        while (message := self.monitor.read()).member != "End":
+        while (message := monitor.read()).member != "End":
             got.append(message)
         return got
 
@@ -392,7 +411,7 @@ class Stage:
         return self.pid.sub("<bus>", text)
 
     def close(self) -> None:
-        for client in [*self.clients, self.janitor, self.monitor]:
+        for client in [*self.clients, self.janitor, self.watcher, self.monitor]:
             client.close()
 
 
@@ -401,17 +420,17 @@ def comparable(seen: list[list[str]], policy: str = STRICT_POLICY) -> list[list[
     sees what several clients do. dbus-daemon also shows monitors the refusals of eavesdroppers and
     of descriptors in broadcasts, which nobody else is told; and it forgets a call whose answer policy
     has refused."""
-    *clients, monitor = seen
-    told = []
     if policy != STRICT_POLICY:
-        clients, monitor = (
-            [[m for m in each if NO_REPLY not in m] for each in clients],
-            [m for m in monitor if NO_REPLY not in m],
-        )
+        seen = [[m for m in messages if NO_REPLY not in m] for messages in seen]
+    *clients, watcher, monitor = seen
+    told = []
     for messages in clients:
         failed = iter(sorted(m for m in messages if NO_REPLY in m))
         told.append([next(failed) if NO_REPLY in m else m for m in messages])
-    return [*told, sorted(m for m in monitor if not REFUSED.match(m))]
+    return [
+        *told,
+        *(sorted(m for m in each if not REFUSED.match(m)) for each in (watcher, monitor)),
+    ]
 
 
 def random_policy(dice: random.Random) -> str:
@@ -491,11 +510,12 @@ def compare(start_bus: Callable[..., Bus], policy: str, dice: random.Random) -> 
     # No directory for services: where there is one, we look into it before we say that a name is unknown.
     shape = configuration("unix:tmpdir=/tmp", policy=policy)
     buses = start_bus(shape), start_bus(shape, daemon=["/usr/bin/dbus-daemon"])
-    ours, theirs = stages = [Stage(bus) for bus in buses]
+    rules = monitored(dice)
+    ours, theirs = stages = [Stage(bus, rules) for bus in buses]
     for number, step in enumerate(session(dice)):
         for stage in stages:
             stage.play(step)
         got, expected = (comparable(stage.seen(step.actor), policy) for stage in (ours, theirs))
-        assert got == expected, f"step {number}, {step}, policy {policy}"
+        assert got == expected, f"step {number}, {step}, policy {policy}, a monitor of {rules}"
     for stage in stages:
         stage.close()

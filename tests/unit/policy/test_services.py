@@ -176,8 +176,6 @@ def test_split(command: str, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        ("", "no command"),
-        ("  # only a comment", "no command"),
         ("a 'b", "unfinished ' quote"),
         ('a "b', 'unfinished " quote'),
         ('a "b\\', 'unfinished " quote'),
