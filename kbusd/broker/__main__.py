@@ -66,4 +66,6 @@ def bus_owner(user: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # the filter lets no thread end by itself, as Python would have them

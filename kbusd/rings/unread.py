@@ -11,6 +11,7 @@ import socket
 import threading
 from collections import deque
 from contextlib import suppress
+from io import FileIO
 from select import POLLHUP, poll
 
 MAX_THREADS = 64
@@ -19,11 +20,16 @@ _threads: list[threading.Thread] = []
 _left: deque[socket.socket] = deque()
 
 
+def ready(what: socket.socket | FileIO, events: int, seconds: float) -> bool:
+    """Whether one of these events happens to it within this time (poll(2))."""
+    word = poll()
+    word.register(what, events)
+    return bool(word.poll(seconds * 1000))
+
+
 def hung_up(sock: socket.socket) -> bool:
     """Whether nobody is at the other end any more."""
-    there = poll()
-    there.register(sock, POLLHUP)
-    return bool(there.poll(0))
+    return ready(sock, POLLHUP, 0.0)
 
 
 def dispose(sock: socket.socket) -> None:

@@ -34,7 +34,7 @@ import msgspec
 
 from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line, LineError, adopt, close_all, pair
-from kbusd.rings.unread import dispose
+from kbusd.rings.unread import dispose, ready
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
@@ -182,7 +182,11 @@ class Supervisor:
             self.listeners.pop().close()
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
-            os.waitpid(pid, 0)
+            with open(os.pidfd_open(pid), "rb", 0) as end:
+                ready(
+                    end, POLLIN, 5.0
+                )  # seconds; what waits for a file system ends when that answers
+            os.waitpid(pid, os.WNOHANG)
         for worker in self.workers.values():
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pyseccomp  # type: ignore[import-untyped]
@@ -28,6 +29,7 @@ from tests.kdbusfs.test_sessions import brought
 
 from .conftest import _running
 from .daemon import OPEN_POLICY, Bus
+from .hanging import hanging
 from .lingering import lingering
 from .procs import eventually, stopped
 from .rawclient import BusError, Disconnected, RawClient, RawSocket
@@ -101,11 +103,15 @@ class RedBus(Bus):
         eventually(lambda: text in self.log(), f"the log says {text!r}")
 
 
-@pytest.fixture(scope="module")
-def red_bus() -> Iterator[RedBus]:
+def start() -> RedBus:
     env = {**os.environ, "PYTHONPATH": str(zygote.PLACE)}
     policy = OPEN_POLICY.replace("</policy>", '<allow user="*"/></policy>')
-    bus = RedBus(daemon=zygote.COMMAND, env=env, policy=policy)
+    return RedBus(daemon=zygote.COMMAND, env=env, policy=policy)
+
+
+@pytest.fixture(scope="module")
+def red_bus() -> Iterator[RedBus]:
+    bus = start()
     _running.append(bus)
     yield bus
     bus.stop()
@@ -411,6 +417,28 @@ def test_a_descriptor_that_takes_a_day_to_be_closed_stopped_the_broker(
     eventually(lambda: f":1.{number}" not in victims.caller.driver("ListNames")[0], "it is gone")
     red_bus.connect().close()
     other.close()
+
+
+@as_root
+def test_a_file_system_that_does_not_answer_holds_up_neither_the_bus_nor_its_end(
+    tmp_path: Path,
+) -> None:
+    bus = start()
+    victims = Victims(bus)
+    with hanging(tmp_path) as slow:
+        red = bus.attack("hand_on", "with a record")
+        red.heard()
+        socket.send_fds(red.sock, [b"\0"], [slow])
+        assert red.heard() == "have it"
+        red.write(b"\0")
+        eventually(lambda: "neither a memfd nor a pipe" in bus.log(), "the broker has it")
+        bus.connect()
+        victims.go_on()
+        victims.close()
+        bus.process.terminate()
+        assert bus.process.wait(timeout=20) == 0
+        assert not bus.socket.exists()
+    bus.kill()
 
 
 @as_root
