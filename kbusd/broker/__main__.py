@@ -47,12 +47,14 @@ def main() -> int:
         return 1
     gc.collect()
     gc.freeze()
+    status = 0
     try:
         server.run()
     except LineError as error:
         server.say(f"ended: {error}")
-        return 1
-    return 0
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # the filter lets no thread end by itself, as Python would have them
 
 
 def bus_owner(user: str) -> int:
@@ -66,6 +68,4 @@ def bus_owner(user: str) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # the filter lets no thread end by itself, as Python would have them
+    sys.exit(main())

@@ -151,7 +151,7 @@ class Introductions:
         pending = self._pending.pop(number)
         del self._pairs[pending.asker.id, pending.peer.id]
         pending.asker.introductions -= 1
-        self._outside.dispose(pending.side)
+        self._outside.dispose(pending.side, pending.peer.worker)
 
     def __len__(self) -> int:
         return len(self._pending)

@@ -65,8 +65,8 @@ class Outside(Protocol):
     def socketpair(self) -> tuple[int, int]:
         """Both ends of a new side socket; they are the caller's to close."""
 
-    def dispose(self, fd: int) -> None:
-        """Close one end of a side socket that others have had."""
+    def dispose(self, fd: int, worker: int) -> None:
+        """Close our end of a side socket, whose other end this worker has had."""
 
     def close(self, fd: int) -> None:
         """Close a descriptor that `socketpair` gave."""

@@ -105,7 +105,7 @@ class Server:
         self._bus = Bus(self, read_configuration(configuration_fd), address, owner)
 
     def start_threads(self) -> None:
-        """Before `run`, and before the process can start none any more. Raises RuntimeError."""
+        """Before `run`, and before the process can start none any more. Raises OSError."""
         self._closers.start()
 
     def run(self) -> None:
@@ -179,7 +179,7 @@ class Server:
                 if worker in self._lines:
                     self._bus.handle(connection, message, fds)
             finally:
-                close_all(fds)
+                line.release(fds)
         except EOFError:
             self._forget(worker)
         except Violation as error:
@@ -249,7 +249,7 @@ class Server:
         try:
             match message:
                 case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
-                    line = Guarded(adopt(fds.pop()), WorkerMessage, self._closers)
+                    line = Guarded(adopt(fds.pop()), WorkerMessage, self._closers, worker)
                     self._lines[worker] = line
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
@@ -433,8 +433,8 @@ class Server:
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def dispose(self, fd: int) -> None:
-        self._closers.close([fd])
+    def dispose(self, fd: int, worker: int) -> None:
+        self._closers.close(worker, [fd])
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         if self._vectors is None:

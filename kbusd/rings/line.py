@@ -81,16 +81,16 @@ class Line:
             if not self._try(data, fds):
                 return False
             self.queue.popleft()
-            self._release(fds)
+            self.release(fds)
         return True
 
     def discard(self) -> None:
         """What is queued is not sent any more."""
         while self.queue:
-            self._release(self.queue.popleft()[1])
+            self.release(self.queue.popleft()[1])
 
-    def _release(self, fds: Sequence[int]) -> None:
-        """Those of ours which were queued."""
+    def release(self, fds: Sequence[int]) -> None:
+        """Close what came with a record, or was queued."""
         close_all(fds)
 
     def _try(self, data: bytes, fds: Sequence[int]) -> bool:
@@ -133,10 +133,10 @@ class Line:
                 raise EOFError
             return self._decode(record), fds
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            close_all(fds)
+            self.release(fds)
             raise LineError(f"a record does not decode: {error}") from None
         except (LineError, EOFError):
-            close_all(fds)
+            self.release(fds)
             raise
 
     def _wait_flag(self) -> int:

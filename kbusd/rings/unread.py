@@ -11,7 +11,6 @@ import socket
 import threading
 from collections import deque
 from contextlib import suppress
-from io import FileIO
 from select import POLLHUP, poll
 
 MAX_THREADS = 64
@@ -20,7 +19,7 @@ _threads: list[threading.Thread] = []
 _left: deque[socket.socket] = deque()
 
 
-def ready(what: socket.socket | FileIO, events: int, seconds: float) -> bool:
+def ready(what: socket.socket | int, events: int, seconds: float) -> bool:
     """Whether one of these events happens to it within this time (poll(2))."""
     word = poll()
     word.register(what, events)

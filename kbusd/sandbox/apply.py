@@ -82,7 +82,7 @@ def confine(
     if compiled.landlock is not None:
         step("landlock", lambda: _landlock(compiled))
     if start_threads is not None:
-        start_threads()
+        step("threads", start_threads, True)
         for limit in compiled.limits:
             if limit.resource == resource.RLIMIT_NPROC:
                 step(f"limits.{limit.name}", partial(_limit, limit), limit.required)

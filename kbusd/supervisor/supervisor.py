@@ -180,16 +180,15 @@ class Supervisor:
         """End every process of the bus and remove its sockets. Nothing of it is left after."""
         while self.listeners:
             self.listeners.pop().close()
-        for pid in self.children:
-            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is its own
-            with open(os.pidfd_open(pid), "rb", 0) as end:
-                ready(
-                    end, POLLIN, 5.0
-                )  # seconds; what waits for a file system ends when that answers
-            os.waitpid(pid, os.WNOHANG)
-        for worker in self.workers.values():
+        # Not reaped yet, so the numbers are their own.
+        ends = {pid: os.pidfd_open(pid) for pid in self.children}
+        for pidfd in (*ends.values(), *(worker.pidfd for worker in self.workers.values())):
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pid, pidfd in ends.items():
+            ready(pidfd, POLLIN, 5.0)  # what waits for a file system ends when that answers
+            os.close(pidfd)
+            os.waitpid(pid, os.WNOHANG)
         self.journal.relay()
 
     # -- the loop ------------------------------------------------------------------------------

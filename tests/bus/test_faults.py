@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kbusd.broker.guarded import THREADS
+
 from . import procs
 from . import wireformat as w
 from .clients import DEBIAN_PYTHON
@@ -569,7 +571,7 @@ def bus_of(start_bus: Callable[..., Bus], uid: int, limit: str) -> tuple[Bus, li
 @pytest.mark.kbusd_only
 def test_processes_run_out(start_bus: Callable[..., Bus]) -> None:
     """Who is connected goes on, who comes waits till somebody leaves."""
-    bus, _ = bus_of(start_bus, ALONE, "--nproc=14:14")
+    bus, _ = bus_of(start_bus, ALONE, f"--nproc={14 + THREADS}:{14 + THREADS}")
     pair = Bystanders(bus)
     clients: list[RawSocket] = []
     while "cannot make a worker: Resource temporarily unavailable" not in bus.log():
@@ -628,7 +630,7 @@ def test_descriptors_in_flight_run_out(start_bus: Callable[..., Bus]) -> None:
         for _ in range(2 * SPARES):
             waiting.append(RawSocket(bus.address))
             pair.go_on(5)
-        logged(bus, "cannot make a worker: Too many references")
+        logged(bus, "disconnected the client of worker", "Too many references")
         pair.go_on()
     finally:
         hoarder.communicate()

@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -403,20 +404,48 @@ def test_a_descriptor_that_takes_a_day_to_be_closed_stopped_the_broker(
     if how == "in a side socket":
         asker = red_bus.attack("ask_to_meet", number)
     slow, other = lingering()
-    socket.send_fds(red.sock, [b"\0"], [slow.fileno()])
-    assert red.heard() == "have it"
-    os.close(slow.detach())
-    broker = next(p.pid for p in red_bus.tree() if p.comm == "kbusd-broker")
-    with stopped(broker):
-        red.write(b"\0")
-        assert red.all() == ["done"]
-    red.close()
+    hand_on(red_bus, red, slow.detach())
     if how == "in a side socket":
         assert asker.heard() == "org.freedesktop.DBus.Error.NameHasNoOwner"
         asker.close()
     eventually(lambda: f":1.{number}" not in victims.caller.driver("ListNames")[0], "it is gone")
     red_bus.connect().close()
     other.close()
+
+
+def hand_on(bus: RedBus, red: Red, slow: int) -> None:
+    """It has the broker be the last who holds this."""
+    socket.send_fds(red.sock, [b"\0"], [slow])
+    assert red.heard() == "have it"
+    os.close(slow)
+    with stopped(next(p.pid for p in bus.tree() if p.comm == "kbusd-broker")):
+        red.write(b"\0")
+        assert red.all() == ["done"]
+    red.close()
+
+
+@pytest.mark.parametrize("how", ["with a record", "with a record that does not decode"])
+def test_a_pipe_whose_lock_its_client_holds_stopped_the_broker(
+    red_bus: RedBus, victims: Victims, how: str
+) -> None:
+    red = red_bus.attack("hand_on", how)
+    mine = red.heard()
+    reader, writer = os.pipe()
+    silent, other = socket.socketpair()
+    holder = threading.Thread(target=os.splice, args=(silent.fileno(), writer, 1))
+    holder.start()
+    try:
+        waits = f"/proc/self/task/{holder.native_id}/syscall"
+        splice = str(number("splice"))
+        eventually(lambda: Path(waits).read_text().split()[0] == splice, "it holds the lock")
+        hand_on(red_bus, red, reader)
+        eventually(lambda: f":1.{mine}" not in victims.caller.driver("ListNames")[0], "it is gone")
+        red_bus.connect().close()
+    finally:
+        other.close()
+        holder.join()
+    silent.close()
+    os.close(writer)
 
 
 @as_root
@@ -426,12 +455,12 @@ def test_a_file_system_that_does_not_answer_holds_up_neither_the_bus_nor_its_end
     bus = start()
     victims = Victims(bus)
     with hanging(tmp_path) as slow:
-        red = bus.attack("hand_on", "with a record")
+        red = bus.attack("hand_on", "with a record that does not decode")
         red.heard()
         socket.send_fds(red.sock, [b"\0"], [slow])
         assert red.heard() == "have it"
         red.write(b"\0")
-        eventually(lambda: "neither a memfd nor a pipe" in bus.log(), "the broker has it")
+        eventually(lambda: "a record does not decode" in bus.log(), "the broker has it")
         bus.connect()
         victims.go_on()
         victims.close()
@@ -690,6 +719,7 @@ def test_what_a_custom_endpoint_hides_stands_in_nothing_that_its_workers_can_rea
     always = *brought("shown.*", world), *brought("last.*", world), *brought("root.*", root)
     names = ["shown.Name", "hidden.Name", "root.Name", "after.Name", "before.Name", "last.Name"]
     order = ["search_log_by_file", "last.Name", names]
+    os.chmod(os.path.dirname(red_files.node), 0o755)
     with Endpoint(red_files.node, "0-red", abi.MAKE_ACCESS_WORLD) as made:
         made.set(*always, *brought("before.*", world))
         for name in names[:4]:

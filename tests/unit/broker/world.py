@@ -108,7 +108,7 @@ class World:
     def close(self, fd: int) -> None:
         self.open_fds.remove(fd)
 
-    def dispose(self, fd: int) -> None:
+    def dispose(self, fd: int, worker: int) -> None:
         self.close(fd)
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
