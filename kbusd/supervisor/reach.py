@@ -32,7 +32,9 @@ Order = entries.Copy | entries.Store | entries.Take
 
 
 Going = dict[int, bool]
-"""By their numbers, the requests at whose callers a thread is at work; not those that were answered meanwhile."""
+"""By their numbers, the requests at whose callers a thread looks at something; not those that were answered meanwhile.
+None in whose caller's memory one writes: that has its effect, so its caller must not hear that it has none; and must
+not end before it, as his thread may be another's then."""
 
 
 def attend(
@@ -42,7 +44,8 @@ def attend(
     try:
         if tid < 0:
             return refuse(holder, order)
-        going[order.unique] = True
+        if not isinstance(order, entries.Store):
+            going[order.unique] = True
         with aside.work(holder.uid):
             serve(holder, order, tid, ours, going)
     except Crowded:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -691,6 +691,62 @@ def test_while_guessed_memory_does_not_come_others_are_served_and_a_signal_ends_
     assert asked.ahead == ((at, bytes(4)),)
     one.answer(requests.decode(asked.request).header.unique, 5)
     assert rig.end() == [7, "EINTR", 5]
+
+
+def interrupted_in(ioctl: Callable[[], Any], other: int) -> Any:
+    """What it returns if it gets a signal once somebody answers an ioctl of `other`."""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    here = threading.get_ident()
+
+    def interrupt() -> None:
+        fcntl.ioctl(other, PLAIN)
+        signal.pthread_kill(here, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        return ioctl()
+    finally:
+        thread.join()
+
+
+@everywhere(NATIVE[:1])
+def test_what_was_carried_out_was_told_as_not_done_if_a_signal_came_while_it_was_stored() -> None:
+    """And what was stored afterwards could have been stored into another process."""
+
+    def client(path: str) -> Any:
+        memory = Unanswered()
+        with opened(path) as fd, opened(path) as other, opened(path) as third:
+            fcntl.ioctl(fd, command(5, 8), array("Q", [memory.address]))
+
+            def come() -> None:
+                fcntl.ioctl(third, PLAIN)
+                memory.answer()
+
+            thread = threading.Thread(target=come)
+            thread.start()
+            told = interrupted_in(lambda: fcntl.ioctl(fd, PLAIN), other)
+            thread.join()
+            return [told, memory.page[:7].decode()]
+
+    rig = Rig(client)
+    one, two, three = rig.hire(), rig.hire(), rig.hire()
+    unique, body = one.asked(requests.Ioctl)
+    at = array("Q", body.data)[0]
+    one.answer(unique, 0, body.data)
+    unique, _ = one.asked(requests.Ioctl)
+    one.say(entries.Store(unique, ((at, b"message"),)))
+    deadline = time.monotonic() + SECONDS
+    while not rig.devices.aside.stuck:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    two.serve_ioctl()
+    _, interrupt = one.asked(requests.Interrupt)
+    assert interrupt.unique == unique
+    three.serve_ioctl()
+    assert one.hear(entries.Stored) == entries.Stored(unique, 0)
+    one.answer(unique, 5)
+    assert rig.end() == [5, "message"]
 
 
 @everywhere(NATIVE)
