@@ -41,6 +41,7 @@ def attend(
     aside: Aside, holder: Holder, order: Order, tid: int, ours: Set[int], going: Going
 ) -> None:
     """As `serve`; not at a caller who has his answer (`tid` -1), nor if too much is stuck. Raises LineError."""
+    check_asked(order.unique, going)
     try:
         if tid < 0:
             return refuse(holder, order)
@@ -76,9 +77,16 @@ def refuse(holder: Holder, order: Order) -> None:
             holder.say(entries.Given(unique, errno.EAGAIN))
 
 
+def check_asked(unique: int, going: Going) -> None:
+    """Nobody is at work there for it: it has been asked, and asks for one thing at a time. Raises LineError."""
+    if unique in going:
+        raise LineError(f"meddled with request {unique} before it was asked")
+
+
 def facts(aside: Aside, uid: int, tid: int, unique: int, going: Going) -> dict[str, bytes]:
     """Of a thread, in whose memory some of them are; nothing if they can't be had now. Raises LineError if it has
     its answer meanwhile: then it may be gone, and another in its place."""
+    check_asked(unique, going)
     going[unique] = True
     found: dict[str, bytes] = {}
     with suppress(Crowded), aside.work(uid):

@@ -749,6 +749,45 @@ def test_what_was_carried_out_was_told_as_not_done_if_a_signal_came_while_it_was
     assert rig.end() == [5, "message"]
 
 
+@everywhere(NATIVE[:1])
+def test_who_meddled_with_what_it_was_not_asked_yet_left_its_client_without_an_answer() -> None:
+    """For good, not even to be killed: its request was given up, as if it had been interrupted."""
+
+    def client(path: str) -> Any:
+        told = []
+        for _ in range(3):
+            memory = Unanswered()
+            with opened(path) as fd:
+                fcntl.ioctl(fd, command(5, 8), array("Q", [memory.address]))
+                told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+                memory.answer()
+        return told
+
+    rig = Rig(client)
+    for meddle in (
+        lambda unique: entries.Copy(unique, ()),
+        lambda unique: entries.Store(unique, ()),
+        entries.AskFacts,
+    ):
+        one = rig.hire()
+        unique, body = one.asked(requests.Ioctl)
+        at = array("Q", body.data)[0]
+        one.say(entries.Ahead(PLAIN, 0, ((at, 4),)))
+        one.answer(unique, 0, body.data)
+        deadline = time.monotonic() + SECONDS
+        while not rig.mount.copying:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        one.say(meddle(next(iter(rig.mount.copying))))
+        while one.number not in rig.killed:
+            rig.attend()
+        while rig.mount.copying:  # its memory came
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert rig.end() == ["ECONNRESET"] * 3
+    assert rig.mount.held == {}
+
+
 @everywhere(NATIVE)
 def test_who_polls_what_can_be_read_is_answered_without_the_worker() -> None:
     def client(path: str) -> Any:
