@@ -83,17 +83,21 @@ def check_asked(unique: int, going: Going) -> None:
         raise LineError(f"meddled with request {unique} before it was asked")
 
 
-def facts(aside: Aside, uid: int, tid: int, unique: int, going: Going) -> dict[str, bytes]:
-    """Of a thread, in whose memory some of them are; nothing if they can't be had now. Raises LineError if it has
-    its answer meanwhile: then it may be gone, and another in its place."""
+def facts(
+    aside: Aside, holder: Holder, tid: int, unique: int, going: Going
+) -> dict[str, bytes] | None:
+    """Of a thread, in whose memory some of them are; nothing if they can't be had now. None if it has its answer
+    (by then `tid` is -1, or it may be gone, and another in its place): its worker has heard that. Raises LineError."""
     check_asked(unique, going)
-    going[unique] = True
     found: dict[str, bytes] = {}
-    with suppress(Crowded), aside.work(uid):
-        found = caller.facts(tid)
-    if not going.pop(unique, False):
-        raise LineError("asked who it is that was interrupted")
-    return found
+    if tid >= 0:
+        going[unique] = True
+        with suppress(Crowded), aside.work(holder.uid):
+            found = caller.facts(tid)
+        if going.pop(unique, False):
+            return found
+    holder.say(entries.Stored(unique, errno.EINTR))
+    return None
 
 
 def check_ahead(wish: entries.Ahead, known: Mapping[int, Wish]) -> Wish:

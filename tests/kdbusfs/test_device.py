@@ -22,10 +22,11 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import pytest
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
-from kbusd.supervisor import kdbusfs
+from kbusd.supervisor import caller, kdbusfs
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
@@ -786,6 +787,38 @@ def test_who_meddled_with_what_it_was_not_asked_yet_left_its_client_without_an_a
             time.sleep(0.001)
     assert rig.end() == ["ECONNRESET"] * 3
     assert rig.mount.held == {}
+
+
+@everywhere(NATIVE[:1])
+def test_a_worker_whose_client_got_a_signal_while_it_was_looked_up_was_accused_and_ended() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd, opened(path) as other:
+            told = errno_of(lambda: interrupted_in(lambda: fcntl.ioctl(fd, PLAIN), other))
+            fcntl.ioctl(other, PLAIN)
+            return [told, fcntl.ioctl(fd, PLAIN)]
+
+    rig = Rig(client)
+    one, two = rig.hire(), rig.hire()
+    unique, _ = one.asked(requests.Ioctl)
+
+    def facts(_: int) -> dict[str, bytes]:
+        two.serve_ioctl()
+        deadline = time.monotonic() + SECONDS
+        while rig.mount.copying and time.monotonic() < deadline:  # till the signal comes
+            time.sleep(0.001)
+        return {"comm": b"by now another's"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caller, "facts", facts)
+        one.say(entries.AskFacts(unique))
+        assert one.hear(entries.Stored) == entries.Stored(unique, errno.EINTR)
+    one.say(entries.AskFacts(unique))
+    assert one.hear(entries.Stored) == entries.Stored(unique, errno.EINTR)
+    one.answer(unique, -errno.EINTR)
+    two.serve_ioctl()
+    one.serve_ioctl(5)
+    assert rig.end() == ["EINTR", 5]
+    assert rig.killed == [] and rig.mount.held == {}
 
 
 @everywhere(NATIVE)
