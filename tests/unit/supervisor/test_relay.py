@@ -171,6 +171,35 @@ def test_as_much_as_may_be_wished() -> None:
             Wish(*too_much)
 
 
+def test_an_interrupt_could_reach_the_worker_before_its_request() -> None:
+    """Which then knew of no such request, and the client's signal was lost."""
+    with Player() as player:
+        player.holder.ahead[COMMAND] = Wish(0, ((8, 4),))
+
+        class Lock:
+            """Another thread says something first."""
+
+            def __enter__(self) -> None:
+                interrupted.append(player.connection.take_back(UNIQUE))
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        interrupted: list[bool] = []
+        lock, player.holder.lock = player.holder.lock, Lock()  # type: ignore[assignment]
+        player.connection.give(ioctl())
+        player.holder.lock = lock
+        assert interrupted == [True]
+        assert player.line.receive() is None
+        assert player.connection.held == player.connection.copying == {}
+
+
+def test_an_interrupt_of_what_its_lost_worker_had_looked_at_ended_in_a_bug() -> None:
+    with Player() as player:
+        player.connection.copying[UNIQUE] = True
+        assert not player.connection.take_back(UNIQUE)
+
+
 def test_a_request_for_a_worker_that_is_gone_is_refused() -> None:
     with Player() as player:
         player.line.sock.close()
