@@ -63,6 +63,7 @@ from kbusd.supervisor.aside import Crowded
 MAX_REQUEST = (128 << 10) + 4096
 MAX_AHEAD = 8 << 10  # bytes of a Wish
 MAX_RANGES = 8
+MAX_OWED = 1024
 MAX_PUSH = 256 << 10  # in one write; more are several
 # With one answer: no worker can map a larger pool (profiles/kdbus-worker.toml).
 MAX_PUSHED = 16 << 30
@@ -270,7 +271,7 @@ class Relay:
             size = self._look(end, room, size, route.head.thread, wish, argument)
         with end.lock:  # an interrupt comes before all of this, or to its worker behind the request
             if wish is not None and not self.copying.pop(unique, False):
-                self.held.pop(unique, None)  # its worker hears nothing of it
+                end.owed -= self.held.pop(unique, None) is not None  # it hears nothing of this one
                 return 0
             sent = end.send(room, size)
         if not sent:
@@ -322,7 +323,11 @@ class Relay:
         held: tuple = self.held.get(unique)
         if held is None or not self.copying.pop(unique, False):
             return False
-        self.held[unique] = held[0], b""
+        end: End = held[0]
+        self.held[unique] = end, b""
+        end.owed += 1
+        if end.owed == MAX_OWED:
+            self.accuse(end, f"does not answer {MAX_OWED} requests that were interrupted")
         return True
 
     # -- what workers say --------------------------------------------------------------------------
@@ -461,6 +466,7 @@ class Relay:
         if head.error == 0 and len(request) >= _OUT:
             _check_opened(request, reply, length)
         del self.held[unique]
+        end.owed -= not request
         self._write(reply, length)
         return 0
 
