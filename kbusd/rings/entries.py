@@ -818,7 +818,8 @@ class Copied(msgspec.Struct, frozen=True, array_like=True, tag="copied"):
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag="stored"):
-    """Answers Store: it is in the caller's memory; or `errno`, and part of it may be."""
+    """Answers Store: it is in the caller's memory; or `errno`, and part of it may be. Answers AskFacts with EINTR:
+    the caller was interrupted."""
 
     unique: int
     errno: int

@@ -271,9 +271,11 @@ class Connection(Relay):
                 holder.ahead[message.command] = reach.check_ahead(message, holder.ahead)
             case entries.AskFacts(unique), []:
                 request = self.request_of(holder, unique, abi.IOCTL)
-                of = holder.uid, caller.ids(request)[2], unique
-                files = reach.facts(self.devices.aside, *of, self.copying)
-                if _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
+                tid = caller.ids(request)[2] if request else -1
+                files = reach.facts(self.devices.aside, holder, tid, unique, self.copying)
+                if files is None:
+                    pass
+                elif _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
                     who = holder.entering(caller.credentials(request))
                     facts = entries.Facts(unique, files, who)
                     self._order(holder, partial(self.host.enter, holder, who, facts))

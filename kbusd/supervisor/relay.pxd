@@ -48,6 +48,7 @@ cdef class End:
     cdef public int fd  # of the line; -1: it is closed
     cdef public int pool
     cdef public int why  # what requests get when it is gone
+    cdef public int owed  # answers to requests that were interrupted, which are nobody's
     cdef public bint gone, released
     cdef bint send(self, Room room, size_t size) except -1
     cdef int readable(self) noexcept

@@ -63,6 +63,7 @@ from kbusd.supervisor.aside import Crowded
 MAX_REQUEST = (128 << 10) + 4096
 MAX_AHEAD = 8 << 10  # bytes of a Wish
 MAX_RANGES = 8
+MAX_OWED = 1024
 MAX_PUSH = 256 << 10  # in one write; more are several
 # With one answer: no worker can map a larger pool (profiles/kdbus-worker.toml).
 MAX_PUSHED = 16 << 30
@@ -146,17 +147,16 @@ class End:
         self.events_at = -1
 
     def send(self, room: Room, size) -> cython.bint:
-        """The record at the beginning of `room`; false if it is gone. Never waits."""
-        with self.lock:
-            if self.gone:
+        """The record at the beginning of `room`, with `lock`; false if it is gone. Never waits."""
+        if self.gone:
+            return False
+        if not self.line.queue:
+            if send(self.fd, room.data, size, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0:
+                return True
+            if errno != EAGAIN:
                 return False
-            if not self.line.queue:
-                if send(self.fd, room.data, size, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0:
-                    return True
-                if errno != EAGAIN:
-                    return False
-            data = PyBytes_FromStringAndSize(cython.cast(cython.p_char, room.data), size)
-            self.line.queue.append((data, ()))
+        data = PyBytes_FromStringAndSize(cython.cast(cython.p_char, room.data), size)
+        self.line.queue.append((data, ()))
         self.late(self)
         return True
 
@@ -264,15 +264,14 @@ class Relay:
         self.held[unique] = end, PyBytes_FromStringAndSize(head, _KEPT)
         if wish is None:
             room.data[size] = _NO_PARTS
-            sent = end.send(room, size + 1)
+            size += 1
         else:
             self.copying[unique] = True
             self.aside.let_go()
             size = self._look(end, room, size, route.head.thread, wish, argument)
-            if not self.copying.pop(unique, False):
-                self.held.pop(
-                    unique, None
-                )  # its caller was interrupted, so its worker hears nothing of it
+        with end.lock:  # an interrupt comes before all of this, or to its worker behind the request
+            if wish is not None and not self.copying.pop(unique, False):
+                end.owed -= self.held.pop(unique, None) is not None  # it hears nothing of this one
                 return 0
             sent = end.send(room, size)
         if not sent:
@@ -321,9 +320,14 @@ class Relay:
     def take_back(self, unique: uint64_t):
         """Whether a thread is stuck at the memory of this request's caller, who is interrupted: that may be for ever,
         so he is to be answered. Nothing more is done at him then, and what his worker answers is nobody's."""
-        if not self.copying.pop(unique, False):
+        held: tuple = self.held.get(unique)
+        if held is None or not self.copying.pop(unique, False):
             return False
-        self.held[unique] = self.held[unique][0], b""
+        end: End = held[0]
+        self.held[unique] = end, b""
+        end.owed += 1
+        if end.owed == MAX_OWED:
+            self.accuse(end, f"does not answer {MAX_OWED} requests that were interrupted")
         return True
 
     # -- what workers say --------------------------------------------------------------------------
@@ -462,6 +466,7 @@ class Relay:
         if head.error == 0 and len(request) >= _OUT:
             _check_opened(request, reply, length)
         del self.held[unique]
+        end.owed -= not request
         self._write(reply, length)
         return 0
 

@@ -8,6 +8,7 @@ from kbusd.supervisor.aside import Aside
 MAX_REQUEST: int
 MAX_AHEAD: int
 MAX_RANGES: int
+MAX_OWED: int
 MAX_PUSHED: int
 
 class Room: ...
@@ -27,6 +28,7 @@ class End:
     fd: int
     pool: int
     why: int
+    owed: int
     gone: bool
     released: bool
 

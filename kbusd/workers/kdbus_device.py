@@ -137,8 +137,10 @@ class Device(Requests):
         return True
 
     def make_pool(self, size: int) -> Pool:
-        """Raises Errno ENOMEM."""
-        pool = self.pool = Pool(self, size)
+        """The same again for who says HELLO again, after a signal: a file has one. Raises Errno ENOMEM."""
+        pool: Pool | None = self.pool
+        if pool is None or pool.size != size:
+            pool = self.pool = Pool(self, size)
         if self.attached is not None:
             pool.hand(self.attached)
         return pool
@@ -188,7 +190,7 @@ class Pool:
 
     def __init__(self, device: Device, size: int) -> None:
         self._device = device
-        self._size = size
+        self.size = size
         self._fd = -1  # to be handed to the client
         try:
             # Behind the pool: which events hold. Clients of CUSE map no more than the pool.
@@ -212,7 +214,7 @@ class Pool:
     def hand(self, attached: Attached) -> None:
         """To the client. Raises Errno if its socket does not take it."""
         try:
-            attached.hand(attach.pool_record(self._size), [self._fd])
+            attached.hand(attach.pool_record(self.size), [self._fd])
         except OSError as error:
             number = error.errno or errno.EPIPE
             raise Errno(number, f"the pool can't be handed over: {error}") from None
@@ -222,7 +224,7 @@ class Pool:
 
     def show(self, events: int) -> None:
         """Which poll(2) events hold now."""
-        self.buffer[self._size : self._size + 4] = events.to_bytes(4, "little")
+        self.buffer[self.size : self.size + 4] = events.to_bytes(4, "little")
 
     def push(self, offset: int, size: int) -> None:
         if not self._device.cuse:  # else it is the client's memory

@@ -16,16 +16,17 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import msgspec
+import pytest
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
-from kbusd.supervisor import kdbusfs
+from kbusd.supervisor import caller, kdbusfs
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
@@ -691,6 +692,133 @@ def test_while_guessed_memory_does_not_come_others_are_served_and_a_signal_ends_
     assert asked.ahead == ((at, bytes(4)),)
     one.answer(requests.decode(asked.request).header.unique, 5)
     assert rig.end() == [7, "EINTR", 5]
+
+
+def interrupted_in(ioctl: Callable[[], Any], other: int) -> Any:
+    """What it returns if it gets a signal once somebody answers an ioctl of `other`."""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    here = threading.get_ident()
+
+    def interrupt() -> None:
+        fcntl.ioctl(other, PLAIN)
+        signal.pthread_kill(here, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        return ioctl()
+    finally:
+        thread.join()
+
+
+@everywhere(NATIVE[:1])
+def test_what_was_carried_out_was_told_as_not_done_if_a_signal_came_while_it_was_stored() -> None:
+    """And what was stored afterwards could have been stored into another process."""
+
+    def client(path: str) -> Any:
+        memory = Unanswered()
+        with opened(path) as fd, opened(path) as other, opened(path) as third:
+            fcntl.ioctl(fd, command(5, 8), array("Q", [memory.address]))
+
+            def come() -> None:
+                fcntl.ioctl(third, PLAIN)
+                memory.answer()
+
+            thread = threading.Thread(target=come)
+            thread.start()
+            told = interrupted_in(lambda: fcntl.ioctl(fd, PLAIN), other)
+            thread.join()
+            return [told, memory.page[:7].decode()]
+
+    rig = Rig(client)
+    one, two, three = rig.hire(), rig.hire(), rig.hire()
+    unique, body = one.asked(requests.Ioctl)
+    at = array("Q", body.data)[0]
+    one.answer(unique, 0, body.data)
+    unique, _ = one.asked(requests.Ioctl)
+    one.say(entries.Store(unique, ((at, b"message"),)))
+    deadline = time.monotonic() + SECONDS
+    while not rig.devices.aside.stuck:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    two.serve_ioctl()
+    _, interrupt = one.asked(requests.Interrupt)
+    assert interrupt.unique == unique
+    three.serve_ioctl()
+    assert one.hear(entries.Stored) == entries.Stored(unique, 0)
+    one.answer(unique, 5)
+    assert rig.end() == [5, "message"]
+
+
+@everywhere(NATIVE[:1])
+def test_who_meddled_with_what_it_was_not_asked_yet_left_its_client_without_an_answer() -> None:
+    """For good, not even to be killed: its request was given up, as if it had been interrupted."""
+
+    def client(path: str) -> Any:
+        told = []
+        for _ in range(3):
+            memory = Unanswered()
+            with opened(path) as fd:
+                fcntl.ioctl(fd, command(5, 8), array("Q", [memory.address]))
+                told.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+                memory.answer()
+        return told
+
+    rig = Rig(client)
+    for meddle in (
+        lambda unique: entries.Copy(unique, ()),
+        lambda unique: entries.Store(unique, ()),
+        entries.AskFacts,
+    ):
+        one = rig.hire()
+        unique, body = one.asked(requests.Ioctl)
+        at = array("Q", body.data)[0]
+        one.say(entries.Ahead(PLAIN, 0, ((at, 4),)))
+        one.answer(unique, 0, body.data)
+        deadline = time.monotonic() + SECONDS
+        while not rig.mount.copying:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        one.say(meddle(next(iter(rig.mount.copying))))
+        while one.number not in rig.killed:
+            rig.attend()
+        while rig.mount.copying:  # its memory came
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert rig.end() == ["ECONNRESET"] * 3
+    assert rig.mount.held == {}
+
+
+@everywhere(NATIVE[:1])
+def test_a_worker_whose_client_got_a_signal_while_it_was_looked_up_was_accused_and_ended() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd, opened(path) as other:
+            told = errno_of(lambda: interrupted_in(lambda: fcntl.ioctl(fd, PLAIN), other))
+            fcntl.ioctl(other, PLAIN)
+            return [told, fcntl.ioctl(fd, PLAIN)]
+
+    rig = Rig(client)
+    one, two = rig.hire(), rig.hire()
+    unique, _ = one.asked(requests.Ioctl)
+
+    def facts(_: int) -> dict[str, bytes]:
+        two.serve_ioctl()
+        deadline = time.monotonic() + SECONDS
+        while rig.mount.copying and time.monotonic() < deadline:  # till the signal comes
+            time.sleep(0.001)
+        return {"comm": b"by now another's"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caller, "facts", facts)
+        one.say(entries.AskFacts(unique))
+        assert one.hear(entries.Stored) == entries.Stored(unique, errno.EINTR)
+    one.say(entries.AskFacts(unique))
+    assert one.hear(entries.Stored) == entries.Stored(unique, errno.EINTR)
+    one.answer(unique, -errno.EINTR)
+    two.serve_ioctl()
+    one.serve_ioctl(5)
+    assert rig.end() == ["EINTR", 5]
+    assert rig.killed == [] and rig.mount.held == {}
 
 
 @everywhere(NATIVE)

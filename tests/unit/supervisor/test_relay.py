@@ -24,7 +24,7 @@ from kbusd.rings.line import Line, pair
 from kbusd.supervisor import reach
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, MAX_THREADS, Aside, Crowded
 from kbusd.supervisor.holder import MAX_LENT, Holder
-from kbusd.supervisor.relay import Relay, Room, Wish
+from kbusd.supervisor.relay import MAX_OWED, Relay, Room, Wish
 from tests.unit.cuse.requests_of import request
 
 FILE, UNIQUE, COMMAND, KERNEL_HANDLE = 7, 33, 0x9501, 99
@@ -169,6 +169,55 @@ def test_as_much_as_may_be_wished() -> None:
     for too_much in ((1, ((at, 1024),) * 8), ((8 << 10) + 1, ()), (0, ((at, 0),) * 9)):
         with pytest.raises(ValueError, match="too much"):
             Wish(*too_much)
+
+
+def test_an_interrupt_could_reach_the_worker_before_its_request() -> None:
+    """Which then knew of no such request, and the client's signal was lost."""
+    with Player() as player:
+        player.holder.ahead[COMMAND] = Wish(0, ((8, 4),))
+
+        class Lock:
+            """Another thread says something first."""
+
+            def __enter__(self) -> None:
+                interrupted.append(player.connection.take_back(UNIQUE))
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        interrupted: list[bool] = []
+        lock, player.holder.lock = player.holder.lock, Lock()  # type: ignore[assignment]
+        player.connection.give(ioctl())
+        player.holder.lock = lock
+        assert interrupted == [True]
+        assert player.line.receive() is None
+        assert player.connection.held == player.connection.copying == {}
+        assert player.holder.owed == 0
+
+
+def test_an_interrupt_of_what_its_lost_worker_had_looked_at_ended_in_a_bug() -> None:
+    with Player() as player:
+        player.connection.copying[UNIQUE] = True
+        assert not player.connection.take_back(UNIQUE)
+
+
+def test_a_worker_that_answers_nothing_that_was_interrupted_made_the_supervisor_grow() -> None:
+    with Player() as player:
+
+        def interrupted(unique: int) -> None:
+            player.hold(unique, ioctl())
+            player.connection.copying[unique] = True
+            assert player.connection.take_back(unique)
+
+        for _ in range(2 * MAX_OWED):
+            interrupted(UNIQUE)
+            assert player.says(encode(entries.Answered(ANSWER))) == [ANSWER]
+        for unique in range(1, MAX_OWED):
+            interrupted(unique)
+        assert player.connection.said == []
+        interrupted(MAX_OWED)
+        ((accused, _),) = player.connection.said
+        assert accused == "accuse"
 
 
 def test_a_request_for_a_worker_that_is_gone_is_refused() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kbusd.cuse import abi as fuse
 from kbusd.cuse import requests
 from kbusd.kdbus import abi, layout
+from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.session import Session
 from kbusd.rings import entries
 from kbusd.rings.line import Line, pair
@@ -48,8 +49,14 @@ class File:
         self.unique = 0
         self.pool = -1
         hello = struct.pack("=10Q", 96, 1, 0, 0, 0, 0, 0, POOL, 0, 0) + bytes(16)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(port, "connect", self._interrupted)
+            assert self.ioctl(abi.CMD_HELLO, COMMAND, hello, len(hello)) == -errno.EINTR
         assert self.ioctl(abi.CMD_HELLO, COMMAND, hello, len(hello)) == 0
         self.asked.clear()
+
+    async def _interrupted(self, *_: Any) -> tuple[int, bytes]:
+        raise Errno(errno.EINTR, "a signal came")
 
     def ioctl(self, command: int, address: int, data: bytes = b"", out: int = 0) -> int:
         """What it returns; what the worker asks for is answered out of `memory`."""
@@ -80,6 +87,7 @@ class File:
             case entries.Ahead(command):
                 self.ahead[command] = message
             case entries.Pool():
+                assert self.pool < 0, "the supervisor takes one, and ends who offers another"
                 self.pool, self.events_at = fds[0], message.events_at
             case entries.Store(unique, parts):
                 self.stored += parts
