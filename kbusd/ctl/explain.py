@@ -122,10 +122,13 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
                 yield f"  {rule.errno}, by {rule.origin}: {rule.why}"
         yield "  A library that probes does no harm. A worker that asks again and again may be taken over."
         return
-    yield f"{who}: {call} ({refusal.number}) is not in profile {profile.name} ({profile.files[0]})."
     here = conditions(arch=arch)
     seccomp = profile.seccomp
-    assert seccomp is not None
+    if seccomp is None or not seccomp.enabled:
+        yield f"{who}: {call} ({refusal.number}) was refused, but profile {profile.name} has no filter."
+        yield "  It was one from above: of a container, or of the service manager (SystemCallFilter=)."
+        return
+    yield f"{who}: {call} ({refusal.number}) is not in profile {profile.name} ({profile.files[0]})."
     near = [rule for rule in seccomp.rules if call in rule.calls and rule.when in here]
     for rule in near:
         tests = " and ".join(map(condition, rule.arguments)) or "always"
@@ -153,9 +156,13 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
     yield '      why = "..."'
     yield "      [seccomp]"
     yield '      why = "..."'
-    yield "      [[seccomp.rules]]"
-    yield '      why = "who calls it, when, and why that is harmless"'
-    yield f'      calls = ["{call}"]'
+    for arguments in [rule.arguments for rule in near if not rule.errno] or [()]:
+        yield "      [[seccomp.rules]]"
+        yield '      why = "who calls it, when, and why that is harmless"'
+        yield f'      calls = ["{call}"]'
+        if arguments:
+            yield "      # As it is now: add what is right. Without it, any arguments would be."
+            yield f"      arguments = [{', '.join(map(profiles.written, arguments))}]"
     yield '  with errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
 
 

@@ -10,6 +10,7 @@ place and owner, never by environment), but reports every mistake in them by fil
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import stat
 import tomllib
@@ -150,6 +151,12 @@ class Argument(
     including: tuple[str, ...] | None = None
     users: Users | None = None
     users_inside: FewUsers | None = None
+
+
+def written(argument: Argument) -> str:
+    """As it stands in a profile."""
+    given = msgspec.to_builtins(argument).items()
+    return f"{{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in given if value is not None)} }}"
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):

@@ -28,7 +28,9 @@ def line(
     [
         (line(41), ["pid 812", "socket (41) is not in profile worker", 'calls = ["socket"]']),
         (line(9), ["mmap (9)", "allowed if argument 2 without PROT_EXEC: ", "other arguments"]),
+        (line(9), ['arguments = [{ index = 2, without = ["PROT_EXEC"] }]']),
         (line(198, arch="c00000b7"), ["socket (198)"]),
+        (line(41, "kbusd-launcher"), ["profile launcher has no filter", "from above"]),
         (line(0x40000000 | 1), ["of another architecture", "attack"]),
         (line(1, arch="40000003"), ["of another architecture (0x40000003)"]),
         (line(0), ["read (0)", "allows it now"]),
