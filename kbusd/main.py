@@ -206,6 +206,11 @@ def _write_pidfile(path: str) -> None:
         _fail(f"cannot write the pid file {path!r}: {error.strerror}")
 
 
+def _remove_pidfile(path: str) -> None:
+    with contextlib.suppress(OSError):  # it may be gone, or on a file system that is read-only now
+        os.unlink(path)
+
+
 def _print(fd: int, text: str) -> None:
     with contextlib.suppress(BrokenPipeError):
         os.write(fd, text.encode() + b"\n")
@@ -364,7 +369,7 @@ def _run(
         prctl.set_name("kbusd")
         if pidfile:
             _write_pidfile(pidfile)
-            held.callback(Path(pidfile).unlink, missing_ok=True)
+            held.callback(_remove_pidfile, pidfile)
         to_syslog = options.log in ("syslog", "syslog-only") or (
             options.log is None and settings.syslog
         )

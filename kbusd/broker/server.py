@@ -284,6 +284,7 @@ class Server:
         except (msgspec.MsgspecError, OSError, ValueError) as error:
             os.close(fd)
             self.say(f"the new configuration cannot be read, the one in force stays: {error}")
+            self._bus.generation += 1  # as the zygote counts
             self._bus.reconfigure(None)
             return
         os.close(self._configuration)

@@ -72,7 +72,8 @@ def _settings(configuration: bytes) -> Settings:
 
 class Context(msgspec.Struct, frozen=True):
     """`configuration` is replaced when the bus reads it again; workers keep theirs. `maker`: of a bus
-    that a program has made; `kdbus`: there may be clients of kdbus."""
+    that a program has made; `kdbus`: there may be clients of kdbus. `generation` is the configuration's, as
+    the log counts them. A zygote that is started anew counts from 0: behind the log, so its workers fetch."""
 
     guid: str
     bus: Bus
@@ -81,6 +82,7 @@ class Context(msgspec.Struct, frozen=True):
     log_fd: int
     maker: Maker | None = None
     kdbus: bool = False
+    generation: int = 0
 
     @classmethod
     def make(
@@ -121,5 +123,7 @@ class Context(msgspec.Struct, frozen=True):
 
         return NamePolicies(replica, self.bus.owner, self.closed)
 
-    def with_configuration(self, configuration: bytes) -> Context:
-        return msgspec.structs.replace(self, configuration=_settings(configuration))
+    def with_configuration(self, configuration: bytes, generation: int) -> Context:
+        return msgspec.structs.replace(
+            self, configuration=_settings(configuration), generation=generation
+        )

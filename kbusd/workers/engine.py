@@ -333,7 +333,7 @@ class Engine:
         return True
 
     def _up_to_date(self) -> cython.bint:
-        """Read on in the log, before we decide by it; False if policy has to be fetched first."""
+        """Read on in the log, before we decide by it; False if something has to be fetched first."""
         if self.loaded and self.log.head() != self.log.position:
             self._inbound()
         return self.fetching == 0
@@ -502,7 +502,9 @@ class Engine:
             done = self._call_bus(
                 route, header.type, header.serial, header.flags, _bytes(body, header.body_length)
             )
-            if route.eavesdroppers is not None and done is None and not fds:
+            if not self.loaded:
+                pass  # who overhears Hello has it of `_tell_of_hello`
+            elif route.eavesdroppers is not None and done is None and not fds:
                 content = _bytes(body, header.body_length)
                 self.unheard[header.serial] = route, _raw(cython.address(head)), content
             elif route.eavesdroppers is not None and done is not False:
@@ -647,14 +649,12 @@ class Engine:
             while self.log.position < self.before:
                 frame = self.log.read()
                 entry = decode_entry(frame.body)
-                if type(entry) is entries.PolicyChanged:
-                    break  # of which more is to be asked, by somebody
                 self.replica.apply(entry)
                 self.replica.position = frame.position
         except (msgspec.MsgspecError, ReplicaError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
         except memfd.RingError:
-            return  # its client took so long that the log has gone on; the answer has a new one
+            pass  # the log has gone round; if the answer has no new state, `_behind` asks for it
         self.joined = True
 
     def _answer_driver(self, token, answer, fds):
@@ -709,6 +709,7 @@ class Engine:
         self.peers.me = Peer(self.id, f":1.{self.id}", connection)
         self._look_who_watches()
         self._follow(self.replica.position)
+        self._catch_up_with_policy()
 
     # -- activation ----------------------------------------------------------------------------
 
@@ -880,9 +881,11 @@ class Engine:
 
     def _behind(self):
         """The log has gone round before we read it: start again from a snapshot."""
+        self.fetching += 1  # our client's next message is not to be judged by what is out of date
         self.asking.ask(entries.FetchSnapshot(0), self._resync)
 
     def _resync(self, answer, fds):
+        self.fetching -= 1
         snapshot = memfd.read(fds[0])
         actions = self.driver.resync(snapshot)
         self.epoch += 1
@@ -890,6 +893,7 @@ class Engine:
         self._follow(self.replica.position)
         for id in [id for id in self.peers.known if id not in self.replica.connections]:
             self._peer_left(id)
+        self._catch_up_with_policy()
         self._act_and_note(actions)
 
     def _follow(self, position):
@@ -911,8 +915,7 @@ class Engine:
         if self.peers.me.connection is None:
             self.peers.me.connection = self.replica.connections.get(self.id)
         if kind is entries.PolicyChanged:
-            self.fetching += 1
-            self.asking.ask(entries.FetchPolicy(0), self._new_policy)
+            self._catch_up_with_policy()
         elif kind is entries.NameOwnerChanged:
             if entry.old and entry.new and entry.activator in (entry.old, entry.new):
                 self._send_again(entry.name, entry.old)
@@ -925,12 +928,19 @@ class Engine:
         if kind is entries.ConnectionRemoved:
             self._peer_left(entry.id)  # the client hears first who went, then what nobody answers
 
+    def _catch_up_with_policy(self):
+        """Fetch the policy in force, if ours is another: we may be older than it, and know of it by a
+        snapshot alone."""
+        if self.replica.policy_generation != self.context.generation:
+            self.fetching += 1
+            self.asking.ask(entries.FetchPolicy(0), self._new_policy)
+
     def _new_policy(self, answer, fds):
         """The configuration was read again: its policy holds from the client's next message on."""
         self.fetching -= 1
         if isinstance(answer, entries.Failure):
             raise Gone(f"no policy: {answer.message}")
-        self.context = self.context.with_configuration(memfd.read(fds[0]))
+        self.context = self.context.with_configuration(memfd.read(fds[0]), answer.value)
         self._take_policy()
         self.epoch += 1
 

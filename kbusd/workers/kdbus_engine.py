@@ -35,6 +35,7 @@ BULK = cython.declare(cython.int, 7)
 COPY = cython.declare(cython.int, 5)
 READY = cython.declare(cython.int, 2)
 
+CLIENT = cython.declare(cython.uint, 0)  # as the engine has it
 WATCHED = cython.declare(cython.uint, 16)  # and above: a descriptor of our client's, by its number
 
 LARGE_BODY = cython.declare(cython.size_t, 65536)  # vectors above this travel as a memfd
@@ -72,6 +73,7 @@ class DeviceEngine(DBusSocket):
         self.input = engine.input
         self.output = engine.output
         self.shares = engine.shares
+        self.reading = True
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -100,7 +102,11 @@ class DeviceEngine(DBusSocket):
         self.front.readable(source - WATCHED)
 
     def watch_client(self) -> cython.void:
-        """The supervisor is always listened to."""
+        """Listen to the supervisor, but while policy is fetched: our client's next command is for the new one."""
+        reading: cython.bint = self.fetching == 0
+        if reading != self.reading:
+            self.waiting.change(self.client, CLIENT, EPOLLIN if reading else 0)
+            self.reading = reading
 
     def flush(self) -> cython.void:
         """What the file's users wait for; it may cause messages."""

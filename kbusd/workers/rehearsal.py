@@ -59,7 +59,7 @@ class Rehearsal:
             settings, auth=("EXTERNAL",), limits=settings.limits | _LIMITS, policy=_POLICY
         )
         self._context = msgspec.structs.replace(
-            context, log_fd=self._log.fileno(), configuration=settings
+            context, log_fd=self._log.fileno(), configuration=settings, generation=0
         )
         self._supervisors = Line(supervisors, entries.ToWorker)
         self._ours = Line(ours, entries.ToWorker)

@@ -130,7 +130,8 @@ class Zygote:
                     self.wanted.append(message)
                     self.hurry |= message.hurry
                 case entries.Configured():
-                    self.context = self.context.with_configuration(read_all(fds[0]))
+                    number = self.context.generation + 1
+                    self.context = self.context.with_configuration(read_all(fds[0]), number)
                     os.close(fds[0])
                     gc.collect()
                     gc.freeze()

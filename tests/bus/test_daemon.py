@@ -493,6 +493,18 @@ def test_fork_with_pid_file(system_config: Path, place: Path) -> None:
     assert not (place / "bus").exists()
 
 
+def test_an_orderly_end_failed_as_the_pid_file_could_not_be_removed(
+    system_config: Path, place: Path
+) -> None:
+    """As on a file system that is read-only by then."""
+    process = start(f"--config-file={system_config}", "--nofork", "--print-address=1")
+    assert process.stdout and read_line(process.stdout)
+    (place / "pid").unlink()
+    (place / "pid").mkdir()
+    assert "Traceback" not in end(process)
+    assert process.returncode == 0
+
+
 def test_fork_with_standard_descriptors_closed(system_config: Path, place: Path) -> None:
     """As an init may start it: 0, 1 and 2 are closed, and nothing of ours lands in a socket."""
     script = f"exec {' '.join(daemon_command())} --config-file={system_config} <&- >&- 2>&-"

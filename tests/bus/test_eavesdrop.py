@@ -89,6 +89,20 @@ def test_does_not_see_what_the_bus_refuses(bus: Bus, nosy: RawClient) -> None:
     assert seen == ["RequestName", "AddMatch"]
 
 
+def test_a_hello_that_was_said_again_after_a_refusal_was_seen_twice(
+    start_bus: Callable[..., Bus],
+) -> None:
+    bus = start_bus(limits={"max_completed_connections": 2})
+    nosy, other, late = bus.connect(), bus.connect(), bus.connect(hello=False)
+    nosy.add_match("eavesdrop='true'")
+    with pytest.raises(BusError, match="LimitsExceeded"):
+        late.driver("Hello")
+    other.close()
+    nosy.wait(lambda m: m.member == "NameOwnerChanged" and m.args == [other.name, other.name, ""])
+    late.name = late.driver("Hello")[0]
+    assert [m.member for m in nosy.drain()].count("Hello") == 1
+
+
 def test_gets_what_is_its_own_once(bus: Bus, nosy: RawClient) -> None:
     client = bus.connect()
     nosy.drain(client)

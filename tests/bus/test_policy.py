@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from . import procs
 from . import wireformat as w
-from .daemon import OPEN_POLICY, Bus
+from .daemon import OPEN_POLICY, Bus, is_reference
 from .rawclient import DRIVER, DRIVER_PATH, BusError, RawClient, RawSocket
 
 DENIED = "org.freedesktop.DBus.Error.AccessDenied"
@@ -468,3 +469,25 @@ def test_the_log_has_names_that_were_refused_but_not_without_end(start_bus) -> N
     lines = [line for line in bus.log().splitlines() if "may not own test.Denied" in line]
     assert f"denied by rule {bus.config}:" in lines[0]
     assert len(lines) == 16
+
+
+def test_clients_that_came_after_a_reload_were_judged_by_the_policy_from_before(start_bus) -> None:  # type: ignore[no-untyped-def]
+    """So much stands in the log since then that their workers, made before, start from behind it."""
+    bus: Bus = start_bus()
+    admin = bus.connect()
+    if not is_reference():
+        procs.eventually(lambda: len(bus.workers()) >= 4, "there are spare workers")
+    new = OPEN_POLICY.replace(
+        "</policy>", '<deny send_interface="test.I" send_member="Forbidden"/></policy>'
+    )
+    bus.config.write_text(bus.config.read_text().replace(OPEN_POLICY, new))
+    admin.driver("ReloadConfig")
+    for number in range(20):
+        admin.add_match(f"member='M{number}'")
+    for _ in range(6):
+        late = bus.connect(hello=False)
+        hello = late.send_call(DRIVER, DRIVER_PATH, DRIVER, "Hello")
+        first = late.send_call(admin.name, "/", "test.I", "Forbidden")
+        late.name = late.wait_reply(hello).args[0]
+        with pytest.raises(BusError, match="AccessDenied"):
+            late.wait_reply(first)

@@ -530,6 +530,30 @@ def test_policy_holds_for_kdbus_clients(transport: str) -> None:
         bus.stop()
 
 
+@pytest.mark.parametrize("transport", [FILE, NODE])
+def test_a_kdbus_client_that_came_after_a_reload_was_judged_by_the_policy_from_before(
+    transport: str,
+) -> None:
+    bus = KdbusBus(transport, below="reload", policy=STRICT_POLICY)
+    try:
+        a, d = bus.kdbus(), bus.connect()
+        new = STRICT_POLICY.replace(
+            "</policy>",
+            '<deny send_interface="com.example.Test" send_member="Secret"/></policy>',
+        )
+        bus.config.write_text(bus.config.read_text().replace(STRICT_POLICY, new))
+        d.driver("ReloadConfig")
+        for number in range(20):
+            d.add_match(f"member='M{number}'")
+        how: dict[str, Any] = {"flags": EXPECT, "reply": ALL >> 1}
+        for to in (a.id, id_of(d)) * 2:
+            late = bus.kdbus()
+            assert fails(lambda to=to, late=late: late.send(to, call("Secret"), **how)) == "EPERM"
+    finally:
+        bus.close_clients()
+        bus.stop()
+
+
 def test_a_worker_that_dies_takes_its_client_along_and_nobody_else(bus: KdbusBus) -> None:
     a, b, c = bus.kdbus(), bus.kdbus(), bus.kdbus()
     for worker in bus.workers():

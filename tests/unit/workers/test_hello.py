@@ -6,11 +6,13 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from kbusd.policy import configuration
 from kbusd.rings import entries as e
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
@@ -20,6 +22,7 @@ from kbusd.workers import worker
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 from tests.bus import wireformat as w
+from tests.unit.workers.conftest import EVERYTHING
 
 LOG = 2  # kind of frame
 ME, OTHER, LATE = 1, 7, 8
@@ -86,6 +89,23 @@ class Stage:
     def call(self, member: str, *names: str) -> None:
         fields = BUS | {w.MEMBER: member}
         self.client.sendall(w.build(w.CALL, fields, "s" * len(names), names))
+
+    def snapshot(self, generation: int = 0, *ids: int) -> bytes:
+        """The state of the bus now, with these connections."""
+        there = tuple((id, WHO) for id in ids)
+        state = e.Snapshot(self.log.position, 0, there, (), (), (), (), generation)
+        return msgspec.msgpack.encode(state)
+
+    def reply(self, request: e.Request, value: Any, data: bytes) -> None:
+        """Answer with what stands in a memfd."""
+        fd = memfd.sealed("test", data)
+        self.broker.send(e.Reply(request.request, value), [fd])
+        os.close(fd)
+
+    def fill_log(self) -> None:
+        """It goes round."""
+        for _ in range(1000):
+            self.enter(e.ActivatableChanged(("a.b" * 50,)))
 
     def admit(self, request: int, *fds: int) -> None:
         """Answer Hello."""
@@ -156,6 +176,82 @@ def test_a_policy_that_has_changed_since_is_asked_for_after_hello(stage: Stage) 
     stage.broker.send(e.Reply(hello.request, ME))
     assert stage.read().args == [f":1.{ME}"]
     stage.asked(e.FetchPolicy)
+
+
+def denying(tmp_path: Path) -> bytes:
+    """A configuration that forbids its client to ask for owners."""
+    file = tmp_path / "denying.conf"
+    denied = '<deny send_interface="org.freedesktop.DBus" send_member="NameHasOwner"/></policy>'
+    file.write_text(EVERYTHING.replace("</policy>", denied))
+    return configuration.encode(configuration.load(str(file)))
+
+
+def is_denied_once_fetched(stage: Stage, data: bytes) -> bool:
+    """Whether what the client sends waits for the policy that the worker fetches, which denies it."""
+    stage.call("NameHasOwner", f":1.{ME}")
+    stage.reply(stage.asked(e.FetchPolicy), 1, data)
+    return stage.read().error_name == "org.freedesktop.DBus.Error.AccessDenied"
+
+
+def test_a_spare_worker_kept_the_policy_from_before_a_reload(stage: Stage, tmp_path: Path) -> None:
+    """It was told the state from after it, and so never saw PolicyChanged."""
+    stage.enter(e.PolicyChanged(1))
+    stage.broker.send(e.State(stage.snapshot(1)))
+    stage.call("Hello")
+    stage.admit(stage.asked(e.Hello).request)
+    assert is_denied_once_fetched(stage, denying(tmp_path))
+
+
+def test_a_client_that_had_authenticated_before_a_reload_kept_the_old_policy(
+    stage: Stage, tmp_path: Path
+) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.call("Hello")
+    hello = stage.asked(e.Hello)
+    stage.enter(e.PolicyChanged(1))
+    fd = memfd.sealed("snapshot", stage.snapshot(1))
+    stage.admit(hello.request, fd)
+    os.close(fd)
+    assert is_denied_once_fetched(stage, denying(tmp_path))
+
+
+def test_a_worker_that_fell_behind_the_log_kept_the_policy_from_before_a_reload(
+    stage: Stage, tmp_path: Path
+) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.call("Hello")
+    stage.admit(stage.asked(e.Hello).request)
+    assert stage.owned() == ALL_BUT_ONE
+    os.kill(stage.pid, signal.SIGSTOP)
+    stage.enter(e.PolicyChanged(1))
+    stage.fill_log()
+    os.kill(stage.pid, signal.SIGCONT)
+    stage.call("NameHasOwner", f":1.{LATE}")  # which waits for the state, and then for the policy
+    stage.reply(stage.asked(e.FetchSnapshot), None, stage.snapshot(1, ME))
+    assert is_denied_once_fetched(stage, denying(tmp_path))
+    assert stage.read().error_name == "org.freedesktop.DBus.Error.AccessDenied"
+
+
+def test_a_worker_that_has_the_policy_in_force_fetches_none(context: Context) -> None:
+    stage = Stage(msgspec.structs.replace(context, generation=1))
+    try:
+        stage.enter(e.PolicyChanged(1))
+        stage.broker.send(e.State(stage.state))
+        stage.call("Hello")
+        stage.admit(stage.asked(e.Hello).request)
+        assert stage.owned() == ALL_BUT_ONE  # the client would wait, as nobody answers
+    finally:
+        stage.close()
+
+
+def test_a_worker_whose_state_the_log_had_left_behind_was_ended(stage: Stage) -> None:
+    """The broker handled Hello just before, and so found that state good enough."""
+    stage.broker.send(e.State(stage.state))
+    stage.fill_log()
+    stage.call("Hello")
+    stage.admit(stage.asked(e.Hello).request)
+    stage.reply(stage.asked(e.FetchSnapshot), None, stage.snapshot(0, OTHER, LATE, ME))
+    assert stage.owned() == ALL_BUT_ONE
 
 
 def test_a_client_that_was_refused_may_say_hello_again(stage: Stage) -> None:

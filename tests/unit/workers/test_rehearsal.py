@@ -43,6 +43,14 @@ def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path, text: str) -> No
     assert got.count(b":1.1\0") == 4  # the reply and the signal: destination and body of each
 
 
+def test_it_is_played_as_well_once_the_configuration_was_read_again(tmp_path: Path) -> None:
+    """Nobody is there who would answer if the policy were fetched."""
+    made = context(tmp_path).with_configuration(
+        configuration.encode(configuration.load(str(tmp_path / "bus.conf"))), 1
+    )
+    assert b"NameAcquired" in Rehearsal(made).play(worker.serve)
+
+
 def test_nothing_of_it_stays_open(tmp_path: Path) -> None:
     made = context(tmp_path)
     gc.collect()  # what other tests have left
