@@ -272,15 +272,14 @@ class Connection(Relay):
             case entries.AskFacts(unique), []:
                 request = self.request_of(holder, unique, abi.IOCTL)
                 tid = caller.ids(request)[2] if request else -1
-                files = reach.facts(self.devices.aside, holder, tid, unique, self.copying)
-                if files is None:
-                    pass
-                elif _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,):
+                facts = reach.facts(self.devices.aside, holder, tid, unique, self.copying)
+                hello = request and _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,)
+                if isinstance(facts, entries.Facts) and hello:
                     who = holder.entering(caller.credentials(request))
-                    facts = entries.Facts(unique, files, who)
+                    facts = entries.Facts(unique, facts.files, who)
                     self._order(holder, partial(self.host.enter, holder, who, facts))
                 else:
-                    holder.say(entries.Facts(unique, files))
+                    holder.say(facts)
             case ((entries.Copy() | entries.Store() | entries.Take()), []):
                 request = self.request_of(holder, message.unique, abi.IOCTL)
                 tid = caller.ids(request)[2] if request else -1

@@ -32,8 +32,8 @@ Order = entries.Copy | entries.Store | entries.Take
 
 
 Going = dict[int, bool]
-"""By their numbers, the requests at whose callers a thread looks at something; not those that were answered meanwhile.
-None in whose caller's memory one writes: that has its effect, so its caller must not hear that it has none; and must
+"""By their numbers, the requests at whose callers a thread is at work; not those that were answered meanwhile. Whether one may
+be: not while one writes into its caller's memory. That has its effect, so its caller must not hear that it has none; and must
 not end before it, as his thread may be another's then."""
 
 
@@ -41,12 +41,10 @@ def attend(
     aside: Aside, holder: Holder, order: Order, tid: int, ours: Set[int], going: Going
 ) -> None:
     """As `serve`; not at a caller who has his answer (`tid` -1), nor if too much is stuck. Raises LineError."""
-    check_asked(order.unique, going)
+    begin(order.unique, going, not isinstance(order, entries.Store))
     try:
         if tid < 0:
             return refuse(holder, order)
-        if not isinstance(order, entries.Store):
-            going[order.unique] = True
         with aside.work(holder.uid):
             serve(holder, order, tid, ours, going)
     except Crowded:
@@ -77,27 +75,24 @@ def refuse(holder: Holder, order: Order) -> None:
             holder.say(entries.Given(unique, errno.EAGAIN))
 
 
-def check_asked(unique: int, going: Going) -> None:
-    """Nobody is at work there for it: it has been asked, and asks for one thing at a time. Raises LineError."""
+def begin(unique: int, going: Going, may_be_answered: bool) -> None:
+    """Nobody is at work there yet: its worker has been asked, and asks for one thing at a time. Raises LineError."""
     if unique in going:
         raise LineError(f"meddled with request {unique} before it was asked")
+    going[unique] = may_be_answered
 
 
 def facts(
     aside: Aside, holder: Holder, tid: int, unique: int, going: Going
-) -> dict[str, bytes] | None:
-    """Of a thread, in whose memory some of them are; nothing if they can't be had now. None if it has its answer
-    (by then `tid` is -1, or it may be gone, and another in its place): its worker has heard that. Raises LineError."""
-    check_asked(unique, going)
+) -> entries.Facts | entries.Stored:
+    """Of a thread, in whose memory some of them are; nothing if they can't be had now. Not if it has its answer:
+    by then `tid` is -1, or it may be gone, and another in its place. Raises LineError."""
+    begin(unique, going, tid >= 0)
     found: dict[str, bytes] = {}
-    if tid >= 0:
-        going[unique] = True
-        with suppress(Crowded), aside.work(holder.uid):
-            found = caller.facts(tid)
-        if going.pop(unique, False):
-            return found
-    holder.say(entries.Stored(unique, errno.EINTR))
-    return None
+    with suppress(Crowded), aside.work(holder.uid):
+        found = caller.facts(tid) if tid >= 0 else found
+    known = going.pop(unique, False)
+    return entries.Facts(unique, found) if known else entries.Stored(unique, errno.EINTR)
 
 
 def check_ahead(wish: entries.Ahead, known: Mapping[int, Wish]) -> Wish:
