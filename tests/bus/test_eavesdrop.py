@@ -100,7 +100,7 @@ def test_a_hello_that_was_said_again_after_a_refusal_was_seen_twice(
     other.close()
     nosy.wait(lambda m: m.member == "NameOwnerChanged" and m.args == [other.name, other.name, ""])
     late.name = late.driver("Hello")[0]
-    assert [m.member for m in nosy.drain()].count("Hello") == 1
+    assert [m.member for m in nosy.drain(late)].count("Hello") == 1
 
 
 def test_gets_what_is_its_own_once(bus: Bus, nosy: RawClient) -> None:
