@@ -89,9 +89,8 @@ class Guarded(Line):
             raise LineError("with a record came too much, or what is no memfd")
         try:
             self.sock.recvmsg(0, 0, flags)
-        except (
-            ConnectionResetError
-        ):  # told once, and not the end: what was looked at is still there
+        except ConnectionResetError:
+            # Told once, and not the end: what was looked at is still there.
             self.sock.recvmsg(0, 0, flags)
         return size, fds, cut_short
 

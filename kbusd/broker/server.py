@@ -63,6 +63,7 @@ from kbusd.rings.entries import (
 )
 from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
+from kbusd.rings.unread import ready
 from kbusd.sandbox import selinux
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
@@ -219,9 +220,10 @@ class Server:
 
     def _await_client(self, connection: Connection) -> None:
         """A worker was quick: the supervisor gives it a client, and then says so to us."""
-        word = select.poll()
-        word.register(self._supervisor.fileno(), select.POLLIN)
-        while connection.credentials is None and word.poll(SUPERVISOR_SECONDS * 1000):
+        supervisor = self._supervisor.sock
+        while connection.credentials is None and ready(
+            supervisor, select.POLLIN, SUPERVISOR_SECONDS
+        ):
             if not self._next_from_supervisor():
                 return
 

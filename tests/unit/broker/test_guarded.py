@@ -12,6 +12,7 @@ import pytest
 from kbusd.broker.guarded import THREADS, Closers, Guarded
 from kbusd.rings import entries as e
 from kbusd.rings.line import Line, LineError, close_all, pair
+from kbusd.rings.unread import ready
 from tests.bus.lingering import lingering
 
 SECONDS = 10.0
@@ -25,9 +26,7 @@ def closers() -> Closers:
 
 
 def hangs_up(fd: int) -> bool:
-    word = select.poll()
-    word.register(fd, select.POLLHUP)
-    return bool(word.poll(SECONDS * 1000))
+    return ready(fd, select.POLLHUP, SECONDS)
 
 
 def test_one_worker_held_up_all_threads_that_close(closers: Closers) -> None:

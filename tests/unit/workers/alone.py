@@ -1,4 +1,4 @@
-"""One engine alone in a child process: the test is its client, its broker and all other workers.
+"""One engine, or worker, alone in a child process: the test is its client, its broker and all other workers.
 
 So a test decides when a peer reads its ring, which no client can, and sees what stands in it.
 """
@@ -30,6 +30,7 @@ from kbusd.rings.status import StatusView
 from kbusd.rings.values import Frame
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
+from kbusd.workers.worker import serve
 from tests.bus import wireformat as w
 from tests.unit.rings.worker import Outgoing, Worker
 
@@ -46,6 +47,30 @@ class Met:
     reader: RingReader
     doorbell: int
     side: socket.socket
+
+
+def start_worker(context: Context) -> tuple[int, socket.socket, socket.socket, Line, Line]:
+    """One that has no client yet. Returns its pid, both ends of its client's socket, the second to be handed
+    over to it, and the lines by which we are its supervisor and its broker."""
+    supervisor, ours = pair()
+    broker, theirs = pair()
+    client, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for sock in (supervisor, broker, client):
+                sock.close()
+            served.setblocking(False)
+            line = Line(theirs, entries.BrokerMessage)
+            serve(context, DBusSocket(context, line), Line(ours, entries.ToWorker), line)
+        finally:
+            os._exit(0)
+    ours.close()
+    theirs.close()
+    client.settimeout(SECONDS)
+    lines = Line(supervisor, entries.ToWorker), Line(broker, entries.WorkerMessage)
+    broker.settimeout(SECONDS)
+    return pid, client, served, *lines
 
 
 class Alone:

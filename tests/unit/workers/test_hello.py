@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from kbusd.rings import entries as e
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
-from kbusd.rings.line import Line, pair
-from kbusd.workers import worker
 from kbusd.workers.context import Context
-from kbusd.workers.dbus_socket import DBusSocket
 from tests.bus import wireformat as w
+from tests.unit.workers.alone import start_worker
 from tests.unit.workers.conftest import EVERYTHING
 
 LOG = 2  # kind of frame
@@ -39,25 +36,8 @@ class Stage:
     def __init__(self, context: Context) -> None:
         self.clock = Clock()
         self.log = Broadcast(65536)
-        supervisor, ours = pair()
-        broker, theirs = pair()
-        self.client, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         context = msgspec.structs.replace(context, log_fd=self.log.fileno())
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                for sock in (supervisor, broker, self.client):
-                    sock.close()
-                served.setblocking(False)
-                line = Line(theirs, e.BrokerMessage)
-                worker.serve(context, DBusSocket(context, line), Line(ours, e.ToWorker), line)
-            finally:
-                os._exit(0)
-        ours.close()
-        theirs.close()
-        self.client.settimeout(SECONDS)
-        self.supervisor, self.broker = Line(supervisor, e.ToWorker), Line(broker, e.WorkerMessage)
-        broker.settimeout(SECONDS)
+        self.pid, self.client, served, self.supervisor, self.broker = start_worker(context)
         self.buffer = b""
         self.enter(e.ConnectionAdded(OTHER, WHO))
         state = e.Snapshot(self.log.position, 0, ((OTHER, WHO),), (), (), (), (), 0)

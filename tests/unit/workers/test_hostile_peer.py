@@ -26,14 +26,12 @@ from kbusd.rings.bulk import Bulk
 from kbusd.rings.clock import Clock
 from kbusd.rings.doorbell import Doorbell
 from kbusd.rings.envelope import Envelope
-from kbusd.rings.line import Line, pair
 from kbusd.rings.ring import Ring
 from kbusd.rings.status import StatusPage, StatusView
 from kbusd.rings.values import Frame
-from kbusd.workers import worker
-from kbusd.workers.dbus_socket import DBusSocket
 from tests.bus import wireformat as w
 from tests.bus.procs import eventually
+from tests.unit.workers.alone import start_worker
 from tests.unit.workers.test_rehearsal import EVERYTHING, context
 
 OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
@@ -56,27 +54,8 @@ class Stage:
         self.endpoint = endpoint
         self.clock = Clock()
         self.log = Broadcast(65536)
-        supervisor, ours = pair()
-        broker, theirs = pair()
-        self.client, served = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.client.settimeout(SECONDS)
         made = msgspec.structs.replace(context(directory, configuration), log_fd=self.log.fileno())
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                for sock in (supervisor, broker, self.client):
-                    sock.close()
-                served.setblocking(False)
-                line = Line(theirs, entries.BrokerMessage)
-                worker.serve(made, DBusSocket(made, line), Line(ours, entries.ToWorker), line)
-            finally:
-                os._exit(0)
-        ours.close()
-        theirs.close()
-        broker.settimeout(SECONDS)
-        self.supervisor = Line(supervisor, entries.ToWorker)
-        self.broker = Line(broker, entries.WorkerMessage)
-        broker.settimeout(SECONDS)
+        self.pid, self.client, served, self.supervisor, self.broker = start_worker(made)
         self.buffer = b""
         self._say_hello(served)
         self._introduce()
