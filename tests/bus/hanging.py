@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kbusd.cuse import abi, replies, requests
@@ -46,7 +46,8 @@ class _Server(threading.Thread):
     def free(self) -> None:
         with self.lock:
             for unique in self.closing or ():
-                os.write(self.fuse, replies.reply(unique))
+                with suppress(FileNotFoundError):  # whoever asked has been killed
+                    os.write(self.fuse, replies.reply(unique))
             self.closing = None
 
     def run(self) -> None:
@@ -59,7 +60,8 @@ class _Server(threading.Thread):
                 raise
             with self.lock:
                 if answer := self.answer(request.header, request.body):
-                    os.write(self.fuse, answer)
+                    with suppress(FileNotFoundError):
+                        os.write(self.fuse, answer)
 
     def answer(self, head: requests.Header, body: requests.Body) -> bytes | None:
         file = replies.Attributes(_NODE, stat.S_IFREG | 0o444, 0, 0)
