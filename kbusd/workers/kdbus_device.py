@@ -244,7 +244,7 @@ def serve(
     port.device = Device(line, port.session, device.credentials.uid, device.transport)
     port.device.entering = serving.entering
     serving.serve_device(port, line.fileno(), device.credentials)
-    line.flush()  # the answer to BYEBYE
+    port.device.settle()  # what answers BYEBYE
 
 
 def serve_control(device: entries.Device, sock: socket.socket) -> None:

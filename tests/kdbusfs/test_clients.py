@@ -294,6 +294,15 @@ def test_byebye_and_what_follows(bus: KdbusBus) -> None:
         assert time.monotonic() < deadline
 
 
+def test_byebye_that_writes_flags_back_is_answered(bus: KdbusBus) -> None:
+    a, other = bus.kdbus(), bus.kdbus()
+    said = Buffer(struct.pack("=3Q", 24, 0, 0xDEAD))  # return_flags, which are 0 afterwards
+    assert ioctl(a.fd, abi.CMD_BYEBYE, said.address) == 0
+    assert struct.unpack("=3Q", said.bytes) == (24, 0, 0)
+    assert fails(a.byebye) == "ECONNRESET"
+    assert a.id not in other.list(abi.LIST_UNIQUE)
+
+
 # -- both kinds --------------------------------------------------------------------------------
 
 
