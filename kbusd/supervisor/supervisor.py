@@ -52,7 +52,7 @@ SPARES = 4
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs a pool; one in case of need
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
-START_SECONDS = 30.0
+START_SECONDS, STOP_SECONDS = 30.0, 5.0
 # After the system ran out of something, or a process ended by itself; twice that the next time, and so on.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 5.0
 
@@ -176,8 +176,10 @@ class Supervisor:
         self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
         self.forking.clear()
 
-    def stop(self) -> None:
-        """End every process of the bus and remove its sockets. Nothing of it is left after."""
+    def stop(self, until: float = 0.0) -> None:
+        """End every process of the bus and remove its sockets. Nothing of it is left after, unless it
+        waits for what never answers, then or STOP_SECONDS later."""
+        until = until or time.monotonic() + STOP_SECONDS
         while self.listeners:
             self.listeners.pop().close()
         # Not reaped yet, so the numbers are their own.
@@ -186,7 +188,8 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         for pid, pidfd in ends.items():
-            ready(pidfd, POLLIN, 5.0)  # what waits for a file system ends when that answers
+            # What waits for a file system ends when that answers.
+            ready(pidfd, POLLIN, max(0.0, until - time.monotonic()))
             os.close(pidfd)
             os.waitpid(pid, os.WNOHANG)
         self.journal.relay()
