@@ -33,8 +33,8 @@ def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
     label = b""
     with suppress(OSError):  # where no security module labels sockets
         label = kernel.getsockopt(client.fileno(), _SO_PEERSEC, _MOST).rstrip(b"\0")
-    owns = uid == 0  # a socket does not tell capabilities
-    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint, ipc_owner=owns)
+    # A socket does not tell capabilities.
+    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint, ipc_owner=uid == 0)
 
 
 def pidfd_of(client: socket.socket) -> int:

@@ -108,6 +108,7 @@ class Supervisor:
         self, data: bytes, listeners: list[Listener], journal: Journal, signals: int, read: Read
     ) -> None:
         self._configure(data)
+        self.generation = 0  # of the configuration: how often it was read again
         self.listeners = listeners
         self.guid = uuid.uuid4().hex
         self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
@@ -170,7 +171,7 @@ class Supervisor:
             self._tell(BROKER, entries.LauncherLine(), [ours.fileno()])
 
     def _start_zygote(self) -> None:
-        arguments = [self.guid, str(os.getpid()), *self.kinds]
+        arguments = [self.guid, str(os.getpid()), str(self.generation), *self.kinds]
         profiles = (self.profiles[name] for name in ("zygote", "worker", "kdbus-worker"))
         fds = self.configuration, *profiles, self.log_fd
         self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
@@ -334,8 +335,8 @@ class Supervisor:
             self.incomplete[worker.number] = credentials.share
             try:
                 worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
-                known = kernel.uid_map(credentials.pid)
-                worker.line.send(entries.Client(credentials, known), [client.fileno()])
+                who = entries.Client(credentials, kernel.uid_map(credentials.pid), self.generation)
+                worker.line.send(who, [client.fileno()])
             except OSError as error:
                 self.journal.warn(f"disconnected the client of {worker}: {error.strerror}")
                 worker.line.close()  # it ends by that
@@ -408,6 +409,7 @@ class Supervisor:
 
     def _configuration_read(self, code: int) -> None:
         if code == 0:
+            self.generation += 1
             os.close(self.configuration)  # one descriptor, for the new one
             self._configure(os.pread(self.reading, os.fstat(self.reading).st_size, 0))
             self.journal.say("configuration read again")

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from kbusd.main import spawn_reader
-from kbusd.rings import entries
+from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.made import Several
@@ -207,3 +207,22 @@ def test_the_end_waited_for_each_process_anew(monkeypatch: pytest.MonkeyPatch) -
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert len(waited) == 1 + len(pids) and sum(waited) == STOP_SECONDS
+
+
+def test_a_zygote_that_was_started_anew_counted_reloads_from_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that its workers each fetched a policy that they had."""
+    one = supervisor()
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        "kbusd.supervisor.supervisor.spawn",
+        lambda _, arguments, *__: started.append(arguments) or len(started),
+    )
+    one.profiles = dict.fromkeys(("zygote", "worker", "kdbus-worker"), -1)
+    for code in (0, 1, 0):
+        one.reading = memfd.sealed("test", msgspec.msgpack.encode(SETTINGS))
+        one._configuration_read(code)
+    one._start_zygote()
+    assert started == [[one.guid, str(os.getpid()), "2"]]
+    one.lines[ZYGOTE].close()
