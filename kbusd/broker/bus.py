@@ -111,6 +111,7 @@ MAX_TOLD = 16 << 10
 FAULTY = (FAILED, "The configuration is faulty, the one in force stays; see the log of the bus")
 GRACE_SECONDS = 1.0  # for the worker to say first that its client did not authenticate
 _FDS = {Introduce: RING_FDS, Introduced: RING_FDS}
+_BEFORE_HELLO = (Hello, Leaving, SetEndpoint, FetchPolicy)
 _FOR_MONITORS = (
     Describe,
     AskAbout,
@@ -317,7 +318,7 @@ class Bus:
         kind = type(message)
         if fds != _FDS.get(kind, 0):
             raise Violation(f"sent {fds} descriptors with {kind.__name__}")
-        if connection.id == NOT_YET and kind not in (Hello, Leaving, SetEndpoint):
+        if connection.id == NOT_YET and kind not in _BEFORE_HELLO:
             raise Violation(f"sent {kind.__name__} before Hello")
         if (connection.kdbus or 0) & (ACTIVATOR | HOLDER) and kind in _FOR_ORDINARY:
             raise Violation(f"is no ordinary connection of kdbus and sent {kind.__name__}")

@@ -14,9 +14,11 @@ import fcntl
 import os
 import socket
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,16 +26,29 @@ from kbusd.rings.line import Line, LineError, close_all
 from kbusd.sandbox import kernel
 
 THREADS = 16
+HELD_UP_SECONDS = 1.0  # at one descriptor
 _PEEK = int(socket.MSG_PEEK)
 
 
-class Closers:
-    """Threads that close."""
+@dataclass
+class _Due:
+    """What is to be closed, and whose fault it is."""
 
-    def __init__(self) -> None:
+    whose: str
+    fds: deque[int]
+    since: float = 0.0  # when a thread began with the one that it is at; 0: none has
+
+
+class Closers:
+    """Threads that close. `whose` tells the admin which worker it is, by its number; `say` tells him
+    that nothing is closed any more, and when that is over, and may be called by any of the threads."""
+
+    def __init__(self, whose: Callable[[int], str], say: Callable[[str], None]) -> None:
+        self._whose, self._say = whose, say
         self._wanted: SimpleQueue[int] = SimpleQueue()
         self._lock = threading.Lock()
-        self._of: dict[int, deque[int]] = {}  # what is to be closed, by worker
+        self._of: dict[int, _Due] = {}  # by worker
+        self._held_up = False
 
     def start(self) -> None:
         """Raises OSError if there can be no threads."""
@@ -51,10 +66,23 @@ class Closers:
         with self._lock:
             mine = self._of.get(worker)
             if mine is None:
-                self._of[worker] = deque(fds)
+                self._of[worker] = _Due(self._whose(worker), deque(fds))
                 self._wanted.put(worker)
             else:
-                mine.extend(fds)
+                mine.fds.extend(fds)
+            if len(self._of) > THREADS and not self._held_up:
+                self._look()
+
+    def _look(self) -> None:
+        """More is to be closed than there are threads: whether all of them are held up."""
+        late = time.monotonic() - HELD_UP_SECONDS
+        slow = [each.whose for each in self._of.values() if 0 < each.since < late]
+        if len(slow) == THREADS:
+            self._held_up = True
+            self._say(
+                f"nothing that takes time to close is closed any more, and each connection that ends costs "
+                f"a descriptor: {THREADS} workers hold up a thread each, those of {', '.join(slow)}"
+            )
 
     def _run(self) -> None:
         while True:
@@ -65,8 +93,13 @@ class Closers:
 
     def _next(self, worker: int) -> int:
         with self._lock:
-            if mine := self._of[worker]:
-                return mine.popleft()
+            mine = self._of[worker]
+            if self._held_up and mine.since:
+                self._held_up = False
+                self._say(f"closes again what takes time: {mine.whose} let a thread go")
+            if mine.fds:
+                mine.since = time.monotonic()
+                return mine.fds.popleft()
             del self._of[worker]
             return -1
 

@@ -86,7 +86,8 @@ class Server:
         self._launcher: Line | None = None
         self._to_launcher: list[ToLauncher] = []
         self._configuration = configuration_fd
-        self._closers = Closers()
+        # Its threads have a journal of their own: one takes one thread at a time.
+        self._closers = Closers(self._whose, Journal("kbusd broker").say)
         self._lines: dict[int, Guarded] = {}  # by worker
         self._workers: dict[int, int] = {}  # descriptor of a line -> worker
         self._wake_up: set[int] = set()
@@ -190,6 +191,10 @@ class Server:
         except OSError as error:
             self._make_room()
             self._broken[worker] = f"its worker asked for what is not to be had: {error.strerror}"
+
+    def _whose(self, worker: int) -> str:
+        connection = self._bus.connections.get(worker)
+        return f"worker {worker}" if connection is None else str(connection)
 
     def _drop(self, worker: int, reason: str) -> None:
         """A worker that broke the rules or does not read: have it ended, forget it now."""

@@ -730,10 +730,11 @@ class Client(msgspec.Struct, frozen=True, array_like=True, tag="client"):
     """supervisor -> worker. Serve the client on this fd; it is who the kernel says it is.
 
     `uid_map`: of its user namespace, as the kernel has it (user_namespaces(7)); b"": it does not matter,
-    or could not be read."""
+    or could not be read. `generation`: of the configuration in force, as the log counts them."""
 
     credentials: Credentials
     uid_map: bytes = b""
+    generation: int = 0
 
 
 class Device(msgspec.Struct, frozen=True, array_like=True, tag="device"):

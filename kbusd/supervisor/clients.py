@@ -19,9 +19,7 @@ from kbusd.sandbox import kernel
 
 # Who connects; or what a device does with (worker, credentials) when it is its turn.
 Client = socket.socket | Callable[..., None]
-_SO_PEERSEC = 31
-_SO_PEERGROUPS = 59
-_SO_PEERPIDFD = 77
+_SO_PEERSEC, _SO_PEERGROUPS, _SO_PEERPIDFD = 31, 59, 77
 # A Windows domain gives nobody more than 1015. Every worker has those of every connection; and 43,000, which a
 # container's root may take, are more than a record between two processes has room for.
 MAX_GROUPS = 1024
@@ -35,8 +33,8 @@ def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
     label = b""
     with suppress(OSError):  # where no security module labels sockets
         label = kernel.getsockopt(client.fileno(), _SO_PEERSEC, _MOST).rstrip(b"\0")
-    owns = uid == 0  # a socket does not tell capabilities
-    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint, ipc_owner=owns)
+    # A socket does not tell capabilities.
+    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint, ipc_owner=uid == 0)
 
 
 def pidfd_of(client: socket.socket) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import syslog
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -33,7 +34,7 @@ from kbusd.supervisor.holder import Holder, Order
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.kdbusfs import Mount
 from kbusd.supervisor.mount import MountError
-from kbusd.supervisor.supervisor import BROKER, ZYGOTE, Pool, Supervisor
+from kbusd.supervisor.supervisor import BROKER, STOP_SECONDS, ZYGOTE, Pool, Supervisor
 
 CONTROL = "control"
 MAX_BUSES_PER_USER = 16  # kdbus: KDBUS_USER_MAX_BUSES
@@ -150,12 +151,13 @@ class Several(Supervisor):
         """The one of this bus."""
         self.made.get(bus, self)._tell(BROKER, message)
 
-    def stop(self) -> None:
+    def stop(self, until: float = 0.0) -> None:
+        until = until or time.monotonic() + STOP_SECONDS
         for bus in tuple(self.made.values()):
-            bus.stop()
+            bus.stop(until)
         if self.begun:
             self.devices.stop()
-        super().stop()
+        super().stop(until)
 
     def sources(self) -> Iterator[tuple[int, int, Callable[[], None]]]:
         yield from super().sources()
@@ -372,11 +374,11 @@ class MadeBus(Supervisor):
             ready, self.ready = self.ready, None
             ready(number)
 
-    def stop(self) -> None:
+    def stop(self, until: float = 0.0) -> None:
         """End every process, and let go of what is here of them."""
         self._say_ready(errno.EIO)
         self.over()  # first, so that who has a connection hears what it is that has ended
-        super().stop()
+        super().stop(until)
         while turn := self.clients.next(lambda _: True):
             credentials, client = turn
             self.clients.of[credentials.share] -= 1

@@ -52,7 +52,7 @@ SPARES = 4
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs a pool; one in case of need
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
-START_SECONDS = 30.0
+START_SECONDS, STOP_SECONDS = 30.0, 5.0
 # After the system ran out of something, or a process ended by itself; twice that the next time, and so on.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.1, 5.0
 
@@ -108,6 +108,7 @@ class Supervisor:
         self, data: bytes, listeners: list[Listener], journal: Journal, signals: int, read: Read
     ) -> None:
         self._configure(data)
+        self.generation = 0  # of the configuration: how often it was read again
         self.listeners = listeners
         self.guid = uuid.uuid4().hex
         self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
@@ -170,14 +171,16 @@ class Supervisor:
             self._tell(BROKER, entries.LauncherLine(), [ours.fileno()])
 
     def _start_zygote(self) -> None:
-        arguments = [self.guid, str(os.getpid()), *self.kinds]
+        arguments = [self.guid, str(os.getpid()), str(self.generation), *self.kinds]
         profiles = (self.profiles[name] for name in ("zygote", "worker", "kdbus-worker"))
         fds = self.configuration, *profiles, self.log_fd
         self.lines[ZYGOTE] = Line(self._start(ZYGOTE, arguments, *fds), entries.FromZygote)
         self.forking.clear()
 
-    def stop(self) -> None:
-        """End every process of the bus and remove its sockets. Nothing of it is left after."""
+    def stop(self, until: float = 0.0) -> None:
+        """End every process of the bus and remove its sockets. Nothing of it is left after, unless it
+        waits for what never answers, then or STOP_SECONDS later."""
+        until = until or time.monotonic() + STOP_SECONDS
         while self.listeners:
             self.listeners.pop().close()
         # Not reaped yet, so the numbers are their own.
@@ -186,7 +189,8 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         for pid, pidfd in ends.items():
-            ready(pidfd, POLLIN, 5.0)  # what waits for a file system ends when that answers
+            # What waits for a file system ends when that answers.
+            ready(pidfd, POLLIN, max(0.0, until - time.monotonic()))
             os.close(pidfd)
             os.waitpid(pid, os.WNOHANG)
         self.journal.relay()
@@ -331,8 +335,8 @@ class Supervisor:
             self.incomplete[worker.number] = credentials.share
             try:
                 worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
-                known = kernel.uid_map(credentials.pid)
-                worker.line.send(entries.Client(credentials, known), [client.fileno()])
+                who = entries.Client(credentials, kernel.uid_map(credentials.pid), self.generation)
+                worker.line.send(who, [client.fileno()])
             except OSError as error:
                 self.journal.warn(f"disconnected the client of {worker}: {error.strerror}")
                 worker.line.close()  # it ends by that
@@ -405,6 +409,7 @@ class Supervisor:
 
     def _configuration_read(self, code: int) -> None:
         if code == 0:
+            self.generation += 1
             os.close(self.configuration)  # one descriptor, for the new one
             self._configure(os.pread(self.reading, os.fstat(self.reading).st_size, 0))
             self.journal.say("configuration read again")

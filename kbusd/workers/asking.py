@@ -28,11 +28,14 @@ class Asking:
         self._number = 0
         self._open: dict[int, Then] = {}
 
-    def ask(self, request: entries.Request, then: Then, fds: Sequence[int] = ()) -> None:
-        """Send `request`; `then(answer, fds)` is called with its Reply or Failure. Raises OSError."""
+    def ask(self, request: entries.Request, then: Then | None, fds: Sequence[int] = ()) -> int:
+        """Send `request`; `then(answer, fds)` is called with its Reply or Failure. Returns its number, for who
+        takes the answer off the line. Raises OSError."""
         self._number += 1
         self.line.send(_replace(request, request=self._number), fds)
-        self._open[self._number] = then
+        if then is not None:
+            self._open[self._number] = then
+        return self._number
 
     def answered(self, answer: Answer, fds: list[int]) -> None:
         """The broker has answered; an answer that nobody asked for is dropped."""

@@ -73,7 +73,7 @@ def _settings(configuration: bytes) -> Settings:
 class Context(msgspec.Struct, frozen=True):
     """`configuration` is replaced when the bus reads it again; workers keep theirs. `maker`: of a bus
     that a program has made; `kdbus`: there may be clients of kdbus. `generation` is the configuration's, as
-    the log counts them. A zygote that is started anew counts from 0: behind the log, so its workers fetch."""
+    the log counts them."""
 
     guid: str
     bus: Bus

@@ -44,6 +44,7 @@ cdef class Engine:
     cdef list said      # by the broker
     cdef object answer  # of the broker's, to which the log has not come yet
     cdef uint64_t answer_at
+    cdef list later     # answers behind that one
 
     cdef void _loop(self) except *
     cdef int _timeout(self) except -2

@@ -13,6 +13,7 @@ Everything that comes out of a ring is hostile, and copied out of shared memory 
 """
 
 import os
+import select
 
 import cython
 import msgspec
@@ -137,6 +138,7 @@ class Engine:
         self.unheard = {}  # serial -> a call to the bus that some overhear if it is granted
         self.routes = {}
         self.said = []
+        self.later = []
         self.calls = Calls()
 
     def descriptors(self) -> list:
@@ -171,6 +173,13 @@ class Engine:
         self.waiting.watch(client, CLIENT, EPOLLIN)
         if supervisor != client:
             self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
+
+    def in_force(self, generation):
+        """The context with the configuration in force, which is of this generation, or a later one; before
+        there is a client."""
+        if generation != self.context.generation:
+            self._fetch_policy()
+        return self.context
 
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
@@ -790,16 +799,42 @@ class Engine:
             raise Gone(f"the broker broke a rule: {error}") from None
         if received is None:
             return False
-        message, fds = received
-        if type(message) is entries.Reply and message.stamp and self.loaded:
+        self._keep(received)
+        return True
+
+    def _keep(self, received):
+        message = received[0]
+        if type(message) is not entries.Reply or not message.stamp or not self.loaded:
+            self.said.append(received)
+        elif self.answer is None:
             self.answer, self.answer_at = message, message.stamp
         else:
-            self.said.append((message, fds))
-        return True
+            self.later.append(received)
+
+    def _wait_for(self, request):
+        """The broker's answer to this request; what else it says has its turn after that."""
+        line = self.asking.line
+        arrived = select.poll()
+        while True:
+            arrived.register(line, select.POLLIN | (select.POLLOUT if line.queue else 0))
+            arrived.poll()
+            try:
+                line.flush()
+                received = line.receive()
+            except LineError as error:
+                raise Gone(f"the broker broke a rule: {error}") from None
+            if received is None:
+                continue
+            message = received[0]
+            if isinstance(message, entries.Reply | entries.Failure) and message.request == request:
+                return received
+            self._keep(received)
 
     def _answered(self):
         """The answer's turn has come, between what stands in the log and in the rings."""
         answer, self.answer = self.answer, None
+        if self.later:
+            self._keep(self.later.pop(0))
         self.asking.answered(answer, [])
 
     def _take_said(self):
@@ -929,20 +964,23 @@ class Engine:
             self._peer_left(entry.id)  # the client hears first who went, then what nobody answers
 
     def _catch_up_with_policy(self):
-        """Fetch the policy in force, if ours is another: we may be older than it, and know of it by a
+        """Have the policy in force, if ours is another: we may be older than it, and know of it by a
         snapshot alone."""
         if self.replica.policy_generation != self.context.generation:
-            self.fetching += 1
-            self.asking.ask(entries.FetchPolicy(0), self._new_policy)
+            self._fetch_policy()
+            self._take_policy()
+            self.epoch += 1
 
-    def _new_policy(self, answer, fds):
-        """The configuration was read again: its policy holds from the client's next message on."""
-        self.fetching -= 1
-        if isinstance(answer, entries.Failure):
-            raise Gone(f"no policy: {answer.message}")
-        self.context = self.context.with_configuration(memfd.read(fds[0]), answer.value)
-        self._take_policy()
-        self.epoch += 1
+    def _fetch_policy(self):
+        """The configuration was read again. Waits for it: whatever comes next, from our client or for it, is for
+        the new policy."""
+        answer, fds = self._wait_for(self.asking.ask(entries.FetchPolicy(0), None))
+        try:
+            if isinstance(answer, entries.Failure):
+                raise Gone(f"no policy: {answer.message}")
+            self.context = self.context.with_configuration(memfd.read(fds[0]), answer.value)
+        finally:
+            close_all(fds)
 
     def _take_policy(self):
         configuration = self.context.configuration

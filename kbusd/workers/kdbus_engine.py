@@ -64,6 +64,7 @@ class DeviceEngine(DBusSocket):
         self.waiting = engine.waiting
         self.log = engine.log
         self.said = engine.said
+        self.later = engine.later
         self.monitors = engine.monitors
         self.activating = engine.activating
         self.kept = engine.kept

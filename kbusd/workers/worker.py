@@ -92,6 +92,10 @@ def _serve_socket(
     client: socket.socket,
 ) -> None:
     credentials = handed_over.credentials
+    try:
+        context = engine.in_force(handed_over.generation)
+    except EOFError:
+        return  # the bus ends
     with client:
         started = _authenticate(context, handed_over, client, hand_over.sock)
         if isinstance(started, str):

@@ -201,7 +201,7 @@ def _begins_a_pool(at: int) -> bool:
 
 
 def main() -> None:
-    _, guid, supervisor, *kinds = sys.argv
+    _, guid, supervisor, generation, *kinds = sys.argv
     if "kdbus" in kinds:
         import_module("kbusd.workers.kdbus_device")  # which costs every worker some memory
         import_module("kbusd.workers.tree")
@@ -211,6 +211,7 @@ def main() -> None:
     maker = read_all(9) if made else b""
     kdbus = "kdbus" in kinds
     context = Context.make(guid, int(supervisor), read_all(4), workers, 8, maker, kdbus)
+    context = msgspec.structs.replace(context, generation=int(generation))
     for fd in (4, 5, 6, 7, 9) if made else (4, 5, 6, 7):
         os.close(fd)
     try:

@@ -7,10 +7,11 @@ count on them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from . import procs
 from . import wireformat as w
 from .daemon import OPEN_POLICY, Bus, configuration
 from .rawclient import DRIVER, DRIVER_PATH, RawClient, RawSocket
@@ -246,3 +247,26 @@ def test_client_without_negotiation_gets_no_fds(bus: Bus) -> None:
     client = RawClient(bus.address, fds=False)
     assert client.name.startswith(":1.")
     client.close()
+
+
+@pytest.mark.kbusd_only
+def test_a_client_that_came_after_a_reload_was_authenticated_by_the_auth_from_before(
+    start_bus: Callable[..., Bus],
+) -> None:
+    """By workers that were made before it. (dbus-daemon keeps the <auth> that it was started with.)"""
+    bus = start_bus()
+    admin = bus.connect()
+    procs.eventually(lambda: len(bus.workers()) >= 4, "there are spare workers")
+    text = bus.config.read_text()
+    new = text.replace("EXTERNAL", "ANONYMOUS").replace("<auth>", "<allow_anonymous/><auth>")
+    bus.config.write_text(new)
+    admin.driver("ReloadConfig")
+    for _ in range(6):
+        late = RawSocket(bus.address)
+        late.write(b"\0")
+        assert late.line(b"AUTH EXTERNAL " + UID) == b"REJECTED ANONYMOUS"
+        late.close()
+    bus.config.write_text(text)
+    admin.driver("ReloadConfig")
+    for _ in range(6):
+        assert bus.connect().name

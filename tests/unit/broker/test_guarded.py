@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
+from kbusd.broker import guarded
 from kbusd.broker.guarded import THREADS, Closers, Guarded
 from kbusd.rings import entries as e
 from kbusd.rings.line import Line, LineError, close_all, pair
@@ -20,7 +23,7 @@ SECONDS = 10.0
 
 @pytest.fixture(scope="module")
 def closers() -> Closers:
-    closers = Closers()
+    closers = Closers(str, print)
     closers.start()
     return closers
 
@@ -45,6 +48,44 @@ def test_one_worker_held_up_all_threads_that_close(closers: Closers) -> None:
         other.close()
     assert hangs_up(reader), "what waited for its turn is not closed"
     os.close(reader)
+
+
+def test_nothing_said_that_all_threads_that_close_were_held_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guarded, "HELD_UP_SECONDS", 0.1)
+    said: SimpleQueue[str] = SimpleQueue()
+    closers = Closers("the client of {}".format, said.put)
+    closers.start()
+    others = []
+    for worker in range(THREADS):
+        slow, other = lingering()
+        closers.close(worker, [slow.detach()])
+        others.append(other)
+    readers = []
+
+    def close_more() -> None:
+        reader, writer = os.pipe()
+        readers.append(reader)
+        closers.close(100 + len(readers), [writer])
+
+    close_more()
+    deadline = time.monotonic() + SECONDS
+    while said.empty():
+        assert time.monotonic() < deadline, "the admin is not told"
+        ready(readers[0], select.POLLHUP, 0.01)  # it is not closed
+        close_more()
+    text = said.get()
+    assert [f"the client of {n}" in text for n in range(THREADS)] == [True] * THREADS, text
+    close_more()
+    assert said.empty(), "said again of each"
+    others.pop(3).close()
+    assert said.get(timeout=SECONDS).endswith("the client of 3 let a thread go")
+    assert all(map(hangs_up, readers))
+    for other in others:
+        other.close()
+    assert said.empty()
+    close_all(readers)
 
 
 class Ending:

@@ -7,11 +7,13 @@ import fcntl
 import mmap
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,13 +21,16 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from kbusd.broker.guarded import THREADS
 from kbusd.policy import configuration
 from kbusd.rings import entries as e
 from kbusd.rings.broadcast import BroadcastReader
 from kbusd.rings.line import Line, close_all, pair
 from kbusd.rings.memfd import sealed
+from kbusd.rings.unread import ready
 from kbusd.sandbox.compile import compile_all
 from kbusd.sandbox.compiled import encode
+from tests.bus.lingering import lingering
 from tests.unit.broker.world import ADDRESS, World, credentials, service
 
 SECONDS = 10.0
@@ -294,6 +299,37 @@ def test_a_worker_that_sends_descriptors_too_many_is_ended(broker: Broker, count
     assert broker.fds() == before
     another.line.close()
     os.close(gift)
+
+
+def test_nothing_said_that_all_threads_that_close_were_held_up(broker: Broker) -> None:
+    """What a connection holds is never closed then; who is at fault, the admin could not find out."""
+    said: list[bytes] = []
+    others = []
+    hostile = [broker.client() for _ in range(THREADS)]
+    os.kill(broker.process.pid, signal.SIGSTOP)  # else we might be the last to close it
+    for worker in hostile:
+        slow, other = lingering()
+        others.append(other)
+        worker.line.send(e.Introduce(2, 99, 0, 0), [broker.log_fd] * 3 + [slow.fileno()])
+        slow.close()
+    os.kill(broker.process.pid, signal.SIGCONT)
+
+    def heard(text: bytes) -> bool:
+        assert broker.process.stderr is not None
+        while ready(broker.process.stderr.fileno(), select.POLLIN, 0):
+            said.append(broker.process.stderr.readline())
+        return any(text in line for line in said)
+
+    deadline = time.monotonic() + SECONDS
+    while not heard(b"nothing that takes time to close is closed any more"):
+        assert time.monotonic() < deadline, said
+        broker.client().line.close()
+        ready(broker.line.fileno(), select.POLLIN, 0.1)
+    assert all(f":1.{n} (uid 1000, pid ".encode() in said[-1] for n in range(1, THREADS + 1))
+    for other in others:
+        other.close()
+    while not heard(b"closes again what takes time"):
+        assert time.monotonic() < deadline, said
 
 
 def test_hello_on_a_line_without_a_client_is_ended(broker: Broker) -> None:

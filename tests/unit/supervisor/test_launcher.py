@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import select
@@ -55,8 +56,8 @@ class Launcher:
 
 def start(line: socket.socket, profile: int) -> subprocess.Popen[bytes]:
     """`python -m kbusd.supervisor.launcher` with the line as 3 and the profile as 4."""
-    command = 'exec "$@" 3<&{0} 4<&{1} {0}<&- {1}<&-'.format(line.fileno() + 100, profile + 100)
-    high = [os.dup2(fd, fd + 100, inheritable=True) for fd in (line.fileno(), profile)]
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 200) for fd in (line.fileno(), profile)]
+    command = 'exec "$@" 3<&{0} 4<&{1} {0}<&- {1}<&-'.format(*high)
     try:
         return subprocess.Popen(
             ["bash", "-c", command, "sh", sys.executable, "-m", "kbusd.supervisor.launcher", FILES],

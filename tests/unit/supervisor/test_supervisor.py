@@ -8,15 +8,17 @@ import resource
 import signal
 import socket
 import time
+from typing import Any
 
 import msgspec
 import pytest
 
 from kbusd.main import spawn_reader
-from kbusd.rings import entries
+from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line
 from kbusd.supervisor.journal import Journal
-from kbusd.supervisor.supervisor import ZYGOTE, Supervisor, Worker
+from kbusd.supervisor.made import Several
+from kbusd.supervisor.supervisor import STOP_SECONDS, ZYGOTE, Supervisor, Worker
 
 SETTINGS = {"user": "", "limits": {}, "sockets": {"": ""}}
 
@@ -176,3 +178,51 @@ def test_descriptors_are_not_lost_by_what_can_not_be_started() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_end_waited_for_each_process_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one that a file system never answers, and then for the next, and those of each made bus."""
+    journal = Journal(to_stderr=False, to_syslog=False, relays=False)
+    several = Several(msgspec.msgpack.encode(SETTINGS), [], journal, -1, lambda _: (0, 0))
+    made: dict[str, Any] = {name: supervisor() for name in "ab"}
+    several.made = made
+    pids = []
+    for bus in (several, *made.values()) * 3:
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            signal.pause()
+        bus.children[pids[-1]] = ZYGOTE
+    waited = [0.0]
+
+    def never(_pidfd: int, _events: int, seconds: float) -> bool:
+        waited.append(seconds)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "pidfd_send_signal", lambda *_: None)  # they do not end by that
+        patch.setattr("kbusd.supervisor.supervisor.ready", never)
+        patch.setattr(time, "monotonic", lambda: 100.0 + sum(waited))
+        several.stop()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert len(waited) == 1 + len(pids) and sum(waited) == STOP_SECONDS
+
+
+def test_a_zygote_that_was_started_anew_counted_reloads_from_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that its workers each fetched a policy that they had."""
+    one = supervisor()
+    started: list[list[str]] = []
+    monkeypatch.setattr(
+        "kbusd.supervisor.supervisor.spawn",
+        lambda _, arguments, *__: started.append(arguments) or len(started),
+    )
+    one.profiles = dict.fromkeys(("zygote", "worker", "kdbus-worker"), -1)
+    for code in (0, 1, 0):
+        one.reading = memfd.sealed("test", msgspec.msgpack.encode(SETTINGS))
+        one._configuration_read(code)
+    one._start_zygote()
+    assert started == [[one.guid, str(os.getpid()), "2"]]
+    one.lines[ZYGOTE].close()

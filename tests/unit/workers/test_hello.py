@@ -33,7 +33,9 @@ class Stage:
     """A worker whose client has authenticated. OTHER is on the bus since before the snapshot, LATE
     since after it."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, generation: int = 0, policy: bytes = b"") -> None:
+        """`generation`: that of the configuration in force; `policy`: with which it is answered if it asks
+        for that."""
         self.clock = Clock()
         self.log = Broadcast(65536)
         context = msgspec.structs.replace(context, log_fd=self.log.fileno())
@@ -43,9 +45,11 @@ class Stage:
         state = e.Snapshot(self.log.position, 0, ((OTHER, WHO),), (), (), (), (), 0)
         self.state = msgspec.msgpack.encode(state)
         self.enter(e.ConnectionAdded(LATE, WHO))
-        self.supervisor.send(e.Client(WHO), [served.fileno()])
+        self.supervisor.send(e.Client(WHO, generation=generation), [served.fileno()])
         served.close()
         self.client.sendall(SASL)
+        if policy:
+            self.reply(self.asked(e.FetchPolicy), generation, policy)
         while self.buffer.count(b"\r\n") < 3:
             self.buffer += self.client.recv(4096)
         self.buffer = self.buffer.split(b"\r\n", 3)[3]
@@ -87,10 +91,12 @@ class Stage:
         for _ in range(1000):
             self.enter(e.ActivatableChanged(("a.b" * 50,)))
 
-    def admit(self, request: int, *fds: int) -> None:
-        """Answer Hello."""
+    def admit(self, request: int, *fds: int, policy: bytes = b"") -> None:
+        """Answer Hello, and then what the worker asks for if another policy is in force."""
         self.enter(e.ConnectionAdded(ME, WHO))
         self.broker.send(e.Reply(request, ME), fds)
+        if policy:
+            self.reply(self.asked(e.FetchPolicy), 1, policy)
         assert self.read().args == [f":1.{ME}"]
         assert self.read().member == "NameAcquired"
 
@@ -154,7 +160,6 @@ def test_a_policy_that_has_changed_since_is_asked_for_after_hello(stage: Stage) 
     hello = stage.asked(e.Hello)
     stage.enter(e.ConnectionAdded(ME, WHO))
     stage.broker.send(e.Reply(hello.request, ME))
-    assert stage.read().args == [f":1.{ME}"]
     stage.asked(e.FetchPolicy)
 
 
@@ -166,10 +171,9 @@ def denying(tmp_path: Path) -> bytes:
     return configuration.encode(configuration.load(str(file)))
 
 
-def is_denied_once_fetched(stage: Stage, data: bytes) -> bool:
-    """Whether what the client sends waits for the policy that the worker fetches, which denies it."""
+def is_denied(stage: Stage) -> bool:
+    """Whether it judges what its client sends by that."""
     stage.call("NameHasOwner", f":1.{ME}")
-    stage.reply(stage.asked(e.FetchPolicy), 1, data)
     return stage.read().error_name == "org.freedesktop.DBus.Error.AccessDenied"
 
 
@@ -178,8 +182,8 @@ def test_a_spare_worker_kept_the_policy_from_before_a_reload(stage: Stage, tmp_p
     stage.enter(e.PolicyChanged(1))
     stage.broker.send(e.State(stage.snapshot(1)))
     stage.call("Hello")
-    stage.admit(stage.asked(e.Hello).request)
-    assert is_denied_once_fetched(stage, denying(tmp_path))
+    stage.admit(stage.asked(e.Hello).request, policy=denying(tmp_path))
+    assert is_denied(stage)
 
 
 def test_a_client_that_had_authenticated_before_a_reload_kept_the_old_policy(
@@ -190,9 +194,9 @@ def test_a_client_that_had_authenticated_before_a_reload_kept_the_old_policy(
     hello = stage.asked(e.Hello)
     stage.enter(e.PolicyChanged(1))
     fd = memfd.sealed("snapshot", stage.snapshot(1))
-    stage.admit(hello.request, fd)
+    stage.admit(hello.request, fd, policy=denying(tmp_path))
     os.close(fd)
-    assert is_denied_once_fetched(stage, denying(tmp_path))
+    assert is_denied(stage)
 
 
 def test_a_worker_that_fell_behind_the_log_kept_the_policy_from_before_a_reload(
@@ -208,18 +212,33 @@ def test_a_worker_that_fell_behind_the_log_kept_the_policy_from_before_a_reload(
     os.kill(stage.pid, signal.SIGCONT)
     stage.call("NameHasOwner", f":1.{LATE}")  # which waits for the state, and then for the policy
     stage.reply(stage.asked(e.FetchSnapshot), None, stage.snapshot(1, ME))
-    assert is_denied_once_fetched(stage, denying(tmp_path))
+    stage.reply(stage.asked(e.FetchPolicy), 1, denying(tmp_path))
+    assert is_denied(stage)
     assert stage.read().error_name == "org.freedesktop.DBus.Error.AccessDenied"
 
 
 def test_a_worker_that_has_the_policy_in_force_fetches_none(context: Context) -> None:
-    stage = Stage(msgspec.structs.replace(context, generation=1))
+    stage = Stage(msgspec.structs.replace(context, generation=1), 1)
     try:
         stage.enter(e.PolicyChanged(1))
         stage.broker.send(e.State(stage.state))
         stage.call("Hello")
         stage.admit(stage.asked(e.Hello).request)
         assert stage.owned() == ALL_BUT_ONE  # the client would wait, as nobody answers
+    finally:
+        stage.close()
+
+
+def test_a_spare_worker_authenticated_its_client_by_the_configuration_from_before_a_reload(
+    context: Context, tmp_path: Path
+) -> None:
+    stage = Stage(context, 1, denying(tmp_path))
+    try:
+        stage.enter(e.PolicyChanged(1))
+        stage.broker.send(e.State(stage.snapshot(1)))
+        stage.call("Hello")
+        stage.admit(stage.asked(e.Hello).request)
+        assert is_denied(stage)
     finally:
         stage.close()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kbusd.policy import endpoints
+from kbusd.policy import configuration, endpoints
 from kbusd.rings import entries, envelope, memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.bulk import Bulk
@@ -105,6 +105,9 @@ class Stage:
         self.ring.connect(StatusView(status), answer.slot)
         self.bulk = Bulk(StatusView(status), answer.slot)
         self.bulk.make()
+
+    def enter(self, entry: entries.LogEntry) -> None:
+        self.log.append(2, self.clock.tick(), b"", msgspec.msgpack.encode(entry))
 
     # -- the peer --
 
@@ -527,3 +530,39 @@ def test_it_is_not_given_what_others_read(start: Start) -> None:
         os.fstat(start(endpoint=endpoint).broadcast_fd).st_size for endpoint in (None, ("see=a.b",))
     ]
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_what_came_while_a_new_policy_was_fetched_was_judged_by_the_old_one(
+    start: Start, tmp_path: Path, answer: bool
+) -> None:
+    """With an answer of the broker's in between, for which the log had to be read on first."""
+    stage = start()
+    seen = Envelope(SIGNAL, False, f":1.{VICTIM}", "/", "a.b", "Seen", None, "")
+    stage.write(seen, serial=1)
+    assert stage.member() == "Seen"
+    os.kill(stage.pid, signal.SIGSTOP)
+    fields = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "AddMatch"}
+    if answer:
+        stage.client.sendall(w.build(w.CALL, fields, "s", ("type='signal'",), serial=77))
+        os.kill(stage.pid, signal.SIGCONT)
+        request = stage.asked(entries.AddMatch).request
+        os.kill(stage.pid, signal.SIGSTOP)
+    stage.enter(entries.PolicyChanged(1))
+    if answer:
+        stage.enter(entries.MatchAdded(VICTIM, "type='signal'"))
+        stage.broker.send(entries.Reply(request, None, stage.clock.tick()))
+    stage.write(msgspec.structs.replace(seen, interface="a.c"), serial=1)
+    os.kill(stage.pid, signal.SIGCONT)
+    fetch = stage.asked(entries.FetchPolicy)
+    denied = OPEN.replace("</policy>", '<deny receive_interface="a.c"/></policy>')
+    file = tmp_path / "denied.conf"
+    file.write_text(denied)
+    data = memfd.sealed("test", configuration.encode(configuration.load(str(file))))
+    stage.broker.send(entries.Reply(fetch.request, 1), [data])
+    os.close(data)
+    stage.write(seen, serial=1)
+    if answer:
+        assert stage.read().reply_serial == 77
+    message = stage.read()
+    assert (message.interface, message.member) == ("a.b", "Seen")
