@@ -113,7 +113,8 @@ class Activation:
 
     def start(self, connection: Connection, message: StartService) -> None:
         """StartServiceByName, or a message to a name that nobody owns. Raises Refused."""
-        if len(self._pending) >= self._max_pending and message.name not in self._pending:
+        waiting = sum(max(len(each.waiters), 1) for each in self._pending.values())
+        if waiting >= self._max_pending and not self._owned(message.name):
             raise Refused(
                 LIMITS_EXCEEDED,
                 "The maximum number of pending activations has been reached, activation of"

@@ -67,6 +67,7 @@ from kbusd.rings.unread import ready
 from kbusd.sandbox import selinux
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
+LONGEST_SECONDS = 3600.0  # epoll_wait(2) takes an int of milliseconds
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _AFTER_SUPERVISOR = (Hello, SetEndpoint)
@@ -116,7 +117,9 @@ class Server:
         self._bus.ready()
         while not self._over:
             deadline = self._bus.deadline()
-            timeout = -1.0 if deadline is None else max(0.0, deadline - self.now())
+            timeout = -1.0
+            if deadline is not None:
+                timeout = min(max(0.0, deadline - self.now()), LONGEST_SECONDS)
             if self._joined:
                 timeout = min(timeout, JOINED_SECONDS) if timeout >= 0 else JOINED_SECONDS
             ready = self._epoll.poll(timeout)

@@ -7,6 +7,7 @@ belong to whoever takes the messages out again.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from kbusd.rings.envelope import Envelope
@@ -23,23 +24,49 @@ class Held(NamedTuple):
 
 
 class Activating:
-    """By the name that is being started."""
+    """By the name that is being started. `limits`: those of the configuration."""
 
-    __slots__ = ("_held",)
+    __slots__ = ("_bytes", "_fds", "_held", "_messages", "limits")
 
     def __init__(self) -> None:
         self._held: dict[str, list[Held]] = {}
+        self._messages = self._bytes = self._fds = 0
+        self.limits: Mapping[str, int] = {}
+
+    def refusal(self, name: str, message: Held) -> str | None:
+        """Why this one can't be held as well, if too much is already. dbus-daemon counts messages; of a client
+        with more bytes or descriptors on the way than it may have, it reads no more."""
+        for limit, held in (
+            ("max_pending_service_starts", self._messages + 1),
+            ("max_incoming_bytes", self._bytes + len(message.body)),
+            ("max_incoming_unix_fds", self._fds + len(message.fds)),
+        ):
+            if held > self.limits[limit]:
+                return (
+                    "The maximum number of pending activations has been reached, activation of"
+                    f" {name} failed ({limit}={self.limits[limit]})"
+                )
+        return None
 
     def hold(self, name: str, message: Held) -> bool:
         """Hold a message; True: it is the first, so the service is to be started."""
         copy = message._replace(fds=tuple(os.dup(fd) for fd in message.fds))
         waiting = self._held.setdefault(name, [])
         waiting.append(copy)
+        self._count(copy, 1)
         return len(waiting) == 1
 
     def take(self, name: str) -> list[Held]:
         """What was held for `name`, in order."""
-        return self._held.pop(name, [])
+        held = self._held.pop(name, [])
+        for message in held:
+            self._count(message, -1)
+        return held
+
+    def _count(self, message: Held, one: int) -> None:
+        self._messages += one
+        self._bytes += one * len(message.body)
+        self._fds += one * len(message.fds)
 
 
 MAX_KEPT = 256

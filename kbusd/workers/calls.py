@@ -8,15 +8,16 @@ from collections import deque
 
 import cython
 from cython.cimports.kbusd.rings.clock import monotonic
-from cython.cimports.libc.stdint import uint64_t
+from cython.cimports.libc.stdint import uint32_t, uint64_t
 
 
 @cython.cclass
 class Calls:
-    """By serial. Callees are ids of connections, our own among them."""
+    """By callee and serial: a client may ask several with one serial. Callees are ids of connections, our own
+    among them."""
 
     def __init__(self):
-        self.callees = {}
+        self.asked = {}
         self.due = deque()
 
     def limit(self, most: int, timeout: int) -> None:
@@ -26,46 +27,58 @@ class Calls:
 
     def are_many(self) -> cython.bint:
         """Whether there are as many as there may be."""
-        return cython.cast(cython.size_t, len(self.callees)) >= self.most
+        return cython.cast(cython.size_t, len(self.asked)) >= self.most
 
-    def open(self, serial, callee) -> cython.void:
-        """Our client has called `callee`."""
-        self.callees[serial] = callee
+    def open(self, serial, callee) -> cython.bint:
+        """Our client has called `callee`; False if it did so with this serial and has no answer yet."""
+        key = _key(serial, callee)
+        if key in self.asked:
+            return False
+        self.asked[key] = serial
         if self.reply_ns:
-            self.due.append((monotonic() + self.reply_ns, serial, callee))
+            self.due.append((monotonic() + self.reply_ns, key))
+        return True
 
     def wait_for(self, serial, callee) -> cython.bint:
         """Whether call `serial` is open and for `callee` to answer."""
-        return self.callees.get(serial) == callee
+        return _key(serial, callee) in self.asked
 
-    def close(self, serial) -> cython.bint:
-        """Call `serial` is answered; False if it was not open."""
-        return self.callees.pop(serial, None) is not None
+    def close(self, serial, callee) -> cython.bint:
+        """`callee` has answered call `serial`; False if it was not open."""
+        return self.asked.pop(_key(serial, callee), None) is not None
+
+    def forget(self, serial) -> cython.void:
+        """Whoever was asked, nobody waits for the answer any more."""
+        for key in [key for key, each in self.asked.items() if each == serial]:
+            del self.asked[key]
 
     def close_all_of(self, callee) -> list:
         """Nobody will answer what `callee` was asked: the serials."""
-        serials = [each for each, asked in self.callees.items() if asked == callee]
-        for serial in serials:
-            del self.callees[serial]
-        return serials
+        first: object = _key(0, callee)
+        keys = [key for key in self.asked if first <= key <= first + 0xFFFFFFFF]
+        return [self.asked.pop(key) for key in keys]
 
     def late(self) -> list:
         """Serials of calls that were not answered in time; they are closed."""
         now: uint64_t = monotonic()
         serials = []
         while self.due and self.due[0][0] <= now:
-            _, serial, callee = self.due.popleft()
-            if self.wait_for(serial, callee):
-                del self.callees[serial]
-                serials.append(serial)
+            _, key = self.due.popleft()
+            if key in self.asked:
+                serials.append(self.asked.pop(key))
         return serials
 
     def left(self) -> cython.int:
         """How many ms there are until `late` has something; -1 if it never will."""
         now: uint64_t = monotonic()
         while self.due:
-            at, serial, callee = self.due[0]
-            if self.wait_for(serial, callee):
+            at, key = self.due[0]
+            if key in self.asked:
                 return 1 + (at - now) // 1_000_000 if at > now else 0
             self.due.popleft()
         return -1
+
+
+@cython.cfunc
+def _key(serial: uint32_t, callee: cython.longlong) -> object:
+    return cython.cast(uint64_t, callee) << 32 | serial

@@ -49,6 +49,7 @@ from kbusd.workers.errors import (
     NO_REPLY_DISCONNECTED,
     NO_REPLY_TIMEOUT,
     NOT_SUPPORTED,
+    SAME_SERIAL,
     Gone,
 )
 from kbusd.workers.peers import STALL_NS, HostilePeer
@@ -470,7 +471,9 @@ class Engine:
                         "The maximum number of pending replies per connection has been reached",
                     )
                     return
-                self.calls.open(header.serial, route.peer.id)
+                if not self.calls.open(header.serial, route.peer.id):
+                    self.error(header.serial, ACCESS_DENIED, SAME_SERIAL)
+                    return
             else:
                 route.peer.note(header.serial)
             if route.moves is not None:
@@ -523,7 +526,9 @@ class Engine:
                 )
         elif route.to_self:
             if header.type == CALL and not header.flags & WANTS_NO_REPLY:
-                self.calls.open(header.serial, self.id)
+                if not self.calls.open(header.serial, self.id):
+                    self.error(header.serial, ACCESS_DENIED, SAME_SERIAL)
+                    return
             self._to_myself(route.envelope, cython.address(head), body, fds)
         elif route.activate is not None:
             wants_reply = header.type == CALL and not header.flags & WANTS_NO_REPLY
@@ -572,7 +577,7 @@ class Engine:
         """One of our client's messages to one peer. Raises Gone."""
         if self.peers.send(peer, head, envelope, body, fds):
             return
-        if head.reply_serial == 0 and self.calls.close(head.serial):
+        if head.reply_serial == 0 and self.calls.close(head.serial, peer.id):
             self.error(head.serial, LIMITS_EXCEEDED, f"too much waits for {peer.name}")
         else:
             self.peers.must_send(peer, head, envelope, body, fds)  # which says why it can't
@@ -726,7 +731,12 @@ class Engine:
 
     def _activate(self, name, message):
         """Hold a message until its destination is started; its order among its kind is kept."""
-        if self.activating.hold(name, message):
+        if (refusal := self.activating.refusal(name, message)) is not None:
+            head: FrameHead
+            source: cython.p_char = message.head
+            memcpy(cython.address(head), source, cython.sizeof(FrameHead))
+            self.error(head.serial, LIMITS_EXCEEDED, refusal)
+        elif self.activating.hold(name, message):
             self.asking.ask(
                 entries.StartService(0, name, True), lambda answer, _: self._activated(name, answer)
             )
@@ -761,7 +771,9 @@ class Engine:
         place = cython.cast(cython.pointer(cython.const[uint8_t]), data)
         peer: Peer = self.peers.peer(decision.targets[0])
         if held.wants_reply:
-            self.calls.open(head.serial, peer.id)
+            if not self.calls.open(head.serial, peer.id):
+                self.error(head.serial, ACCESS_DENIED, SAME_SERIAL)
+                return
         else:
             peer.note(head.serial)
         if decision.eavesdroppers and not again:
@@ -779,7 +791,7 @@ class Engine:
             source: cython.p_char = held.head
             memcpy(cython.address(head), source, cython.sizeof(FrameHead))
             # Unless it has failed meanwhile.
-            if not held.wants_reply or self.calls.wait_for(serial, old):
+            if not held.wants_reply or self.calls.close(serial, old):
                 self._send_held(held, cython.address(head), True)
                 if self.replica.connections[self.replica.names[name]].kdbus is not None:
                     self.kept.keep(name, serial, held)
@@ -994,6 +1006,7 @@ class Engine:
             self.router.policy = policy
         limits = configuration.limits
         self.calls.limit(limits["max_replies_per_connection"], limits["reply_timeout"])
+        self.activating.limits = limits
         self.take_limits(limits)
         return policy
 
@@ -1093,7 +1106,7 @@ class Engine:
                 )
                 self.refuse(peer, head.serial, ACCESS_DENIED, text)
                 return
-            self.calls.close(head.reply_serial)
+            self.calls.close(head.reply_serial, peer.id)
         if template.refusal is not None:
             close_all(fds)
             if template.type == CALL and not head.flags & WANTS_NO_REPLY:
@@ -1188,7 +1201,7 @@ class Engine:
         head.kind = REFUSED
         head.reply_serial = serial
         if peer is self.peers.me:
-            self.calls.close(serial)
+            self.calls.close(serial, peer.id)
             self.error(serial, error, text)
             return
         refusal: bytes = encode_refusal((error, text))
@@ -1211,7 +1224,7 @@ class Engine:
             raise HostilePeer("a refusal that does not decode") from None
         if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED) or "\0" in text:
             raise HostilePeer(f"a refusal with the error {error!r}, {text!r}")
-        self.calls.close(serial)
+        self.calls.close(serial, peer.id)
         self.error(serial, error, text)
 
     # -- what a front end says -----------------------------------------------------------------

@@ -248,7 +248,7 @@ class DeviceEngine(DBusSocket):
 
     def forget(self, serial: int) -> None:
         """Nobody waits for the answer to this call any more."""
-        self.calls.close(serial)
+        self.calls.forget(serial)
 
     def take_descriptors(self, on: bool) -> None:
         """Whether our client gets messages with descriptors."""
@@ -296,7 +296,7 @@ class DeviceEngine(DBusSocket):
             if head.reply_serial == 0:
                 self.front.call_dropped(peer.id, note)
             elif self.calls.wait_for(head.reply_serial, peer.id):
-                self.calls.close(head.reply_serial)
+                self.calls.close(head.reply_serial, peer.id)
                 self.front.parcel_answered(head.reply_serial, head.aux)
         else:
             DBusSocket._deliver(self, peer, head, payload, own_fds)

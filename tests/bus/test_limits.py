@@ -7,6 +7,7 @@ import os
 import select
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -270,7 +271,6 @@ def test_who_does_not_say_hello_is_disconnected(start_bus) -> None:  # type: ign
     bus: Bus = start_bus(limits={"auth_timeout": 200})
     client = RawClient(bus.address, hello=False)
     client.expect_disconnect()
-    client.close()
 
 
 @pytest.mark.kbusd_only
@@ -331,3 +331,41 @@ def test_one_user_with_all_that_he_may_have_keeps_nothing_from_others(start_bus)
         assert one.wait_reply(serial).args == [n]
     for client in (*greedy, one, other):
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "sent"),
+    [
+        ("max_pending_service_starts", 3, {}),
+        ("max_incoming_bytes", 3000, {"signature": "ay", "args": (bytes(900),)}),
+        ("max_incoming_unix_fds", 6, {"signature": "hh", "args": (0, 1)}),
+    ],
+)
+def test_what_waits_for_a_service_to_start_had_no_limit(  # type: ignore[no-untyped-def]
+    start_bus, limit: str, most: int, sent: dict[str, Any]
+) -> None:
+    bus: Bus = start_bus(limits={limit: most})
+    (bus.services / "slow.service").write_text(
+        "[D-BUS Service]\nName=slow.Service\nExec=/bin/sleep 100\n"
+    )
+    client = bus.connect()
+    client.driver("ReloadConfig")
+    fds = [0, 0] if "fds" in limit else []
+    for _ in range(3):
+        client.send_call("slow.Service", "/", "a.b", "M", **sent, fds=fds, flags=w.NO_REPLY_EXPECTED)
+    serial = client.send_call("slow.Service", "/", "a.b", "M", **sent, fds=fds)
+    with pytest.raises(BusError) as caught:
+        client.wait_reply(serial)
+    assert caught.value.name == EXCEEDED
+    assert caught.value.text == (
+        "The maximum number of pending activations has been reached, activation of slow.Service"
+        f" failed ({limit}={most})"
+    )
+
+
+def test_a_time_as_long_as_can_be_said_ended_the_bus(start_bus) -> None:  # type: ignore[no-untyped-def]
+    bus: Bus = start_bus(limits={"auth_timeout": 2**31 - 1, "reply_timeout": 2**31 - 1})
+    caller, callee = bus.connect(), bus.connect()
+    serial = caller.send_call(callee.name, "/", "a.b", "M")
+    callee.reply(callee.read())
+    caller.wait_reply(serial)

@@ -553,3 +553,29 @@ def test_message_over_the_limit_disconnects(start_bus) -> None:  # type: ignore[
     client.send_call(other.name, "/", "test.I", "M", "ay", (b"x" * 10_100,))
     client.expect_disconnect()
     assert other.drain() == []
+
+
+def test_calls_of_one_serial_to_two_lost_a_reply(bus: Bus) -> None:
+    caller, one, other = (bus.connect() for _ in range(3))
+    for callee in (one, other):
+        caller.send_call(callee.name, "/", "test.I", "M", serial=77)
+    for callee in (one, other):
+        callee.reply(callee.read(), "s", (callee.name,))
+    assert sorted([caller.read().args[0], caller.read().args[0]]) == sorted([one.name, other.name])
+
+
+def test_a_call_of_the_serial_of_one_that_is_not_answered_is_refused(bus: Bus) -> None:
+    caller, callee = bus.connect(), bus.connect()
+    caller.send_call(callee.name, "/", "test.I", "M", serial=77)
+    call = callee.read()
+    caller.send_call(callee.name, "/", "test.I", "M", serial=77)
+    refusal = caller.read()
+    assert refusal.args == [
+        "Message has the same reply serial as a currently-outstanding existing method call"
+    ]
+    assert refusal.error_name == "org.freedesktop.DBus.Error.AccessDenied"
+    callee.reply(call, "s", ("yes",))
+    assert caller.read().args == ["yes"]
+    assert callee.drain(caller) == []
+    caller.send_call(callee.name, "/", "test.I", "M", serial=77)
+    assert callee.read().serial == 77
