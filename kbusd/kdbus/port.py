@@ -62,7 +62,7 @@ class Known(msgspec.Struct, frozen=True):
     space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
     inside: metadata.Pids = metadata.Pids(0, 0, 0)
     ipc_owner: bool = False  # who opened its file had that capability
-    opener: int | None = None  # his uid, if it is another
+    opener: int = -1  # his uid
 
 
 class Joining(msgspec.Struct, frozen=True):

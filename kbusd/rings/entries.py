@@ -33,6 +33,14 @@ class Process(msgspec.Struct, frozen=True, array_like=True):
     users: int
 
 
+class Opener(msgspec.Struct, frozen=True, array_like=True):
+    """Who has opened a file by which somebody else says HELLO."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
 
@@ -46,12 +54,22 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
     ipc_owner: bool = False
     """Opened its file with CAP_IPC_OWNER in the bus's user namespace; or is root by a socket, which does not tell."""
-    opener: int | None = None  # the uid of who opened its file, if that is another
+    opener: Opener | None = None  # who opened its file, if that is another
+
+    @property
+    def opened_by(self) -> Opener:
+        """Who opened its file; itself, if it has none."""
+        return self.opener or Opener(self.uid, self.gid, self.groups)
+
+    def by_file_of(self, opener: Credentials) -> Credentials:
+        """Of who says HELLO, with what counts of who has opened the file."""
+        by = opener.opened_by
+        other = None if by == self.opened_by else by
+        return msgspec.structs.replace(self, ipc_owner=opener.ipc_owner, opener=other)
 
     def is_privileged(self, owner: int) -> bool:
         """Whether it is to a bus of this owner's, by the bus's own node or socket: by who opened it."""
-        opener = self.uid if self.opener is None else self.opener
-        return opener == owner or self.ipc_owner
+        return self.opened_by.uid == owner or self.ipc_owner
 
     @property
     def share(self) -> Share:

@@ -125,7 +125,7 @@ class DeviceRouter(Router):
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
             self.names.refusal(sender, receiver) is None
-            and self.names.refusal(receiver, sender) is None
+            and self.names.refusal(receiver, sender, hears=True) is None
             and not self.replica.kept_apart(sender.id, receiver.id)
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
@@ -214,8 +214,7 @@ class Port:
         return self._replica.me, about
 
     def is_privileged(self, who: Known) -> bool:
-        opener = who.uid if who.opener is None else who.opener
-        return not who.custom and (opener == self._context.bus.owner or who.ipc_owner)
+        return not who.custom and (who.opener == self._context.bus.owner or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -1146,7 +1145,7 @@ def _known(connection: Connection, users: int) -> Known:
             process.space,
             metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
             credentials.ipc_owner,
-            credentials.opener,
+            credentials.opened_by.uid,
         )
     return Known(
         connection.id,
@@ -1159,6 +1158,7 @@ def _known(connection: Connection, users: int) -> Known:
         connection.kdbus or 0,
         connection.kdbus is not None,
         connection.custom,
+        opener=credentials.opened_by.uid,
     )
 
 
