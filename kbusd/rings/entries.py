@@ -780,10 +780,12 @@ class Node(msgspec.Struct, frozen=True, array_like=True):
 
 class Tree(msgspec.Struct, frozen=True, array_like=True, tag="tree"):
     """supervisor -> worker. Be the tree: answer what the kernel asks of names, and decide who may
-    open what. `first`: the first free number for files; a tree before may have used those below."""
+    open what. `first`: the first free number for files; a tree before may have used those below. `changed`: what it
+    has said that was changed."""
 
     nodes: tuple[Node, ...]
     first: int
+    changed: tuple[Node, ...] = ()
 
 
 class Nodes(msgspec.Struct, frozen=True, array_like=True, tag="nodes"):
@@ -979,5 +981,13 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     flags: int
 
 
-FromTree = Answered | Opened
+class Changed(msgspec.Struct, frozen=True, array_like=True, tag="changed"):
+    """tree -> supervisor. By the SETATTR that it holds, this has other access bits or owners from now on: a file, or
+    if it has no endpoint's name, a directory. To be remembered for the next tree."""
+
+    unique: int
+    node: Node
+
+
+FromTree = Answered | Opened | Changed
 ToTree = Asked | Nodes
