@@ -563,6 +563,8 @@ class Session:
     ) -> Entry | None:
         """The same, with all that belongs to it."""
         dst_id, flags = found.header.dst_id, found.header.flags
+        if sync and found.header.reply_or_timeout <= self.bus.clock()[0]:
+            raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         to = None
         if dst_id != abi.DST_ID_BROADCAST:
             to = await self._destination(caller, found)
@@ -664,8 +666,6 @@ class Session:
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
     ) -> Entry | None:
-        if sync and parcel.reply_or_timeout <= self.bus.clock()[0]:
-            raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
         self._calls.add(call, self.box.untold)
         wait: Wait[Entry] = Wait()
