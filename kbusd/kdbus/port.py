@@ -189,16 +189,17 @@ class Bus(Protocol):
     async def collect(self, name: str) -> None:
         """It was taken: wait until what had been sent to it has moved."""
 
-    def forward(
-        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
-    ) -> None:
-        """Pass on a message of `source`, who is gone, to the new owner of a name, if he can have it."""
+    def forward(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """Pass on a message of `parcel.origin`, who is gone, to the new owner of a name, if he can have it."""
 
     def coming_back(self) -> Wait[None] | None:
         """The name of our client, an activator, is its own again: a wait for what others had left unread."""
 
     def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         """That was all that had been sent to this name; so many will be sent again, by sender."""
+
+    def tell_sent_again(self, had: int, name: str) -> None:
+        """What that connection had of us, by this name, is on its way to who has the name now."""
 
     def tell_read(self, sender: int, cookie: int) -> None:
         """A message to a name that has an activator was read."""
