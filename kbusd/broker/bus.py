@@ -198,7 +198,7 @@ class Bus:
         if self._behind(connection) == OPEN:
             state, at = self._outside.state()
             if len(state) <= MAX_TOLD:
-                self._outside.send(connection.worker, State(state))
+                self._outside.send(connection.worker, State(state, self._next_id))
                 connection.told = at
 
     def entering(self, worker: int, credentials: Credentials) -> None:

@@ -13,26 +13,33 @@ from kbusd.kdbus import abi, commands, handle
 from kbusd.kdbus.commands import SPECS, BusMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.handle import State
-from kbusd.kdbus.port import Caller
+from kbusd.kdbus.port import Caller, Looked
 from kbusd.kdbus.session import Done, fetch
+from kbusd.kdbus.waits import Interrupted, Wait, start
 
 
 class Maker(Protocol):
     """Who makes buses."""
 
-    async def make_bus(self, caller: Caller, order: BusMake) -> None:
+    async def look(self, caller: Caller) -> Looked:
+        """What there is to know of the caller. Raises Errno EINTR, as Bus.look."""
+
+    async def make_bus(self, caller: Caller, looked: Looked, order: BusMake) -> None:
         """Returns when its node is there. Raises Errno: EINVAL for a name that does not begin with the
         caller's uid, EEXIST for one that there is, EMFILE for too many."""
 
 
 class Control:
-    """Takes BUS_MAKE, once."""
+    """Takes BUS_MAKE, once. A signal ends only the wait for it: who asks for the same again gets what was made."""
 
     arrived, ordinary = 0, None
 
     def __init__(self) -> None:
         self.state = State.CONTROL
         self.bus: Maker
+        self._order: BusMake | None = None  # what is being made, or was
+        self._told: Wait[None] = Wait()  # for who asked for it last
+        self._is_made = False
 
     def poll(self) -> int:
         """There is nothing to wait for."""
@@ -48,11 +55,34 @@ class Control:
         decoded = commands.decode_bus_make(whole)
         if decoded.value is not None:
             try:
-                if self.state != State.CONTROL:
-                    raise Errno(errno.EBADFD, "BUS_MAKE while another one is carried out")
-                self.state = State.BUS_OWNER
-                await self.bus.make_bus(caller, decoded.value)
+                await self._make(caller, decoded.value)
             except Errno as error:
-                self.state = State.CONTROL
                 raise Errno(error.errno, error.text, decoded.pokes) from None
         return Done(tuple((address + poke.offset, poke.data) for poke in decoded.pokes))
+
+    async def _make(self, caller: Caller, order: BusMake) -> None:
+        looked = {} if self._order else await self.bus.look(caller)
+        if self._order is None:
+            self._order, self._told = order, Wait()
+            start(self.bus.make_bus(caller, looked, order), self._over)
+        elif order == self._order and self._told.settled and self.state == State.CONTROL:
+            self._told = Wait()
+            if self._is_made:
+                self._told.done(None)
+        else:
+            raise Errno(errno.EBADFD, "BUS_MAKE while another one is carried out")
+        caller.waits_for = told = self._told
+        try:
+            await told
+        finally:
+            caller.waits_for = None
+        self.state = State.BUS_OWNER
+
+    def _over(self, result: Errno | Interrupted | None) -> None:
+        """It is made, or could not be."""
+        if result is None:
+            self._is_made = True
+            self._told.done(None)
+        else:
+            self._order = None
+            self._told.fail(result)

@@ -5,7 +5,7 @@ Whoever runs a session implements these: a worker with its lines and rings, a te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -36,6 +36,10 @@ class Caller(Protocol):
 
     async def take(self, numbers: Sequence[int]) -> list[int]:
         """Copies of its descriptors, ours to close. Raises Errno: EBADF; EOPNOTSUPP for our own files."""
+
+
+Looked = Mapping[str, bytes]
+"""What /proc says of a caller."""
 
 
 class Known(msgspec.Struct, frozen=True):
@@ -79,6 +83,9 @@ class Memory(Protocol):
     def buffer(self) -> Any:
         """All of it, writable."""
 
+    def hand_over(self) -> None:
+        """The client has it from now on. Raises Errno if it can't be given to it."""
+
     def write(self, offset: int, data: bytes) -> None:
         """Into the pool; the client may not see it yet."""
 
@@ -120,7 +127,11 @@ class Bus(Protocol):
     def creator(self) -> metadata.Metadata:
         """Who made the bus."""
 
-    async def connect(self, caller: Caller, who: Joining) -> tuple[int, bytes]:
+    async def look(self, caller: Caller) -> Looked:
+        """What there is to know of the caller. Raises Errno EINTR if it gets a signal meanwhile: it is answered, and
+        may have begun the command again before we know."""
+
+    async def connect(self, caller: Caller, looked: Looked, who: Joining) -> tuple[int, bytes]:
         """Be a connection of the bus; its id, and what its process says of itself (About).
 
         Raises Errno: EPERM for a kind that is for the privileged, EEXIST if another connection is
@@ -134,7 +145,7 @@ class Bus(Protocol):
         """Of a policy holder. Raises Errno EEXIST."""
 
     async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
-        """Returns when the node of a custom endpoint is there. Raises Errno: EINVAL for a name that does
+        """Returns when the node of a custom endpoint is there; the caller was looked at. Raises Errno: EINVAL for a name that does
         not begin with the caller's uid, EEXIST for one that there is, EMFILE for too many."""
 
     async def set_endpoint(self, policy: tuple[Entry, ...]) -> None:

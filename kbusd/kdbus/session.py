@@ -35,7 +35,7 @@ from kbusd.kdbus.mailbox import Entry, Mailbox
 from kbusd.kdbus.names import is_well_known
 from kbusd.kdbus.parcel import Faked, Parcel
 from kbusd.kdbus.pool import KERNEL_USER
-from kbusd.kdbus.port import Bus, Caller, Joining, Known
+from kbusd.kdbus.port import Bus, Caller, Joining, Known, Looked
 from kbusd.kdbus.waits import Interrupted, Wait, start
 
 PAGE = 4096
@@ -86,6 +86,7 @@ class Session:
         self._owner = owner and not custom
         self._custom = custom
         self._entering = False
+        self._looking_at: Caller | None = None
         self._about = self._sent_about = b""
         self._sender, self._fresh_until = 0, 0  # whom `_sent_about` is about, and until when
         self._accept_fd = False
@@ -188,12 +189,11 @@ class Session:
             return decoded.pokes
         with _writing(decoded.pokes):
             admitted = commands.check_hello(hello, self._owner, self._custom, PAGE)
-            if self._entering:
-                raise Errno(errno.EBADFD, "HELLO while another command sets the file up")
+            looked = await self._set_up(caller, "HELLO")
             memory = self.bus.make_pool(hello.pool_size)
             self._entering = True
             try:
-                id, about = await self.bus.connect(caller, _joining(hello, admitted))
+                id, about = await self.bus.connect(caller, looked, _joining(hello, admitted))
             finally:
                 self._entering = False
             self.id, self._about = id, about
@@ -205,18 +205,30 @@ class Session:
             self.ordinary = None if waits else self.box
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
             self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
+            try:
+                memory.hand_over()
+            except Errno:
+                self.end()
+                raise
             offset, size = self._show(commands.bloom_item(self.bus.bloom))
             result = commands.hello_result(self.bus.flags, id, offset, size, self.bus.uuid)
         return decoded.pokes + result
+
+    async def _set_up(self, caller: Caller, what: str) -> Looked:
+        """Look at who sets the file up. Who gets a signal meanwhile begins again, maybe before we know of it; so of
+        two who are looked at, the last one counts. Raises Errno EBADFD."""
+        if not self._entering:
+            self._looking_at = caller
+            looked = await self.bus.look(caller)
+            if self._looking_at is caller:
+                return looked
+        raise Errno(errno.EBADFD, f"{what} while another command sets the file up")
 
     async def _make_endpoint(self, caller: Caller, whole: bytes) -> tuple[Poke, ...]:
         decoded = commands.decode_endpoint_make(whole)
         if decoded.value is not None:
             with _writing(decoded.pokes):
-                if self._entering:
-                    raise Errno(
-                        errno.EBADFD, "ENDPOINT_MAKE while another command sets the file up"
-                    )
+                await self._set_up(caller, "ENDPOINT_MAKE")
                 self._entering = True
                 try:
                     await self.bus.make_endpoint(caller, decoded.value)

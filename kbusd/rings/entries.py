@@ -481,9 +481,10 @@ class Reply(FromBroker, frozen=True, tag="reply"):
 
 class State(FromBroker, frozen=True, tag="state"):
     """An encoded Snapshot, before Hello: what the worker takes over while the broker answers that. If
-    the reply comes without a snapshot, this one holds."""
+    the reply comes without a snapshot, this one holds. `next`: the id that it gets if nobody else is quicker."""
 
     snapshot: bytes
+    next: int = 1
 
 
 class Failure(FromBroker, frozen=True, tag="failure"):

@@ -217,7 +217,9 @@ class Connection(Relay):
     def heard(self, holder: Holder, message: Any, fds: list[int]) -> bool | None:
         """What is not said all the time. As `hear`. Raises LineError if it may not say that."""
         try:
-            self.said(holder, message, fds)
+            # To one that has ended nothing can be said any more; what it had said before still counts.
+            with suppress(ConnectionError):
+                self.said(holder, message, fds)
         finally:
             for fd in fds:
                 self.devices.aside.close(holder.uid, fd)

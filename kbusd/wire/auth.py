@@ -247,6 +247,33 @@ _TABLE: dict[State, dict[bytes, _Action]] = {
 }
 
 
+_UNCLAIMED, _CLAIMED = b"\0AUTH EXTERNAL\r\nDATA\r\n", b"\0AUTH EXTERNAL "
+_NEGOTIATE, _BEGIN = b"NEGOTIATE_UNIX_FD\r\n", b"BEGIN\r\n"
+
+
+def usual(data: bytes, guid: str, uid: int) -> AuthStep | None:
+    """The step of a new `ServerAuth` that offers EXTERNAL and descriptors, if `data` is a whole conversation as
+    most clients have it who do not wait for answers; else None. Far less for a processor that does it for the first time."""
+    opening, begin, rest = data.partition(_BEGIN)
+    unix_fds = opening.endswith(_NEGOTIATE)
+    if unix_fds:
+        opening = opening[: -len(_NEGOTIATE)]
+    if opening == _UNCLAIMED:
+        reply = b"DATA\r\nOK "
+    elif opening.startswith(_CLAIMED) and opening == _claim(uid):
+        reply = b"OK "
+    else:
+        return None
+    if not begin:
+        return None
+    reply += guid.encode() + (b"\r\nAGREE_UNIX_FD\r\n" if unix_fds else b"\r\n")
+    return AuthStep(reply, True, rest, None, unix_fds)
+
+
+def _claim(uid: int) -> bytes:
+    return _CLAIMED + str(uid).encode().hex().encode() + b"\r\n"
+
+
 class ClientStep(msgspec.Struct, frozen=True):
     """What to do now: send `send`; if `done`, the bus's `guid` is known, messages may follow and
     `rest` is the start of what the bus sent; if `failed`, disconnect."""
@@ -274,11 +301,8 @@ class ClientAuth:
 
     def start(self) -> bytes:
         """What the client sends first."""
-        if self._uid is None:
-            first = b"\0AUTH EXTERNAL\r\nDATA\r\n"
-        else:
-            first = b"\0AUTH EXTERNAL " + str(self._uid).encode().hex().encode() + b"\r\n"
-        return first + (b"NEGOTIATE_UNIX_FD\r\n" if self._want_fds else b"")
+        first = _UNCLAIMED if self._uid is None else _claim(self._uid)
+        return first + (_NEGOTIATE if self._want_fds else b"")
 
     def receive(self, data: bytes) -> ClientStep:
         """Take what the bus answered. Not to be called again once it was done or failed."""
@@ -306,7 +330,7 @@ class ClientAuth:
     def _done(self, fds: bool) -> ClientStep:
         self._over = True
         return ClientStep(
-            send=b"BEGIN\r\n", done=True, rest=self._input, guid=self._guid or "", unix_fds=fds
+            send=_BEGIN, done=True, rest=self._input, guid=self._guid or "", unix_fds=fds
         )
 
     def _fail(self, what: bytes) -> ClientStep:

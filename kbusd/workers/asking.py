@@ -19,12 +19,14 @@ _replace = msgspec.structs.replace
 
 
 class Asking:
-    """Requests on the line to the broker that have no answer yet."""
+    """Requests on the line to the broker that have no answer yet. `said`: how many of the first ones have
+    been sent already, as they will be asked (early.py)."""
 
-    __slots__ = ("_number", "_open", "line")
+    __slots__ = ("_number", "_open", "line", "said")
 
     def __init__(self, line: Line) -> None:
         self.line = line
+        self.said = 0
         self._number = 0
         self._open: dict[int, Then] = {}
 
@@ -32,10 +34,15 @@ class Asking:
         """Send `request`; `then(answer, fds)` is called with its Reply or Failure. Returns its number, for who
         takes the answer off the line. Raises OSError."""
         self._number += 1
-        self.line.send(_replace(request, request=self._number), fds)
+        if self._number > self.said:
+            self.line.send(_replace(request, request=self._number), fds)
         if then is not None:
             self._open[self._number] = then
         return self._number
+
+    def untouched(self) -> bool:
+        """Whether nothing was asked yet."""
+        return self._number == 0 and self.said == 0
 
     def answered(self, answer: Answer, fds: list[int]) -> None:
         """The broker has answered; an answer that nobody asked for is dropped."""

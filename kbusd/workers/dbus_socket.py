@@ -18,6 +18,7 @@ from cython.cimports.kbusd.wire.body import check as check_body
 from cython.cimports.kbusd.wire.body import opaque_from
 from cython.cimports.kbusd.wire.header import Header, message_length, scan
 from cython.cimports.kbusd.workers.decisions import Template
+from cython.cimports.kbusd.workers.early import granted, is_hello, say_hello
 from cython.cimports.kbusd.workers.engine import Engine
 from cython.cimports.kbusd.workers.input import Input
 from cython.cimports.kbusd.workers.libc import (
@@ -44,7 +45,7 @@ from kbusd.workers import driver as drivers
 from kbusd.workers import monitors
 from kbusd.workers.errors import LIMITS_EXCEEDED, Gone
 from kbusd.workers.peers import HostilePeer
-from kbusd.workers.replica import BUS_NAME
+from kbusd.workers.replica import BUS_NAME, unique_name
 from kbusd.workers.shares import Shares
 
 CALL = cython.declare(cython.int, 1)
@@ -330,6 +331,8 @@ class DBusSocket(Engine):
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
         if self.monitor:
             raise Gone("sent a message although it is a monitor")
+        if not self.asked and is_hello(data, cython.address(header)):
+            self._ask_early(header.serial)
         if header.unix_fds:
             fds = self._fds(header.unix_fds)
         if large:
@@ -528,6 +531,49 @@ class DBusSocket(Engine):
                 memcpy(self.output.reserve(length - own), body + own, length - own)
                 self.output.commit(length - own)
 
+    # -- Hello (early.py) ----------------------------------------------------------------------
+
+    def _ask_early(self, serial: uint32_t) -> cython.void:
+        """Our client says Hello, and nothing can keep us from asking for it: nobody may see it before the
+        broker does, and of who is behind an endpoint the broker's answer is another."""
+        if self.sight is not None or self.log is None or not self.asking.untouched():
+            return
+        self.before = self.log.head()
+        if say_hello(self.broker):
+            self.asking.said = 1
+            self.hello_serial = serial
+
+    def has_joined(self) -> cython.void:
+        """While the broker answers: write what our client will be told, if nobody else has to see it first and policy
+        has nothing against it."""
+        replica = self.replica
+        if self.hello_serial == 0 or self.output.pending:
+            return
+        if replica.monitors or replica.eavesdroppers or replica.apart:
+            return
+        reply, signal = _granted(self.next_id)
+        if not self.router.admit_from_bus(reply) and not self.router.admit_from_bus(signal):
+            self.draft = self._draft(self.next_id)
+
+    def _draft(self, id) -> bytes:
+        reply, signal = _granted(id)
+        body = wire_body.string(reply.destination)
+        number = self.monitors.serial
+        return _message(reply, number + 1, self.hello_serial, body) + _message(
+            signal, number + 2, 0, body
+        )
+
+    def before_broker(self) -> cython.void:
+        """If it grants Hello, tell our client."""
+        if self.draft is None:
+            return
+        draft, self.draft = self.draft, None
+        id: cython.longlong = granted(self.broker)
+        if id > 0:
+            self.told = draft if id == self.next_id else self._draft(id)
+            self._put(self.told)
+            self.flush()
+
     # -- the bus itself ------------------------------------------------------------------------
 
     def act(self, actions):
@@ -572,16 +618,7 @@ class DBusSocket(Engine):
         number = self.monitors.next_serial()
         if type != SIGNAL:
             destination = self.driver.name
-        facts = envelopes.Envelope(
-            type,
-            False,
-            destination,
-            BUS_PATH if type == SIGNAL else None,
-            BUS_NAME if type == SIGNAL else None,
-            member,
-            error_name,
-            signature or "",
-        )
+        facts = _from_bus(type, destination, member, error_name, signature or "")
         # Of the bus's signals a monitor's worker makes its own copies, and the answers to them.
         if self.loaded and type != SIGNAL:
             self.monitors.show(facts, number, reply_serial, body, fds)
@@ -614,33 +651,24 @@ class DBusSocket(Engine):
         self._tell(facts, self.monitors.next_serial(), answer.reply_serial, body)
 
     def _tell(self, facts, serial, reply_serial, body: bytes, fds: tuple = ()):
-        header = wire_header.build(
-            ord("l"),
-            facts.type,
-            NO_REPLY,
-            facts.path,
-            facts.interface,
-            facts.member,
-            facts.error_name,
-            facts.destination,
-            BUS_NAME if facts.destination or facts.type == SIGNAL else None,
-            facts.signature,
-            len(fds),
-            reply_serial != 0,
-            reply_serial,
-            serial,
-            len(body),
-        )
+        message: bytes = _message(facts, serial, reply_serial, body, len(fds))
+        if self.told is not None:
+            if not self.told.startswith(message):
+                raise Gone("was told something else than the bus says")
+            self.told = self.told[len(message) :] or None
+            return
         if fds:
             self.output.begin_with_fds(fds)
-        message: bytes = header + body
+        self._put(message)
+        self.output.messages += 1
+        if self._crowded():
+            self._count_own(len(message))
+
+    def _put(self, message: bytes):
         data: cython.p_char = message
         length: cython.size_t = len(message)
         memcpy(self.output.reserve(length), data, length)
         self.output.commit(length)
-        self.output.messages += 1
-        if self._crowded():
-            self._count_own(length)
 
     # -- a client that does not read -----------------------------------------------------------
 
@@ -702,6 +730,51 @@ class DBusSocket(Engine):
             self.shares.release(self.output.sent)
             if self.shares.own * 2 > self.max_outgoing:
                 raise Gone(f"does not read its signals: {self._what_waits()}")
+
+
+def _from_bus(type, destination, member, error_name, signature):
+    """The envelope of a message from the bus itself."""
+    return envelopes.Envelope(
+        type,
+        False,
+        destination,
+        BUS_PATH if type == SIGNAL else None,
+        BUS_NAME if type == SIGNAL else None,
+        member,
+        error_name,
+        signature,
+    )
+
+
+def _granted(id):
+    """The envelopes of what is told whose Hello is granted."""
+    name = unique_name(id)
+    return (
+        _from_bus(RETURN, name, None, None, "s"),
+        _from_bus(SIGNAL, name, "NameAcquired", None, "s"),
+    )
+
+
+def _message(facts, serial, reply_serial, body: bytes, fds=0) -> bytes:
+    """A message from the bus itself as our client gets it."""
+    header = wire_header.build(
+        ord("l"),
+        facts.type,
+        NO_REPLY,
+        facts.path,
+        facts.interface,
+        facts.member,
+        facts.error_name,
+        facts.destination,
+        BUS_NAME if facts.destination or facts.type == SIGNAL else None,
+        facts.signature,
+        fds,
+        reply_serial != 0,
+        reply_serial,
+        serial,
+        len(body),
+    )
+    return header + body
 
 
 def _user(peer: Peer) -> int:

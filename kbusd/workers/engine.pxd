@@ -32,7 +32,9 @@ cdef class Engine:
     cdef long long matches, mine  # versions of the replica
     cdef bint busy, leaving, everyone, loaded
     cdef bint asked, joined  # for Hello; and we know the state of the bus already
+    cdef int broker     # our line to it
     cdef bytes state    # of the bus, as the broker told it before Hello
+    cdef object next_id # that we may get
     cdef uint64_t before  # how far the log was when we asked
     cdef bint monitor   # our client is one
     cdef bint monitored, overheard  # somebody is, or has rules with eavesdrop='true'
@@ -47,6 +49,8 @@ cdef class Engine:
     cdef list later     # answers behind that one
 
     cdef void _loop(self) except *
+    cdef void has_joined(self) except *
+    cdef void before_broker(self) except *
     cdef int _timeout(self) except -2
     cdef bint waits(self) except -1
     cdef void tidy_later(self) noexcept

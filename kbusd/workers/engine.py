@@ -169,7 +169,8 @@ class Engine:
         else:
             self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
         self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
-        self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
+        self.broker = self.asking.line.fileno()
+        self.waiting.watch(self.broker, BROKER, EPOLLIN)
         self.waiting.watch(client, CLIENT, EPOLLIN)
         if supervisor != client:
             self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
@@ -636,7 +637,7 @@ class Engine:
     def ask_for_driver(self, action):
         """Ask the broker what the driver wants to know (drivers.Ask)."""
         hello: cython.bint = type(action.request) is entries.Hello
-        if hello and self.log is not None:
+        if hello and self.log is not None and not self.asking.said:
             self.before = self.log.head()
         self.asking.ask(
             action.request,
@@ -665,6 +666,7 @@ class Engine:
         except memfd.RingError:
             pass  # the log has gone round; if the answer has no new state, `_behind` asks for it
         self.joined = True
+        self.has_joined()
 
     def _answer_driver(self, token, answer, fds):
         snapshot = b""
@@ -787,6 +789,8 @@ class Engine:
 
     def _from_broker(self):
         """One a turn: most often there is one, and our client waits for what it brings."""
+        if self.joined and not self.loaded:
+            self.before_broker()
         self.asking.line.flush()
         if self.answer is None:
             self._hear()
@@ -857,7 +861,7 @@ class Engine:
         elif kind is entries.Withdrawn:
             self.peers.withdrawn(message.peer)
         elif kind is entries.State:
-            self.state = message.snapshot
+            self.state, self.next_id = message.snapshot, message.next
             self._join()
         elif kind is entries.Probe:
             self.asking.line.send(entries.Running(0))
@@ -1215,6 +1219,12 @@ class Engine:
     def take_limits(self, limits: dict) -> None:
         """Limits of the configuration, at the beginning and when it has changed."""
         raise NotImplementedError
+
+    def has_joined(self) -> cython.void:
+        """The state of the bus is known, and Hello has been asked for."""
+
+    def before_broker(self) -> cython.void:
+        """The broker says something after that."""
 
     def from_client(self, events) -> cython.void:
         """The client's descriptor is ready: epoll_wait(2)'s `events`."""

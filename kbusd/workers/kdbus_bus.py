@@ -26,7 +26,7 @@ from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.gvariant import GVariantError
 from kbusd.kdbus.parcel import MEMFD, Parcel, ParcelError
 from kbusd.kdbus.payload import Message, PayloadError
-from kbusd.kdbus.port import Caller, Joining, Known, Memory
+from kbusd.kdbus.port import Caller, Joining, Known, Looked, Memory
 from kbusd.kdbus.session import Part, Session
 from kbusd.kdbus.waits import Wait
 from kbusd.policy.decide import ClientPolicy
@@ -201,8 +201,11 @@ class Port:
             pids=metadata.Pids(bus.pid, bus.pid, 0),
         )
 
-    async def connect(self, caller: Caller, who: Joining) -> tuple[int, bytes]:
-        found = await self.device.about(caller, who)
+    async def look(self, caller: Caller) -> Looked:
+        return await self.device.facts(caller)
+
+    async def connect(self, caller: Caller, looked: Looked, who: Joining) -> tuple[int, bytes]:
+        found = self.device.about(caller, looked, who)
         faked = found.faked and msgspec.structs.replace(found.faked, creds=self._faked(found.faked))
         about = parcel.encode(msgspec.structs.replace(found, faked=faked))
         brought = as_brought(policies.outside(who.policy, *self.maps))
@@ -230,7 +233,7 @@ class Port:
     async def refreshed(self, caller: Caller, about: bytes) -> bytes:
         before = parcel.decode_about(about)
         who = Joining(description=before.description, offered=before.offered, faked=before.faked)
-        return parcel.encode(await self.device.about(caller, who))
+        return parcel.encode(self.device.about(caller, await self.device.facts(caller), who))
 
     async def set_policy(self, policy: tuple[policies.Entry, ...]) -> None:
         policy = policies.outside(policy, *self.maps)

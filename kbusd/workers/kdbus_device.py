@@ -25,7 +25,7 @@ from kbusd.kdbus.control import Control
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.metadata import SAME, IdMap
 from kbusd.kdbus.parcel import About, encode
-from kbusd.kdbus.port import Caller, Joining
+from kbusd.kdbus.port import Caller, Joining, Looked
 from kbusd.kdbus.session import Done, Session, fetch
 from kbusd.kdbus.waits import Wait
 from kbusd.rings import entries, memfd
@@ -137,25 +137,18 @@ class Device(Requests):
         return True
 
     def make_pool(self, size: int) -> Pool:
-        """The same again for who says HELLO again, after a signal: a file has one. Raises Errno ENOMEM."""
-        pool: Pool | None = self.pool
-        if pool is None or pool.size != size:
-            pool = self.pool = Pool(self, size)
-        if self.attached is not None:
-            pool.hand(self.attached)
-        return pool
+        """Raises Errno ENOMEM."""
+        return Pool(self, size)
 
     async def make_endpoint(self, caller: Caller, order: EndpointMake) -> None:
         """Raises Errno."""
         assert isinstance(caller, Request)
-        await self.facts(caller)  # policy speaks of ids of its namespace
         asked = entries.MakeEndpoint(caller.unique, order.name, order.flags)
         await self.ask(caller.unique, asked)
 
-    async def about(self, caller: Caller, who: Joining) -> About:
+    def about(self, caller: Caller, files: Looked, who: Joining) -> About:
         """What /proc says of the process that waits in a request that is held, as far as it could have
         chosen that itself."""
-        files = await self.facts(caller)
         status = files.get("status", b"")
         comm = files.get("comm", b"").removesuffix(b"\n")[:15] or None
         return About(
@@ -191,7 +184,7 @@ class Pool:
     def __init__(self, device: Device, size: int) -> None:
         self._device = device
         self.size = size
-        self._fd = -1  # to be handed to the client
+        self._fd = -1  # to be handed to the client, and to the supervisor
         try:
             # Behind the pool: which events hold. Clients of CUSE map no more than the pool.
             whole = size + mmap.PAGESIZE
@@ -199,17 +192,25 @@ class Pool:
             try:
                 self.buffer = mmap.mmap(fd, whole)
                 memfd.seal(fd)
-                self._fd = os.dup(fd)
-                if not device.cuse:
-                    device.line.send(entries.Pool(size), [fd])
+                self._fd, fd = fd, -1
             finally:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
         except (OSError, OverflowError, ValueError) as error:
             raise Errno(errno.ENOMEM, f"a pool of {size} bytes: {error}") from None
 
     def __del__(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+
+    def hand_over(self) -> None:
+        """It is the file's from now on, which has but one. Raises Errno."""
+        device = self._device
+        if device.attached is not None:
+            self.hand(device.attached)
+        if not device.cuse:
+            device.line.send(entries.Pool(self.size), [self._fd])
+        device.pool = self
 
     def hand(self, attached: Attached) -> None:
         """To the client. Raises Errno if its socket does not take it."""
@@ -244,7 +245,7 @@ def serve(
     port.device = Device(line, port.session, device.credentials.uid, device.transport)
     port.device.entering = serving.entering
     serving.serve_device(port, line.fileno(), device.credentials)
-    line.flush()  # the answer to BYEBYE
+    port.device.settle()  # what answers BYEBYE
 
 
 def serve_control(device: entries.Device, sock: socket.socket) -> None:
@@ -266,19 +267,19 @@ class ControlPort:
     def __init__(self, file: Device) -> None:
         self._file = file
 
-    async def make_bus(self, caller: Caller, order: BusMake) -> None:
+    async def look(self, caller: Caller) -> Looked:
+        """Raises Errno."""
+        return await self._file.facts(caller)
+
+    async def make_bus(self, caller: Caller, looked: Looked, order: BusMake) -> None:
         """Raises Errno."""
         assert isinstance(caller, Request)
-        about = encode(await self._file.about(caller, Joining()))
+        about = encode(self._file.about(caller, looked, Joining()))
         bloom = order.bloom.size, order.bloom.n_hash
         asked = entries.MakeBus(
             caller.unique, order.name, order.flags, bloom, order.creator_flags, about
         )
-        wait = caller.waits_for = self._file.ask(caller.unique, asked)
-        try:
-            await wait
-        finally:
-            caller.waits_for = None
+        await self._file.ask(caller.unique, asked)
 
 
 def _status(text: bytes, key: bytes) -> int:

@@ -20,6 +20,7 @@ cdef class Requests:
     cdef public object pool     # what the client maps, since HELLO
     cdef public object entering  # called with who says HELLO
     cdef readonly dict held, _asked
+    cdef Py_ssize_t storing     # answers that are to be in the caller's memory first
     cdef list _pushed
     cdef dict _guesses
     cdef uint32_t _told, _shown  # events: to who polls, and behind the pool

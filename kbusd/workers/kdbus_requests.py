@@ -9,6 +9,7 @@ answered at once (kdbus/mailbox.py); all else is a command of the session.
 
 import errno
 import mmap
+import select
 
 import cython
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -192,10 +193,12 @@ class Request:
             waits.start(self._store(tuple(left), result, reply), lambda _: None)
 
     async def _store(self, parts, result, reply):
+        self._device.storing += 1
         try:
             await self._device.ask(self.unique, entries.Store(self.unique, parts))
         except Errno as error:
             result = -error.errno
+        self._device.storing -= 1
         self._end(result, reply)
 
     def _end(self, result, reply):
@@ -239,6 +242,25 @@ class Requests:
             else:
                 self._given(message, fds)
         return True
+
+    def settle(self):
+        """The connection has ended: say the rest, which is answers, some of them yet to be stored. What comes
+        now is answered by the supervisor, once we have ended. Raises LineError, OSError."""
+        poller = select.poll()
+        while self.storing or self.line.queue:
+            poller.register(self.line, select.POLLIN | (select.POLLOUT if self.line.queue else 0))
+            poller.poll()
+            self.line.flush()
+            try:
+                received = self.line.receive()
+            except EOFError:
+                return
+            if received is not None:
+                message, fds = received
+                if type(message) is entries.Stored:
+                    self._given(message, fds)
+                else:
+                    close_all(fds)
 
     def _request(self, raw: bytes, ahead: tuple):
         held: Request

@@ -25,6 +25,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: MSG_NOSIGNAL
     enum: MSG_CMSG_CLOEXEC
     enum: MSG_CTRUNC
+    enum: MSG_PEEK
     enum: MSG_TRUNC
     enum: SO_SNDBUF
     int setsockopt(int fd, int level, int name, const void *value, unsigned int length)

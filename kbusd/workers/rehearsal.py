@@ -27,7 +27,7 @@ from kbusd.rings import entries
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
 from kbusd.rings.line import Line, pair
-from kbusd.wire.auth import ServerAuth, aliases
+from kbusd.wire.auth import usual
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 
@@ -106,8 +106,7 @@ class Rehearsal:
 def get_ready(context: Context) -> None:
     """Do without any client what comes first with one. It takes time only because the processor's
     caches hold other things; so it's done while the supervisor looks who it is."""
-    auth = ServerAuth(context.guid, _NOBODY.uid, aliases=aliases(b"0 0 1\n", _NOBODY.uid))
-    auth.receive(_SCRIPT)
+    usual(_SCRIPT, context.guid, _NOBODY.uid)
     can_connect(context.configuration.policy, _NOBODY, _NOBODY.uid)
     ClientPolicy(context.configuration.policy, _NOBODY)
 

@@ -18,7 +18,7 @@ from kbusd.policy.decide import can_connect, explain
 from kbusd.rings import entries
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
-from kbusd.wire.auth import ServerAuth, aliases
+from kbusd.wire.auth import ServerAuth, aliases, usual
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.rehearsal import Rehearsal, get_ready
@@ -135,13 +135,20 @@ def _authenticate(
     supervisor: socket.socket,
 ) -> tuple[bytes, list[int], bool] | str:
     """Do SASL. Returns what the client sent after BEGIN, or the reason why it must go."""
+    offered = context.configuration.auth
+    data = _receive(client)  # most clients have sent it all by now
+    if data and (not offered or "EXTERNAL" in offered):
+        step = usual(data, context.guid, who.credentials.uid)
+        if step is not None:
+            _send(client, step.reply)
+            return step.rest, [], step.unix_fds
     anonymous = context.configuration.allow_anonymous
     # Without <auth> the configuration offers what can succeed.
     every = ("EXTERNAL", "ANONYMOUS") if anonymous else ("EXTERNAL",)
     auth = ServerAuth(
         context.guid,
         who.credentials.uid,
-        mechanisms=context.configuration.auth or every,
+        mechanisms=offered or every,
         allow_anonymous=anonymous,
         aliases=aliases(who.uid_map, who.credentials.uid),
     )
@@ -149,13 +156,6 @@ def _authenticate(
     deadline = time.monotonic() + limit
     out = b""
     while True:
-        # Most clients have sent it all by now.
-        try:
-            data = client.recv(_SASL_READ)
-        except (BlockingIOError, InterruptedError):
-            data = None
-        except OSError:
-            data = b""
         if data == b"":
             return "disconnected before it was authenticated"
         if data is not None:
@@ -176,6 +176,17 @@ def _authenticate(
         poller.register(supervisor, select.POLLIN)
         if any(fd == supervisor.fileno() for fd, _ in poller.poll(left * 1000)):
             return "the bus ends"
+        data = _receive(client)
+
+
+def _receive(client: socket.socket) -> bytes | None:
+    """What has come, None if that is nothing, b"" if the client is gone."""
+    try:
+        return client.recv(_SASL_READ)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return b""
 
 
 def _send(client: socket.socket, data: bytes) -> bytes:

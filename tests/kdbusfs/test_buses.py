@@ -294,3 +294,20 @@ def test_many_buses_come_and_go(root: Path, shared: KdbusBus) -> None:
         procs.eventually(lambda: made(root) == [], "the bus is gone")
     fds = f"/proc/{shared.pid}/fd"
     procs.eventually(lambda: len(os.listdir(fds)) <= before + 2, "no descriptor is left")
+
+
+def test_bus_make_that_a_signal_interrupts_goes_on_when_it_is_restarted(root: Path) -> None:
+    """SA_RESTART; so it is with who is stopped, and goes on. It was told EBADFD."""
+    signals = []
+    old = signal.signal(signal.SIGALRM, lambda *_: signals.append(1))
+    signal.siginterrupt(signal.SIGALRM, False)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        with Maker(root).make(f"{UID}-again"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            with KdbusClient(str(root / f"{UID}-again" / "bus")) as client:
+                assert client.id
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert signals

@@ -294,6 +294,27 @@ def test_byebye_and_what_follows(bus: KdbusBus) -> None:
         assert time.monotonic() < deadline
 
 
+def test_hello_that_failed_can_be_tried_again_with_another_pool(bus: KdbusBus) -> None:
+    name = (items.string(abi.ITEM_NAME, "com.example.Taken"),)
+    bus.kdbus(flags=abi.HELLO_ACTIVATOR, chain=name)
+    with KdbusClient(bus.node, hello=False) as a:
+        for size in (1 << 16, 1 << 17):
+            activator = {"flags": abi.HELLO_ACTIVATOR, "chain": name, "size": size}
+            assert fails(lambda how=activator: a.hello(**how)) == "EEXIST"
+        a.hello(size=1 << 18)
+        a.send(a.id, b"still there")
+        assert a.recv().payload == b"still there"
+
+
+def test_byebye_that_writes_flags_back_is_answered(bus: KdbusBus) -> None:
+    a, other = bus.kdbus(), bus.kdbus()
+    said = Buffer(struct.pack("=3Q", 24, 0, 0xDEAD))  # return_flags, which are 0 afterwards
+    assert ioctl(a.fd, abi.CMD_BYEBYE, said.address) == 0
+    assert struct.unpack("=3Q", said.bytes) == (24, 0, 0)
+    assert fails(a.byebye) == "ECONNRESET"
+    assert a.id not in other.list(abi.LIST_UNIQUE)
+
+
 # -- both kinds --------------------------------------------------------------------------------
 
 

@@ -135,11 +135,10 @@ def test_a_made_bus_is_gone_when_its_file_is_closed(bus: KdbusBus) -> None:
 @pytest.fixture
 def unending(bus: KdbusBus) -> Iterator[KdbusClient]:
     """A connection with the name whose worker is stopped."""
-    before = {worker.pid for worker in bus.workers()}
     with KdbusClient(bus.node) as client:
         client.acquire(NAME)
-        workers = [each for each in bus.workers() if each.pid not in before or serves(each.pid)]
-        (worker,) = [each for each in workers if serves(each.pid)]
+        procs.eventually(lambda: len(serving(bus)) == 1, "those of former clients have ended")
+        (worker,) = serving(bus)
         os.kill(worker.pid, signal.SIGSTOP)
         try:
             yield client
@@ -148,8 +147,15 @@ def unending(bus: KdbusBus) -> Iterator[KdbusClient]:
     procs.eventually(lambda: not procs.alive(worker), "it ends after all")
 
 
-def serves(pid: int) -> bool:
-    return "kbusd-pool" in Path(f"/proc/{pid}/maps").read_text()
+def serving(bus: KdbusBus) -> list[procs.Process]:
+    """Its workers that have a client with a pool; others end meanwhile."""
+
+    def has_pool(worker: procs.Process) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return "kbusd-pool" in Path(f"/proc/{worker.pid}/maps").read_text()
+        return False
+
+    return list(filter(has_pool, bus.workers()))
 
 
 def test_nobody_waits_for_ever_for_what_does_not_end(unending: KdbusClient, bus: KdbusBus) -> None:

@@ -26,7 +26,7 @@ import pytest
 
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries, memfd
-from kbusd.supervisor import caller, kdbusfs
+from kbusd.supervisor import caller, kdbusfs, reach
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, Crowded
 from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
@@ -603,6 +603,43 @@ def test_memory_that_a_worker_has_guessed_comes_along() -> None:
     assert asked.ahead == ()
     player.answer(requests.decode(asked.request).header.unique)
     assert rig.end() is True
+
+
+@everywhere(NATIVE)
+def test_what_a_worker_had_answered_counts_though_it_ended_before_it_was_heard() -> None:
+    """Two threads say BYEBYE; while what one has written is copied, the other's is carried out. Both were told ECONNRESET."""
+
+    def client(path: str) -> Any:
+        said = []
+        with opened(path) as fd:
+            threads = [
+                threading.Thread(
+                    target=lambda: said.append(errno_of(lambda: fcntl.ioctl(fd, PLAIN)))
+                )
+                for _ in range(2)
+            ]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+        return sorted(said)
+
+    ended, attend = threading.Event(), reach.attend
+
+    def late(*order: Any) -> None:
+        assert ended.wait(SECONDS)
+        attend(*order)
+
+    reach.attend = late
+    rig = Rig(client)
+    player = rig.hire()
+    (one, _), (other, _) = player.asked(requests.Ioctl), player.asked(requests.Ioctl)
+    player.say(entries.Copy(other, ((PAGE, 8),)))
+    player.answer(one)
+    player.die()
+    ended.set()
+    assert rig.end() == ["", "ECONNRESET"]
+    assert rig.killed == []
 
 
 @everywhere(NATIVE)

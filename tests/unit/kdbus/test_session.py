@@ -28,6 +28,7 @@ from tests.unit.kdbus.world import (
 )
 
 READABLE = 0x41
+HELLO = struct.pack("=7Q", 0, 0, 0, 0, POOL, 0, 0) + bytes(16)
 
 
 @pytest.fixture
@@ -60,6 +61,40 @@ def test_hello_tells_who_one_is_and_how_signals_are_filtered(world: World) -> No
     assert client.session.poll() == 0x104  # writable
     with refused("EBADFD"):
         client.hello()
+
+
+@pytest.mark.parametrize("command", [abi.CMD_HELLO, abi.CMD_ENDPOINT_MAKE])
+def test_a_set_up_that_a_signal_interrupted_was_in_the_way_of_the_same_begun_again(
+    world: World, command: int
+) -> None:
+    client = world.client(hello=False)
+    client.session = client.port.session = Session(client.port, owner=True)
+    whole = {
+        abi.CMD_HELLO: client.struct(abi.CMD_HELLO, HELLO),
+        abi.CMD_ENDPOINT_MAKE: client.struct(
+            abi.CMD_ENDPOINT_MAKE, b"", items.string(abi.ITEM_MAKE_NAME, "1000-more")
+        ),
+    }[command]
+    world.looks = []
+    first = client.begin(command, whole)
+    again = client.begin(command, whole)  # it has its answer before we know of that
+    world.looks[0].fail(Errno(errno.EINTR, "a signal came"))
+    world.looks[1].done(None)
+    with refused("EINTR"):
+        client.end(first)
+    client.end(again)
+
+
+def test_of_two_who_say_hello_the_one_whom_the_bus_was_told_of_last_is_taken(world: World) -> None:
+    client = world.client(hello=False)
+    whole = client.struct(abi.CMD_HELLO, HELLO)
+    world.looks = []
+    first, second = client.begin(abi.CMD_HELLO, whole), client.begin(abi.CMD_HELLO, whole)
+    world.looks[0].done(None)
+    with refused("EBADFD"):
+        client.end(first)
+    world.looks[1].done(None)
+    client.end(second)
 
 
 def test_a_second_hello_while_the_first_waits_is_refused(world: World) -> None:

@@ -16,7 +16,7 @@ from kbusd.kdbus.items import Item
 from kbusd.kdbus.message import Memfd
 from kbusd.kdbus.parcel import MEMFD, About, Parcel, decode, decode_about, encode, split
 from kbusd.kdbus.policy import Entry
-from kbusd.kdbus.port import Joining, Known
+from kbusd.kdbus.port import Joining, Known, Looked
 from kbusd.kdbus.session import Done, Session
 from kbusd.kdbus.waits import Interrupted, Wait
 
@@ -34,6 +34,9 @@ class Memory:
         self.buffer = bytearray(size)
         self.seen = bytearray(size)
 
+    def hand_over(self) -> None:
+        """There is nobody to be given it."""
+
     def write(self, offset: int, data: bytes) -> None:
         self.buffer[offset : offset + len(data)] = data
 
@@ -49,6 +52,7 @@ class World:
         self.ports: dict[int, Port] = {}
         self.queues: dict[str, list[int]] = {}
         self.asked: dict[tuple[str, int], int] = {}  # RequestName's flags
+        self.looks: list[Wait[None]] | None = None  # at callers, which take long if this is a list
         self.services: dict[str, Client] = {}
         self.hidden: set[int] = set()  # connections that nobody sees
         self.hold = False
@@ -133,7 +137,14 @@ class Port:
     def creator(self) -> metadata.Metadata:
         return metadata.Metadata(creds=metadata.Creds(*[1000] * 8))
 
-    async def connect(self, caller: object, who: Joining) -> tuple[int, bytes]:
+    async def look(self, caller: object) -> Looked:
+        if self.world.looks is not None:
+            wait: Wait[None] = Wait()
+            self.world.looks.append(wait)
+            await wait
+        return {}
+
+    async def connect(self, caller: object, looked: Looked, who: Joining) -> tuple[int, bytes]:
         await self.world.turn()
         self.id = 1 + max(self.world.ports, default=0)
         for port in self.world.ports.values():

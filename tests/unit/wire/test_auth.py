@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbusd.wire.auth import AuthStep, ClientAuth, ServerAuth, State, aliases
+from kbusd.wire.auth import AuthStep, ClientAuth, ServerAuth, State, aliases, usual
 from tests.unit.wire.conftest import DbusDaemon
 
 GUID = "0123456789abcdef" * 2
@@ -304,3 +304,55 @@ def test_the_names_of_a_uid_in_a_user_namespace() -> None:
     assert aliases(two, 165535) == (65535,)
     assert aliases(two, 1000) == (70000,)
     assert aliases(two, 165536) == aliases(two, 0) == aliases(b"", 0) == ()
+
+
+# -- the usual conversation ----------------------------------------------------------------------
+
+USUAL = b"\0AUTH EXTERNAL " + HEX + b"\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+UNCLAIMED = b"\0AUTH EXTERNAL\r\nDATA\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n"
+
+
+@pytest.mark.parametrize("fds", [b"NEGOTIATE_UNIX_FD\r\n", b""])
+@pytest.mark.parametrize("claim", [b" " + HEX + b"\r\n", b"\r\nDATA\r\n"])
+@pytest.mark.parametrize("rest", [b"", b"l\1", b"BEGIN\r\n", b"\r\n" * 9000])
+def test_the_usual_conversation_is_known(claim: bytes, fds: bytes, rest: bytes) -> None:
+    data = b"\0AUTH EXTERNAL" + claim + fds + b"BEGIN\r\n" + rest
+    step = usual(data, GUID, UID)
+    assert step is not None
+    assert step == say(data)
+
+
+_PIECES = st.sampled_from(
+    [
+        b"\0",
+        b"AUTH",
+        b" ",
+        b"EXTERNAL",
+        HEX,
+        b"30",
+        b"\r\n",
+        b"DATA",
+        b"NEGOTIATE_UNIX_FD",
+        b"BEGIN",
+    ]
+    + [USUAL, UNCLAIMED, b"ERROR", b"CANCEL", b"\n", b"x"]
+)
+
+
+@given(st.lists(_PIECES, max_size=14).map(b"".join))
+def test_what_is_taken_for_usual_gets_the_same_answers(data: bytes) -> None:
+    step = usual(data, GUID, UID)
+    assert step is None or step == say(data)
+
+
+@given(st.sampled_from([USUAL, UNCLAIMED]), st.data())
+def test_what_is_nearly_usual_gets_the_same_answers(text: bytes, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(text)))
+    until = data.draw(st.integers(at, min(len(text), at + 3)))
+    changed = text[:at] + data.draw(st.binary(max_size=3)) + text[until:]
+    step = usual(changed, GUID, UID)
+    assert step is None or step == say(changed)
+
+
+def test_a_uid_that_is_another_one_is_not_usual() -> None:
+    assert usual(USUAL, GUID, UID + 1) is None

@@ -268,3 +268,83 @@ def test_an_answer_without_any_state_ends_the_worker(stage: Stage) -> None:
     stage.call("Hello")
     stage.broker.send(e.Reply(stage.asked(e.Hello).request, ME))
     assert "without a snapshot" in stage.asked(e.Leaving).reason
+
+
+# -- what is told early (early.py) ---------------------------------------------------------------
+
+
+def hello(**options: Any) -> bytes:
+    return w.build(
+        w.CALL, BUS | {w.INTERFACE: "org.freedesktop.DBus", w.MEMBER: "Hello"}, **options
+    )
+
+
+def test_the_answer_to_hello_does_not_wait_for_what_else_it_means(stage: Stage) -> None:
+    """The log contradicts itself, so the worker ends once it reads that; its client was told before."""
+    stage.broker.send(e.State(stage.state))
+    stage.client.sendall(hello())
+    request = stage.asked(e.Hello).request
+    stage.enter(e.ConnectionRemoved(99))
+    stage.broker.send(e.Reply(request, ME))
+    assert stage.read().args == [f":1.{ME}"]
+    assert stage.read().member == "NameAcquired"
+    assert "contradicts itself" in stage.asked(e.Leaving).reason
+
+
+@pytest.mark.parametrize("id", [1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32])
+@pytest.mark.parametrize("expected", [1, 128])
+def test_whichever_id_is_given_the_answer_to_hello_says_so_once(
+    stage: Stage, id: int, expected: int
+) -> None:
+    stage.broker.send(e.State(stage.state, expected))
+    stage.client.sendall(hello(serial=0x352E313A))  # ":1.5", if it were text
+    request = stage.asked(e.Hello).request
+    stage.enter(e.ConnectionAdded(id, WHO))
+    stage.broker.send(e.Reply(request, id))
+    reply, signal = stage.read(), stage.read()
+    assert (reply.type, reply.args, reply.serial) == (w.RETURN, [f":1.{id}"], 1)
+    assert reply.fields[w.REPLY_SERIAL] == 0x352E313A
+    assert (signal.member, signal.args, signal.serial) == ("NameAcquired", [f":1.{id}"], 2)
+    stage.call("GetNameOwner", f":1.{id}")
+    assert (answer := stage.read()).args == [f":1.{id}"] and answer.serial == 3
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        hello(flags=1),
+        hello(endian=">"),
+        hello(extra_fields=((200, "s", "unknown"),)),
+        w.build(w.CALL, BUS | {w.MEMBER: "Hello"}),
+    ],
+)
+def test_a_hello_that_is_not_the_usual_one_is_answered_as_well(
+    stage: Stage, message: bytes
+) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.client.sendall(message)
+    stage.admit(stage.asked(e.Hello).request)
+    assert stage.owned() == ALL_BUT_ONE
+
+
+def test_what_policy_keeps_from_a_client_it_is_not_told_early(
+    context: Context, tmp_path: Path
+) -> None:
+    file = tmp_path / "denying.conf"
+    denied = (
+        '<deny receive_interface="org.freedesktop.DBus" receive_member="NameAcquired"/></policy>'
+    )
+    file.write_text(EVERYTHING.replace("</policy>", denied))
+    data = configuration.encode(configuration.load(str(file)))
+    stage = Stage(context.with_configuration(data, 0))
+    try:
+        stage.broker.send(e.State(stage.state))
+        stage.client.sendall(hello())
+        request = stage.asked(e.Hello).request
+        stage.enter(e.ConnectionAdded(ME, WHO))
+        stage.broker.send(e.Reply(request, ME))
+        assert stage.read().args == [f":1.{ME}"]
+        stage.call("NameHasOwner", f":1.{ME}")
+        assert stage.read().args == [True]
+    finally:
+        stage.close()
