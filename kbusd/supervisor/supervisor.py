@@ -38,7 +38,7 @@ from kbusd.rings.unread import dispose, ready
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
-from kbusd.supervisor.clients import Client, Clients, credentials_of, pidfd_of
+from kbusd.supervisor.clients import Client, Clients, accept, credentials_of, pidfd_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener, open_endpoint
 from kbusd.supervisor.spawn import spawn
@@ -275,6 +275,8 @@ class Supervisor:
             case entries.Forked(number, pid), [line_fd, broker_fd, pidfd] if number in self.forking:
                 line, pool = Line(adopt(line_fd), entries.ToSupervisor), self.forking.pop(number)
                 self.workers[number] = worker = Worker(number, pid, pidfd, line, pool)
+                if not pool.files:
+                    line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 pool.spare.append(worker)
                 self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
                 os.close(broker_fd)
@@ -304,7 +306,7 @@ class Supervisor:
         if len(spare := self.pools[0].spare) == SPARES and not self.incomplete:
             spare[0].line.offer(entries.Soon())
         try:
-            client, _ = listener.sock.accept()
+            client = accept(listener.sock)
             credentials = credentials_of(client, listener.endpoint)
         except OSError as error:
             if not isinstance(error, BlockingIOError):  # else it has gone again
@@ -315,7 +317,6 @@ class Supervisor:
         if why := self.clients.refusal(credentials, limit):
             self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
             return dispose(client)
-        client.setblocking(False)  # for the worker, which may not change it
         self.clients.add(credentials, client)
 
     def _serve(self) -> None:
@@ -330,7 +331,6 @@ class Supervisor:
         if hasty := isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             try:
-                worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 known = kernel.uid_map(credentials.pid)
                 worker.line.send(entries.Client(credentials, known), [client.fileno()])
             except OSError as error:
