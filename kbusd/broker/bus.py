@@ -164,8 +164,12 @@ class Bus:
 
     # -- the supervisor's word ------------------------------------------------------------------
 
-    def worker_started(self, worker: int, pid: int) -> None:
-        self.connections[worker] = Connection(worker, pid)
+    def worker_started(self, worker: int, pid: int, files: bool = False) -> None:
+        connection = self.connections[worker] = Connection(worker, pid)
+        # While there are no endpoints, its client can come by none; and if one comes by a later one, the worker
+        # throws away what it was told.
+        if not files and not self.endpoints.existed:
+            self._tell_state(connection)
 
     def assigned(
         self,
@@ -189,16 +193,18 @@ class Bus:
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
-                self._tell_state(connection)
+                if self._behind(connection) != OPEN:
+                    connection.told = None
+                elif connection.told is None or not self._outside.reaches(connection.told):
+                    self._tell_state(connection)
 
     def _tell_state(self, connection: Connection) -> None:
         """What its worker needs to know at Hello, as long as that makes a short record: it waits in the
-        worker's line, maybe for ever, while a client authenticates."""
-        if self._behind(connection) == OPEN:
-            state, at = self._outside.state()
-            if len(state) <= MAX_TOLD:
-                self._outside.send(connection.worker, State(state, self._next_id))
-                connection.told = at
+        worker's line, maybe for ever, until a client comes and has authenticated."""
+        state, at = self._outside.state()
+        if len(state) <= MAX_TOLD:
+            self._outside.send(connection.worker, State(state, self._next_id))
+            connection.told = at
 
     def entering(self, worker: int, credentials: Credentials) -> None:
         """Who says HELLO by a file need not be who has opened it."""

@@ -100,10 +100,11 @@ class ShownBySocket:
 
 
 class Endpoints:
-    """All of a bus."""
+    """All of a bus. `existed`: there were some, once."""
 
     def __init__(self, outside: Outside) -> None:
         self._outside = outside
+        self.existed = False
         self._all: dict[str, One] = {}
         self._unanswered = 0
 
@@ -197,6 +198,7 @@ class Endpoints:
 
     def _put(self, one: One) -> None:
         self._all[one.policy.name] = one
+        self.existed = True
         self._outside.append(EndpointChanged(one.policy.name, policy.encode(one.policy)))
 
     def _drop(self, name: str, why: str) -> None:

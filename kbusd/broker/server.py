@@ -250,12 +250,14 @@ class Server:
     def _supervisor_says(self, message: SupervisorMessage, fds: list[int]) -> None:
         try:
             match message:
-                case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
+                case WorkerStarted(worker, pid, files) if (
+                    len(fds) == 1 and worker not in self._lines
+                ):
                     line = Guarded(adopt(fds.pop()), WorkerMessage, self._closers, worker)
                     self._lines[worker] = line
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
-                    self._bus.worker_started(worker, pid)
+                    self._bus.worker_started(worker, pid, files)
                 case Assigned(worker, credentials, hasty, custom) if len(fds) <= 1:
                     pidfd = fds.pop() if fds else -1
                     self._bus.assigned(worker, credentials, hasty, custom, pidfd)

@@ -480,7 +480,7 @@ class Reply(FromBroker, frozen=True, tag="reply"):
 
 
 class State(FromBroker, frozen=True, tag="state"):
-    """An encoded Snapshot, before Hello: what the worker takes over while the broker answers that. If
+    """An encoded Snapshot, before Hello, and mostly before there is a client: what the worker takes over while the broker answers that. If
     the reply comes without a snapshot, this one holds. `next`: the id that it gets if nobody else is quicker."""
 
     snapshot: bytes
@@ -535,10 +535,12 @@ BrokerMessage = Reply | State | Failure | Introduction | Withdrawn | Probe | Cou
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
-    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line."""
+    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line. `files`:
+    for a client that opens a file."""
 
     worker: int
     pid: int
+    files: bool = False
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):

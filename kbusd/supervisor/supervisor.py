@@ -278,7 +278,7 @@ class Supervisor:
                 if not pool.files:
                     line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 pool.spare.append(worker)
-                self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
+                self._tell(BROKER, entries.WorkerStarted(number, pid, pool.files), [broker_fd])
                 os.close(broker_fd)
             case entries.Ended(number, code), []:
                 self._worker_ended(number, code)

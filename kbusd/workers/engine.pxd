@@ -50,6 +50,7 @@ cdef class Engine:
     cdef void _loop(self) except *
     cdef void has_joined(self) except *
     cdef void before_broker(self) except *
+    cdef void before_answer(self) except *
     cdef int _timeout(self) except -2
     cdef bint waits(self) except -1
     cdef void tidy_later(self) noexcept

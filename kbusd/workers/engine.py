@@ -153,9 +153,24 @@ class Engine:
     def prepare(self, client, supervisor, credentials) -> None:
         """Whom to serve: `client` is the descriptor to watch for it, `supervisor` our line to there,
         which may be the same."""
+        self.attach(client, supervisor, credentials)
+        self.begin()
+
+    def attach(self, client, supervisor, credentials) -> None:
+        """The first part of `prepare`, till the client says something."""
         self.client = client
         self.supervisor = supervisor
         self.credentials = credentials
+        self.broker = self.asking.line.fileno()
+        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
+        self.waiting.watch(self.broker, BROKER, EPOLLIN)
+        self.waiting.watch(client, CLIENT, EPOLLIN)
+        if supervisor != client:
+            self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
+
+    def begin(self) -> None:
+        """The second part of `prepare`: what is needed to judge what it says."""
+        credentials = self.credentials
         policy = self._take_policy()
         self.router = self.make_router(policy)
         if credentials.endpoint:
@@ -166,12 +181,6 @@ class Engine:
             )
         else:
             self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
-        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
-        self.broker = self.asking.line.fileno()
-        self.waiting.watch(self.broker, BROKER, EPOLLIN)
-        self.waiting.watch(client, CLIENT, EPOLLIN)
-        if supervisor != client:
-            self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
 
     def make_router(self, policy: ClientPolicy) -> Router:
         """Who decides whom our client's messages go to."""
@@ -652,6 +661,8 @@ class Engine:
                 entry = decode_entry(frame.body)
                 self.replica.apply(entry)
                 self.replica.position = frame.position
+                if type(entry) is entries.ConnectionAdded:
+                    self.next_id = entry.id + 1
         except (msgspec.MsgspecError, ReplicaError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
         except memfd.RingError:
@@ -820,6 +831,8 @@ class Engine:
     def _broker_says(self, message, fds):
         kind = type(message)
         if kind is entries.Reply or kind is entries.Failure:
+            if not self.loaded:
+                self.before_answer()
             self.asking.answered(message, fds)
         elif kind is entries.Introduction:
             self.peers.introduced_by(message, fds)
@@ -1187,6 +1200,9 @@ class Engine:
 
     def before_broker(self) -> cython.void:
         """The broker says something after that."""
+
+    def before_answer(self) -> cython.void:
+        """The answer to Hello is about to be dealt with."""
 
     def from_client(self, events) -> cython.void:
         """The client's descriptor is ready: epoll_wait(2)'s `events`."""

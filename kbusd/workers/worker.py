@@ -64,6 +64,7 @@ def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> 
         case entries.Client() as handed_over, [fd]:
             if handed_over.credentials.endpoint:
                 engine.leave_log()
+                line.skip()  # the state of the bus, if it was told
             client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
             _serve_socket(context, engine, hand_over, line, handed_over, client)
         case entries.Device() as device, []:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
 from kbusd.workers.context import Context
 from tests.bus import wireformat as w
+from tests.bus.procs import eventually
 from tests.unit.workers.alone import start_worker
 from tests.unit.workers.conftest import EVERYTHING
 
@@ -30,10 +34,10 @@ BUS = {w.PATH: "/org/freedesktop/DBus", w.DESTINATION: "org.freedesktop.DBus"}
 
 
 class Stage:
-    """A worker whose client has authenticated. OTHER is on the bus since before the snapshot, LATE
-    since after it."""
+    """A worker whose client, `who`, has authenticated. OTHER is on the bus since before the snapshot, LATE
+    since after it. `told`: as it was told before that."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, who: e.Credentials = WHO, told: bytes = b"") -> None:
         self.clock = Clock()
         self.log = Broadcast(65536)
         context = msgspec.structs.replace(context, log_fd=self.log.fileno())
@@ -43,7 +47,9 @@ class Stage:
         state = e.Snapshot(self.log.position, 0, ((OTHER, WHO),), (), (), (), (), 0)
         self.state = msgspec.msgpack.encode(state)
         self.enter(e.ConnectionAdded(LATE, WHO))
-        self.supervisor.send(e.Client(WHO), [served.fileno()])
+        if told:
+            self.broker.send(e.State(told))
+        self.supervisor.send(e.Client(who), [served.fileno()])
         served.close()
         self.client.sendall(SASL)
         while self.buffer.count(b"\r\n") < 3:
@@ -65,6 +71,10 @@ class Stage:
         received = self.broker.receive()
         assert received is not None and isinstance(received[0], kind), received
         return received[0]
+
+    def is_read(self) -> bool:
+        """All that our client has sent (unix(7), SIOCOUTQ)."""
+        return not any(fcntl.ioctl(self.client, termios.TIOCOUTQ, bytes(4)))
 
     def call(self, member: str, *names: str) -> None:
         fields = BUS | {w.MEMBER: member}
@@ -329,3 +339,39 @@ def test_what_policy_keeps_from_a_client_it_is_not_told_early(
         assert stage.read().args == [True]
     finally:
         stage.close()
+
+
+def test_the_state_was_told_to_a_worker_whose_client_then_came_by_an_endpoint(
+    context: Context,
+) -> None:
+    """It is not to know it, and throws it away unread: what stands there is no state at all."""
+    stage = Stage(context, msgspec.structs.replace(WHO, endpoint="app"), b"\xc1")
+    try:
+        stage.client.sendall(hello())
+        request = stage.asked(e.Hello).request
+        shown = memfd.sealed("snapshot", stage.snapshot(0, ME))
+        stage.broker.send(e.Reply(request, ME), [shown, stage.log.fileno()])
+        os.close(shown)
+        assert stage.read().args == [f":1.{ME}"]
+    finally:
+        stage.close()
+
+
+def test_a_client_that_leaves_before_its_hello_is_answered(stage: Stage) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.client.sendall(hello())
+    request = stage.asked(e.Hello).request
+    stage.client.shutdown(socket.SHUT_WR)
+    stage.admit(request)
+    assert stage.asked(e.Leaving).reason == ""
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 100])
+def test_a_hello_that_comes_in_pieces(stage: Stage, size: int) -> None:
+    stage.broker.send(e.State(stage.state))
+    message = hello()
+    for at in range(0, len(message), size):
+        stage.client.sendall(message[at : at + size])
+        eventually(stage.is_read, "the worker reads each piece by itself")
+    stage.admit(stage.asked(e.Hello).request)
+    assert stage.owned() == ALL_BUT_ONE
