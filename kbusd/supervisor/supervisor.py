@@ -28,7 +28,7 @@ from functools import partial
 from itertools import count, islice
 from resource import RLIMIT_NOFILE, getrlimit
 from select import POLLIN, POLLOUT, poll
-from socket import SHUT_RD, socket
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RD, socket
 
 import msgspec
 
@@ -49,6 +49,8 @@ READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
 SPARES = 4
+# Encoded, as it is the first that is done with a processor's caches cold.
+SOON, WITHOUT_WAITING = msgspec.msgpack.encode(entries.Soon()), int(MSG_DONTWAIT | MSG_NOSIGNAL)
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs a pool; one in case of need
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
@@ -304,7 +306,8 @@ class Supervisor:
     def _accept(self, listener: Listener) -> None:
         # It gets ready while we look who comes; where many come, no processor is free for that.
         if len(spare := self.pools[0].spare) == SPARES and not self.incomplete:
-            spare[0].line.offer(entries.Soon())
+            with suppress(OSError):  # it has ended
+                spare[0].line.sock.send(SOON, WITHOUT_WAITING)
         try:
             client = accept(listener.sock)
             credentials = credentials_of(client, listener.endpoint)
