@@ -35,6 +35,7 @@ from kbusd.rings.entries import (
     Assigned,
     BrokerMessage,
     BrokerReady,
+    Discard,
     EndLaunch,
     EndpointMade,
     Endpoints,
@@ -401,6 +402,9 @@ class Server:
 
     def kill(self, worker: int, reason: str) -> None:
         self._broken[worker] = reason
+
+    def discard(self, worker: int) -> None:
+        self._tell_supervisor(Discard(worker))
 
     def reload(self) -> None:
         self._tell_supervisor(ReloadWanted())

@@ -620,6 +620,13 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
     reason: str
 
 
+class Discard(msgspec.Struct, frozen=True, array_like=True, tag="discard"):
+    """broker -> supervisor. This worker knows too much for some client that may come: give it none. If it has one,
+    that is none of these."""
+
+    worker: int
+
+
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     """broker -> supervisor. The client of `worker` said Hello: it is complete (dbus-daemon(1),
     max_incomplete_connections)."""
@@ -645,7 +652,7 @@ class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
     names: tuple[str, ...]
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | Left | BrokerReady | Endpoints
+ToSupervisor = ReloadWanted | Kill | Discard | Joined | Left | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------

@@ -12,7 +12,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -115,13 +114,6 @@ class Line:
             # It has closed and left something of ours unread; what it had said before comes next.
             return self.receive(buffer)
         return self.decoded(memoryview(buffer)[:size], fds, cut_short)
-
-    def skip(self) -> None:
-        """What has come is thrown away unread."""
-        flags = _CUT_SHORT
-        with suppress(OSError):
-            while flags & _CUT_SHORT:
-                _, _, flags, _ = self.sock.recvmsg(0, 0, self._wait_flag())
 
     def _next(self, buffer: bytearray, flags: int) -> tuple[int, list[int], int]:
         """The next record's size, its descriptors, and whether it was cut short."""

@@ -267,6 +267,11 @@ class Supervisor:
                 with suppress(KeyError, ProcessLookupError):  # it has ended already
                     self.journal.warn(f"ending {self.workers[number]}: {reason}")
                     signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
+            case entries.Discard(number), []:
+                worker = self.workers.get(number)
+                if worker is not None and worker in worker.pool.spare:
+                    worker.pool.spare.remove(worker)
+                    worker.line.close()  # it ends by that
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
                 self.delay = RETRY_SECONDS
@@ -369,7 +374,7 @@ class Supervisor:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
             self.clients.of[worker.client.share] -= 1
-        else:
+        elif worker in worker.pool.spare:
             worker.pool.spare.remove(worker)
             self._lose()
         self._tell(BROKER, entries.WorkerGone(number, reason))

@@ -101,6 +101,7 @@ _CHANGES = frozenset(
     )
 )
 _RULES = frozenset((entries.MatchAdded, entries.MatchRemoved))
+decode_snapshot = msgspec.msgpack.Decoder(entries.Snapshot).decode
 decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
 encode_refusal = msgspec.msgpack.Encoder().encode
 decode_refusal = msgspec.msgpack.Decoder(tuple[str, str]).decode
@@ -647,16 +648,33 @@ class Engine:
             self.asked = True
             self._join()
 
+    def get_ready(self) -> None:
+        """While there is no client yet: take over the state of the bus, which the broker tells."""
+        try:
+            self._hear()
+        except EOFError:
+            return  # it says so again
+        self._take_said()
+        self._take_over(0)
+
     def _join(self):
-        """While the broker answers Hello: take over the state that it has told us, and what the log has said
-        since. No one hears of that, as our client is nobody yet."""
-        if self.loaded or not (self.asked and self.state):
+        """The same while the broker answers Hello, and what is new since. No one hears of that, as our client
+        is nobody yet."""
+        if self.loaded or not self.asked or not (self.state or self.knows):
             return
+        self._take_over(self.before)
+        self.joined = True
+        self.has_joined()
+
+    def _take_over(self, until: uint64_t):
+        """The state that we were told, and what the log has said since, up to there."""
         state, self.state = self.state, b""
         try:
-            self.driver.load(state)
-            self.log.seek(self.replica.position)
-            while self.log.position < self.before:
+            if state:
+                self.replica.load(decode_snapshot(state))
+                self.log.seek(self.replica.position)
+                self.knows = True
+            while self.knows and self.log.position < until:
                 frame = self.log.read()
                 entry = decode_entry(frame.body)
                 self.replica.apply(entry)
@@ -667,8 +685,6 @@ class Engine:
             raise Gone(f"the broker talks nonsense: {error}") from None
         except memfd.RingError:
             pass  # the log has gone round; if the answer has no new state, `_behind` asks for it
-        self.joined = True
-        self.has_joined()
 
     def _answer_driver(self, token, answer, fds):
         snapshot = b""

@@ -76,13 +76,21 @@ def test_once_there_was_an_endpoint_no_worker_is_told_the_state_before_its_clien
     assert world.events == [(4, e.State(b"state"))]
 
 
-def test_a_state_that_was_told_does_not_count_for_a_client_that_came_by_a_later_endpoint() -> None:
+def test_spare_workers_that_know_the_state_get_no_client_once_one_may_come_by_an_endpoint() -> None:
+    """They go before anybody can listen for it. One that got a client just before has another one."""
     world = World()
     world.told = b"state"
+    world.bus.worker_started(3, 3)
+    world.bus.assigned(3, credentials(3))
     world.bus.worker_started(4, 4)
+    world.bus.worker_started(5, 5, files=True)
+    world.events.clear()
     world.bus.endpoints.configure([Endpoint("app")])
-    world.bus.assigned(4, replace(credentials(4), endpoint="app"))
-    assert (4, e.Reply(1, 1), 77, 78) in world.ask(world.bus.connections[4], e.Hello(1))
+    assert world.events[0] == ("discard", 4)
+    assert ("discard", 3) not in world.events and ("discard", 5) not in world.events
+    world.events.clear()
+    world.bus.assigned(4, credentials(4))
+    assert world.events == [(4, e.State(b"state"))]
 
 
 def test_a_state_that_has_become_too_old_is_told_anew_when_a_client_comes() -> None:

@@ -19,6 +19,7 @@ from kbusd.rings import entries as e
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
+from kbusd.rings.line import Line
 from kbusd.workers.context import Context
 from tests.bus import wireformat as w
 from tests.bus.procs import eventually
@@ -34,10 +35,10 @@ BUS = {w.PATH: "/org/freedesktop/DBus", w.DESTINATION: "org.freedesktop.DBus"}
 
 
 class Stage:
-    """A worker whose client, `who`, has authenticated. OTHER is on the bus since before the snapshot, LATE
-    since after it. `told`: as it was told before that."""
+    """A worker whose client has authenticated. OTHER is on the bus since before the snapshot, LATE
+    since after it. `spare`: it was told that before there was a client."""
 
-    def __init__(self, context: Context, who: e.Credentials = WHO, told: bytes = b"") -> None:
+    def __init__(self, context: Context, spare: bool = False) -> None:
         self.clock = Clock()
         self.log = Broadcast(65536)
         context = msgspec.structs.replace(context, log_fd=self.log.fileno())
@@ -47,9 +48,11 @@ class Stage:
         state = e.Snapshot(self.log.position, 0, ((OTHER, WHO),), (), (), (), (), 0)
         self.state = msgspec.msgpack.encode(state)
         self.enter(e.ConnectionAdded(LATE, WHO))
-        if told:
-            self.broker.send(e.State(told))
-        self.supervisor.send(e.Client(who), [served.fileno()])
+        if spare:
+            self.broker.send(e.State(self.state))
+            eventually(lambda: is_read(self.broker), "the worker takes over the state")
+            self.supervisor.send(e.Soon())
+        self.supervisor.send(e.Client(WHO), [served.fileno()])
         served.close()
         self.client.sendall(SASL)
         while self.buffer.count(b"\r\n") < 3:
@@ -71,10 +74,6 @@ class Stage:
         received = self.broker.receive()
         assert received is not None and isinstance(received[0], kind), received
         return received[0]
-
-    def is_read(self) -> bool:
-        """All that our client has sent (unix(7), SIOCOUTQ)."""
-        return not any(fcntl.ioctl(self.client, termios.TIOCOUTQ, bytes(4)))
 
     def call(self, member: str, *names: str) -> None:
         fields = BUS | {w.MEMBER: member}
@@ -120,6 +119,11 @@ class Stage:
             self.call("NameHasOwner", f":1.{id}")
             found += self.read().args
         return found
+
+
+def is_read(sock: socket.socket | Line) -> bool:
+    """All that was sent there (unix(7), SIOCOUTQ)."""
+    return not any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
 
 
 @pytest.fixture
@@ -341,18 +345,25 @@ def test_what_policy_keeps_from_a_client_it_is_not_told_early(
         stage.close()
 
 
-def test_the_state_was_told_to_a_worker_whose_client_then_came_by_an_endpoint(
-    context: Context,
-) -> None:
-    """It is not to know it, and throws it away unread: what stands there is no state at all."""
-    stage = Stage(context, msgspec.structs.replace(WHO, endpoint="app"), b"\xc1")
+def test_a_spare_worker_takes_over_the_state(context: Context) -> None:
+    stage = Stage(context, spare=True)
     try:
+        stage.enter(e.ConnectionAdded(9, WHO))
         stage.client.sendall(hello())
-        request = stage.asked(e.Hello).request
-        shown = memfd.sealed("snapshot", stage.snapshot(0, ME))
-        stage.broker.send(e.Reply(request, ME), [shown, stage.log.fileno()])
-        os.close(shown)
-        assert stage.read().args == [f":1.{ME}"]
+        stage.admit(stage.asked(e.Hello).request)
+        assert stage.owned() == [True] * 4
+    finally:
+        stage.close()
+
+
+def test_a_state_that_is_told_anew_replaces_what_was_taken_over(context: Context) -> None:
+    stage = Stage(context, spare=True)
+    try:
+        stage.enter(e.ConnectionAdded(9, WHO))
+        stage.broker.send(e.State(stage.snapshot(0, OTHER)))
+        stage.client.sendall(hello())
+        stage.admit(stage.asked(e.Hello).request)
+        assert stage.owned() == [True, False, True, False]
     finally:
         stage.close()
 
@@ -372,6 +383,6 @@ def test_a_hello_that_comes_in_pieces(stage: Stage, size: int) -> None:
     message = hello()
     for at in range(0, len(message), size):
         stage.client.sendall(message[at : at + size])
-        eventually(stage.is_read, "the worker reads each piece by itself")
+        eventually(lambda: is_read(stage.client), "the worker reads each piece by itself")
     stage.admit(stage.asked(e.Hello).request)
     assert stage.owned() == ALL_BUT_ONE
