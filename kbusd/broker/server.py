@@ -35,6 +35,7 @@ from kbusd.rings.entries import (
     Assigned,
     BrokerMessage,
     BrokerReady,
+    Discard,
     EndLaunch,
     EndpointMade,
     Endpoints,
@@ -267,12 +268,14 @@ class Server:
     def _supervisor_says(self, message: SupervisorMessage, fds: list[int]) -> None:
         try:
             match message:
-                case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
+                case WorkerStarted(worker, pid, files) if (
+                    len(fds) == 1 and worker not in self._lines
+                ):
                     line = Guarded(adopt(fds.pop()), WorkerMessage, self._closers, worker)
                     self._lines[worker] = line
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
-                    self._bus.worker_started(worker, pid)
+                    self._bus.worker_started(worker, pid, files)
                 case WorkerStarted(worker, _) if self._supervisor.lost:
                     why = "the broker can have no more descriptors (RLIMIT_NOFILE)"
                     self._tell_supervisor(Kill(worker, why))
@@ -424,6 +427,9 @@ class Server:
 
     def kill(self, worker: int, reason: str) -> None:
         self._broken[worker] = reason
+
+    def discard(self, worker: int) -> None:
+        self._tell_supervisor(Discard(worker))
 
     def reload(self) -> None:
         self._tell_supervisor(ReloadWanted())

@@ -498,7 +498,7 @@ class Reply(FromBroker, frozen=True, tag="reply"):
 
 
 class State(FromBroker, frozen=True, tag="state"):
-    """An encoded Snapshot, before Hello: what the worker takes over while the broker answers that. If
+    """An encoded Snapshot, before Hello, and mostly before there is a client: what the worker takes over while the broker answers that. If
     the reply comes without a snapshot, this one holds. `next`: the id that it gets if nobody else is quicker."""
 
     snapshot: bytes
@@ -553,10 +553,12 @@ BrokerMessage = Reply | State | Failure | Introduction | Withdrawn | Probe | Cou
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
-    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line."""
+    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line. `files`:
+    for a client that opens a file."""
 
     worker: int
     pid: int
+    files: bool = False
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
@@ -636,6 +638,13 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
     reason: str
 
 
+class Discard(msgspec.Struct, frozen=True, array_like=True, tag="discard"):
+    """broker -> supervisor. This worker knows too much for some client that may come: give it none. If it has one,
+    that is none of these."""
+
+    worker: int
+
+
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     """broker -> supervisor. The client of `worker` said Hello: it is complete (dbus-daemon(1),
     max_incomplete_connections)."""
@@ -661,7 +670,7 @@ class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
     names: tuple[str, ...]
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | Left | BrokerReady | Endpoints
+ToSupervisor = ReloadWanted | Kill | Discard | Joined | Left | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------
