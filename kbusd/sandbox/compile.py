@@ -18,10 +18,11 @@ from contextlib import suppress
 import pyseccomp
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compiled import FEW_USERS, USERS, Compiled, Limit, Path, decode, encode
+from kbusd.sandbox.compiled import USERS, Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
 from kbusd.sandbox.selinux import knows as selinux_knows
+from kbusd.sandbox.users import there
 
 __all__ = [
     "Compiled",
@@ -80,7 +81,9 @@ def compile_profile(
     if _enabled(profile, "user") and profile.user and profile.user.names:
         wanted = (user, *profile.user.names) if user else profile.user.names
         uid, gid = _user(profile.user.origin, wanted, profile.user.required, notes)
-        if profile.user.apart and not (apart := users_apart(profile.user)):
+        if profile.user.apart and not (
+            apart := there(profile.user.apart, profile.user.apart_inside)
+        ):
             missing = profile.user.apart_inside or profile.user.apart
             notes.append(f"its children share a user: there is no user {missing} in this namespace")
     if _enabled(profile, "groups") and profile.groups:
@@ -142,21 +145,6 @@ def compile_profile(
 def _enabled(profile: profiles.Profile, section: str) -> bool:
     value = getattr(profile, section)
     return value is not None and bool(value.enabled)
-
-
-def users_apart(user: profiles.User) -> tuple[int, int] | None:
-    """Whom children become, in our user namespace: the first user, and how many; None if nobody."""
-    return _there(user.apart, user.apart_inside)
-
-
-def _there(many: int | None, few: int | None) -> tuple[int, int] | None:
-    """Those of these users that are mapped in our user namespace."""
-    with open("/proc/self/uid_map") as mapped:
-        ranges = [tuple(map(int, line.split())) for line in mapped]
-    for first, count in ((many, USERS), (few, FEW_USERS)):
-        if first and any(at <= first and first + count <= at + size for at, _, size in ranges):
-            return first, count
-    return None
 
 
 def _of_the_machine() -> bool:
@@ -317,7 +305,7 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
         )
         raise ProfileError(file, key, problem, line=line)
     if argument.users is not None:
-        first, count = _there(argument.users, argument.users_inside) or (argument.users, USERS)
+        first, count = there(argument.users, argument.users_inside) or (argument.users, USERS)
         return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - count, first)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
