@@ -72,6 +72,20 @@ def _holds(rule: profiles.Rule, argument: profiles.Argument, given: int) -> bool
     raise _wrong(rule, f"argument {argument.index} has no condition")
 
 
+def telling(rule: profiles.Rule, argument: profiles.Argument) -> set[int]:
+    """Values for which a condition holds, and some close to it for which it does not."""
+    if argument.users is not None:
+        first, count = there(argument.users, argument.users_inside) or (argument.users, USERS)
+        return {first - 1, first, first + count}
+    given = (argument.equals, argument.one_of, argument.without, argument.including)
+    names = [each for names in (*given, (argument.not_equals or "0",)) for each in names or ()]
+    values = {_number(rule, each) for each in names}
+    together = 0
+    for each in values:
+        together |= each
+    return {*values, together, together ^ 1}
+
+
 def _number(rule: profiles.Rule, name: str) -> int:
     """Of a name, or of a number as it is written. Raises ProfileError."""
     if name in constants.ARGUMENTS:

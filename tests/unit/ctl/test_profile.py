@@ -10,6 +10,9 @@ import pytest
 from kbusd.ctl.main import main
 from kbusd.ctl.profile import schema
 from kbusd.sandbox import profiles
+from kbusd.sandbox.compile import compile_profile
+from tests.unit.sandbox.child import run
+from tests.unit.sandbox.test_filters import raw
 
 OURS = Path(__file__).parents[3] / "profiles"
 OWN = """extends = "base"
@@ -179,3 +182,47 @@ def test_the_schema_beside_the_profiles_is_that_of_the_types() -> None:
     kept = json.loads((OURS / "profile.schema.json").read_text())
     now = json.loads(json.dumps(schema()))
     assert kept == now, "kbusctl profile schema > profiles/profile.schema.json"
+
+
+def example() -> list[str]:
+    """The profiles of the man page's EXAMPLE: a worker's, and the zygote's."""
+    text = (OURS.parent / "docs/man/kbusd-profile.5").read_text().partition(".SH EXAMPLE")[2]
+    return [part.partition("\n.EE")[0] for part in text.split(".EX\n")[1:]]
+
+
+def test_a_call_that_the_filter_above_forbids_is_not_said_to_be_allowed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The man page's own example was right, and allowed, and ended the process: nothing knew of the zygote's filter."""
+    worker, zygote = example()
+    (tmp_path / "worker.toml").write_text(worker)
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    told = said(capsys, "check", "worker", status=1)
+    assert (
+        f"{tmp_path / 'worker.toml'}:7: seccomp.rules (sched_getaffinity): profile zygote" in told
+    )
+    assert (
+        f"has no rule for sched_getaffinity; a call must pass both: say it in {tmp_path}/zygote"
+        in told
+    )
+    told = said(capsys, "test", "worker", "sched_getaffinity", status=1)
+    assert "sched_getaffinity: ends the process\n  Profile zygote" in told
+    assert main(["explain", "type=1326 pid=1 comm=kbusd-worker arch=c000003e syscall=204"]) == 0
+    assert "is in profile worker" in (told := capsys.readouterr().out)
+    assert f"say it in {tmp_path / 'zygote.toml'}, too" in told
+    (tmp_path / "zygote.toml").write_text(zygote)
+    assert "worker: right" in said(capsys, "check", "worker")
+    assert "sched_getaffinity: allow, by" in said(capsys, "test", "worker", "sched_getaffinity")
+    loaded = [compile_profile(profiles.load(name)) for name in ("zygote", "worker")]
+    assert run(lambda: raw("sched_getaffinity", 0, 0, 0), loaded[1], before=loaded[0]).said == "-22"
+
+
+def test_a_rule_that_the_filter_above_narrows_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(example()[0].replace("sched_getaffinity", "splice"))
+    told = said(capsys, "check", str(file))
+    assert "allow if argument 5 is SPLICE_F_NONBLOCK" in told
+    assert "not with all arguments" in told
+    assert "splice: ends the process" in said(capsys, "test", str(file), "splice", status=1)

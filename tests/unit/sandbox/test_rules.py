@@ -17,6 +17,7 @@ import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
 from kbusd.sandbox import constants, profiles
+from kbusd.sandbox.above import ABOVE
 from kbusd.sandbox.compile import ARCHITECTURES, compile_profile, conditions
 from kbusd.sandbox.judge import ALLOW, KILL, judge
 from tests.unit.sandbox import bpf
@@ -35,8 +36,6 @@ INSTEAD: dict[str, tuple[int, ...]] = {
 # time that a worker ends.
 NOWHERE = "rt_sigreturn"
 FORKS = ("clone", "fork", "vfork")
-# A worker's filter is loaded over the zygote's: a call must pass both.
-UNDER = {"worker": "zygote", "kdbus-worker": "zygote"}
 
 
 COMPILED = {
@@ -111,7 +110,7 @@ def expected(name: str, selinux: bool, call: str, vector: list[int]) -> str:
     """What the rules say, those of all filters that are in force together: the strictest."""
     said = [
         judge(profiles.load(each), call, vector, conditions(selinux)).action
-        for each in (name, UNDER.get(name, name))
+        for each in (name, ABOVE.get(name, name))
     ]
     if KILL in said:
         return KILL
@@ -127,7 +126,7 @@ def attempt(name: str, selinux: bool, call: str, vector: list[int]) -> str:
             os._exit(0)  # the child
         return result
 
-    before = COMPILED[UNDER[name], selinux] if name in UNDER else None
+    before = COMPILED[ABOVE[name], selinux] if name in ABOVE else None
     outcome = run(work, COMPILED[name, selinux], before=before)
     if outcome.by_filter:
         return KILL
