@@ -73,16 +73,17 @@ def load(which: str) -> profiles.Profile:
 
 
 def _list(_: argparse.Namespace) -> int:
-    wrong = False
+    loaded, wrong = [], False
     for name in profiles.names():
         try:
             profile = profiles.load(name)
+            loaded.append(profile)
             print(f"{name:15} {profile.files[0]}\n{'':15} {profile.why}")
-            if note := profiles.nobody(name):
-                print(f"{'':15} {note}")
         except ProfileError as error:
             wrong = True
             print(f"{name:15} {error}")
+    for stray in profiles.strays(loaded) if not wrong else ():
+        print(stray)
     return 1 if wrong else 0
 
 
@@ -153,9 +154,11 @@ def _conditions(rule: profiles.Rule) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     wrong = 0
+    loaded = []
     for which in options.profiles or profiles.names():
         try:
             profile = load(which)
+            loaded.append(profile)
             for arch in ARCHITECTURES:
                 for selinux in (False, True):
                     compile_profile(profile, arch=arch, selinux=selinux)
@@ -175,6 +178,20 @@ def _check(options: argparse.Namespace) -> int:
         except (ProfileError, OSError) as error:
             wrong += 1
             print(error)
+    try:
+        if not options.profiles:
+            for stray in profiles.strays(loaded) if not wrong else ():
+                print(stray)
+            profiles.same_title(loaded)
+        elif not wrong:
+            given = {
+                profile.name: profile for profile in loaded if profile.name in profiles.names()
+            }
+            others = [profiles.load(name) for name in profiles.names() if name not in given]
+            profiles.same_title([*given.values(), *others])
+    except ProfileError as error:
+        wrong += 1
+        print(error)
     return 1 if wrong else 0
 
 

@@ -40,8 +40,10 @@ _MOST_CALLS = 600  # numbers are below it
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:
-    """Every profile there is, by name. Raises ProfileError. `user` as in compile_profile."""
-    return {name: compile_profile(profiles.load(name), user=user) for name in profiles.names()}
+    """Every profile that a process has, by name. Raises ProfileError. `user` as in compile_profile."""
+    loaded = [profiles.load(name) for name in profiles.names()]
+    profiles.same_title(loaded)
+    return {profile.name: compile_profile(profile, user=user) for profile in loaded}
 
 
 def conditions(selinux: bool | None = None, arch: str = "") -> frozenset[str]:

@@ -10,7 +10,8 @@ import pytest
 from kbusd.ctl.main import main
 from kbusd.ctl.profile import schema
 from kbusd.sandbox import profiles
-from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox.compile import compile_all, compile_profile
+from kbusd.sandbox.errors import ProfileError
 from tests.unit.sandbox.child import run
 from tests.unit.sandbox.test_filters import raw
 
@@ -226,3 +227,62 @@ def test_a_rule_that_the_filter_above_narrows_is_told(
     assert "allow if argument 5 is SPLICE_F_NONBLOCK" in told
     assert "not with all arguments" in told
     assert "splice: ends the process" in said(capsys, "test", str(file), "splice", status=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Overrides, in force."""
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    return tmp_path
+
+
+def test_a_draft_beside_the_overrides_changes_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    """It was loaded as well: workers and explain took it for the worker's, and kbusd did not start for its mistakes."""
+    (folder / "worker-draft.toml").write_text(REMOVES)
+    (folder / "draft.toml").write_text("why = 1")
+    (folder / "Worker.toml").write_text(REMOVES)
+    (folder / "worker.tml").write_text(REMOVES)
+    assert set(compile_all()) == set(profiles.PROCESSES)
+    for command in "check", "list":
+        told = said(capsys, command)
+        assert f"{folder / 'draft.toml'}: has no effect" in told
+        assert f"{folder / 'worker-draft.toml'}: has no effect" in told
+        for name in "Worker.toml", "worker.tml":
+            assert f"{folder / name}: has no effect: no process" in told
+        assert told.count("did you mean worker.toml?") >= 2
+
+
+def test_what_an_override_extends_is_no_stray(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "common.toml").write_text(OWN)
+    (folder / "base.toml").write_text('extends = "base"\nwhy = "ours, for all of us"\n')
+    (folder / "worker.toml").write_text('extends = "common"\nwhy = "by way of another"\n')
+    assert "has no effect" not in said(capsys, "list")
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_an_override_that_is_a_link_to_nothing_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """It was ignored, and what the admin forbids was allowed."""
+    link = tmp_path / "worker.toml" if which == "file" else tmp_path / "none"
+    link.symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path if which == "file" else link)
+    told = said(capsys, "check", "worker", status=1)
+    assert f"{link}: is a symbolic link to {tmp_path / 'gone'}, which is not there; mend" in told
+
+
+@pytest.mark.parametrize("title", ["kbusd", "kbusd-broker"])
+def test_two_profiles_with_one_title_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, title: str
+) -> None:
+    file = folder / "worker.toml"
+    file.write_text(f'extends = "worker"\nwhy = "under another name"\ntitle = "{title}"\n')
+    for arguments in ["check"], ["check", "worker"]:
+        told = said(capsys, *arguments, status=1)
+        assert f"{file}: title: `{title}` is the title of both" in told
+    with pytest.raises(ProfileError, match="is the title of both"):
+        compile_all()
