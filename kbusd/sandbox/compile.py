@@ -37,6 +37,7 @@ _NATIVE = pyseccomp.system_arch()
 _TREE = 2  # seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 _MOST_CALLS = 600  # numbers are below it
+_ALL = (1 << 64) - 1
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:
@@ -243,6 +244,7 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
     if arch != _NATIVE:
         program.add_arch(arch)
         program.remove_arch(_NATIVE)
+    _refuse_two_answers(rules)
     unconditional: dict[str, int] = {}
     seen: set[str] = set()
     for rule in rules:
@@ -281,8 +283,61 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
                 program.add_rule(action, call)
             for combination in itertools.product(*choices):
                 if combination:
-                    program.add_rule_exactly(action, call, *combination)
+                    try:
+                        program.add_rule_exactly(action, call, *combination)
+                    except OSError as error:
+                        problem = (
+                            f"libseccomp does not take the rule for `{call}`: {error.strerror}"
+                        )
+                        hint = "is there one with the same conditions?"
+                        raise ProfileError(file, key, problem, hint, line) from None
     return export_bpf(program)
+
+
+def _refuse_two_answers(rules: Sequence[profiles.Rule]) -> None:
+    """Raises ProfileError if for some arguments two rules of a call say different things: which counts, nobody said."""
+    of: dict[str, list[profiles.Rule]] = {}
+    for rule in rules:
+        for call in rule.calls:
+            for other in of.setdefault(call, []):
+                if other.errno != rule.errno and rule.arguments and other.arguments:
+                    _refuse_if_both_hold(call, other, rule)
+            of[call].append(rule)
+
+
+def _refuse_if_both_hold(call: str, a: profiles.Rule, b: profiles.Rule) -> None:
+    conditions = {each.index: comparisons(a, each) for each in a.arguments}
+    for argument in b.arguments:
+        others = conditions.get(argument.index)
+        ways = itertools.product(others or (), comparisons(b, argument))
+        if others is not None and not any(_both(one, two) for one, two in ways):
+            return
+    file, line = profiles.where(b.origin)
+    said = " and ".join(rule.errno or "allow" for rule in (a, b))
+    raise ProfileError(
+        file,
+        f"seccomp.rules ({call})",
+        f"some arguments fulfil this rule and that of {a.origin}, but they say {said}",
+        "give one argument conditions in both that exclude each other: equals here, not-equals there",
+        line,
+    )
+
+
+def _both(one: Comparison, two: Comparison) -> bool:
+    """Whether there is a value for which both hold."""
+    (mask, value, unlike), (other_mask, other, other_unlike) = map(_masked, (one, two))
+    if unlike and other_unlike:
+        return True
+    if unlike or other_unlike:
+        return (mask & other_mask) != _ALL or value != other
+    return (value ^ other) & mask & other_mask == 0
+
+
+def _masked(comparison: Comparison) -> tuple[int, int, bool]:
+    """Mask and value, and whether these must differ."""
+    if len(comparison) == 4:
+        return comparison[2], comparison[3], False
+    return _ALL, comparison[2], comparison[1] == pyseccomp.NE
 
 
 Comparison = tuple[int, int, int] | tuple[int, int, int, int]
