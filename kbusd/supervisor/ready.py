@@ -3,14 +3,14 @@
 """Which descriptor of an epoll has something to read, for its handler: looked for a moment, then slept for.
 
 A client's call takes two wake-ups of ours, one after the other, and to be woken costs more than what is
-done then. Whether looking pays is learnt as workers learn it (kbusd/workers/waiting.py): the time grows
-while sleeps turn out short, and is nothing once one was long, or if somebody else wants the core.
+done then. Whether looking pays is learnt as workers learn it (kbusd/rings/looking.py).
 """
 
 import os
 
 import cython
 from cython.cimports.cpython.pythread import PyThread_get_thread_ident
+from cython.cimports.kbusd.rings.looking import Looking
 from cython.cimports.kbusd.supervisor.aside import Aside
 from cython.cimports.kbusd.supervisor.libc import (
     CLOCK_MONOTONIC,
@@ -23,22 +23,23 @@ from cython.cimports.kbusd.supervisor.libc import (
     timespec,
 )
 from cython.cimports.kbusd.supervisor.relay import Room
-from cython.cimports.libc.stdint import int64_t
+from cython.cimports.libc.stdint import uint64_t
 
 RETRY_MS = cython.declare(cython.int, 10)  # after so long, who is slow is tried again
 WATCH_MS = cython.declare(cython.int, 1000)  # and what is watched is looked at
 MANY = cython.declare(cython.int, 1024)  # events, after which it is, too
 
-LEAST = cython.declare(int64_t, 10_000)
-MOST = cython.declare(int64_t, 50_000)
-CONTENDED = cython.declare(int64_t, 200_000)
-PAUSE = cython.declare(int64_t, 1_000_000_000)
+# ns. Where each wake-up has to start a core of a virtual machine, a worker's answer takes 100 to 150 µs. Who only
+# shares our core is done within half a ms; who computes keeps it for one to four.
+MOST = 200_000
+CONTENDED = 500_000
+PAUSE = (20, 320)  # so that a look that is in vain costs 5 % at first, then less than 1 %
 
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _now() -> int64_t:
+def _now() -> uint64_t:
     time: timespec
     clock_gettime(CLOCK_MONOTONIC, cython.address(time))
     return time.tv_sec * 1_000_000_000 + time.tv_nsec
@@ -50,6 +51,7 @@ class Ready:
 
     def __init__(self, epoll: cython.int):
         self.epoll = epoll
+        self.looking = Looking(MOST, CONTENDED, PAUSE)
 
     def serve(self, devices, aside: Aside, handlers: dict, slow: set) -> None:
         """Listen, as that which is known to `aside`, till that is another one."""
@@ -83,7 +85,7 @@ class Ready:
         event: epoll_event
         count: cython.int
         with cython.nogil:
-            count = self._look(cython.address(event)) if self.look_ns else 0
+            count = self._look(cython.address(event)) if self.looking.for_ns else 0
             if count == 0:
                 count = self._sleep(cython.address(event), timeout)
         if count < 0 and errno != EINTR:
@@ -94,26 +96,21 @@ class Ready:
     def _look(self, event) -> cython.int:
         """Without sleeping; whoever else can run goes first."""
         count: cython.int
-        now: int64_t = _now()
-        until: int64_t = now + self.look_ns
-        before: int64_t
+        now: uint64_t = _now()
+        until: uint64_t = now + self.looking.for_ns
+        before: uint64_t
         while True:
             count = epoll_wait(self.epoll, event, 1, 0)
             if count != 0 or now >= until:
+                self.looking.found()
                 return count
             before = now
             sched_yield()
             now = _now()
-            if now - before > CONTENDED:
-                self.look_ns = 0
-                self.look_from = now + PAUSE
+            self.looking.gave_way(before, now)
 
     def _sleep(self, event, timeout) -> cython.int:
-        """How long it was decides how long `_look` will look."""
-        begin: int64_t = _now()
+        begin: uint64_t = _now()
         count: cython.int = epoll_wait(self.epoll, event, 1, timeout)
-        if _now() - begin >= MOST:
-            self.look_ns = 0
-        elif self.look_ns < MOST and begin >= self.look_from:
-            self.look_ns = self.look_ns * 2 if self.look_ns else LEAST
+        self.looking.slept(begin, _now())
         return count

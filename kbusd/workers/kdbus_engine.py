@@ -62,6 +62,7 @@ class DeviceEngine(DBusSocket):
         self.asking = engine.asking
         self.peers = engine.peers
         self.waiting = engine.waiting
+        self.waiting.for_requests()
         self.log = engine.log
         self.said = engine.said
         self.later = engine.later

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from kbusd.rings.looking cimport Looking
 from kbusd.rings.merge cimport Merge
 from kbusd.rings.status cimport StatusPage
 from kbusd.workers.libc cimport epoll_event
@@ -9,7 +10,8 @@ cdef class Waiting:
     cdef StatusPage status
     cdef readonly int epoll
     cdef int held
-    cdef uint64_t poll_ns, poll_from
+    cdef Looking looking
+    cdef void for_requests(self) except *
     cdef void watch(self, int fd, unsigned int source, uint32_t events) except *
     cdef void change(self, int fd, unsigned int source, uint32_t events) noexcept
     cdef void forget(self, int fd) noexcept

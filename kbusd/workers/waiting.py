@@ -1,13 +1,13 @@
 # cython: boundscheck=False
 """How a worker waits: it looks for work for a moment, then sleeps until a descriptor or a doorbell.
 
-Whether looking pays is learnt as a hypervisor learns it (halt polling): the time to look grows while
-sleeps turn out short, and is nothing once one lasted longer. Frames in the rings are work, too, and
+Whether looking pays is learnt (rings/looking.py). Frames in the rings are work, too, and
 ring the doorbell of a worker only if its status page says that it sleeps.
 """
 
 import cython
 from cython.cimports.kbusd.rings.clock import monotonic
+from cython.cimports.kbusd.rings.looking import Looking
 from cython.cimports.kbusd.rings.merge import Merge
 from cython.cimports.kbusd.rings.status import StatusPage
 from cython.cimports.kbusd.workers.libc import (
@@ -26,12 +26,10 @@ from cython.cimports.kbusd.workers.libc import (
 from cython.cimports.libc.stdint import uint64_t
 
 MOST_EVENTS = cython.declare(cython.int, 8)
-POLL_LEAST = cython.declare(uint64_t, 10_000)
-POLL_MOST = cython.declare(uint64_t, 50_000)
-CONTENDED = cython.declare(uint64_t, 200_000)
-PAUSE = cython.declare(
-    uint64_t, 100
-)  # times what such a look has cost: so it never costs more than 1 %
+# To look for, in ns; when somebody computes on our core; and for how many times the cost of that not to look. What a
+# client sends by a socket comes sooner than what another process has to pass on.
+LOOKING = (50_000, 200_000, (100, 100))
+LOOKING_FOR_REQUESTS = (100_000, 500_000, (20, 320))
 # Where a peer has promised something, look for it so often, mostly in vain for less than 10 µs; then
 # leave the core to whoever it waits for.
 HELD_LOOKS = cython.declare(cython.int, 50)
@@ -45,6 +43,11 @@ class Waiting:
         self.merge = merge
         self.status = status
         self.epoll = epoll_create1(EPOLL_CLOEXEC)
+        self.looking = Looking(*LOOKING)
+
+    def for_requests(self) -> cython.void:
+        """What comes is passed on by the supervisor, who is woken for it first."""
+        self.looking = Looking(*LOOKING_FOR_REQUESTS)
 
     def watch(self, fd, source, events) -> cython.void:
         """From now on `wait` gives events of `fd` with `source` in their data. Raises OSError."""
@@ -70,7 +73,7 @@ class Waiting:
         returns their number; 0 also if there is something in the rings. Raises OSError."""
         count: cython.int = 0
         self.held = self.held + 1 if self.merge.holding else 0
-        if self.poll_ns and not self.held:
+        if self.looking.for_ns and not self.held:
             count = self._poll(events)
         if count == 0:
             count = self._sleep(events, timeout)
@@ -79,41 +82,34 @@ class Waiting:
         return count if count > 0 else 0
 
     def _poll(self, events) -> cython.int:
-        """Look for something to do without sleeping, for `poll_ns` at the most: events as
+        """Look for something to do without sleeping, for `looking.for_ns` at the most: events as
         epoll_wait(2) gives them, -2 if a ring has something, 0 if time is up.
 
         Whoever else can run goes first; the wake-up that a short wait saves costs more than it."""
         count: cython.int
         now: uint64_t = monotonic()
-        until: uint64_t = now + self.poll_ns
+        until: uint64_t = now + self.looking.for_ns
         pending: cython.bint
         while True:
             pending = self.merge.pending()
             # What the client wrote before a frame came goes before it, so look at the client last.
             count = epoll_wait(self.epoll, events, MOST_EVENTS, 0)
-            if count != 0:
-                return count
-            if pending:
-                return -2
-            if now >= until:
-                return 0
+            if count != 0 or pending or now >= until:
+                self.looking.found()
+                return count if count != 0 else -2 if pending else 0
             now = self._yield(now)
 
     def _yield(self, before) -> uint64_t:
         """Let whoever else can run go first: the time after it."""
         sched_yield()
         now: uint64_t = monotonic()
-        if now - before > CONTENDED:
-            # Somebody computes on this core: who yields waits for a whole slice of his,
-            # who sleeps is woken ahead of him.
-            self.poll_ns = 0
-            self.poll_from = now + PAUSE * (now - before)
+        self.looking.gave_way(before, now)
         return now
 
     def give_way(self) -> cython.bint:
         """Let whoever else can run go first; False if we had better sleep."""
         now: uint64_t = monotonic()
-        return now >= self.poll_from and self._yield(now) >= self.poll_from
+        return now >= self.looking.not_before and self._yield(now) >= self.looking.not_before
 
     def _sleep(self, events, timeout) -> cython.int:
         """Sleep until something comes; how long it was decides how long `_poll` will look."""
@@ -125,8 +121,5 @@ class Waiting:
         count = epoll_wait(self.epoll, events, MOST_EVENTS, timeout)
         self.status.set_sleeping(False)
         if timeout != 0:
-            if monotonic() - begin >= POLL_MOST:
-                self.poll_ns = 0
-            elif self.poll_ns < POLL_MOST and begin >= self.poll_from:
-                self.poll_ns = self.poll_ns * 2 if self.poll_ns else POLL_LEAST
+            self.looking.slept(begin, monotonic())
         return count
