@@ -29,9 +29,7 @@ UNKNOWN_PROPERTY = "org.freedesktop.DBus.Error.UnknownProperty"
 
 NO_REPLY_DISCONNECTED = "Message recipient disconnected from message bus without replying"
 NO_REPLY_TIMEOUT = "Message did not receive a reply (timeout by message bus)"
-SAME_SERIAL = (
-    "Message has the same reply serial as a currently-outstanding existing method call"
-)
+SAME_SERIAL = "Message has the same reply serial as a currently-outstanding existing method call"
 NOT_REGISTERED = "Client tried to send a message other than Hello without being registered"
 
 NOT_ACTIVE_YET = ":not.active.yet"

@@ -352,7 +352,9 @@ def test_what_waits_for_a_service_to_start_had_no_limit(  # type: ignore[no-unty
     client.driver("ReloadConfig")
     fds = [0, 0] if "fds" in limit else []
     for _ in range(3):
-        client.send_call("slow.Service", "/", "a.b", "M", **sent, fds=fds, flags=w.NO_REPLY_EXPECTED)
+        client.send_call(
+            "slow.Service", "/", "a.b", "M", **sent, fds=fds, flags=w.NO_REPLY_EXPECTED
+        )
     serial = client.send_call("slow.Service", "/", "a.b", "M", **sent, fds=fds)
     with pytest.raises(BusError) as caught:
         client.wait_reply(serial)
