@@ -217,9 +217,10 @@ class Connection(Relay):
     def heard(self, holder: Holder, message: Any, fds: list[int]) -> bool | None:
         """What is not said all the time. As `hear`. Raises LineError if it may not say that."""
         try:
-            # To one that has ended nothing can be said any more; what it had said before still counts.
-            with suppress(ConnectionError):
-                self.said(holder, message, fds)
+            self.said(holder, message, fds)
+        except ConnectionError:
+            if not holder.has_hung_up():
+                raise  # it does not listen, though it speaks; of one that has ended, what it had said still counts
         finally:
             for fd in fds:
                 self.devices.aside.close(holder.uid, fd)

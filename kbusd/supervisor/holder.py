@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -127,6 +128,12 @@ class Holder(End):
                 self.lent = 0
         waits = self.line.queue or self.has_ordered or self.lent > MAX_LENT
         return self.gone or not waits
+
+    def has_hung_up(self) -> bool:
+        """Whether its end of the line is closed."""
+        poller = select.poll()
+        poller.register(self.line, 0)
+        return bool(poller.poll(0))
 
     def flush(self) -> int:
         """How many messages it does not take now."""

@@ -311,8 +311,8 @@ def test_hello_that_failed_can_be_tried_again_with_another_pool(bus: KdbusBus) -
     bus.kdbus(flags=abi.HELLO_ACTIVATOR, chain=name)
     with KdbusClient(bus.node, hello=False) as a:
         for size in (1 << 16, 1 << 17):
-            activator = {"flags": abi.HELLO_ACTIVATOR, "chain": name, "size": size}
-            assert fails(lambda how=activator: a.hello(**how)) == "EEXIST"
+            fixed = struct.pack("=9Q", abi.HELLO_ACTIVATOR, 0, 0, 0, 0, 0, size, 0, 0) + bytes(16)
+            assert fails(lambda hello=fixed: a.do(abi.CMD_HELLO, hello, *name)) == "EEXIST"
         a.hello(size=1 << 18)
         a.send(a.id, b"still there")
         assert a.recv().payload == b"still there"
