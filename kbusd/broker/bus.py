@@ -149,7 +149,7 @@ class Bus:
         self.name_policy = NamePolicy(owner, closed=configuration.type == CLOSED)
         self.custom = CustomEndpoints()
         self.labels = Labels(outside)
-        self.endpoints = Endpoints(outside)
+        self.endpoints = Endpoints(outside, self._discard_knowing)
         self.generation = 0
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
@@ -165,8 +165,17 @@ class Bus:
 
     # -- the supervisor's word ------------------------------------------------------------------
 
-    def worker_started(self, worker: int, pid: int) -> None:
-        self.connections[worker] = Connection(worker, pid)
+    def worker_started(self, worker: int, pid: int, files: bool = False) -> None:
+        connection = self.connections[worker] = Connection(worker, pid)
+        if not files and not self.endpoints.existed:
+            self._tell_state(connection)
+
+    def _discard_knowing(self) -> None:
+        """No worker of a client who comes by an endpoint may know what there is on the bus, as the spare ones do."""
+        for connection in self.connections.values():
+            if connection.credentials is None and connection.told is not None:
+                connection.told = None
+                self._outside.discard(connection.worker)
 
     def assigned(
         self,
@@ -190,16 +199,17 @@ class Bus:
             patience = self._limits["auth_timeout"] / 1000 + GRACE_SECONDS
             if hasty:
                 self._incomplete[worker] = self._outside.now() + patience
-                self._tell_state(connection)
+                old = connection.told is None or not self._outside.reaches(connection.told)
+                if old and self._behind(connection) == OPEN:
+                    self._tell_state(connection)
 
     def _tell_state(self, connection: Connection) -> None:
         """What its worker needs to know at Hello, as long as that makes a short record: it waits in the
-        worker's line, maybe for ever, while a client authenticates."""
-        if self._behind(connection) == OPEN:
-            state, at = self._outside.state()
-            if len(state) <= MAX_TOLD:
-                self._outside.send(connection.worker, State(state, self._next_id))
-                connection.told = at
+        worker's line, maybe for ever, until a client comes and has authenticated."""
+        state, at = self._outside.state()
+        if len(state) <= MAX_TOLD:
+            self._outside.send(connection.worker, State(state, self._next_id))
+            connection.told = at
 
     def entering(self, worker: int, credentials: Credentials) -> None:
         """Who says HELLO by a file need not be who has opened it."""
@@ -462,7 +472,6 @@ class Bus:
         for each in {credentials.uid, credentials.share}:
             self._per_uid[each] += 1
         self.by_id[connection.id] = connection
-        self._peak_names(connection)
         self.labels.join(credentials.label)
         if kind == KDBUS_MONITOR:  # nobody hears of it
             connection.monitor = ()
@@ -473,16 +482,19 @@ class Bus:
             self._outside.append(
                 ConnectionAdded(connection.id, credentials, message.kdbus, connection.custom)
             )
-            name = connection.unique_name
-            self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
-            self._wake(self.monitors)
         if message.policy:
             self._outside.append(NamePolicyChanged(connection.id, message.policy))
         if kind == ACTIVATOR:
             self._owner_changed(self.registry.activate(connection, message.name))
         self._outside.send(connection.worker, Reply(message.request, connection.id), snapshot)
+        # What its client need not wait for.
+        self._peak_names(connection)
         self._incomplete.pop(connection.worker, None)
         self._outside.joined(connection.worker)
+        if kind != KDBUS_MONITOR:
+            name = connection.unique_name
+            self._wake(self.matches.watching(OWNER_CHANGED, (name, "", name)))
+            self._wake(self.monitors)
 
     def _full(self, credentials: Credentials) -> str:
         """Which limit keeps one more client of these credentials out; "": none."""

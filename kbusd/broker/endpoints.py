@@ -8,7 +8,7 @@ and in the workers of those that it talks to, that worker is taken to be hostile
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from kbusd.broker.connection import Connection
@@ -100,10 +100,12 @@ class ShownBySocket:
 
 
 class Endpoints:
-    """All of a bus."""
+    """All of a bus. `existed`: there were some, once; `first` is called before anybody can come by the first."""
 
-    def __init__(self, outside: Outside) -> None:
+    def __init__(self, outside: Outside, first: Callable[[], None]) -> None:
         self._outside = outside
+        self.existed = False
+        self._first = first
         self._all: dict[str, One] = {}
         self._unanswered = 0
 
@@ -196,6 +198,9 @@ class Endpoints:
         return tuple((name, policy.encode(one.policy)) for name, one in self._all.items())
 
     def _put(self, one: One) -> None:
+        if not self.existed:
+            self.existed = True
+            self._first()
         self._all[one.policy.name] = one
         self._outside.append(EndpointChanged(one.policy.name, policy.encode(one.policy)))
 

@@ -34,6 +34,9 @@ class Outside(Protocol):
     def kill(self, worker: int, reason: str) -> None:
         """Have the supervisor end the worker."""
 
+    def discard(self, worker: int) -> None:
+        """Have the supervisor give this worker to nobody."""
+
     def reload(self) -> None:
         """Have the supervisor read the configuration again; `Bus.reconfigure` follows."""
 

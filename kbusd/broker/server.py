@@ -35,6 +35,7 @@ from kbusd.rings.entries import (
     Assigned,
     BrokerMessage,
     BrokerReady,
+    Discard,
     EndLaunch,
     EndpointMade,
     Endpoints,
@@ -70,8 +71,20 @@ MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds s
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _AFTER_SUPERVISOR = (Hello, SetEndpoint)
+_LOST = int(socket.MSG_CTRUNC)
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
+
+
+class _SupervisorLine(Line):
+    """`lost`: the record that came last had a descriptor that we could not have: an admin has lowered our limit."""
+
+    __slots__ = ("lost",)
+
+    def _next(self, buffer: bytearray, flags: int) -> tuple[int, list[int], int]:
+        size, fds, cut_short = super()._next(buffer, flags)
+        self.lost = bool(cut_short & _LOST)
+        return size, fds, cut_short & ~_LOST
 
 
 class Server:
@@ -82,7 +95,7 @@ class Server:
     ) -> None:
         self._journal = Journal("kbusd broker")
         self._log = Logs(lambda *at: self._bus.snapshot(*at), self._filter)
-        self._supervisor = Line(supervisor, SupervisorMessage)
+        self._supervisor = _SupervisorLine(supervisor, SupervisorMessage)
         self._launcher: Line | None = None
         self._to_launcher: list[ToLauncher] = []
         self._configuration = configuration_fd
@@ -255,12 +268,17 @@ class Server:
     def _supervisor_says(self, message: SupervisorMessage, fds: list[int]) -> None:
         try:
             match message:
-                case WorkerStarted(worker, pid) if len(fds) == 1 and worker not in self._lines:
+                case WorkerStarted(worker, pid, files) if (
+                    len(fds) == 1 and worker not in self._lines
+                ):
                     line = Guarded(adopt(fds.pop()), WorkerMessage, self._closers, worker)
                     self._lines[worker] = line
                     self._workers[line.fileno()] = worker
                     self._epoll.register(line.fileno(), _READ)
-                    self._bus.worker_started(worker, pid)
+                    self._bus.worker_started(worker, pid, files)
+                case WorkerStarted(worker, _) if self._supervisor.lost:
+                    why = "the broker can have no more descriptors (RLIMIT_NOFILE)"
+                    self._tell_supervisor(Kill(worker, why))
                 case Assigned(worker, credentials, hasty, custom) if len(fds) <= 1:
                     pidfd = fds.pop() if fds else -1
                     self._bus.assigned(worker, credentials, hasty, custom, pidfd)
@@ -274,6 +292,8 @@ class Server:
                     self._start_launcher(adopt(fds.pop()))
                 case Reconfigured() if len(fds) == 1:
                     self._reconfigure(fds.pop())
+                case Reconfigured() if self._supervisor.lost:
+                    self._keep_configuration("can have no more descriptors (RLIMIT_NOFILE)")
                 case Reconfigured() if not fds:
                     self._bus.reconfigure(None)
                 case ReloadAsked() if not fds:
@@ -290,13 +310,16 @@ class Server:
             new = read_configuration(fd)
         except (msgspec.MsgspecError, OSError, ValueError) as error:
             os.close(fd)
-            self.say(f"the new configuration cannot be read, the one in force stays: {error}")
-            self._bus.generation += 1  # as the zygote counts
-            self._bus.reconfigure(None)
+            self._keep_configuration(error)
             return
         os.close(self._configuration)
         self._configuration = fd
         self._bus.reconfigure(new)
+
+    def _keep_configuration(self, why: object) -> None:
+        self.say(f"the new configuration cannot be read, the one in force stays: {why}")
+        self._bus.generation += 1  # as the supervisor counts
+        self._bus.reconfigure(None)
 
     def _start_launcher(self, sock: socket.socket) -> None:
         if self._launcher is not None:
@@ -404,6 +427,9 @@ class Server:
 
     def kill(self, worker: int, reason: str) -> None:
         self._broken[worker] = reason
+
+    def discard(self, worker: int) -> None:
+        self._tell_supervisor(Discard(worker))
 
     def reload(self) -> None:
         self._tell_supervisor(ReloadWanted())

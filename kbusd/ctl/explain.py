@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pyseccomp
 
-from kbusd.sandbox import profiles
+from kbusd.sandbox import above, profiles
 from kbusd.sandbox.compile import ARCHITECTURES, conditions
 from kbusd.sandbox.judge import condition
 
@@ -128,6 +128,12 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
         yield f"{who}: {call} ({refusal.number}) was refused, but profile {profile.name} has no filter."
         yield "  It was one from above: of a container, or of the service manager (SystemCallFilter=)."
         return
+    over = above.rules_above(profile, call, here)
+    if over and any(call in rule.calls and not rule.arguments for rule in seccomp.rules):
+        yield f"{who}: {call} ({refusal.number}) is in profile {profile.name} ({profile.files[0]}),"
+        yield f"  but profile {over[0]}, whose filter is above, {above.says(call, over[1])}."
+        yield f"  A call must pass both: say it in {profiles.OVERRIDES / over[0]}.toml, too, and start the bus again."
+        return
     yield f"{who}: {call} ({refusal.number}) is not in profile {profile.name} ({profile.files[0]})."
     near = [rule for rule in seccomp.rules if call in rule.calls and rule.when in here]
     for rule in near:
@@ -164,6 +170,9 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
             yield "      # As it is now: add what is right. Without it, any arguments would be."
             yield f"      arguments = [{', '.join(map(profiles.written, arguments))}]"
     yield '  with errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
+    if over:
+        yield f"  Profile {over[0]}, whose filter is above, {above.says(call, over[1])}."
+        yield f"  A call must pass both: the same for {profiles.OVERRIDES / over[0]}.toml."
 
 
 def _kernel_log() -> Iterator[str]:

@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import pyseccomp
 
-from kbusd.sandbox import inforce, profiles
+from kbusd.sandbox import above, inforce, profiles
 from kbusd.sandbox.compile import Compiled, conditions, export_bpf
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import ALLOW, KILL, judge
@@ -110,6 +110,8 @@ class Learner:
         self.profile = profile
         self.supervisor = supervisor
         self.conditions = conditions()
+        self.above = above.above(profile)
+        self.kept_above: Counter[str] = Counter()  # calls that its filter would have killed
         self.seen: dict[str, Seen] = defaultdict(Seen)
         self.processes: set[int] = set()
         self.traffic: int | None = None  # its exit status
@@ -162,6 +164,8 @@ class Learner:
         except ValueError:
             name = str(number)
         said = judge(self.profile, name, arguments, self.conditions)
+        if self.above and judge(self.above, name, arguments, self.conditions).action == KILL:
+            self.kept_above[name] += 1
         self.seen[name].add(arguments, said.action, said.rule.origin if said.rule else "")
 
 
@@ -194,9 +198,8 @@ def _run(options: argparse.Namespace) -> int:
         os.chmod(folder, 0o711)
         learner = _learn(profile, Path(folder) / "bus", options.traffic, options.kdbusfs)
     print("\n".join(report(learner)))
-    return (
-        1 if any(action == KILL for seen in learner.seen.values() for action, _ in seen.said) else 0
-    )
+    killed = any(action == KILL for seen in learner.seen.values() for action, _ in seen.said)
+    return 1 if killed or learner.kept_above else 0
 
 
 def _learn(
@@ -258,6 +261,9 @@ def report(learner: Learner) -> Iterator[str]:
     missing = [call for call, each in seen.items() if any(a == KILL for a, _ in each.said)]
     yield ""
     yield from _proposal(profile, seen, sorted(missing))
+    if learner.above and learner.kept_above:
+        yield f"Not in profile {learner.above.name} either, whose filter is above; a call must pass both. The same"
+        yield f"rules for {profiles.OVERRIDES / learner.above.name}.toml: {' '.join(sorted(learner.kept_above))}"
     unused = list(_unused(profile, seen, learner.conditions))
     if unused:
         yield "Calls that rules name and that this traffic did not make:"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,10 @@ import msgspec
 import pyseccomp
 
 from kbusd.ctl import export, learn
-from kbusd.sandbox import constants, profiles
+from kbusd.sandbox import above, constants, profiles
 from kbusd.sandbox.compile import ARCHITECTURES, compile_profile, conditions, native
 from kbusd.sandbox.errors import ProfileError
-from kbusd.sandbox.judge import ALLOW, condition, judge
+from kbusd.sandbox.judge import ALLOW, KILL, condition, judge
 
 _FILLED_IN = ("origin", "name", "files")  # by the reader of a file, never by its author
 
@@ -72,16 +73,17 @@ def load(which: str) -> profiles.Profile:
 
 
 def _list(_: argparse.Namespace) -> int:
-    wrong = False
+    loaded, wrong = [], False
     for name in profiles.names():
         try:
             profile = profiles.load(name)
+            loaded.append(profile)
             print(f"{name:15} {profile.files[0]}\n{'':15} {profile.why}")
-            if note := profiles.nobody(name):
-                print(f"{'':15} {note}")
         except ProfileError as error:
             wrong = True
             print(f"{name:15} {error}")
+    for stray in profiles.strays(loaded) if not wrong else ():
+        print(stray)
     return 1 if wrong else 0
 
 
@@ -152,19 +154,57 @@ def _conditions(rule: profiles.Rule) -> str:
 
 def _check(options: argparse.Namespace) -> int:
     wrong = 0
+    loaded = []
     for which in options.profiles or profiles.names():
         try:
             profile = load(which)
+            loaded.append(profile)
             for arch in ARCHITECTURES:
                 for selinux in (False, True):
                     compile_profile(profile, arch=arch, selinux=selinux)
+            found = _useless(profile)
+            if never := [str(each) for each in found if not each.partly]:
+                wrong += 1
+                print(*never, sep="\n")
+                continue
+            print(
+                *(f"{each} (so not with all arguments)" for each in found),
+                sep="\n",
+                end="\n" * bool(found),
+            )
             print(f"{which}: right, for {' and '.join(ARCHITECTURES)}, with and without SELinux")
             if "/" not in which and (note := profiles.nobody(profile.name)):
                 print(f"{which}: {note}")
         except (ProfileError, OSError) as error:
             wrong += 1
             print(error)
+    try:
+        if not options.profiles:
+            for stray in profiles.strays(loaded) if not wrong else ():
+                print(stray)
+            profiles.same_title(loaded)
+        elif not wrong:
+            given = {
+                profile.name: profile for profile in loaded if profile.name in profiles.names()
+            }
+            others = [profiles.load(name) for name in profiles.names() if name not in given]
+            profiles.same_title([*given.values(), *others])
+    except ProfileError as error:
+        wrong += 1
+        print(error)
     return 1 if wrong else 0
+
+
+def _useless(profile: profiles.Profile) -> list[above.Useless]:
+    """What the filter above takes away again, on some architecture; each once."""
+    over = above.above(profile)
+    found = {
+        str(each): each
+        for arch in ARCHITECTURES
+        for selinux in (False, True)
+        for each in (above.useless(profile, over, conditions(selinux, arch), arch) if over else ())
+    }
+    return list(found.values())
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -206,7 +246,18 @@ def _test(options: argparse.Namespace) -> int:
     arguments = [number(text) for text in options.arguments]
     if len(arguments) > 6:
         raise ProfileError("", "", "a system call has at most six arguments")
-    said = judge(profile, call, arguments, conditions(arch=options.arch))
+    compile_profile(profile, arch=options.arch)  # tells what is wrong
+    here = conditions(arch=options.arch)
+    said = judge(profile, call, arguments, here)
+    over = above.above(profile)
+    if over and above.stricter(said, strict := judge(over, call, arguments, here)):
+        print(f"{call}: {'ends the process' if strict.action == KILL else strict.action}")
+        rules = [strict.rule] if strict.rule else strict.near
+        print(f"  Profile {over.name}, whose filter is above, {above.says(call, rules)}")
+        print(
+            f"  {profile.name} by itself: {said.action}{f', by {said.rule.origin}' if said.rule else ''}"
+        )
+        return 1
     if said.rule is not None:
         print(f"{call}: {said.action}, by {said.rule.origin}{_conditions(said.rule)}")
         print("\n".join(_wrap(said.rule.why)))
@@ -250,7 +301,11 @@ def number(text: str) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    print(export.FORMATS[options.format](load(options.profile), options.arch))
+    profile = load(options.profile)
+    if over := above.above(profile):
+        note = f"kbusctl: {profile.name} by itself; in kbusd a call must pass {over.name} as well"
+        print(note, file=sys.stderr)
+    print(export.FORMATS[options.format](profile, options.arch))
     return 0
 
 

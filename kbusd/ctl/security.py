@@ -15,7 +15,7 @@ import msgspec
 
 from kbusd.ctl import workers
 from kbusd.sandbox import inforce, profiles
-from kbusd.sandbox.compile import users_apart
+from kbusd.sandbox.users import there
 
 _OF_ZYGOTE = ("worker", "kdbus-worker")
 
@@ -74,7 +74,7 @@ def _of(row: workers.Row, profile: profiles.Profile, supervisor: int) -> Iterato
 
     yield finding("user", "reading and changing what root may", it.uids[1] != 0)
     if profile.user and profile.user.apart and it.role in _OF_ZYGOTE:
-        first, count = users_apart(profile.user) or (0, 0)
+        first, count = there(profile.user.apart, profile.user.apart_inside) or (0, 0)
         own = 0 <= it.uids[1] - first < count
         yield finding("apart", "using up for others what the kernel counts by user", own)
     yield finding("groups", "what membership in groups opens (disk, shadow, docker)", not it.groups)

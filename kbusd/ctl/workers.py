@@ -1,6 +1,6 @@
 """`kbusctl workers`: every process of a bus with its confinement as the kernel has it.
 
-Reads /proc and the profiles; changes nothing and talks to no process.
+Reads /proc, the profiles, and those that the bus was started with; changes nothing and talks to no process.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 import pwd
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from kbusd.sandbox import inforce, profiles
+from kbusd.sandbox import inforce, profiles, started
 from kbusd.sandbox.compile import Compiled, compile_profile
 
 _HEAD = (
@@ -31,11 +31,15 @@ _HEAD = (
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One process: what is in force, Landlock as deduced, and what differs from its profile."""
+    """One process: what is in force, Landlock and securebits as deduced, and what differs from its profile.
+
+    `unseen`: why nobody can tell what it was started with."""
 
     process: inforce.InForce
     landlock: bool | None
     differences: tuple[str, ...]
+    securebits: bool | None = None
+    unseen: str = ""
 
 
 class Unclear(Exception):
@@ -69,8 +73,12 @@ def survey(supervisor: int) -> list[Row]:
     """A row for each process of the bus of `supervisor`; services that it started are left out.
 
     Raises ProcessLookupError, Unclear (not a supervisor) and ProfileError."""
-    wanted = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
-    titles = {compiled.title: name for name, compiled in wanted.items()}
+    bus = _bus(supervisor)
+    titles = {
+        compiled.title: name
+        for each in (bus.wanted, bus.started)
+        for name, compiled in each.items()
+    }
     found: dict[int, inforce.InForce] = {}
     for pid in inforce.family(supervisor):
         try:
@@ -85,21 +93,52 @@ def survey(supervisor: int) -> list[Row]:
         if (parent is None and pid != supervisor) or (parent and parent.role == "launcher"):
             continue
         found[pid] = process
-    return [_row(process, wanted, found, found[supervisor]) for process in found.values()]
+    return [_row(process, bus, found, found[supervisor]) for process in found.values()]
+
+
+class _Bus(NamedTuple):
+    """The profiles that the files have now, those that it was started with, and why those can't be told."""
+
+    wanted: dict[str, Compiled]
+    started: dict[str, Compiled]
+    unseen: str
+
+
+def _bus(supervisor: int) -> _Bus:
+    wanted = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
+    try:
+        return _Bus(wanted, started.profiles(supervisor), "")
+    except started.Unseen as why:
+        return _Bus(wanted, {}, str(why))
 
 
 def _row(
     process: inforce.InForce,
-    wanted: dict[str, Compiled],
+    bus: _Bus,
     found: dict[int, inforce.InForce],
     supervisor: inforce.InForce,
 ) -> Row:
     parent = found.get(process.parent)
-    profile = wanted.get(process.role)
+    profile = bus.wanted.get(process.role)
     if profile is None:
         return Row(process, None, (f"no profile is for a process named {process.title}",))
-    wrong = inforce.differences(process, profile, supervisor=supervisor, parent=parent)
-    return Row(process, inforce.deduce_landlock(process, profile, parent), tuple(wrong))
+    before = bus.started.get(process.role)
+    uid = before.uid if before else None
+    wrong = inforce.differences(process, profile, supervisor=supervisor, parent=parent, uid=uid)
+    if before is None and not bus.unseen:
+        wrong.append("the supervisor has no profile for it: who started it?")
+    elif before is not None and (sections := started.changed(before, profile)):
+        wrong.append(
+            f"was started with another profile than {profile.files[0]} is now"
+            f" ({', '.join(sections)}): start the bus again"
+        )
+    return Row(
+        process,
+        inforce.deduce_landlock(process, before, parent),
+        tuple(wrong),
+        inforce.deduce_securebits(process, before, parent),
+        bus.unseen,
+    )
 
 
 def supervisor_of(pid: int | None, pidfile: str | None) -> int:
@@ -142,6 +181,8 @@ def table(rows: list[Row]) -> str:
         lines.append(
             "* deduced: the kernel does not show Landlock; the filter, loaded after it, is there"
         )
+    if unseen := next((row.unseen for row in rows if row.unseen), ""):
+        lines.append(f"? not seen: with which profiles the bus was started; {unseen}")
     lines += [
         f"DIFFERS  {row.process.pid} {row.process.title}: {wrong}"
         for row in rows

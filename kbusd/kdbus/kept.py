@@ -1,9 +1,11 @@
-"""Messages of our client to names that have an activator, until their receivers have read them.
+"""Messages to names that have an activator: our client's, until their receivers have read them; and those of others that
+our client had, until their senders have sent them again.
 
 In kdbus such a message moves when the name does: from the activator to the service that takes it, and back if
 that leaves it unread (kdbus_conn_move_messages). Here whoever had it throws it away, and we, whose word on
 who sent it counts, send it once more to the new owner. Order is kept: what was sent to the name comes
-before what is sent next.
+before what is sent next. But if our client goes before we know that the name has moved, nobody sends it again: whoever
+had it keeps it till we say that we have, and passes it on if we are gone.
 """
 
 from __future__ import annotations
@@ -66,3 +68,7 @@ class Kept:
     def to(self, name: str) -> Iterator[Sent]:
         """Those that were sent to a name."""
         return (each for each in tuple(self._sent) if each.parcel.dst_name == name)
+
+    def of(self, origin: bytes) -> Iterator[Sent]:
+        """Those that come from this connection."""
+        return (each for each in tuple(self._sent) if each.parcel.origin == origin)

@@ -62,7 +62,7 @@ class Known(msgspec.Struct, frozen=True):
     space: int = 0  # its pid namespace, 0 if it is not known; and what that calls it
     inside: metadata.Pids = metadata.Pids(0, 0, 0)
     ipc_owner: bool = False  # who opened its file had that capability
-    opener: int | None = None  # his uid, if it is another
+    opener: int = -1  # his uid
 
 
 class Joining(msgspec.Struct, frozen=True):
@@ -189,16 +189,17 @@ class Bus(Protocol):
     async def collect(self, name: str) -> None:
         """It was taken: wait until what had been sent to it has moved."""
 
-    def forward(
-        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
-    ) -> None:
-        """Pass on a message of `source`, who is gone, to the new owner of a name, if he can have it."""
+    def forward(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
+        """Pass on a message of `parcel.origin`, who is gone, to the new owner of a name, if he can have it."""
 
     def coming_back(self) -> Wait[None] | None:
         """The name of our client, an activator, is its own again: a wait for what others had left unread."""
 
     def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         """That was all that had been sent to this name; so many will be sent again, by sender."""
+
+    def tell_sent_again(self, had: int, name: str) -> None:
+        """What that connection had of us, by this name, is on its way to who has the name now."""
 
     def tell_read(self, sender: int, cookie: int) -> None:
         """A message to a name that has an activator was read."""

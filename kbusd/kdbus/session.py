@@ -41,6 +41,7 @@ from kbusd.kdbus.waits import Interrupted, Wait, start
 PAGE = 4096
 MAX_DBUS_CALLS = 1 << 16  # of one D-Bus client, that wait for ours to answer
 FRESH_NS = 100_000_000
+LEFT_NS = 2_000_000_000
 _OF_PROCESS = abi.ATTACH_TID_COMM | abi.ATTACH_PID_COMM | abi.ATTACH_EXE | abi.ATTACH_CMDLINE
 PEEK = 1024  # bytes that are fetched at once where the size is not known yet
 READABLE = select.POLLIN | select.POLLRDNORM
@@ -98,6 +99,10 @@ class Session:
         self._waiting: dict[Call, Wait[Entry]] = {}  # those in a synchronous SEND
         self._kept = Kept(bus.close)
         self._again: deque[tuple[Sent, int]] = deque()  # to be sent once more, and to whom
+        self._moved: set[tuple[int, str]] = set()  # of whom those were, and sent to which name
+        # What has moved from us and is left to its senders; and until when.
+        self._left = Kept(bus.close)
+        self._left_until: deque[tuple[int, Sent]] = deque()
         self.kept = 0
         """Descriptors in the queue."""
         self._owed: dict[int, dict[int, int]] = {}  # caller -> cookie -> deadline
@@ -563,6 +568,8 @@ class Session:
     ) -> Entry | None:
         """The same, with all that belongs to it."""
         dst_id, flags = found.header.dst_id, found.header.flags
+        if sync and found.header.reply_or_timeout <= self.bus.clock()[0]:
+            raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         to = None
         if dst_id != abi.DST_ID_BROADCAST:
             to = await self._destination(caller, found)
@@ -614,6 +621,14 @@ class Session:
             )
             if not to.kdbus:
                 self._kept.drop(sent)  # its client has what comes
+        while self._moved:
+            self.bus.tell_sent_again(*self._moved.pop())
+
+    def others_sent_again(self, sender: int, name: str) -> None:
+        """What moved from us with this name."""
+        for sent in self._left.of(layout.U64.pack(sender)):
+            if sent.parcel.dst_name == name:
+                self._left.drop(sent)
 
     def _sent_again(self, sent: Sent, id: int, result: Errno | Interrupted | None) -> None:
         if result is not None:
@@ -664,8 +679,6 @@ class Session:
     async def _call(
         self, caller: Caller, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int], sync: bool
     ) -> Entry | None:
-        if sync and parcel.reply_or_timeout <= self.bus.clock()[0]:
-            raise Errno(errno.ETIMEDOUT, "a synchronous call whose time is over already")
         call = Call(to.id, parcel.cookie, parcel.reply_or_timeout, sync, parcel.dst_name)
         self._calls.add(call, self.box.untold)
         wait: Wait[Entry] = Wait()
@@ -949,8 +962,12 @@ class Session:
             for sent in self._kept.to(name):
                 self._calls.pass_on(name, sent.parcel.cookie, new)
                 self._again.append((sent, new))
+                self._moved.add((old, name))
             if old == self.id:
                 self._move(name, new)
+            elif self.bus.activator(name) != self.id:
+                for left in self._left.to(name):  # nobody takes it of us any more
+                    self._left.drop(left)
         if seen and self._hears(change):
             self._notice(message.announce_name(change, old_flags, new_flags))
 
@@ -972,31 +989,24 @@ class Session:
             self.box.pool.release(entry.slice)
             if parcel.flags & abi.MSG_EXPECT_REPLY:
                 self._owed.get(source.id, {}).pop(parcel.cookie, None)
+            passed = _passed(source.id, parcel, parts, entry.fds)
             if self.bus.find(source.id) is not None:
                 coming[source.id] += 1
+                if source.kdbus and source.id != self.id:
+                    left = self._left.keep(*passed, entry.fds)
+                    self._left_until.append((self.bus.clock()[0] + LEFT_NS, left))
+                    self.kept -= len(entry.fds)
+                    entry.fds = ()
             elif to is not None:
-                self._forward(to, source.id, parcel, parts, entry.fds)
+                self._forward(to, Sent(*passed, entry.fds))
             self._let_go(entry)
         if to is not None:
             self.bus.moved(to, name, coming)
 
-    def _forward(
-        self, to: Known, source: int, parcel: Parcel, parts: Sequence[Part], fds: Sequence[int]
-    ) -> None:
-        """Pass on a message of `source`, who is gone, with those of its descriptors that we have."""
-        data = b"".join(part for part in parts if isinstance(part, bytes))
-        shapes = tuple(
-            (parcels.ZEROES, part, 0)
-            if isinstance(part, int)
-            else (parcels.BYTES, len(part), 0)
-            if isinstance(part, bytes)
-            else (parcels.MEMFD, part.size, part.start)
-            for part in parts
-        )
-        memfds = sum(kind == parcels.MEMFD for kind, _, _ in shapes)
-        count = len(fds) - memfds
-        passed = msgspec.structs.replace(parcel, dst_id=to.id, parts=shapes, fds=count)
-        self.bus.forward(to, source, passed, data, fds)
+    def _forward(self, to: Known, left: Sent) -> None:
+        """Pass on a message of somebody who is gone."""
+        parcel = msgspec.structs.replace(left.parcel, dst_id=to.id)
+        self.bus.forward(to, parcel, left.data, left.fds)
 
     def id_added(self, id: int, flags: int) -> None:
         """A connection is new; `flags` are its HELLO flags."""
@@ -1012,6 +1022,11 @@ class Session:
                 self._no_reply(abi.ITEM_REPLY_DEAD, call.cookie)
         self._owed.pop(id, None)
         self._told_before.pop(id, None)
+        for left in self._left.of(layout.U64.pack(id)):
+            to = self.bus.find(self.bus.owner(left.parcel.dst_name or "") or 0)
+            if to is not None and to.id != self.id:
+                self._forward(to, left)
+            self._left.drop(left)
         if seen:
             self._id_changed(match.IdChange(abi.ITEM_ID_REMOVE, id), flags)
 
@@ -1052,15 +1067,18 @@ class Session:
 
     def deadline(self) -> int | None:
         """When `tick` is to be called next (CLOCK_MONOTONIC, ns)."""
-        if not self._waiting and not self._calls:
+        if not self._waiting and not self._calls and not self._left_until:
             return None
         times = [call.deadline for call in self._waiting]
+        times += [until for until, _ in (*self._left_until,)[:1]]
         watched = self._calls.next_deadline()
         return min(times if watched is None else [*times, watched], default=None)
 
     def tick(self) -> None:
-        """End calls that have waited too long."""
+        """End calls that have waited too long, and keep nothing any more of senders who are there to send it again."""
         now = self.bus.clock()[0]
+        while self._left_until and self._left_until[0][0] <= now:
+            self._left.drop(self._left_until.popleft()[1])
         for call in self._calls.expire(now):
             self._no_reply(abi.ITEM_REPLY_TIMEOUT, call.cookie)
         for call, wait in list(self._waiting.items()):
@@ -1085,6 +1103,24 @@ class Session:
         for _, entry in self.box.queue:
             self._let_go(entry)
         self.bus.leave()
+
+
+def _passed(
+    source: int, parcel: Parcel, parts: Sequence[Part], fds: Sequence[int]
+) -> tuple[Parcel, bytes]:
+    """A message of `source` as it is passed on, with those of its descriptors that we have: and its bytes."""
+    data = b"".join(part for part in parts if isinstance(part, bytes))
+    shapes = tuple(
+        (parcels.ZEROES, part, 0)
+        if isinstance(part, int)
+        else (parcels.BYTES, len(part), 0)
+        if isinstance(part, bytes)
+        else (parcels.MEMFD, part.size, part.start)
+        for part in parts
+    )
+    count = len(fds) - sum(kind == parcels.MEMFD for kind, _, _ in shapes)
+    origin = layout.U64.pack(source)
+    return msgspec.structs.replace(parcel, parts=shapes, fds=count, origin=origin), data
 
 
 def _joining(hello: commands.Hello, admitted: commands.Admitted) -> Joining:

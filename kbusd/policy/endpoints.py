@@ -6,7 +6,7 @@ An endpoint is a further socket of the bus. Its policy is said in the words of x
     see, talk, own           how far the client may go with a name; each includes those before it
     hide                     takes the name out again, whatever else is said of it
     call, broadcast          what it may call or hear of a name that it may otherwise only see
-    deny-call, deny-broadcast    what it may not, whatever else is said
+    deny-call, deny-broadcast    what it may not, whatever else is said, of this name or of its owner's others
 
 NAME is a well-known name; `org.foo.*` is org.foo and all names below it. RULE is
 `[INTERFACE.MEMBER][@PATH]`, either of which may end in `*`, and then ` argN='TEXT'` as often as needed.
@@ -31,6 +31,7 @@ RULE_WORDS = ("call", "broadcast", "deny-call", "deny-broadcast")
 MAX_LINES = 512
 MAX_LINE = 1024
 MAX_TEXT = 16 << 10  # every worker has it of every endpoint
+MAX_ARGS = 64  # as many as match rules can ask for, and so all that are looked at
 
 _NAME = re.compile(r"[A-Za-z_-][A-Za-z0-9_-]*(\.[A-Za-z_-][A-Za-z0-9_-]*)*")
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
@@ -162,6 +163,8 @@ def _rule(line: str, word: str, text: str) -> Rule:
         path = path.removesuffix("/*")
         if not _PATH.fullmatch(path):
             raise EndpointError(f'{line}: "{path}" is not an object path')
+    if any(int(number) >= MAX_ARGS for number, _ in _ARG.findall(args)):
+        raise EndpointError(f"{line}: arguments are arg0 to arg{MAX_ARGS - 1}")
     return Rule(
         word.endswith("broadcast"),
         not word.startswith("deny"),
@@ -213,21 +216,28 @@ class View:
         return self._may(True, names, asked)
 
     def _may(self, broadcast: bool, names: Collection[str], asked: Asked) -> bool:
-        names = [name for name in names if self.level(name) >= TALK]
-        rules = [
-            rule
-            for rule in self._rules
-            if rule.broadcast is broadcast
+        reached = [name for name in names if self.level(name) >= TALK]
+        rules = [rule for rule in self._rules if rule.broadcast is broadcast]
+        # What is denied of one name, no other name of the same owner makes good: so of all that it has.
+        if not reached or any(
+            not rule.allow
             and any(_covers(rule.name, rule.below, name) for name in names)
-        ]
-        if not names or any(not rule.allow and _matches(rule, asked, False) for rule in rules):
+            and _matches(rule, asked, False)
+            for rule in rules
+        ):
             return False
-        said = any(
+        if any(
             each.level >= TALK and _covers(each.name, each.below, name)
             for each in self._levels
-            for name in names
+            for name in reached
+        ):
+            return True
+        return any(
+            rule.allow
+            and any(_covers(rule.name, rule.below, name) for name in reached)
+            and _matches(rule, asked, True)
+            for rule in rules
         )
-        return said or any(rule.allow and _matches(rule, asked, True) for rule in rules)
 
 
 def nothing(name: str) -> View:

@@ -33,6 +33,14 @@ class Process(msgspec.Struct, frozen=True, array_like=True):
     users: int
 
 
+class Opener(msgspec.Struct, frozen=True, array_like=True):
+    """Who has opened a file by which somebody else says HELLO."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
     """What the kernel says of a client (unix(7): SO_PEERCRED, SO_PEERGROUPS, SO_PEERSEC)."""
 
@@ -46,12 +54,22 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
     ipc_owner: bool = False
     """Opened its file with CAP_IPC_OWNER in the bus's user namespace; or is root by a socket, which does not tell."""
-    opener: int | None = None  # the uid of who opened its file, if that is another
+    opener: Opener | None = None  # who opened its file, if that is another
+
+    @property
+    def opened_by(self) -> Opener:
+        """Who opened its file; itself, if it has none."""
+        return self.opener or Opener(self.uid, self.gid, self.groups)
+
+    def by_file_of(self, opener: Credentials) -> Credentials:
+        """Of who says HELLO, with what counts of who has opened the file."""
+        by = opener.opened_by
+        other = None if by == self.opened_by else by
+        return msgspec.structs.replace(self, ipc_owner=opener.ipc_owner, opener=other)
 
     def is_privileged(self, owner: int) -> bool:
         """Whether it is to a bus of this owner's, by the bus's own node or socket: by who opened it."""
-        opener = self.uid if self.opener is None else self.opener
-        return opener == owner or self.ipc_owner
+        return self.opened_by.uid == owner or self.ipc_owner
 
     @property
     def share(self) -> Share:
@@ -480,7 +498,7 @@ class Reply(FromBroker, frozen=True, tag="reply"):
 
 
 class State(FromBroker, frozen=True, tag="state"):
-    """An encoded Snapshot, before Hello: what the worker takes over while the broker answers that. If
+    """An encoded Snapshot, before Hello, and mostly before there is a client: what the worker takes over while the broker answers that. If
     the reply comes without a snapshot, this one holds. `next`: the id that it gets if nobody else is quicker."""
 
     snapshot: bytes
@@ -535,10 +553,12 @@ BrokerMessage = Reply | State | Failure | Introduction | Withdrawn | Probe | Cou
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, array_like=True, tag="worker"):
-    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line."""
+    """supervisor -> broker. A spare worker `worker` (a number) exists; fd: broker's end of its line. `files`:
+    for a client that opens a file."""
 
     worker: int
     pid: int
+    files: bool = False
 
 
 class Assigned(msgspec.Struct, frozen=True, array_like=True, tag="assigned"):
@@ -618,6 +638,13 @@ class Kill(msgspec.Struct, frozen=True, array_like=True, tag="kill"):
     reason: str
 
 
+class Discard(msgspec.Struct, frozen=True, array_like=True, tag="discard"):
+    """broker -> supervisor. This worker knows too much for some client that may come: give it none. If it has one,
+    that is none of these."""
+
+    worker: int
+
+
 class Joined(msgspec.Struct, frozen=True, array_like=True, tag="joined"):
     """broker -> supervisor. The client of `worker` said Hello: it is complete (dbus-daemon(1),
     max_incomplete_connections)."""
@@ -643,7 +670,7 @@ class Endpoints(msgspec.Struct, frozen=True, array_like=True, tag="endpoints"):
     names: tuple[str, ...]
 
 
-ToSupervisor = ReloadWanted | Kill | Joined | Left | BrokerReady | Endpoints
+ToSupervisor = ReloadWanted | Kill | Discard | Joined | Left | BrokerReady | Endpoints
 
 
 # -- broker <-> launcher ---------------------------------------------------------------------
@@ -764,10 +791,12 @@ class Node(msgspec.Struct, frozen=True, array_like=True):
 
 class Tree(msgspec.Struct, frozen=True, array_like=True, tag="tree"):
     """supervisor -> worker. Be the tree: answer what the kernel asks of names, and decide who may
-    open what. `first`: the first free number for files; a tree before may have used those below."""
+    open what. `first`: the first free number for files; a tree before may have used those below. `changed`: what it
+    has said that was changed."""
 
     nodes: tuple[Node, ...]
     first: int
+    changed: tuple[Node, ...] = ()
 
 
 class Nodes(msgspec.Struct, frozen=True, array_like=True, tag="nodes"):
@@ -963,5 +992,13 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     flags: int
 
 
-FromTree = Answered | Opened
+class Changed(msgspec.Struct, frozen=True, array_like=True, tag="changed"):
+    """tree -> supervisor. By the SETATTR that it holds, this has other access bits or owners from now on: a file, or
+    if it has no endpoint's name, a directory. To be remembered for the next tree."""
+
+    unique: int
+    node: Node
+
+
+FromTree = Answered | Opened | Changed
 ToTree = Asked | Nodes

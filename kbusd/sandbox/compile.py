@@ -18,10 +18,11 @@ from contextlib import suppress
 import pyseccomp
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compiled import FEW_USERS, USERS, Compiled, Limit, Path, decode, encode
+from kbusd.sandbox.compiled import USERS, Compiled, Limit, Path, decode, encode
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
 from kbusd.sandbox.selinux import knows as selinux_knows
+from kbusd.sandbox.users import there
 
 __all__ = [
     "Compiled",
@@ -36,11 +37,14 @@ _NATIVE = pyseccomp.system_arch()
 _TREE = 2  # seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 _MOST_CALLS = 600  # numbers are below it
+_ALL = (1 << 64) - 1
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:
-    """Every profile there is, by name. Raises ProfileError. `user` as in compile_profile."""
-    return {name: compile_profile(profiles.load(name), user=user) for name in profiles.names()}
+    """Every profile that a process has, by name. Raises ProfileError. `user` as in compile_profile."""
+    loaded = [profiles.load(name) for name in profiles.names()]
+    profiles.same_title(loaded)
+    return {profile.name: compile_profile(profile, user=user) for profile in loaded}
 
 
 def conditions(selinux: bool | None = None, arch: str = "") -> frozenset[str]:
@@ -80,7 +84,9 @@ def compile_profile(
     if _enabled(profile, "user") and profile.user and profile.user.names:
         wanted = (user, *profile.user.names) if user else profile.user.names
         uid, gid = _user(profile.user.origin, wanted, profile.user.required, notes)
-        if profile.user.apart and not (apart := users_apart(profile.user)):
+        if profile.user.apart and not (
+            apart := there(profile.user.apart, profile.user.apart_inside)
+        ):
             missing = profile.user.apart_inside or profile.user.apart
             notes.append(f"its children share a user: there is no user {missing} in this namespace")
     if _enabled(profile, "groups") and profile.groups:
@@ -142,21 +148,6 @@ def compile_profile(
 def _enabled(profile: profiles.Profile, section: str) -> bool:
     value = getattr(profile, section)
     return value is not None and bool(value.enabled)
-
-
-def users_apart(user: profiles.User) -> tuple[int, int] | None:
-    """Whom children become, in our user namespace: the first user, and how many; None if nobody."""
-    return _there(user.apart, user.apart_inside)
-
-
-def _there(many: int | None, few: int | None) -> tuple[int, int] | None:
-    """Those of these users that are mapped in our user namespace."""
-    with open("/proc/self/uid_map") as mapped:
-        ranges = [tuple(map(int, line.split())) for line in mapped]
-    for first, count in ((many, USERS), (few, FEW_USERS)):
-        if first and any(at <= first and first + count <= at + size for at, _, size in ranges):
-            return first, count
-    return None
 
 
 def _of_the_machine() -> bool:
@@ -253,6 +244,7 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
     if arch != _NATIVE:
         program.add_arch(arch)
         program.remove_arch(_NATIVE)
+    _refuse_two_answers(rules)
     unconditional: dict[str, int] = {}
     seen: set[str] = set()
     for rule in rules:
@@ -291,8 +283,61 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
                 program.add_rule(action, call)
             for combination in itertools.product(*choices):
                 if combination:
-                    program.add_rule_exactly(action, call, *combination)
+                    try:
+                        program.add_rule_exactly(action, call, *combination)
+                    except OSError as error:
+                        problem = (
+                            f"libseccomp does not take the rule for `{call}`: {error.strerror}"
+                        )
+                        hint = "is there one with the same conditions?"
+                        raise ProfileError(file, key, problem, hint, line) from None
     return export_bpf(program)
+
+
+def _refuse_two_answers(rules: Sequence[profiles.Rule]) -> None:
+    """Raises ProfileError if for some arguments two rules of a call say different things: which counts, nobody said."""
+    of: dict[str, list[profiles.Rule]] = {}
+    for rule in rules:
+        for call in rule.calls:
+            for other in of.setdefault(call, []):
+                if other.errno != rule.errno and rule.arguments and other.arguments:
+                    _refuse_if_both_hold(call, other, rule)
+            of[call].append(rule)
+
+
+def _refuse_if_both_hold(call: str, a: profiles.Rule, b: profiles.Rule) -> None:
+    conditions = {each.index: comparisons(a, each) for each in a.arguments}
+    for argument in b.arguments:
+        others = conditions.get(argument.index)
+        ways = itertools.product(others or (), comparisons(b, argument))
+        if others is not None and not any(_both(one, two) for one, two in ways):
+            return
+    file, line = profiles.where(b.origin)
+    said = " and ".join(rule.errno or "allow" for rule in (a, b))
+    raise ProfileError(
+        file,
+        f"seccomp.rules ({call})",
+        f"some arguments fulfil this rule and that of {a.origin}, but they say {said}",
+        "give one argument conditions in both that exclude each other: equals here, not-equals there",
+        line,
+    )
+
+
+def _both(one: Comparison, two: Comparison) -> bool:
+    """Whether there is a value for which both hold."""
+    (mask, value, unlike), (other_mask, other, other_unlike) = map(_masked, (one, two))
+    if unlike and other_unlike:
+        return True
+    if unlike or other_unlike:
+        return (mask & other_mask) != _ALL or value != other
+    return (value ^ other) & mask & other_mask == 0
+
+
+def _masked(comparison: Comparison) -> tuple[int, int, bool]:
+    """Mask and value, and whether these must differ."""
+    if len(comparison) == 4:
+        return comparison[2], comparison[3], False
+    return _ALL, comparison[2], comparison[1] == pyseccomp.NE
 
 
 Comparison = tuple[int, int, int] | tuple[int, int, int, int]
@@ -317,7 +362,7 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
         )
         raise ProfileError(file, key, problem, line=line)
     if argument.users is not None:
-        first, count = _there(argument.users, argument.users_inside) or (argument.users, USERS)
+        first, count = there(argument.users, argument.users_inside) or (argument.users, USERS)
         return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - count, first)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value

@@ -1,8 +1,8 @@
 """What is really in force for a process, read back from the kernel (proc(5)), and what differs.
 
 Only reads /proc. What a process says of itself is not asked: its name (comm) is used to tell
-its role, and a role that it does not have shows as differences. The kernel shows no Landlock
-domain of another process; `landlock` is therefore deduced (see `deduce_landlock`).
+its role, and a role that it does not have shows as differences. The kernel shows neither the Landlock
+domain nor the securebits of another process; they are therefore deduced (see `_deduce`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
 
     Ids are real, effective, saved, file system. Capabilities are bits. `filters` counts what
     was inherited, too. Limits are (soft, hard), -1 unlimited, by the names that profiles use.
-    `unlike` counts threads that are not confined as the first."""
+    `unlike` counts threads that are not confined as the first. `namespaces`: by the names that profiles use;
+    empty if they are not shown to us."""
 
     pid: int
     parent: int
@@ -45,6 +46,7 @@ class InForce(msgspec.Struct, frozen=True, kw_only=True):
     limits: dict[str, tuple[int, int]]
     label: str
     unlike: int
+    namespaces: dict[str, str] = {}
 
 
 _OF_A_THREAD = (
@@ -62,6 +64,7 @@ _LIMIT_LINES = {
     "Max open files": "nofile",
     "Max processes": "nproc",
 }
+_LINKS = {"mount": "mnt"}  # below /proc/PID/ns
 
 
 def read(pid: int, titles: Mapping[str, str] | None = None) -> InForce:
@@ -93,6 +96,7 @@ def read(pid: int, titles: Mapping[str, str] | None = None) -> InForce:
             limits=_limits(pid),
             label=_label(pid),
             unlike=_unlike(pid, status),
+            namespaces=_namespaces(pid),
         )
     except FileNotFoundError:
         raise ProcessLookupError(f"there is no process {pid}") from None
@@ -134,17 +138,29 @@ def in_our_namespace(pid: int) -> bool:
 
 
 def differences(
-    found: InForce, wanted: Compiled, *, supervisor: InForce, parent: InForce | None
+    found: InForce,
+    wanted: Compiled,
+    *,
+    supervisor: InForce,
+    parent: InForce | None,
+    uid: int | None = None,
 ) -> list[str]:
     """How `found` falls short of its profile `wanted`, in words; empty if it does not.
 
     User, bounding set and SELinux domain are expected to change only if the supervisor is root's. `parent`: with
-    a filter of its own a process has more filters than its parent."""
+    a filter of its own a process has more filters than its parent; who is forked by one that is not root is to be
+    a user apart. `uid`: whom root's children become, if that is known."""
     wrong: list[str] = []
     privileged = supervisor.uids[1] == 0
     if privileged and wanted.uid is not None:
         if 0 in found.uids or len(set(found.uids)) != 1:
             wrong.append(f"user ids are {found.uids}, want one that is not root's")
+        elif parent is not None and parent.uids[1] != 0:
+            first, count = wanted.apart or (parent.uids[1], 1)
+            if not first <= found.uids[1] < first + count:
+                wrong.append(f"user id is {found.uids[1]}, want one of {count} from {first} on")
+        elif uid not in (None, found.uids[1]):
+            wrong.append(f"user id is {found.uids[1]}, want {uid}")
         if len(set(found.gids)) != 1:
             wrong.append(f"group ids differ: {found.gids}")
     elif len(set(found.uids)) != 1:
@@ -165,6 +181,17 @@ def differences(
         hard = found.limits.get(limit.name, (-1, -1))[1]
         if limit.value >= 0 and not 0 <= hard <= limit.value:
             wrong.append(f"limit {limit.name} is {hard}, want at most {limit.value}")
+    if supervisor.effective & 1 << constants.CAPABILITIES["sys_admin"]:
+        same = [
+            name
+            for name, number in constants.NAMESPACES.items()
+            if wanted.unshare & number and found.namespaces
+            if found.namespaces.get(name) == supervisor.namespaces.get(name)
+        ]
+        if same:
+            wrong.append(
+                f"is in the supervisor's namespace{'s'[: len(same) > 1]} {', '.join(same)}"
+            )
     if wanted.bpf:
         above = (parent.filters or 0) if parent else 0
         if found.seccomp != 2:
@@ -178,19 +205,33 @@ def differences(
     return wrong
 
 
-def deduce_landlock(found: InForce, wanted: Compiled, parent: InForce | None) -> bool | None:
-    """Whether `found` is in a Landlock domain. None: nothing tells.
-
-    `apply.confine` loads the filter last, and gives up if Landlock, where the kernel has it,
-    refuses. So a filter of its own is the proof that Landlock came before it."""
+def deduce_landlock(
+    found: InForce, started: Compiled | None, parent: InForce | None
+) -> bool | None:
+    """Whether `found` is in a Landlock domain. None: nothing tells. `started`: what it was started with."""
     try:
         kernel.landlock_abi()
     except OSError:
         return False
-    if wanted.landlock is None:
+    return (
+        None if started is None else _deduce(started.landlock is not None, found, started, parent)
+    )
+
+
+def deduce_securebits(
+    found: InForce, started: Compiled | None, parent: InForce | None
+) -> bool | None:
+    """As `deduce_landlock`; only who has root's rights can set them."""
+    return None if started is None else _deduce(bool(started.securebits), found, started, parent)
+
+
+def _deduce(asked: bool, found: InForce, started: Compiled, parent: InForce | None) -> bool | None:
+    """`apply.confine` loads the filter last, and gives up if what comes before it is refused and the kernel
+    has it. So a filter of its own is the proof that what its profile asks came before."""
+    if not asked:
         return False
     above = (parent.filters or 0) if parent else 0
-    if wanted.bpf and found.seccomp == 2 and found.filters is not None and found.filters > above:
+    if started.bpf and found.seccomp == 2 and found.filters is not None and found.filters > above:
         return True
     return None
 
@@ -247,6 +288,16 @@ def _limits(pid: int) -> dict[str, tuple[int, int]]:
                 soft, hard = (-1 if n == "unlimited" else int(n) for n in line[26:].split()[:2])
                 limits[name] = (soft, hard)
     return limits
+
+
+def _namespaces(pid: int) -> dict[str, str]:
+    try:
+        return {
+            name: os.readlink(f"/proc/{pid}/ns/{_LINKS.get(name, name)}")
+            for name in constants.NAMESPACES
+        }
+    except PermissionError:
+        return {}
 
 
 def _label(pid: int | str) -> str:

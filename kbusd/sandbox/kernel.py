@@ -5,10 +5,17 @@ system call numbers are the same on every architecture (uapi asm-generic/unistd.
 """
 
 import os
+from array import array
 
 import cython
 from cython.cimports.kbusd.sandbox.libc import (
+    ERANGE,
+    O_CLOEXEC,
+    O_RDONLY,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
     SOL_SOCKET,
+    SYS_accept4,
     SYS_seccomp,
     capability_data,
     capability_header,
@@ -20,12 +27,20 @@ from cython.cimports.kbusd.sandbox.libc import (
 )
 from cython.cimports.kbusd.sandbox.libc import capget as c_capget
 from cython.cimports.kbusd.sandbox.libc import capset as c_capset
+from cython.cimports.kbusd.sandbox.libc import close as c_close
 from cython.cimports.kbusd.sandbox.libc import getsockopt as c_getsockopt
 from cython.cimports.kbusd.sandbox.libc import one_heap as c_one_heap
+from cython.cimports.kbusd.sandbox.libc import open as c_open
 from cython.cimports.kbusd.sandbox.libc import prctl as c_prctl
+from cython.cimports.kbusd.sandbox.libc import read as c_read
 from cython.cimports.kbusd.sandbox.libc import unshare as c_unshare
 from cython.cimports.libc.stdint import uint64_t
 from cython.cimports.libc.stdlib import free, malloc
+
+SO_PEERCRED = cython.declare(cython.int, 17)
+SO_PEERSEC = cython.declare(cython.int, 31)
+SO_PEERGROUPS = cython.declare(cython.int, 59)
+PEER_MOST = cython.declare(cython.uint, 65536 * 4)  # bytes: NGROUPS_MAX groups; a label is shorter
 
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
@@ -213,13 +228,40 @@ def getsockopt(fd: cython.int, option: cython.int, most: cython.uint):
 def uid_map(pid):
     """How the user namespace of a process has the uids (user_namespaces(7)); b"" if it has gone. Another
     may be in its place by now: good enough to compare with what it says of itself."""
-    try:
-        fd = os.open(f"/proc/{pid}/uid_map", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    buffer: cython.char[4096]
+    size: cython.Py_ssize_t
+    path: bytes = b"/proc/%d/uid_map" % pid
+    fd: cython.int = c_open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
         return b""
-    try:
-        return os.read(fd, 4096)
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
+    size = c_read(fd, buffer, 4096)
+    c_close(fd)
+    return buffer[:size] if size > 0 else b""
+
+
+def accept(fd: cython.int):
+    """accept4(2): the next who connects to a listening socket, as a descriptor that never blocks."""
+    return _check(syscall(SYS_accept4, fd, _NONE, _NONE, SOCK_CLOEXEC | SOCK_NONBLOCK))
+
+
+def peer(fd: cython.int):
+    """(pid, uid, gid, groups, label) of who is at the other end of a Unix socket, as he connected (unix(7)); the
+    label is empty where no security module gives one to sockets."""
+    who: cython.uint[3]
+    groups: cython.uint[64]
+    label: cython.char[256]
+    size: cython.uint = 12
+    i: cython.uint
+    _check(c_getsockopt(fd, SOL_SOCKET, SO_PEERCRED, who, cython.address(size)))
+    size = 256
+    if c_getsockopt(fd, SOL_SOCKET, SO_PEERGROUPS, groups, cython.address(size)) == 0:
+        his = tuple([groups[i] for i in range(size // 4)])
+    else:
+        _check(0 if errno == ERANGE else -1)  # they are more
+        his = tuple(array("I", getsockopt(fd, SO_PEERGROUPS, PEER_MOST)))
+    size = 256
+    if c_getsockopt(fd, SOL_SOCKET, SO_PEERSEC, label, cython.address(size)) == 0:
+        text = label[:size]
+    else:
+        text = getsockopt(fd, SO_PEERSEC, PEER_MOST) if errno == ERANGE else b""
+    return cython.cast(cython.int, who[0]), who[1], who[2], his, text.rstrip(b"\0")

@@ -4,8 +4,16 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 cdef extern from "<errno.h>" nogil:
     int errno
+    int ERANGE
+
+cdef extern from "<fcntl.h>" nogil:
+    int O_RDONLY
+    int O_CLOEXEC
+    int open(const char *path, int flags, ...)
 
 cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void *buffer, size_t size)
+    int close(int fd)
     long syscall(long number, ...)
 
 cdef extern from "<sys/prctl.h>" nogil:
@@ -13,9 +21,12 @@ cdef extern from "<sys/prctl.h>" nogil:
 
 cdef extern from "<sys/syscall.h>" nogil:
     long SYS_seccomp
+    long SYS_accept4
 
 cdef extern from "<sys/socket.h>" nogil:
     int SOL_SOCKET
+    int SOCK_CLOEXEC
+    int SOCK_NONBLOCK
     int getsockopt(int fd, int level, int option, void *value, unsigned int *size)
 
 cdef extern from *:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import stat
 import tomllib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -22,6 +23,17 @@ import msgspec
 
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.locate import Lines, Place
+
+PROCESSES = (
+    "broker",
+    "config-reader",
+    "kdbus-worker",
+    "launcher",
+    "supervisor",
+    "worker",
+    "zygote",
+)
+"""The profiles that processes have; others, as base, are there to be extended."""
 
 OVERRIDES = Path("/etc/kbusd/profiles")
 """Where an admin's own copy of a profile takes precedence, file by file."""
@@ -244,17 +256,49 @@ def directories() -> list[Path]:
 
 def nobody(name: str) -> str:
     """That no process has the profile of this name, in words; "" if there is one."""
-    ours = [file.stem for folder in directories()[1:] for file in folder.glob("*.toml")]
-    if name in ours:
+    if name in PROCESSES:
         return ""
-    close = difflib.get_close_matches(name, ours, 1)
+    close = difflib.get_close_matches(name.lower(), PROCESSES, 1)
     return f"no process has a profile of this name{f'; did you mean {close[0]}?' if close else ''}"
 
 
 def names() -> list[str]:
-    """Every profile that can be loaded; base is none, it is only extended."""
-    found = {file.stem for folder in directories() for file in folder.glob("*.toml")}
-    return sorted(name for name in found if name != "base" and _NAME.match(name))
+    """Every profile that a process has."""
+    return list(PROCESSES)
+
+
+def strays(loaded: Iterable[Profile]) -> Iterator[str]:
+    """What is among the overrides and counts for nothing, in words. `loaded`: those of all processes."""
+    used = {Path(file) for profile in loaded for file in profile.files}
+    try:
+        entries = sorted(OVERRIDES.iterdir())
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    for file in entries:
+        if file in used or (file.suffix == ".toml" and file.stem in ("base", *PROCESSES)):
+            continue
+        ours = [f"{name}.toml" for name in ("base", *PROCESSES)]
+        close = difflib.get_close_matches(file.name.lower(), ours, 1, 0.7)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        yield f"{file}: has no effect: no process has a profile of this name{hint}"
+
+
+def same_title(loaded: Iterable[Profile]) -> None:
+    """Raises ProfileError if two of these have one title: it tells processes from each other."""
+    titles: dict[str, Profile] = {}
+    for profile in loaded:
+        other = titles.setdefault(profile.title, profile)
+        if other is not profile:
+            # Ours are right: the mistake is in the file that stands first.
+            file = min((profile.files[0], other.files[0]), key=lambda each: not _is_override(each))
+            problem = f"`{profile.title}` is the title of both {other.name} and {profile.name}"
+            raise ProfileError(
+                file, "title", problem, "kbusctl tells processes by it: have another"
+            )
+
+
+def _is_override(file: str) -> bool:
+    return Path(file).parent == OVERRIDES
 
 
 def find(name: str, below: Path | None = None) -> Path:
@@ -269,7 +313,14 @@ def find(name: str, below: Path | None = None) -> Path:
         try:
             status = file.stat()
         except (FileNotFoundError, NotADirectoryError):
+            for link in (file, folder):
+                if link.is_symlink() and not link.exists():
+                    problem = f"is a symbolic link to {os.readlink(link)}, which is not there"
+                    hint = "mend it, or remove it: what it is to say does not count"
+                    raise ProfileError(str(link), "", problem, hint) from None
             continue
+        except OSError as error:
+            raise unreadable(file, error) from None
         if folder == OVERRIDES and (status.st_uid != 0 or status.st_mode & 0o022):
             raise ProfileError(
                 str(file),
@@ -280,6 +331,12 @@ def find(name: str, below: Path | None = None) -> Path:
             )
         return file
     raise ProfileError(f"{name}.toml", "", *_missing(name, names()))
+
+
+def unreadable(file: Path, error: OSError) -> ProfileError:
+    """Why a file can't be read, and what to do."""
+    hint = "it must be a file that everybody may read: chmod 644; and its directories 755"
+    return ProfileError(str(file), "", f"can't be read: {error.strerror}", hint)
 
 
 def _missing(name: str, known: Iterable[str]) -> tuple[str, str]:

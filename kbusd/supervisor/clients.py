@@ -7,11 +7,8 @@ rest of the bus believes it. Reads nothing that a client wrote.
 from __future__ import annotations
 
 import socket
-import struct
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import suppress
 
 from kbusd.rings.entries import Credentials, Share
 from kbusd.rings.unread import dispose, hung_up
@@ -19,22 +16,23 @@ from kbusd.sandbox import kernel
 
 # Who connects; or what a device does with (worker, credentials) when it is its turn.
 Client = socket.socket | Callable[..., None]
-_SO_PEERSEC, _SO_PEERGROUPS, _SO_PEERPIDFD = 31, 59, 77
+_SO_PEERPIDFD = 77
 # A Windows domain gives nobody more than 1015. Every worker has those of every connection; and 43,000, which a
 # container's root may take, are more than a record between two processes has room for.
 MAX_GROUPS = 1024
-_MOST = 65536 * 4  # bytes: NGROUPS_MAX groups; a label is shorter
+_STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+
+def accept(listening: socket.socket) -> socket.socket:
+    """The next who connects, as a socket that never blocks: for the worker, which may not change that. Raises OSError."""
+    return socket.socket(socket.AF_UNIX, _STREAM, 0, kernel.accept(listening.fileno()))
 
 
 def credentials_of(client: socket.socket, endpoint: str = "") -> Credentials:
     """Who is at the other end, having come by `endpoint`. Raises OSError."""
-    pid, uid, gid = struct.unpack("iII", kernel.getsockopt(client.fileno(), socket.SO_PEERCRED, 12))
-    groups = array("I", kernel.getsockopt(client.fileno(), _SO_PEERGROUPS, _MOST))
-    label = b""
-    with suppress(OSError):  # where no security module labels sockets
-        label = kernel.getsockopt(client.fileno(), _SO_PEERSEC, _MOST).rstrip(b"\0")
+    pid, uid, gid, groups, label = kernel.peer(client.fileno())
     # A socket does not tell capabilities.
-    return Credentials(uid, gid, pid, tuple(groups), label, endpoint=endpoint, ipc_owner=uid == 0)
+    return Credentials(uid, gid, pid, groups, label, endpoint=endpoint, ipc_owner=uid == 0)
 
 
 def pidfd_of(client: socket.socket) -> int:

@@ -110,7 +110,7 @@ class Connection(Relay):
         inode = self.inode(opened.unique, worker.number)
         file = Holder(worker, entries.FromDeviceWorker, credentials.uid, inode, self.devices.late)
         file.bus, file.endpoint = self.domain.prefix + opened.bus, opened.endpoint
-        file.ipc_owner = credentials.ipc_owner
+        file.opener = credentials
         self.files[file.number] = file
         self.devices.closings.opened(file.number)
         device = entries.Device(
@@ -277,7 +277,7 @@ class Connection(Relay):
                 facts = reach.facts(self.devices.aside, holder, tid, unique, self.copying)
                 hello = request and _IOCTL.unpack_from(request, _BEHIND_HANDLE) == (caller.HELLO,)
                 if isinstance(facts, entries.Facts) and hello:
-                    who = holder.entering(caller.credentials(request))
+                    who = caller.credentials(request).by_file_of(holder.opener)
                     facts = entries.Facts(unique, facts.files, who)
                     self._order(holder, partial(self.host.enter, holder, who, facts))
                 else:

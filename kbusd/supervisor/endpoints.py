@@ -58,7 +58,7 @@ class Endpoints:
         domain = self._devices.domain_of(holder.bus)
         if domain is None:
             return errno.ESHUTDOWN
-        if holder.uid not in (domain.first, owner) and not holder.ipc_owner:
+        if holder.uid not in (domain.first, owner) and not holder.opener.ipc_owner:
             return errno.EPERM
         if not may_be_called(order.name, domain.inside(uid)):
             return errno.EINVAL

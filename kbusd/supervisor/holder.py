@@ -93,8 +93,8 @@ class Holder(End):
         self.why = errno.ECONNRESET
         self.owned: Callable[[], None] | None = None  # ends what lives as long as the file
         self.owns_no_more = False
-        # Whether that is as its worker, too; who opened the file had CAP_IPC_OWNER.
-        self.bound = self.ipc_owner = False
+        self.bound = False  # whether that is as its worker, too
+        self.opener = Credentials(uid, 0, 0)
 
     def say(self, message: msgspec.Struct) -> None:
         """Raises OSError if it is gone."""
@@ -152,11 +152,6 @@ class Holder(End):
         if not -1 <= events_at < 1 << 62:
             raise LineError(f"has its events at {events_at}")
         self.pool, self.events_at = fd, events_at
-
-    def entering(self, who: Credentials) -> Credentials:
-        """Who says HELLO by its file, with what counts of who has opened that."""
-        opener = self.uid if self.uid != who.uid else None
-        return msgspec.structs.replace(who, ipc_owner=self.ipc_owner, opener=opener)
 
     def may_make(self, order: Order, control: str) -> bool:
         """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""

@@ -52,6 +52,8 @@ class Mount(Connection):
         # What the tree was asked, and when; some of it is answered.
         self.asked: dict[int, float] = {}
         self.inodes: dict[int, int] = {}  # of open files: their numbers
+        # By chmod(2) and chown(2), for the next tree; by bus and endpoint, "" for a directory.
+        self.changed: dict[tuple[str, str], entries.Node] = {}
         self._want_tree(first=2)
         devices.listen(fuse, self.take)
 
@@ -70,9 +72,14 @@ class Mount(Connection):
 
     def _plant(self, nodes: tuple[entries.Node, ...]) -> None:
         self.nodes = nodes
+        for gone in self.changed.keys() - self._names():
+            del self.changed[gone]
         if (tree := self.tree) is not None:
             with suppress(OSError):
                 tree.say(entries.Nodes(nodes))
+
+    def _names(self) -> set[tuple[str, str]]:
+        return {(each.bus, name) for each in self.nodes for name in (each.endpoint, "")}
 
     def stop(self) -> None:
         """Unmount."""
@@ -98,7 +105,7 @@ class Mount(Connection):
     def _employ_tree(self, first: int, worker: Worker, credentials: entries.Credentials) -> None:
         tree = Holder(worker, entries.FromTree, credentials.uid, 0, self.devices.late)
         with suppress(OSError):
-            tree.say(entries.Tree(self.nodes, first))
+            tree.say(entries.Tree(self.nodes, first, tuple(self.changed.values())))
         self.tree = tree  # before anybody can hear that it is gone, or it would stay
         self.listen_to(tree)
         self._ask_tree()
@@ -174,6 +181,10 @@ class Mount(Connection):
             case entries.Opened(unique), []:
                 self.held[unique] = None, self.request_of(holder, unique, abi.OPEN)
                 self.devices.call(partial(self.grant, message))
+            case entries.Changed(unique, node), []:
+                self.request_of(holder, unique, abi.SETATTR)
+                if (node.bus, node.endpoint) in self._names():
+                    self.changed[node.bus, node.endpoint] = node
             case entries.Pool(events_at), [fd] if holder.pool < 0:
                 holder.take_pool(fd, events_at)
                 fds.clear()

@@ -117,8 +117,9 @@ class Launcher:
 
 
 def start(arguments: tuple[str, ...], environment: Mapping[str, str]) -> int:
-    """Run a program as ourselves, in a session of its own; returns its pid. Raises OSError."""
-    return os.posix_spawnp(
+    """Run a program as ourselves, in a session of its own; returns its pid. Raises OSError. As dbus-daemon
+    does, and we do for other users, it is searched for nowhere."""
+    return os.posix_spawn(
         arguments[0],
         arguments,
         environment,

@@ -28,7 +28,7 @@ from functools import partial
 from itertools import count, islice
 from resource import RLIMIT_NOFILE, getrlimit
 from select import POLLIN, POLLOUT, poll
-from socket import SHUT_RD, socket
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RD, socket
 
 import msgspec
 
@@ -38,7 +38,7 @@ from kbusd.rings.unread import dispose, ready
 from kbusd.sandbox import apply, kernel
 from kbusd.sandbox import compile as sandbox
 from kbusd.sandbox.errors import describe
-from kbusd.supervisor.clients import Client, Clients, credentials_of, pidfd_of
+from kbusd.supervisor.clients import Client, Clients, accept, credentials_of, pidfd_of
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.listen import Listener, open_endpoint
 from kbusd.supervisor.spawn import spawn
@@ -49,6 +49,8 @@ READER = "kbusd.policy.reader"
 ZYGOTE = "kbusd.workers.zygote"
 
 SPARES = 4
+# Encoded, as it is the first that is done with a processor's caches cold.
+SOON, WITHOUT_WAITING = msgspec.msgpack.encode(entries.Soon()), int(MSG_DONTWAIT | MSG_NOSIGNAL)
 FDS_PER_WORKER = 5  # line, pidfd, a client that waits; in kdbusfs a pool; one in case of need
 OTHER_FDS = 64
 NOT_AUTHENTICATED = 64  # may come on top of max_connections_per_user, which the broker sees to
@@ -269,6 +271,11 @@ class Supervisor:
                 with suppress(KeyError, ProcessLookupError):  # it has ended already
                     self.journal.warn(f"ending {self.workers[number]}: {reason}")
                     signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
+            case entries.Discard(number), []:
+                worker = self.workers.get(number)
+                if worker is not None and worker in worker.pool.spare:
+                    worker.pool.spare.remove(worker)
+                    worker.line.close()  # it ends by that
             case entries.Joined(number), []:
                 self.incomplete.pop(number, None)
                 self.delay = RETRY_SECONDS
@@ -279,8 +286,10 @@ class Supervisor:
             case entries.Forked(number, pid), [line_fd, broker_fd, pidfd] if number in self.forking:
                 line, pool = Line(adopt(line_fd), entries.ToSupervisor), self.forking.pop(number)
                 self.workers[number] = worker = Worker(number, pid, pidfd, line, pool)
+                if not pool.files:
+                    line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 pool.spare.append(worker)
-                self._tell(BROKER, entries.WorkerStarted(number, pid), [broker_fd])
+                self._tell(BROKER, entries.WorkerStarted(number, pid, pool.files), [broker_fd])
                 os.close(broker_fd)
             case entries.Ended(number, code), []:
                 self._worker_ended(number, code)
@@ -306,9 +315,10 @@ class Supervisor:
     def _accept(self, listener: Listener) -> None:
         # It gets ready while we look who comes; where many come, no processor is free for that.
         if len(spare := self.pools[0].spare) == SPARES and not self.incomplete:
-            spare[0].line.offer(entries.Soon())
+            with suppress(OSError):  # it has ended
+                spare[0].line.sock.send(SOON, WITHOUT_WAITING)
         try:
-            client, _ = listener.sock.accept()
+            client = accept(listener.sock)
             credentials = credentials_of(client, listener.endpoint)
         except OSError as error:
             if not isinstance(error, BlockingIOError):  # else it has gone again
@@ -319,7 +329,6 @@ class Supervisor:
         if why := self.clients.refusal(credentials, limit):
             self.journal.warn(f"refused pid {credentials.pid}: uid {credentials.uid} {why}")
             return dispose(client)
-        client.setblocking(False)  # for the worker, which may not change it
         self.clients.add(credentials, client)
 
     def _serve(self) -> None:
@@ -334,7 +343,6 @@ class Supervisor:
         if hasty := isinstance(client, socket):
             self.incomplete[worker.number] = credentials.share
             try:
-                worker.line.sock.shutdown(SHUT_RD)  # or what it says there would be closed here
                 who = entries.Client(credentials, kernel.uid_map(credentials.pid), self.generation)
                 worker.line.send(who, [client.fileno()])
             except OSError as error:
@@ -370,7 +378,7 @@ class Supervisor:
             self.journal.warn(f"{worker} {reason}")
         if worker.client is not None:
             self.clients.of[worker.client.share] -= 1
-        else:
+        elif worker in worker.pool.spare:
             worker.pool.spare.remove(worker)
             self._lose()
         self._tell(BROKER, entries.WorkerGone(number, reason))

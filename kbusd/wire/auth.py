@@ -165,7 +165,9 @@ class ServerAuth:
             self._accept()
 
     def _is_client(self, identity: bytes) -> bool:
-        return len(identity) <= 10 and identity.isdigit() and int(identity) in self._uids
+        # In decimal, as the specification has it and every client does. dbus-daemon takes what strtoul(3)
+        # does, in which 0100 is 64; dbus-broker does not.
+        return identity.decode("latin-1") in map(str, self._uids)
 
     def _trace(self, data: bytes) -> None:
         """ANONYMOUS: the data says what it likes, in UTF-8."""

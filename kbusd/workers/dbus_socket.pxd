@@ -13,12 +13,15 @@ cdef class DBusSocket(Engine):
     cdef Output output
     cdef object shares
     cdef bint reading, writing, widened
+    cdef bint begun
     cdef uint32_t hello_serial  # of a Hello that was asked for early
+    cdef bint put_off  # that Hello is still to be passed on
     cdef bytes draft  # what is to be told if it is granted, with the id `next_id`
     cdef bytes told   # what was told early, and is not said once more
     cdef size_t max_message, max_outgoing, max_outgoing_fds, uncounted, fd_cost
     cdef uint32_t max_fds
-    cdef void _ask_early(self, uint32_t serial) except *
+    cdef void _begin(self) except *
+    cdef void _ask_early(self) except *
     cdef bint _receive(self) except -1
     cdef void _stay(self) except *
     cdef void _messages(self) except *

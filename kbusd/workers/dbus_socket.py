@@ -106,8 +106,7 @@ class DBusSocket(Engine):
         """Serve the authenticated client on descriptor `client` until it goes. `rest` and `fds` are
         what was read too much; `unix_fds`: descriptors were negotiated."""
         self.unix_fds = unix_fds
-        self.prepare(client, supervisor, credentials)
-        self.driver.takes_fds = unix_fds
+        self.attach(client, supervisor, credentials)
         self.reading = True
         if rest or fds:
             self.input.feed(rest, fds)
@@ -202,6 +201,10 @@ class DBusSocket(Engine):
         data: cython.pointer(uint8_t)
         have: cython.size_t
         total: cython.longlong
+        if not self.begun:
+            if self.input.start == self.input.end:
+                return
+            self._begin()
         self.stopped = False
         while True:
             if self.input.large_need:
@@ -331,8 +334,6 @@ class DBusSocket(Engine):
             raise Gone(f"sent an invalid message: {wire_header.reason(code)}")
         if self.monitor:
             raise Gone("sent a message although it is a monitor")
-        if not self.asked and is_hello(data, cython.address(header)):
-            self._ask_early(header.serial)
         if header.unix_fds:
             fds = self._fds(header.unix_fds)
         if large:
@@ -533,15 +534,40 @@ class DBusSocket(Engine):
 
     # -- Hello (early.py) ----------------------------------------------------------------------
 
-    def _ask_early(self, serial: uint32_t) -> cython.void:
-        """Our client says Hello, and nothing can keep us from asking for it: nobody may see it before the
-        broker does, and of who is behind an endpoint the broker's answer is another."""
-        if self.sight is not None or self.log is None or not self.asking.untouched():
+    def _begin(self) -> cython.void:
+        """Our client has said something for the first time."""
+        self.begun = True
+        if self.log is not None and not self.credentials.endpoint:
+            self._ask_early()
+        self.begin()
+        self.driver.takes_fds = self.unix_fds
+        if self.hello_serial:
+            self.asked = self.put_off = self.busy = True
+            self._join()
+
+    def _ask_early(self) -> cython.void:
+        """If that is Hello, ask for it: nothing can keep us from that, and nobody is to see it before the
+        broker does. Of who is behind an endpoint the broker's answer is another."""
+        header: Header
+        data: cython.pointer(uint8_t) = self.input.data + self.input.start
+        have: cython.longlong = self.input.end - self.input.start
+        size: cython.longlong = message_length(data) if have >= 16 else -1
+        if not 0 < size <= have or size > self.context.configuration.limits["max_message_size"]:
+            return
+        if scan(data, size, cython.address(header)) < 0 or not is_hello(
+            data, cython.address(header)
+        ):
             return
         self.before = self.log.head()
         if say_hello(self.broker):
             self.asking.said = 1
-            self.hello_serial = serial
+            self.hello_serial = header.serial
+
+    def before_answer(self) -> cython.void:
+        """Pass Hello on, of which the broker has heard already."""
+        if self.put_off:
+            self.put_off = self.busy = False
+            self._messages()
 
     def has_joined(self) -> cython.void:
         """While the broker answers: write what our client will be told, if nobody else has to see it first and policy

@@ -32,6 +32,7 @@ cdef class Engine:
     cdef long long matches, mine  # versions of the replica
     cdef bint busy, leaving, everyone, loaded
     cdef bint asked, joined  # for Hello; and we know the state of the bus already
+    cdef bint knows     # some state of it, up to where we have read the log
     cdef int broker     # our line to it
     cdef bytes state    # of the bus, as the broker told it before Hello
     cdef object next_id # that we may get
@@ -51,6 +52,7 @@ cdef class Engine:
     cdef void _loop(self) except *
     cdef void has_joined(self) except *
     cdef void before_broker(self) except *
+    cdef void before_answer(self) except *
     cdef int _timeout(self) except -2
     cdef bint waits(self) except -1
     cdef void tidy_later(self) noexcept

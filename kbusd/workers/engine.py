@@ -102,6 +102,7 @@ _CHANGES = frozenset(
     )
 )
 _RULES = frozenset((entries.MatchAdded, entries.MatchRemoved))
+decode_snapshot = msgspec.msgpack.Decoder(entries.Snapshot).decode
 decode_entry = msgspec.msgpack.Decoder(entries.LogEntry).decode
 encode_refusal = msgspec.msgpack.Encoder().encode
 decode_refusal = msgspec.msgpack.Decoder(tuple[str, str]).decode
@@ -155,9 +156,24 @@ class Engine:
     def prepare(self, client, supervisor, credentials) -> None:
         """Whom to serve: `client` is the descriptor to watch for it, `supervisor` our line to there,
         which may be the same."""
+        self.attach(client, supervisor, credentials)
+        self.begin()
+
+    def attach(self, client, supervisor, credentials) -> None:
+        """The first part of `prepare`, till the client says something."""
         self.client = client
         self.supervisor = supervisor
         self.credentials = credentials
+        self.broker = self.asking.line.fileno()
+        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
+        self.waiting.watch(self.broker, BROKER, EPOLLIN)
+        self.waiting.watch(client, CLIENT, EPOLLIN)
+        if supervisor != client:
+            self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
+
+    def begin(self) -> None:
+        """The second part of `prepare`: what is needed to judge what it says."""
+        credentials = self.credentials
         policy = self._take_policy()
         self.router = self.make_router(policy)
         if credentials.endpoint:
@@ -168,12 +184,6 @@ class Engine:
             )
         else:
             self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
-        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
-        self.broker = self.asking.line.fileno()
-        self.waiting.watch(self.broker, BROKER, EPOLLIN)
-        self.waiting.watch(client, CLIENT, EPOLLIN)
-        if supervisor != client:
-            self.waiting.watch(supervisor, SUPERVISOR, EPOLLIN)
 
     def in_force(self, generation):
         """The context with the configuration in force, which is of this generation, or a later one; before
@@ -647,26 +657,43 @@ class Engine:
             self.asked = True
             self._join()
 
+    def get_ready(self) -> None:
+        """While there is no client yet: take over the state of the bus, which the broker tells."""
+        try:
+            self._hear()
+        except EOFError:
+            return  # it says so again
+        self._take_said()
+        self._take_over(0)
+
     def _join(self):
-        """While the broker answers Hello: take over the state that it has told us, and what the log has said
-        since. No one hears of that, as our client is nobody yet."""
-        if self.loaded or not (self.asked and self.state):
+        """The same while the broker answers Hello, and what is new since. No one hears of that, as our client
+        is nobody yet."""
+        if self.loaded or not self.asked or not (self.state or self.knows):
             return
+        self._take_over(self.before)
+        self.joined = True
+        self.has_joined()
+
+    def _take_over(self, until: uint64_t):
+        """The state that we were told, and what the log has said since, up to there."""
         state, self.state = self.state, b""
         try:
-            self.driver.load(state)
-            self.log.seek(self.replica.position)
-            while self.log.position < self.before:
+            if state:
+                self.replica.load(decode_snapshot(state))
+                self.log.seek(self.replica.position)
+                self.knows = True
+            while self.knows and self.log.position < until:
                 frame = self.log.read()
                 entry = decode_entry(frame.body)
                 self.replica.apply(entry)
                 self.replica.position = frame.position
+                if type(entry) is entries.ConnectionAdded:
+                    self.next_id = entry.id + 1
         except (msgspec.MsgspecError, ReplicaError) as error:
             raise Gone(f"the broker talks nonsense: {error}") from None
         except memfd.RingError:
             pass  # the log has gone round; if the answer has no new state, `_behind` asks for it
-        self.joined = True
-        self.has_joined()
 
     def _answer_driver(self, token, answer, fds):
         snapshot = b""
@@ -855,6 +882,8 @@ class Engine:
     def _broker_says(self, message, fds):
         kind = type(message)
         if kind is entries.Reply or kind is entries.Failure:
+            if not self.loaded:
+                self.before_answer()
             self.asking.answered(message, fds)
         elif kind is entries.Introduction:
             self.peers.introduced_by(message, fds)
@@ -1225,6 +1254,9 @@ class Engine:
 
     def before_broker(self) -> cython.void:
         """The broker says something after that."""
+
+    def before_answer(self) -> cython.void:
+        """The answer to Hello is about to be dealt with."""
 
     def from_client(self, events) -> cython.void:
         """The client's descriptor is ready: epoll_wait(2)'s `events`."""

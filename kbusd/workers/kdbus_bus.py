@@ -59,6 +59,7 @@ STALLED_NS = 2_000_000_000
 """How long a SEND waits to be told of what became of its message by a worker that does not run."""
 _NO_IDS = (metadata.NO_ID, (1 << 64) - 1)
 READ = b"read:"  # and the cookie: a note that a message to a name that has an activator was read
+AGAIN = b"again:"  # and a name: a note that what was sent to that is sent again, to who has it now
 SIGNALS = "type='signal'"
 OWNERS = "type='signal',sender='org.freedesktop.DBus',member='NameOwnerChanged'"
 
@@ -125,7 +126,7 @@ class DeviceRouter(Router):
         """Whether policy allows all that one may send to the other, so that nobody need look at it."""
         return (
             self.names.refusal(sender, receiver) is None
-            and self.names.refusal(receiver, sender) is None
+            and self.names.refusal(receiver, sender, hears=True) is None
             and not self.replica.kept_apart(sender.id, receiver.id)
             and self.policy.of(sender.credentials).allows_everything_to_send
             and self.policy.of(receiver.credentials).allows_everything_to_receive
@@ -214,8 +215,7 @@ class Port:
         return self._replica.me, about
 
     def is_privileged(self, who: Known) -> bool:
-        opener = who.uid if who.opener is None else who.opener
-        return not who.custom and (opener == self._context.bus.owner or who.ipc_owner)
+        return not who.custom and (who.opener == self._context.bus.owner or who.ipc_owner)
 
     def _faked(self, who: parcel.Faked) -> tuple[int, int, int, int, int, int, int, int] | None:
         """Ids that our client pretends to have, which are of its namespace. Raises Errno EINVAL."""
@@ -283,16 +283,18 @@ class Port:
     def coming_back(self) -> Wait[None] | None:
         return None if self._back is None else self._back.wait()
 
-    def forward(
-        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
-    ) -> None:
+    def forward(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         if to.kdbus:
-            sent = msgspec.structs.replace(parcel, origin=layout.U64.pack(source))
-            self.engine.send_parcel(to.id, 0, _encode(sent), data, tuple(fds))
+            self.engine.send_parcel(to.id, 0, _encode(parcel), data, tuple(fds))
 
     def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
         if to.kdbus:
             self.engine.send_ack(to.id, 0, 0, kdbus_coming.write(Moved(name, coming)))
+
+    def tell_sent_again(self, had: int, name: str) -> None:
+        who = self._replica.connections.get(had)
+        if who is not None and who.kdbus is not None and had != self._replica.me:
+            self.engine.send_ack(had, 0, 0, AGAIN + name.encode())
 
     def tell_read(self, sender: int, cookie: int) -> None:
         if sender == self._replica.me:
@@ -684,6 +686,8 @@ class Port:
         if note.startswith(kdbus_coming.NOTE):
             if (moved := kdbus_coming.read(note)) is not None:
                 self._has_moved(peer, moved)
+        elif note.startswith(AGAIN):
+            self.session.others_sent_again(peer, note[len(AGAIN) :].decode("latin-1"))
         elif note.startswith(READ) and len(note) == len(READ) + layout.U64.size:
             self.session.read(layout.U64.unpack_from(note, len(READ))[0])
         elif len(note) == layout.U64.size:
@@ -741,12 +745,13 @@ class Port:
         me, name = self._replica.me, found.dst_name or ""
         activator, owner = self.activator(name), self._replica.owner(name)
         source = int.from_bytes(found.origin, "little")
-        has_part = activator and me in (owner, activator)
         had_part = connection.id in (activator, owner, self._owned_by.get(name))
         had_part = had_part and not connection.custom
         gone = 0 < source < 1 << 64 and source not in self._replica.connections
-        if not (has_part and had_part and gone) or found.dst_id != me or found.is_reply:
+        if not (activator and had_part and gone) or found.dst_id != me or found.is_reply:
             raise ParcelError(f"passes on a message of {source} that was sent to {name!r}")
+        if me not in (owner, activator):
+            return 0  # it has moved once more, which is not known everywhere yet
         untold = msgspec.structs.replace(found, about=NOTHING)
         try:
             who = msgspec.structs.replace(NOBODY, id=source)
@@ -1146,7 +1151,7 @@ def _known(connection: Connection, users: int) -> Known:
             process.space,
             metadata.Pids(process.pids[0], process.pids[0], process.pids[1]),
             credentials.ipc_owner,
-            credentials.opener,
+            credentials.opened_by.uid,
         )
     return Known(
         connection.id,
@@ -1159,6 +1164,7 @@ def _known(connection: Connection, users: int) -> Known:
         connection.kdbus or 0,
         connection.kdbus is not None,
         connection.custom,
+        opener=credentials.opened_by.uid,
     )
 
 

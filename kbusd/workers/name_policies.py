@@ -28,12 +28,13 @@ class NamePolicies:
         # Of custom endpoints, each with the entries from which it was made.
         self._custom: dict[int, tuple[tuple[PolicyEntry, ...], policy.Database]] = {}
 
-    def refusal(self, asker: Connection, asked: Connection) -> str | None:
-        """Why one may not talk to the other; None: it may."""
+    def refusal(self, asker: Connection, asked: Connection, hears: bool = False) -> str | None:
+        """Why one may not talk to the other; None: it may. `hears`: that is asked because it is about to get a signal
+        of the other's. Of who is talked to, and of who hears, it counts who has opened his file."""
         if not self._closed and not self._replica.policies and not asker.custom:
             return None
-        uid = asked.credentials.uid
-        if self._view(asker).may_talk(self._subject(asker), uid, asked.names):
+        uid = asked.credentials.opened_by.uid
+        if self._view(asker).may_talk(self._subject(asker, hears), uid, asked.names):
             return None
         whom = f"the owner of {min(asked.names)}" if asked.names else asked.name
         return f"policy does not let {asker.name} (uid {asker.credentials.uid}) talk to {whom}"
@@ -50,9 +51,10 @@ class NamePolicies:
             return True
         return self._view(asker).may_see(self._subject(asker), other.names)
 
-    def _subject(self, connection: Connection) -> policy.Subject:
+    def _subject(self, connection: Connection, opener: bool = False) -> policy.Subject:
         who = connection.credentials
-        return policy.Subject.of(who.uid, who.gid, who.groups, who.is_privileged(self._owner))
+        by = who.opened_by if opener else who
+        return policy.Subject.of(by.uid, by.gid, by.groups, who.is_privileged(self._owner))
 
     def _view(self, asker: Connection) -> policy.View:
         if self._brought != self._replica.policies:

@@ -259,7 +259,7 @@ class Router:
         if envelope.type in (RETURN, ERROR):
             return None
         if envelope.type == SIGNAL:
-            return self.names.refusal(receiver, sender)
+            return self.names.refusal(receiver, sender, hears=True)
         return self.names.refusal(sender, receiver)
 
     def _sent(

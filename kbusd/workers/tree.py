@@ -47,9 +47,14 @@ class Tree:
         self.next = start.first
         self.buses: dict[str, dict[str, entries.Node]] = {"": {}}
         self.directories = {abi.ROOT_NODE: ""}  # their names
-        self.above = {"": _above(start.nodes[0], 0o555)}  # the directories, with no endpoint's name
+        # The directories, with no endpoint's name.
+        self.above = {"": _above(start.nodes[0], 0o555, "")}
         self.files: dict[int, File] = {}
+        self.changed: entries.Changed | None = None
+        """By the last request, which is answered only when that is said."""
         self.plant(start.nodes)
+        for node in start.changed:
+            self._set(node)
 
     def plant(self, nodes: tuple[entries.Node, ...]) -> None:
         """These are the nodes from now on. One that was there before is as it was."""
@@ -58,7 +63,7 @@ class Tree:
             known = before.get(node.bus, {}).get(node.endpoint, node)
             self.buses.setdefault(node.bus, {})[node.endpoint] = known
             # The first one is the bus's own.
-            self.above.setdefault(node.bus, _above(node, 0o500 | _passing(node.mode)))
+            self.above.setdefault(node.bus, _above(node, 0o500 | _passing(node.mode), node.bus))
         left = {number: bus for number, bus in self.directories.items() if bus in self.buses}
         self.directories = left
         self.above = {bus: above for bus, above in self.above.items() if bus in self.buses}
@@ -148,17 +153,28 @@ class Tree:
     def _change(self, head: requests.Header, body: requests.SetAttr) -> bytes:
         """chmod and chown of an endpoint or a directory; the kernel has checked who does so."""
         file = self.files.get(head.node)
-        found = self.buses.get(file.bus, {}) if file is not None else self.above
-        name = file.endpoint if file is not None else self.directories[head.node]
-        if (of := found.get(name)) is None:
+        if file is None:
+            of = self.above.get(self.directories[head.node])
+        else:
+            of = self.buses.get(file.bus, {}).get(file.endpoint)
+        if of is None:
             return replies.failure(head.unique, errno.ESTALE)  # it is no more
         mode = of.mode if body.mode is None else body.mode & 0o777
         uid = of.uid if body.uid is None else body.uid
         gid = of.gid if body.gid is None else body.gid
-        found[name] = msgspec.structs.replace(of, mode=mode, uid=uid, gid=gid)
+        node = msgspec.structs.replace(of, mode=mode, uid=uid, gid=gid)
+        self._set(node)
+        self.changed = entries.Changed(head.unique, node)
         attributes = self._attributes(head.node)
         assert attributes is not None
         return replies.attributes(head.unique, attributes)
+
+    def _set(self, node: entries.Node) -> None:
+        """The access bits and owners of what is there by this name, if it is."""
+        found = self.buses.get(node.bus, {}) if node.endpoint else self.above
+        name = node.endpoint or node.bus
+        if name in found:
+            found[name] = node
 
     def _list(self, head: requests.Header, directory: str, asked: requests.ReadDir) -> bytes:
         found = [(endpoint, stat.S_IFREG) for endpoint in self.buses[directory]]
@@ -172,8 +188,8 @@ class Tree:
         return replies.directory(head.unique, listed[asked.offset :], asked.size)
 
 
-def _above(node: entries.Node, mode: int) -> entries.Node:
-    return msgspec.structs.replace(node, endpoint="", mode=mode)
+def _above(node: entries.Node, mode: int, bus: str) -> entries.Node:
+    return msgspec.structs.replace(node, bus=bus, endpoint="", mode=mode)
 
 
 def _passing(mode: int) -> int:
@@ -195,6 +211,9 @@ def serve(line: Line, start: entries.Tree) -> None:
                     tree.plant(received[0].nodes)
                     continue
                 answer = tree.answer(received[0].request)
+                if tree.changed is not None:
+                    line.send(tree.changed)
+                    tree.changed = None
                 if isinstance(answer, bytes):
                     line.send(entries.Answered(answer))
                 elif answer is not None:

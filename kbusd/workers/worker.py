@@ -60,7 +60,7 @@ def say_locked(fd: int) -> None:
 def serve(context: Context, engine: DBusSocket, hand_over: Line, line: Line) -> None:
     """Wait for what is to be done, from `hand_over`, and do it to its end."""
     # What is imported here, the zygote has imported: after lock-down no file can be opened.
-    match _wait_for_work(hand_over, context):
+    match _wait_for_work(hand_over, line, context, engine):
         case entries.Client() as handed_over, [fd]:
             if handed_over.credentials.endpoint:
                 engine.leave_log()
@@ -110,14 +110,19 @@ def _serve_socket(
 
 
 def _wait_for_work(
-    line: Line, context: Context
+    line: Line, brokers: Line, context: Context, engine: DBusSocket
 ) -> tuple[entries.Client | entries.Device | entries.Tree, list[int]] | None:
-    """What the supervisor wants of us, None if it closes the line instead."""
+    """What the supervisor wants of us, None if it closes the line instead. Meanwhile the broker may tell us the
+    state of the bus."""
     arrived = select.poll()
     arrived.register(line, select.POLLIN)
+    arrived.register(brokers, select.POLLIN)
     received = None
     while received is None:
-        arrived.poll()
+        if all(fd != line.fileno() for fd, _ in arrived.poll()):
+            arrived.unregister(brokers)
+            engine.get_ready()
+            continue
         try:
             received = line.receive()
         except EOFError:

@@ -127,6 +127,58 @@ def test_the_filters_in_force_are_those_that_the_other_tests_try(bus: Bus) -> No
         assert found[len(found) - ours :] == stacks[role], role
 
 
+# Starts the bus with other overrides than kbusctl finds: as if the admin had changed them since.
+_WITH_OVERRIDES = """
+import sys
+from pathlib import Path
+from kbusd.sandbox import profiles
+profiles.OVERRIDES = Path(sys.argv[1])
+del sys.argv[:2]
+from kbusd.main import main
+sys.exit(main())
+"""
+_WEAK_BASE = """
+extends = "base"
+why = "walls that nobody sees are gone"
+[landlock]
+why = "off for the test"
+enabled = false
+[namespaces]
+why = "off for the test"
+enabled = false
+[securebits]
+why = "off for the test"
+enabled = false
+"""
+_WEAK_WORKER = """
+extends = "worker"
+why = "more than a worker needs"
+[seccomp]
+why = "as ours, with any arguments"
+[[seccomp.rules]]
+why = "what the zygote allows"
+calls = ["fcntl", "splice", "pipe2"]
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root is shown what a bus was started with")
+def test_a_bus_that_was_started_with_weaker_profiles_is_not_said_to_be_right(
+    start_bus: Any, tmp_path: Path
+) -> None:
+    """It was: filters were counted and never compared, and the rest not looked at."""
+    (tmp_path / "base.toml").write_text(_WEAK_BASE)
+    (tmp_path / "worker.toml").write_text(_WEAK_WORKER)
+    bus = start_bus(prefix=[sys.executable, "-c", _WITH_OVERRIDES, str(tmp_path)])
+    bus.connect().driver("GetId")
+    told = workers(bus)
+    assert told.returncode == 1, told.stdout + told.stderr
+    rows = [line for line in told.stdout.splitlines() if line.split()[1] == "kbusd-worker"]
+    assert rows and not any("yes*" in line for line in rows)
+    weaker = [line for line in told.stdout.splitlines() if "kbusd-worker: was started" in line]
+    assert weaker and "(securebits, namespaces, landlock, seccomp)" in weaker[0]
+    assert "kbusd-zygote: is in the supervisor's namespaces net, ipc" in told.stdout
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_bus_of_an_ordinary_user_is_confined_too(start_bus: Any) -> None:
     need_a_tree_for_all(ORDINARY_USER)

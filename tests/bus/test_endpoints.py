@@ -36,8 +36,13 @@ call = [
     "t.Rules=t.Args.Open arg0='yes' arg1='also'",
 ]
 broadcast = ["t.Rules=t.Face.Signal@/path"]
-deny-call = ["t.Denied=t.Bad.*", "t.Denied=t.Face.Open arg0='no'"]
-deny-broadcast = ["t.Denied=t.Bad.*"]
+deny-call = [
+    "t.Denied=t.Bad.*",
+    "t.Denied=t.Face.Open arg0='no'",
+    "t.See=t.Secret.*",
+    "t.Unseen=t.Secret.*",
+]
+deny-broadcast = ["t.Denied=t.Bad.*", "t.See=t.Secret.*", "t.Unseen=t.Secret.*"]
 """
 
 
@@ -304,6 +309,28 @@ def test_what_is_denied_is_denied_whatever_else_is_said(place: Place) -> None:
     for interface in ("t.Bad", None):  # a call that leaves out its interface is no way round
         assert refusal(app, "t.Denied", "/", interface, "A")[0] == "AccessDenied"
         assert refusal(app, denied.name, "/", interface, "A")[0] == "AccessDenied"
+
+
+@pytest.mark.parametrize("other", ["t.See", "t.Unseen"])
+def test_what_is_denied_of_a_name_another_name_of_its_owner_does_not_open(
+    place: Place, other: str
+) -> None:
+    """Whether or not that name could be talked to, or seen at all."""
+    both = place.owner("t.Talk", other)
+    app = place.app()
+    app.add_match("type='signal'")
+    for to in ("t.Talk", both.name):
+        served(app, both, to, "/", "t.Good", "A")
+        for _ in range(2):
+            assert refusal(app, to, "/", "t.Secret", "A")[0] == "AccessDenied"
+    for interface in ("t.Good", "t.Secret", "t.Good"):
+        both.signal("/", interface, interface.removeprefix("t."))
+    assert heard(app, both) == ["Good", "Good"]
+    assert nothing_came(both)
+    both.driver("ReleaseName", "s", (other,))
+    served(app, both, "t.Talk", "/", "t.Secret", "A")
+    assert both.request_name(other) == 1
+    assert refusal(app, "t.Talk", "/", "t.Secret", "A")[0] == "AccessDenied"
 
 
 def test_services_are_started_for_those_who_may_call_them(own_place: Place) -> None:

@@ -167,8 +167,8 @@ class Rig:
         assert select.select([self.devices.bell], [], [], SECONDS)[0], "the bell does not ring"
         self.devices.attend()
 
-    def kill_tree(self) -> None:
-        self.players[1].line.sock.shutdown(socket.SHUT_RDWR)
+    def kill_tree(self, number: int = 1) -> None:
+        self.players[number].line.sock.shutdown(socket.SHUT_RDWR)
 
     def hire(self, *, silent: bool = False) -> Player:
         """Wait until a worker is wanted, and let it begin. A tree works by itself, if not `silent`."""

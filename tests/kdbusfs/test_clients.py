@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from kbusd.kdbus import abi, items, layout, payload
+from tests.bus import procs
 from tests.bus import wireformat as w
 from tests.bus.daemon import STRICT_POLICY, Bus
 from tests.bus.rawclient import RawClient
@@ -49,6 +51,16 @@ class KdbusBus(Bus):
         client = KdbusClient(self.node, **how)
         self.opened.append(client)
         return client
+
+    def serving(self) -> list[procs.Process]:
+        """The workers that have a client with a pool; others end meanwhile."""
+
+        def has_pool(worker: procs.Process) -> bool:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                return "kbusd-pool" in Path(f"/proc/{worker.pid}/maps").read_text()
+            return False
+
+        return list(filter(has_pool, self.workers()))
 
     def close_clients(self) -> None:
         while self.opened:

@@ -137,25 +137,14 @@ def unending(bus: KdbusBus) -> Iterator[KdbusClient]:
     """A connection with the name whose worker is stopped."""
     with KdbusClient(bus.node) as client:
         client.acquire(NAME)
-        procs.eventually(lambda: len(serving(bus)) == 1, "those of former clients have ended")
-        (worker,) = serving(bus)
+        procs.eventually(lambda: len(bus.serving()) == 1, "those of former clients have ended")
+        (worker,) = bus.serving()
         os.kill(worker.pid, signal.SIGSTOP)
         try:
             yield client
         finally:
             os.kill(worker.pid, signal.SIGCONT)
     procs.eventually(lambda: not procs.alive(worker), "it ends after all")
-
-
-def serving(bus: KdbusBus) -> list[procs.Process]:
-    """Its workers that have a client with a pool; others end meanwhile."""
-
-    def has_pool(worker: procs.Process) -> bool:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return "kbusd-pool" in Path(f"/proc/{worker.pid}/maps").read_text()
-        return False
-
-    return list(filter(has_pool, bus.workers()))
 
 
 def test_nobody_waits_for_ever_for_what_does_not_end(unending: KdbusClient, bus: KdbusBus) -> None:

@@ -33,7 +33,7 @@ from kbusd.supervisor.kdbusfs import MAX_TREES
 from tests.bus.lingering import lingering
 
 from .places import NATIVE, everywhere
-from .rig import BUS, SECONDS, Player, Rig, command, errno_of
+from .rig import BUS, NODE, SECONDS, Player, Rig, command, errno_of
 
 PAGE = mmap.PAGESIZE
 PLAIN = command(1)
@@ -108,6 +108,30 @@ def test_a_tree_with_one_file() -> None:
 
 
 WRONG = ["1-test", "0-test/\udcff\x01", "x" * 4095, f"{BUS}/x"]
+
+
+@everywhere(NATIVE)
+def test_what_was_changed_in_the_tree_was_forgotten_when_its_worker_was_killed() -> None:
+    def client(path: str) -> Any:
+        bus = os.path.dirname(path)
+        os.chmod(path, 0o640)
+        os.chmod(bus, 0o550)
+        os.chown(path, os.geteuid(), os.getegid())
+        with opened(path) as fd:
+            fcntl.ioctl(fd, PLAIN)
+        return [os.stat(each).st_mode & 0o777 for each in (path, bus)]
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    for tree in (1, 3):
+        rig.kill_tree(tree)
+        rig.hire()
+    assert rig.mount.changed.keys() == {("0-test", ""), ("0-test", "bus")}
+    player.answer(unique)
+    assert rig.end() == [0o640, 0o550]
+    rig.mount.withdraw(NODE)  # who makes a bus of this name later need not be the same
+    assert rig.mount.changed == {}
 
 
 @everywhere(NATIVE)

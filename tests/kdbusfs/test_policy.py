@@ -106,6 +106,32 @@ def test_who_opens_the_file_owns_the_bus_or_not_whoever_says_hello(made: str, op
             assert errno_of(lambda: file.do(make, bytes(16), chain)) == refused
 
 
+@pytest.mark.parametrize("made", [FILE], indirect=True)  # to a node his own socket is attached
+def test_whose_a_connection_is_for_his_own_is_who_opened_the_file(made: str) -> None:
+    """And what he may hear. What he may send is for who says HELLO."""
+    with as_user(1, made, hello=False) as file, as_user(1, made) as one, as_user(2, made) as two:
+        with acting_as(2):
+            file.hello()
+        one.send(file.id, b"to my own")
+        assert fails(lambda: two.send(file.id, b"x")) == "EPERM"
+        file.send(two.id, b"of my own")
+        assert fails(lambda: file.send(one.id, b"x")) == "EPERM"
+        assert [each.recv().payload for each in (file, two)] == [b"to my own", b"of my own"]
+        for each in (file, one, two):
+            each.add_match()
+        for each, said in ((one, b"one's"), (two, b"two's"), (file, b"the file's")):
+            each.send(abi.DST_ID_BROADCAST, said, signal_filter(), flags=abi.MSG_SIGNAL)
+        assert heard(file) == heard(one) == [b"one's", b"the file's"]
+        assert heard(two) == [b"two's"]
+
+
+def heard(client: KdbusClient) -> list[bytes]:
+    got = []
+    while client.readable():
+        got.append(client.recv_now().payload)
+    return got
+
+
 def test_others_own_and_reach_nothing_but_what_policy_allows(made: str) -> None:
     with KdbusClient(made) as owner, as_user(1, made) as client, as_user(1, made) as own:
         owner.acquire(NAME)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kbusd.kdbus import abi, items, layout
+from tests.bus import procs
 from tests.bus.daemon import STRICT_POLICY
 from tests.kdbusfs.kclient import LIBC, KdbusClient
 from tests.kdbusfs.test_clients import (
@@ -242,18 +243,16 @@ def test_a_service_takes_what_its_activator_had_in_order(bus: KdbusBus) -> None:
     assert [b.recv_now().payload for _ in payloads] == payloads
 
 
-def serving(bus: KdbusBus) -> set[int]:
-    """The workers that have a client by a file."""
-    maps = {each.pid: Path(f"/proc/{each.pid}/maps").read_text() for each in bus.workers()}
-    return {pid for pid, text in maps.items() if "kbusd-pool" in text}
+def pids(bus: KdbusBus) -> set[int]:
+    return {worker.pid for worker in bus.serving()}
 
 
 def test_an_activator_waits_for_no_sender_whose_worker_hangs(bus: KdbusBus) -> None:
     a, b, d = activator(bus), bus.kdbus(), bus.kdbus()
     b.acquire(NAME)
-    others = serving(bus)
+    others = pids(bus)
     c = bus.kdbus()
-    (hung,) = serving(bus) - others
+    (hung,) = pids(bus) - others
     c.send(0, b"hangs", to_name(NAME))
     d.send(0, b"does not", to_name(NAME))
     os.kill(hung, signal.SIGSTOP)
@@ -267,6 +266,29 @@ def test_an_activator_waits_for_no_sender_whose_worker_hangs(bus: KdbusBus) -> N
     assert fails(a.recv_now) == "EAGAIN"
     os.kill(hung, signal.SIGCONT)
     assert a.recv().payload == b"hangs"
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_what_was_sent_to_a_name_was_lost_if_its_sender_went_just_while_that_moved(
+    bus: KdbusBus, back: bool
+) -> None:
+    """Whose worker is stopped stands for one that ends before it has seen that the name has moved."""
+    a, b = activator(bus), bus.kdbus()
+    others = pids(bus)
+    c = bus.kdbus()
+    (hung,) = pids(bus) - others
+    if back:
+        b.acquire(NAME)
+    c.send(0, b"still here", to_name(NAME))
+    os.kill(hung, signal.SIGSTOP)
+    moves = threading.Thread(target=lambda: b.release(NAME) if back else b.acquire(NAME))
+    moves.start()
+    owner, d = a if back else b, bus.kdbus()
+    procs.eventually(lambda: list(d.list(abi.LIST_NAMES)) == ([] if back else [b.id]), "it moves")
+    os.kill(hung, signal.SIGKILL)
+    moves.join()
+    got = owner.recv()
+    assert (got.payload, got.src) == (b"still here", c.id)
 
 
 def test_calls_to_an_activator_are_answered_by_the_service(bus: KdbusBus) -> None:

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from kbusd.broker.bus import FAULTY
 from kbusd.broker.connection import Connection
 from kbusd.broker.refusal import Violation
+from kbusd.policy.endpoints import Endpoint
 from kbusd.policy.rules import OWN, USER, Policy, Rule
 from kbusd.rings import entries as e
 from tests.unit.broker.world import OPEN, World, credentials, service
@@ -41,8 +42,10 @@ def test_a_short_state_is_told_before_hello_and_holds_as_long_as_the_log_leads_o
     world.told = b"state"
     for worker in (4, 5):
         world.bus.worker_started(worker, worker)
-        world.bus.assigned(worker, credentials(worker))
     assert world.events == [(4, e.State(b"state")), (5, e.State(b"state"))]
+    for worker in (4, 5):
+        world.bus.assigned(worker, credentials(worker))
+    assert len(world.events) == 2
     assert (4, e.Reply(1, 1)) in world.ask(world.bus.connections[4], e.Hello(1))
     world.reach = False
     assert (5, e.Reply(1, 2), 77) in world.ask(world.bus.connections[5], e.Hello(1))
@@ -51,11 +54,54 @@ def test_a_short_state_is_told_before_hello_and_holds_as_long_as_the_log_leads_o
 def test_who_is_behind_an_endpoint_or_has_opened_a_file_is_told_no_state() -> None:
     world = World()
     world.told = b"state"
+    world.bus.endpoints.configure([Endpoint("app")])
+    world.events.clear()
     world.bus.worker_started(1, 1)
     world.bus.assigned(1, replace(credentials(1), endpoint="app"))
-    world.bus.worker_started(2, 2)
+    world.bus.worker_started(2, 2, files=True)
     world.bus.assigned(2, credentials(2), hasty=False)
     assert world.events == []
+
+
+def test_once_there_was_an_endpoint_no_worker_is_told_the_state_before_its_client_comes() -> None:
+    """As it may come by one."""
+    world = World()
+    world.bus.endpoints.configure([Endpoint("app")])
+    world.bus.endpoints.configure([])
+    world.told = b"state"
+    world.events.clear()
+    world.bus.worker_started(4, 4)
+    assert world.events == []
+    world.bus.assigned(4, credentials(4))
+    assert world.events == [(4, e.State(b"state"))]
+
+
+def test_spare_workers_that_know_the_state_get_no_client_once_one_may_come_by_an_endpoint() -> None:
+    """They go before anybody can listen for it. One that got a client just before has another one."""
+    world = World()
+    world.told = b"state"
+    world.bus.worker_started(3, 3)
+    world.bus.assigned(3, credentials(3))
+    world.bus.worker_started(4, 4)
+    world.bus.worker_started(5, 5, files=True)
+    world.events.clear()
+    world.bus.endpoints.configure([Endpoint("app")])
+    assert world.events[0] == ("discard", 4)
+    assert ("discard", 3) not in world.events and ("discard", 5) not in world.events
+    world.events.clear()
+    world.bus.assigned(4, credentials(4))
+    assert world.events == [(4, e.State(b"state"))]
+
+
+def test_a_state_that_has_become_too_old_is_told_anew_when_a_client_comes() -> None:
+    world = World()
+    world.told = b"state"
+    world.bus.worker_started(4, 4)
+    world.reach = False
+    world.told = b"new"
+    world.events.clear()
+    world.bus.assigned(4, credentials(4))
+    assert world.events == [(4, e.State(b"new"))]
 
 
 def test_who_does_not_say_hello_in_time_is_ended() -> None:

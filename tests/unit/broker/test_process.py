@@ -31,6 +31,7 @@ from kbusd.rings.unread import ready
 from kbusd.sandbox.compile import compile_all
 from kbusd.sandbox.compiled import encode
 from tests.bus.lingering import lingering
+from tests.bus.procs import eventually
 from tests.unit.broker.world import ADDRESS, World, credentials, service
 
 SECONDS = 10.0
@@ -398,6 +399,31 @@ def test_who_asks_for_what_is_not_to_be_had_is_ended_and_not_the_bus() -> None:
         assert isinstance(broker.hear()[0], e.Kill)
         assert other.ask(e.RequestName(4, "a.b", 0))[0] == e.Reply(4, 1)
         close_all(gifts)
+
+
+def test_the_bus_ended_when_the_limit_of_descriptors_was_lowered() -> None:
+    """What came with the supervisor's next record was lost. Now it costs that worker; and reloads fail."""
+    for broker in running(Broker(files=48)):
+        first = broker.client()
+        spares = [broker.spare()]
+        while not ready(broker.line.fileno(), select.POLLIN, 0.02):
+            spares.append(broker.spare())
+        message, _ = broker.hear()
+        late = spares.pop()
+        broker.line.send(e.Assigned(late.number, credentials(late.number, 1000)))
+        assert (type(message), message.worker) == (e.Kill, late.number)
+        assert "descriptors" in message.reason and closed(late.line)
+        broker.line.send(e.WorkerGone(late.number, "killed"))
+        first.line.send(e.ReloadConfig(2))
+        assert broker.hear()[0] == e.ReloadWanted()
+        data = sealed("configuration", configuration.encode(World().configuration))
+        broker.line.send(e.Reconfigured(), [data])
+        os.close(data)
+        assert isinstance(hear(first.line)[0], e.Failure)
+        for spare in spares[:8]:
+            spare.line.close()
+        eventually(lambda b=broker: b.fds() <= 40, "there are descriptors again")
+        assert broker.client().id == first.id + 1
 
 
 def test_a_sleeping_worker_is_not_sent_one_wake_per_change(broker: Broker) -> None:

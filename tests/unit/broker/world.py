@@ -65,6 +65,9 @@ class World:
         if ("wake", worker) not in self.events:
             self.events.append(("wake", worker))
 
+    def discard(self, worker: int) -> None:
+        self.events.append(("discard", worker))
+
     def kill(self, worker: int, reason: str) -> None:
         self.events.append(("kill", worker, reason))
 

@@ -10,6 +10,10 @@ import pytest
 from kbusd.ctl.main import main
 from kbusd.ctl.profile import schema
 from kbusd.sandbox import profiles
+from kbusd.sandbox.compile import compile_all, compile_profile
+from kbusd.sandbox.errors import ProfileError
+from tests.unit.sandbox.child import run
+from tests.unit.sandbox.test_filters import raw
 
 OURS = Path(__file__).parents[3] / "profiles"
 OWN = """extends = "base"
@@ -179,3 +183,106 @@ def test_the_schema_beside_the_profiles_is_that_of_the_types() -> None:
     kept = json.loads((OURS / "profile.schema.json").read_text())
     now = json.loads(json.dumps(schema()))
     assert kept == now, "kbusctl profile schema > profiles/profile.schema.json"
+
+
+def example() -> list[str]:
+    """The profiles of the man page's EXAMPLE: a worker's, and the zygote's."""
+    text = (OURS.parent / "docs/man/kbusd-profile.5").read_text().partition(".SH EXAMPLE")[2]
+    return [part.partition("\n.EE")[0] for part in text.split(".EX\n")[1:]]
+
+
+def test_a_call_that_the_filter_above_forbids_is_not_said_to_be_allowed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The man page's own example was right, and allowed, and ended the process: nothing knew of the zygote's filter."""
+    worker, zygote = example()
+    (tmp_path / "worker.toml").write_text(worker)
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    told = said(capsys, "check", "worker", status=1)
+    assert (
+        f"{tmp_path / 'worker.toml'}:7: seccomp.rules (sched_getaffinity): profile zygote" in told
+    )
+    assert (
+        f"has no rule for sched_getaffinity; a call must pass both: say it in {tmp_path}/zygote"
+        in told
+    )
+    told = said(capsys, "test", "worker", "sched_getaffinity", status=1)
+    assert "sched_getaffinity: ends the process\n  Profile zygote" in told
+    assert main(["explain", "type=1326 pid=1 comm=kbusd-worker arch=c000003e syscall=204"]) == 0
+    assert "is in profile worker" in (told := capsys.readouterr().out)
+    assert f"say it in {tmp_path / 'zygote.toml'}, too" in told
+    (tmp_path / "zygote.toml").write_text(zygote)
+    assert "worker: right" in said(capsys, "check", "worker")
+    assert "sched_getaffinity: allow, by" in said(capsys, "test", "worker", "sched_getaffinity")
+    loaded = [compile_profile(profiles.load(name)) for name in ("zygote", "worker")]
+    assert run(lambda: raw("sched_getaffinity", 0, 0, 0), loaded[1], before=loaded[0]).said == "-22"
+
+
+def test_a_rule_that_the_filter_above_narrows_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(example()[0].replace("sched_getaffinity", "splice"))
+    told = said(capsys, "check", str(file))
+    assert "allow if argument 5 is SPLICE_F_NONBLOCK" in told
+    assert "not with all arguments" in told
+    assert "splice: ends the process" in said(capsys, "test", str(file), "splice", status=1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Overrides, in force."""
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path)
+    return tmp_path
+
+
+def test_a_draft_beside_the_overrides_changes_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    """It was loaded as well: workers and explain took it for the worker's, and kbusd did not start for its mistakes."""
+    (folder / "worker-draft.toml").write_text(REMOVES)
+    (folder / "draft.toml").write_text("why = 1")
+    (folder / "Worker.toml").write_text(REMOVES)
+    (folder / "worker.tml").write_text(REMOVES)
+    assert set(compile_all()) == set(profiles.PROCESSES)
+    for command in "check", "list":
+        told = said(capsys, command)
+        assert f"{folder / 'draft.toml'}: has no effect" in told
+        assert f"{folder / 'worker-draft.toml'}: has no effect" in told
+        for name in "Worker.toml", "worker.tml":
+            assert f"{folder / name}: has no effect: no process" in told
+        assert told.count("did you mean worker.toml?") >= 2
+
+
+def test_what_an_override_extends_is_no_stray(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (folder / "common.toml").write_text(OWN)
+    (folder / "base.toml").write_text('extends = "base"\nwhy = "ours, for all of us"\n')
+    (folder / "worker.toml").write_text('extends = "common"\nwhy = "by way of another"\n')
+    assert "has no effect" not in said(capsys, "list")
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_an_override_that_is_a_link_to_nothing_is_an_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """It was ignored, and what the admin forbids was allowed."""
+    link = tmp_path / "worker.toml" if which == "file" else tmp_path / "none"
+    link.symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(profiles, "OVERRIDES", tmp_path if which == "file" else link)
+    told = said(capsys, "check", "worker", status=1)
+    assert f"{link}: is a symbolic link to {tmp_path / 'gone'}, which is not there; mend" in told
+
+
+@pytest.mark.parametrize("title", ["kbusd", "kbusd-broker"])
+def test_two_profiles_with_one_title_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, title: str
+) -> None:
+    file = folder / "worker.toml"
+    file.write_text(f'extends = "worker"\nwhy = "under another name"\ntitle = "{title}"\n')
+    for arguments in ["check"], ["check", "worker"]:
+        told = said(capsys, *arguments, status=1)
+        assert f"{file}: title: `{title}` is the title of both" in told
+    with pytest.raises(ProfileError, match="is the title of both"):
+        compile_all()

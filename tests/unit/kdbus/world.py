@@ -188,15 +188,16 @@ class Port:
     async def collect(self, name: str) -> None:
         raise AssertionError("nobody activates")
 
-    def forward(
-        self, to: Known, source: int, parcel: Parcel, data: bytes, fds: Sequence[int]
-    ) -> None:
+    def forward(self, to: Known, parcel: Parcel, data: bytes, fds: Sequence[int]) -> None:
         raise AssertionError("nobody activates")
 
     def coming_back(self) -> None:
         return None
 
     def moved(self, to: Known, name: str, coming: dict[int, int]) -> None:
+        raise AssertionError("nobody activates")
+
+    def tell_sent_again(self, had: int, name: str) -> None:
         raise AssertionError("nobody activates")
 
     def tell_read(self, sender: int, cookie: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kbusd.policy import endpoints
@@ -88,9 +88,11 @@ def applies(one: Rule, message: Message, deny: bool) -> bool:
 
 def allowed(of: list[Said], rules: list[Rule], to: list[str], kind: str, message: Message) -> bool:
     reached = [name for name in to if level(of, rules, name) >= TALK]
+    for one in rules:
+        denied = one[0] == f"deny-{kind}" and any(covers(one[1], name) for name in to)
+        if denied and applies(one, message, True):
+            return False
     mine = [one for one in rules if any(covers(one[1], name) for name in reached)]
-    if any(one[0] == f"deny-{kind}" and applies(one, message, True) for one in mine):
-        return False
     if any(one[0] == kind and applies(one, message, False) for one in mine):
         return True
     return any(
@@ -101,6 +103,12 @@ def allowed(of: list[Said], rules: list[Rule], to: list[str], kind: str, message
 
 
 @given(st.lists(said, max_size=4), st.lists(rule, max_size=4), st.lists(names, max_size=3), asked)
+@example(
+    of=[("talk", "a.b")],
+    rules=[("deny-call", "x.y", "i.f.*", None, []), ("deny-broadcast", "x.y", "", "/p", [])],
+    to=["a.b", "x.y"],
+    message=("/p", "i.f", "M", []),
+)
 def test_what_is_let_through(
     of: list[Said], rules: list[Rule], to: list[str], message: Message
 ) -> None:
@@ -162,6 +170,8 @@ def test_what_another_process_says_is_read_from_its_words() -> None:
         ("call=a.b=i.M@", "not an object path"),
         ("call=a.b=i.M arg0=x", "a rule is"),
         ("call=a.b=i.M arg100='x'", "a rule is"),
+        ("call=a.b=i.M arg64='x'", "arg0 to arg63"),
+        ("deny-call=a.b=i.M arg0='x' arg99='x'", "arg0 to arg63"),
         ("call=a.b=i.M arg0='it's'", "a rule is"),
         ("call=a.b=" + "x" * 2000, "longer than"),
     ],

@@ -70,7 +70,7 @@ def test_users_that_this_namespace_does_not_have_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert COMPILED["worker"].apart
-    monkeypatch.setattr(compile, "_there", lambda *_: None)
+    monkeypatch.setattr(compile, "there", lambda *_: None)
     compiled = compile_profile(profiles.load("worker"))
     assert compiled.apart is None
     assert "its children share a user" in " ".join(compiled.notes)

@@ -18,8 +18,9 @@ import pytest
 
 from kbusd.ctl import main as ctl
 from kbusd.ctl.workers import Row
+from kbusd.rings import memfd
 from kbusd.sandbox import apply, inforce, kernel, profiles
-from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox.compile import compile_profile, encode
 
 COMPILED = {name: compile_profile(profiles.load(name)) for name in profiles.names()}
 Confine = Callable[[str], None]
@@ -27,6 +28,13 @@ Confine = Callable[[str], None]
 
 def properly(name: str) -> None:
     apply.confine(COMPILED[name])
+
+
+def kept(name: str) -> None:
+    """As the supervisor, which keeps what it has started the others with."""
+    for each, profile in COMPILED.items():
+        memfd.sealed(f"kbusd-profile-{each}", encode(profile))
+    properly(name)
 
 
 def fork(say: int, hold: int, name: str, confine: Confine, *below: Callable[[], int]) -> int:
@@ -47,7 +55,9 @@ def fork(say: int, hold: int, name: str, confine: Confine, *below: Callable[[], 
 
 
 @contextlib.contextmanager
-def bus(worker: Confine = properly, broker: Confine = properly) -> Iterator[int]:
+def bus(
+    worker: Confine = properly, broker: Confine = properly, supervisor: Confine = kept
+) -> Iterator[int]:
     """A supervisor with broker, zygote, two workers, launcher and a service, all asleep."""
     ready, say = os.pipe()
     hold, held = os.pipe()
@@ -56,7 +66,7 @@ def bus(worker: Confine = properly, broker: Confine = properly) -> Iterator[int]
         say,
         hold,
         "supervisor",
-        properly,
+        supervisor,
         start("broker", broker),
         start("zygote", properly, start("worker", worker), start("worker", properly)),
         start("launcher", properly, start("service", lambda _: None)),
@@ -109,6 +119,41 @@ def test_landlock_is_shown_as_deduced(capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     assert "yes*" in out
     assert "* deduced" in out
+
+
+def test_landlock_is_not_said_to_be_there_by_the_filter_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was: of a bus whose profile had none when it was started."""
+
+    def without(name: str) -> None:
+        for each, profile in COMPILED.items():
+            weaker = msgspec.structs.replace(profile, landlock=None)
+            memfd.sealed(f"kbusd-profile-{each}", encode(weaker))
+        properly(name)
+
+    with bus(supervisor=without) as pid:
+        assert ctl.main(["workers", "--pid", str(pid)]) == (os.getuid() == 0)
+    out = capsys.readouterr().out
+    assert "yes*" not in out
+    assert (out.count("(landlock): start the bus again") == 4) == (os.getuid() == 0)
+
+
+def test_a_process_that_keeps_the_supervisor_s_namespaces_or_another_s_user_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can have others")
+
+    def together(name: str) -> None:
+        apply.confine(msgspec.structs.replace(COMPILED[name], unshare=0, apart=None))
+
+    with bus(broker=together, worker=together) as pid:
+        assert ctl.main(["workers", "--pid", str(pid)]) == 1
+    lines = [each for each in capsys.readouterr().out.splitlines() if each.startswith("DIFFERS")]
+    assert len(lines) == 2
+    assert "kbusd-broker: is in the supervisor's namespaces net, ipc" in lines[0]
+    assert "want one of 65536 from 2013265920 on" in lines[1]
 
 
 def bare(name: str) -> None:

@@ -413,6 +413,67 @@ def test_where_nothing_is_extended_nothing_can_be_removed(folder: Path) -> None:
         profiles.load("worker")
 
 
+def two(first: str, second: str, errno: str = "EPERM") -> str:
+    """A profile with an errno for some arguments of a call, and allow for others."""
+    rule = "[[seccomp.rules]]\n" + WHY + 'calls = ["getppid"]\narguments = '
+    errnos = f'errno = "{errno}"\n' if errno else ""
+    return RULE[: -len("[[seccomp.rules]]\n")] + f"{rule}[{first}]\n{errnos}{rule}[{second}]\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ('{ index = 0, equals = ["4"] }', '{ index = 1, equals = ["1"] }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, equals = ["4"] }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, one-of = ["3", "4"] }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, not-equals = "5" }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, without = ["3"] }'),
+        ('{ index = 0, not-equals = "4" }', '{ index = 0, not-equals = "5" }'),
+        ('{ index = 0, not-equals = "4" }', '{ index = 0, including = ["4"] }'),
+        ('{ index = 0, without = ["4"] }', '{ index = 0, including = ["3"] }'),
+        (
+            '{ index = 0, equals = ["4"] }, { index = 1, equals = ["1"] }',
+            '{ index = 0, equals = ["4"] }, { index = 2, equals = ["1"] }',
+        ),
+    ],
+)
+def test_two_rules_that_say_different_things_of_the_same_arguments_are_refused(
+    folder: Path, first: str, second: str
+) -> None:
+    """check passed them: test said the one, and the filter did the other."""
+    for text in two(first, second), two(second, first):
+        file = write(folder, "worker", text)
+        with pytest.raises(ProfileError) as caught:
+            compile_profile(profiles.load("worker"))
+        assert f"{file}:11: seccomp.rules (getppid): some arguments fulfil" in str(caught.value)
+        assert f"that of {file}:6, but they say EPERM and allow; give" in str(caught.value)
+    write(folder, "worker", two(first, second, errno=""))
+    compile_profile(profiles.load("worker"))  # both allow: nobody asks which
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, equals = ["5"] }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, one-of = ["3", "5"] }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, not-equals = "4" }'),
+        ('{ index = 0, equals = ["4"] }', '{ index = 0, without = ["4"] }'),
+        ('{ index = 0, without = ["4"] }', '{ index = 0, including = ["4", "8"] }'),
+        ("{ index = 0, users = 131072 }", "{ index = 0, users = 65536 }"),
+        (
+            '{ index = 0, equals = ["4"] }, { index = 1, equals = ["1"] }',
+            '{ index = 0, equals = ["4"] }, { index = 1, equals = ["2"] }',
+        ),
+    ],
+)
+def test_two_rules_that_exclude_each_other_may_say_different_things(
+    folder: Path, first: str, second: str
+) -> None:
+    for text in two(first, second), two(second, first):
+        write(folder, "worker", text)
+        compile_profile(profiles.load("worker"))
+
+
 def test_an_argument_can_be_a_number_that_has_no_name_here(folder: Path) -> None:
     argument = 'arguments = [{ index = 1, one-of = ["0x5413", "7"] }]\n'
     write(folder, "worker", RULE + WHY + 'calls = ["ioctl"]\n' + argument)

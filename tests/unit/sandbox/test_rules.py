@@ -11,12 +11,16 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
+import pyseccomp  # type: ignore[import-untyped]
 import pytest
 
 from kbusd.sandbox import constants, profiles
-from kbusd.sandbox.compile import compile_profile, conditions
+from kbusd.sandbox.above import ABOVE
+from kbusd.sandbox.compile import ARCHITECTURES, compile_profile, conditions
 from kbusd.sandbox.judge import ALLOW, KILL, judge
+from tests.unit.sandbox import bpf
 from tests.unit.sandbox.child import run
 from tests.unit.sandbox.test_filters import FILTERED, number, raw
 
@@ -32,8 +36,6 @@ INSTEAD: dict[str, tuple[int, ...]] = {
 # time that a worker ends.
 NOWHERE = "rt_sigreturn"
 FORKS = ("clone", "fork", "vfork")
-# A worker's filter is loaded over the zygote's: a call must pass both.
-UNDER = {"worker": "zygote", "kdbus-worker": "zygote"}
 
 
 COMPILED = {
@@ -108,7 +110,7 @@ def expected(name: str, selinux: bool, call: str, vector: list[int]) -> str:
     """What the rules say, those of all filters that are in force together: the strictest."""
     said = [
         judge(profiles.load(each), call, vector, conditions(selinux)).action
-        for each in (name, UNDER.get(name, name))
+        for each in (name, ABOVE.get(name, name))
     ]
     if KILL in said:
         return KILL
@@ -124,7 +126,7 @@ def attempt(name: str, selinux: bool, call: str, vector: list[int]) -> str:
             os._exit(0)  # the child
         return result
 
-    before = COMPILED[UNDER[name], selinux] if name in UNDER else None
+    before = COMPILED[ABOVE[name], selinux] if name in ABOVE else None
     outcome = run(work, COMPILED[name, selinux], before=before)
     if outcome.by_filter:
         return KILL
@@ -158,6 +160,47 @@ def test_a_rule_does_what_it_says_and_nothing_more(
         refused += 1
         assert attempt(name, selinux, call, vector) == said, vector
     assert refused or not rule.arguments, "some altered arguments are refused"
+
+
+# Of each kind of condition: what it allows, and what ends the process. Numbers as they are, so that no code of
+# ours says what is right.
+KINDS = [
+    ('equals = ["O_NONBLOCK"]', [0o4000], [0, 0o4001, 0o4000 | HIGH, 0o6000, 0o3777, ALL]),
+    ('equals = ["0x10", "0x2"]', [0x12], [0, 0x10, 2, 0x13, 0x16, 0x12 | HIGH, ALL]),
+    ('one-of = ["0x10", "0x2"]', [0x10, 2], [0, 0x12, 1, 3, 0x11, 0x10 | HIGH, 2 | 1 << 63, ALL]),
+    ('not-equals = "0x10"', [0, 0x11, 0x10 | HIGH, ALL], [0x10]),
+    ('without = ["0x10", "0x2"]', [0, 1, HIGH, ALL & ~0x12], [0x10, 2, 0x12, 3, 0x10 | HIGH, ALL]),
+    ('including = ["0x10", "0x2"]', [0x12, 0x13, 0x12 | HIGH, ALL], [0, 0x10, 2, 0x11, HIGH]),
+    ("users = 131072", [131072, 196607], [0, 131071, 196608, 65536, 131072 | HIGH, ALL]),
+]
+
+
+@pytest.mark.parametrize(("condition", "good", "bad"), KINDS, ids=[kind[0] for kind in KINDS])
+@pytest.mark.parametrize("index", [0, 5])
+def test_of_each_kind_of_condition_altered_values_die(
+    tmp_path: Path, condition: str, good: list[int], bad: list[int], index: int
+) -> None:
+    """What was expected came from the code that made the filter: compiled wrongly, a condition passed all tests."""
+    file = tmp_path / "own.toml"
+    file.write_text(
+        'extends = "worker"\nwhy = "one call more"\n[seccomp]\nwhy = "one call more"\n'
+        # Which looks at no arguments.
+        '[[seccomp.rules]]\nwhy = "for the test"\ncalls = ["getppid"]\n'
+        f"arguments = [{{ index = {index}, {condition} }}]\n"
+    )
+    profile = profiles.load_file(file)
+    compiled = compile_profile(profile, selinux=False)
+    elsewhere = compile_profile(profile, selinux=False, arch="arm64").bpf
+    for value, allowed in [*((each, True) for each in good), *((each, False) for each in bad)]:
+        vector = [0] * 6
+        vector[index] = value
+        outcome = run(lambda vector=vector: raw("getppid", *vector), compiled)  # type: ignore[misc]
+        assert outcome.by_filter != allowed, hex(value)
+        number = pyseccomp.resolve_syscall(ARCHITECTURES["arm64"], "getppid")
+        said = bpf.run(elsewhere, 0xC00000B7, number, vector)
+        assert (said == bpf.ALLOW) == allowed, hex(value)
+        judged = judge(profile, "getppid", vector, conditions(False)).action
+        assert (judged == ALLOW) == allowed, hex(value)
 
 
 def test_supervisor_and_launcher_have_no_filter_and_say_why() -> None:

@@ -94,6 +94,7 @@ def test_reports_how_a_service_ended(launcher: Launcher) -> None:
         ("/nonexistent", "No such file or directory"),
         ("/etc/passwd", "Permission denied"),
         ("/tmp", "Permission denied"),
+        ("sh", "No such file or directory"),  # it is on PATH
         ("a\0b", "No such file or directory"),
     ],
 )

@@ -50,14 +50,35 @@ def test_a_worker_left_descriptors_in_its_line_that_nobody_reads() -> None:
     """To close them, when it had ended, could take the supervisor for ever."""
     one = supervisor()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    client, other = socket.socketpair()
-    with theirs, ours, other:
-        worker = Worker(3, 1 << 30, -1, Line(ours, entries.ToSupervisor), one.pools[0])
-        one._give(worker, entries.Credentials(1, 1, os.getpid()), client)
-        _, fds, _, _ = socket.recv_fds(theirs, 4096, 1)
+    brokers, other = socket.socketpair()
+    with theirs, other:
+        one.forking[3] = one.pools[0]
+        pidfd = os.pidfd_open(os.getpid())
+        one.said(entries.Forked(3, 1 << 30), [ours.detach(), brokers.detach(), pidfd])
         with pytest.raises(BrokenPipeError):
-            socket.send_fds(theirs, [b"x"], fds)
-        os.close(fds[0])
+            socket.send_fds(theirs, [b"x"], [other.fileno()])
+        one.workers[3].line.close()
+        os.close(pidfd)
+
+
+def test_a_worker_that_knows_too_much_gets_no_client_and_its_end_is_no_failure() -> None:
+    one = supervisor()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    busy, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pool = one.pools[0]
+    for number, end in ((3, ours), (4, busy)):
+        pidfd = os.pidfd_open(os.getpid())
+        one.workers[number] = Worker(number, 1, pidfd, Line(end, entries.ToSupervisor), pool)
+    pool.spare.append(one.workers[3])
+    with theirs, busy:
+        for number in (3, 4, 5):  # a spare one, one with a client, one that has ended
+            one.said(entries.Discard(number), [])
+        assert not pool.spare
+        assert theirs.recv(1) == b""
+        assert busy.fileno() >= 0
+    one.said(entries.Ended(3, 0), [])
+    assert list(one.workers) == [4] and one.retry_at == 0
+    os.close(one.workers[4].pidfd)
 
 
 def test_a_zygote_was_killed_and_both_its_line_and_the_signal_say_so_in_one_turn() -> None:

@@ -41,7 +41,20 @@ def test_the_uid_may_come_as_data() -> None:
 
 
 @pytest.mark.parametrize(
-    "claim", [b"0", b"1001", b"root", b"", b"-1000", b"1000 ", b"+1000", b"\xc2\xb2", b"1" * 40]
+    "claim",
+    [
+        b"0",
+        b"1001",
+        b"root",
+        b"",
+        b"-1000",
+        b"1000 ",
+        b"+1000",
+        b"\xc2\xb2",
+        b"1" * 40,
+        b"01000",
+        b"0x3e8",
+    ],
 )
 def test_another_identity_is_rejected(claim: bytes) -> None:
     lines = [b"AUTH EXTERNAL " + claim.hex().encode()]

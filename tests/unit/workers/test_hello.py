@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import socket
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ from kbusd.rings import entries as e
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
+from kbusd.rings.line import Line
 from kbusd.workers.context import Context
 from tests.bus import wireformat as w
+from tests.bus.procs import eventually
 from tests.unit.workers.alone import start_worker
 from tests.unit.workers.conftest import EVERYTHING
 
@@ -31,9 +36,11 @@ BUS = {w.PATH: "/org/freedesktop/DBus", w.DESTINATION: "org.freedesktop.DBus"}
 
 class Stage:
     """A worker whose client has authenticated. OTHER is on the bus since before the snapshot, LATE
-    since after it."""
+    since after it. `spare`: it was told that before there was a client."""
 
-    def __init__(self, context: Context, generation: int = 0, policy: bytes = b"") -> None:
+    def __init__(
+        self, context: Context, generation: int = 0, policy: bytes = b"", spare: bool = False
+    ) -> None:
         """`generation`: that of the configuration in force; `policy`: with which it is answered if it asks
         for that."""
         self.clock = Clock()
@@ -45,6 +52,10 @@ class Stage:
         state = e.Snapshot(self.log.position, 0, ((OTHER, WHO),), (), (), (), (), 0)
         self.state = msgspec.msgpack.encode(state)
         self.enter(e.ConnectionAdded(LATE, WHO))
+        if spare:
+            self.broker.send(e.State(self.state))
+            eventually(lambda: is_read(self.broker), "the worker takes over the state")
+            self.supervisor.send(e.Soon())
         self.supervisor.send(e.Client(WHO, generation=generation), [served.fileno()])
         served.close()
         self.client.sendall(SASL)
@@ -116,6 +127,11 @@ class Stage:
             self.call("NameHasOwner", f":1.{id}")
             found += self.read().args
         return found
+
+
+def is_read(sock: socket.socket | Line) -> bool:
+    """All that was sent there (unix(7), SIOCOUTQ)."""
+    return not any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
 
 
 @pytest.fixture
@@ -348,3 +364,46 @@ def test_what_policy_keeps_from_a_client_it_is_not_told_early(
         assert stage.read().args == [True]
     finally:
         stage.close()
+
+
+def test_a_spare_worker_takes_over_the_state(context: Context) -> None:
+    stage = Stage(context, spare=True)
+    try:
+        stage.enter(e.ConnectionAdded(9, WHO))
+        stage.client.sendall(hello())
+        stage.admit(stage.asked(e.Hello).request)
+        assert stage.owned() == [True] * 4
+    finally:
+        stage.close()
+
+
+def test_a_state_that_is_told_anew_replaces_what_was_taken_over(context: Context) -> None:
+    stage = Stage(context, spare=True)
+    try:
+        stage.enter(e.ConnectionAdded(9, WHO))
+        stage.broker.send(e.State(stage.snapshot(0, OTHER)))
+        stage.client.sendall(hello())
+        stage.admit(stage.asked(e.Hello).request)
+        assert stage.owned() == [True, False, True, False]
+    finally:
+        stage.close()
+
+
+def test_a_client_that_leaves_before_its_hello_is_answered(stage: Stage) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.client.sendall(hello())
+    request = stage.asked(e.Hello).request
+    stage.client.shutdown(socket.SHUT_WR)
+    stage.admit(request)
+    assert stage.asked(e.Leaving).reason == ""
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 100])
+def test_a_hello_that_comes_in_pieces(stage: Stage, size: int) -> None:
+    stage.broker.send(e.State(stage.state))
+    message = hello()
+    for at in range(0, len(message), size):
+        stage.client.sendall(message[at : at + size])
+        eventually(lambda: is_read(stage.client), "the worker reads each piece by itself")
+    stage.admit(stage.asked(e.Hello).request)
+    assert stage.owned() == ALL_BUT_ONE
