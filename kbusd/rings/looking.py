@@ -5,14 +5,16 @@ nothing once one was long: who has nothing to do does not look. Who looks lets e
 sched_yield(2). If that takes long, somebody computes on this core: who yields waits for a whole slice of his, who
 sleeps is woken ahead of him. So there is a pause. But on a virtual machine it takes long as well because the host
 ran something else, some ten times a second, and between processes that share a core for a client because of each other.
-So the pause is short at first, and doubles while the next looks fare no better.
+So the pause is short, and doubles while the next looks soon fare no better.
 """
 
 import cython
 from cython.cimports.libc.stdint import uint64_t
 
 LEAST = cython.declare(uint64_t, 10_000)  # ns
-GOOD = cython.declare(cython.int, 256)  # looks, after which a pause is as short as it was at first
+RARE = cython.declare(
+    uint64_t, 32
+)  # times what it costs, before which it was not: the pause is the shortest again
 
 
 @cython.cclass
@@ -26,20 +28,16 @@ class Looking:
         self.least_pause, self.most_pause = pause
         self.pause = self.least_pause
 
-    def found(self) -> cython.void:
-        """A look has ended, by what was looked for or by its time."""
-        self.good += 1
-        if self.good == GOOD:
-            self.pause = self.least_pause
-
     def gave_way(self, before, now) -> cython.void:
         """To somebody else, from one time to the other."""
         cost: uint64_t = now - before
         if cost > self.contended_ns:
+            if before - self.not_before > RARE * cost:
+                self.pause = self.least_pause
+            else:
+                self.pause = min(2 * self.pause, self.most_pause)
             self.for_ns = 0
             self.not_before = now + self.pause * cost
-            self.pause = min(2 * self.pause, self.most_pause)
-            self.good = 0
 
     def slept(self, begin, end) -> cython.void:
         """From one time to the other, till there was something to do."""
@@ -47,10 +45,6 @@ class Looking:
             self.for_ns = 0
         elif self.for_ns < self.most_ns and begin >= self.not_before:
             self.for_ns = self.for_ns * 2 if self.for_ns else LEAST
-
-    def note_found(self) -> None:
-        """`found` for Python."""
-        self.found()
 
     def note_gave_way(self, before: uint64_t, now: uint64_t) -> None:
         """`gave_way` for Python."""

@@ -102,8 +102,14 @@ def descriptors(tid: int, numbers: Sequence[int], ours: Set[int]) -> Iterator[in
     by number: it is looked at first, as to close it might be to wait for ourselves."""
     if len(numbers) > _MAX_DESCRIPTORS or any(not 0 <= each < 1 << 31 for each in numbers):
         raise OSError(errno.EBADF, "no such descriptor")
-    process = int(_status(tid)[b"Tgid"])
-    pidfd = os.pidfd_open(process)
+    process = tid
+    try:
+        pidfd = os.pidfd_open(process)
+    except (
+        OSError
+    ):  # not the first of its process; to ask that beforehand takes longer than all the rest
+        process = int(_status(tid)[b"Tgid"])
+        pidfd = os.pidfd_open(process)
     try:
         for number in numbers:
             try:

@@ -102,7 +102,6 @@ class Ready:
         while True:
             count = epoll_wait(self.epoll, event, 1, 0)
             if count != 0 or now >= until:
-                self.looking.found()
                 return count
             before = now
             sched_yield()

@@ -95,7 +95,6 @@ class Waiting:
             # What the client wrote before a frame came goes before it, so look at the client last.
             count = epoll_wait(self.epoll, events, MOST_EVENTS, 0)
             if count != 0 or pending or now >= until:
-                self.looking.found()
                 return count if count != 0 else -2 if pending else 0
             now = self._yield(now)
 

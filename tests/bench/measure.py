@@ -24,7 +24,7 @@ from kbusd.sandbox import kernel
 from kbusd.sandbox.compile import compile_all
 
 HERE = Path(__file__).parent
-PROGRAMS = ("calls", "versus", "direct", "fanout", "connects", "idle", "kdbusfs")
+PROGRAMS = ("calls", "versus", "direct", "fanout", "connects", "idle", "kdbusfs", "fuse")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 PROGRAM_SECONDS = 60.0
 SETTLE_SECONDS = 5.0

@@ -20,6 +20,8 @@ BROKER = "dbus-broker"
 KDBUSFS = "kdbusfs"
 STREAMED = "direct, streamed"  # no bus
 WHOLE = "direct, whole"
+ALONE = "direct, alone"
+PASSED_ON = "direct, passed on"
 UNCONFINED = "unconfined"
 
 CAVEATS = """\
@@ -116,6 +118,12 @@ DEVICE_FIGURES = (
     DeviceRow("1 MiB by memfd", "kdbusfs-memfd/memfd", "kdbusfs-memfd/socket", ratio=1.0),
     DeviceRow("1 MiB by vector", "kdbusfs-memfd/vector", "kdbusfs-memfd/socket"),
     DeviceRow("one SEND to 64", "kdbusfs-fanout-64/device", "kdbusfs-fanout-64/socket"),
+)
+
+# What an ioctl would take that costs nothing (fuse.c).
+FLOORS = (
+    ("floor: FUSE alone", ALONE),
+    ("floor: FUSE, a process behind it", PASSED_ON),
 )
 
 IN_TURNS = "throughput_ratio"  # is over kbusd unconfined already
@@ -320,6 +328,10 @@ def device_table(recording: Recording) -> str:
             table.append(
                 [row.label, *_judged(False, own, row.absolute), *_judged(False, over, row.ratio)]
             )
+    for label, phase in FLOORS:
+        floor = value(recording, phase, "kdbusfs-calls", "p50_us")
+        if floor is not None:
+            table.append([label, *_judged(False, floor, None), "", "", ""])
     return _align(table) if len(table) > 1 else ""
 
 

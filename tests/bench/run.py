@@ -131,7 +131,7 @@ class Runner:
                 figures = {"filter_load_ms": measured.filter_load_ms()}
                 self.samples.append(report.Sample("kbusd", "filter-load", number, figures))
             for topology in self._options.topologies:
-                if topology.bare:
+                if topology.bare and (not topology.device or report.KDBUSFS in order):
                     self._measure_without_bus(number, topology)
                 for name in order:
                     bus = self._running.get(name)

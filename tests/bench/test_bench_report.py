@@ -182,3 +182,14 @@ def test_a_recording_without_clients_alone_says_nothing_of_them(
     recorded: report.Recording,
 ) -> None:
     assert report.direct_table(recorded) == ""
+
+
+def test_kdbusfs_stands_beside_what_fuse_takes_without_it() -> None:
+    samples = [
+        report.Sample("kdbusfs", "kdbusfs-calls/ioctl", 0, {"p50_us": 28.0}),
+        report.Sample(report.ALONE, "kdbusfs-calls", 0, {"p50_us": 7.0}),
+        report.Sample(report.PASSED_ON, "kdbusfs-calls", 0, {"p50_us": 17.0}),
+    ]
+    table = report.device_table(report.Recording(1, "", {}, {}, {}, samples))
+    assert line_of(table, "floor: FUSE alone") == "floor: FUSE alone 7.00 (7.00–7.00)"
+    assert line_of(table, "floor: FUSE, a process behind it").endswith("17.0 (17.0–17.0)")

@@ -35,7 +35,7 @@ class Topology(msgspec.Struct, frozen=True):
     With `one_core`, the bus and the clients are held on one core: without the scheduler's choice,
     which moves a round trip by a factor of three, what is left is the work itself. With `in_turns`,
     kbusd and kbusd unconfined are called in turns, for a difference that is smaller than the machine's
-    from one second to the next. Without a bus, if `bare`.
+    from one second to the next. Without a bus, if `bare`; with `device`, what kdbusfs is compared with.
     """
 
     name: str
@@ -91,6 +91,7 @@ TOPOLOGIES = (
     _in_turns("confined-round-trip", 1, MESSAGE_BYTES, "s"),
     _in_turns("confined-pipelined", IN_FLIGHT, MESSAGE_BYTES, "s"),
     _in_turns("confined-64KiB", 1, PAYLOADS["64KiB"], "ay"),
+    Topology("kdbusfs-calls-direct", "fuse", ("SECONDS",), device=True, bare=True),
     _device("kdbusfs-calls", "calls", 1, 64),
     _device("kdbusfs-message", "message", 1, 64),
     _device("kdbusfs-memfd", "memfd", 1, 1 << 20),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,17 @@ def test_a_device_of_our_own_is_not_even_touched(monkeypatch: pytest.MonkeyPatch
             list(caller.descriptors(os.getpid(), wanted, ours))
         assert caught.value.errno == errno.ELOOP
         assert taken == [zero.fileno()]
+
+
+def test_descriptors_of_a_thread_that_is_not_the_first() -> None:
+    with Path("/dev/zero").open() as zero, ThreadPoolExecutor(1) as other:
+        tid = other.submit(threading.get_native_id).result()
+        assert tid != os.getpid()
+        (fd,) = caller.descriptors(tid, [zero.fileno()], set())
+        try:
+            assert os.path.sameopenfile(fd, zero.fileno())
+        finally:
+            os.close(fd)
 
 
 @pytest.mark.parametrize("number", [999_999, -1, 1 << 31])
