@@ -33,7 +33,7 @@ from cython.cimports.kbusd.workers.libc import (
 )
 from cython.cimports.kbusd.workers.output import Output
 from cython.cimports.kbusd.workers.peers import LARGE_BODY, Peer
-from cython.cimports.libc.stdint import uint8_t, uint32_t
+from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy
 
 from kbusd.rings import entries
@@ -74,6 +74,8 @@ PIECE = cython.declare(cython.size_t, 16384)
 LOOKS = cython.declare(cython.int, 12)
 # Whose it is that waits for our client is counted if it is more than this, or an eighth of the limit.
 UNCOUNTED = cython.declare(cython.size_t, 131072)
+
+EXPECTED = cython.declare(uint64_t, 100_000)  # look so long for the answer to Hello
 
 BUS_PATH = "/org/freedesktop/DBus"
 FULL_TEXT = "The sender's share of the destination's queue is full (limit max_outgoing_bytes)"
@@ -544,6 +546,7 @@ class DBusSocket(Engine):
         if self.hello_serial:
             self.asked = self.put_off = self.busy = True
             self._join()
+            self.waiting.poll_ns = EXPECTED
 
     def _ask_early(self) -> cython.void:
         """If that is Hello, ask for it: nothing can keep us from that, and nobody is to see it before the
@@ -567,6 +570,7 @@ class DBusSocket(Engine):
         """Pass Hello on, of which the broker has heard already."""
         if self.put_off:
             self.put_off = self.busy = False
+            self.waiting.poll_ns = 0
             self._messages()
 
     def has_joined(self) -> cython.void:
