@@ -157,7 +157,7 @@ def _check(options: argparse.Namespace) -> int:
     loaded = []
     for which in options.profiles or profiles.names():
         try:
-            profile = load(which)
+            profile = profiles.load_extended(which) if which == "base" else load(which)
             loaded.append(profile)
             for arch in ARCHITECTURES:
                 for selinux in (False, True):
@@ -280,8 +280,11 @@ def call_name(text: str, arch: str | None) -> str:
             return bytes(pyseccomp.resolve_syscall(which, int(text))).decode()
         except ValueError:
             raise ProfileError("", "", f"{arch} has no system call {text}") from None
-    if pyseccomp.resolve_syscall(which, text) == -1:
+    number = pyseccomp.resolve_syscall(which, text)
+    if number == -1:
         raise ProfileError("", "", f"{text} is no system call that libseccomp knows")
+    if number < 0:
+        raise ProfileError("", "", f"{arch} has no system call {text}")
     return text
 
 

@@ -120,6 +120,10 @@ def compile_profile(
             required.discard("selinux")
     bpf = b""
     if _enabled(profile, "seccomp") and profile.seccomp:
+        for name, calls in profile.seccomp.sets.items():  # used or not
+            file, line = profiles.where(calls.origin)
+            for call in calls.calls:
+                _refuse_unknown(call, file, f"seccomp.sets.{name}", line)
         rules = [rule for rule in profile.seccomp.rules if rule.when in here]
         bpf = _filter(rules, ARCHITECTURES.get(arch, _NATIVE))
     return Compiled(
@@ -182,7 +186,8 @@ def _group(origin: str, name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         file, line = profiles.where(origin)
-        raise ProfileError(file, "groups.keep", f"there is no group {name}", line=line) from None
+        hint = "add it (groupadd(8)), or leave it out"
+        raise ProfileError(file, "groups.keep", f"there is no group {name}", hint, line) from None
 
 
 def _limits(limits: Mapping[str, profiles.Limit]) -> Iterable[Limit]:
@@ -233,6 +238,15 @@ def _all_calls() -> list[str]:
     return found
 
 
+def _refuse_unknown(call: str, file: str, key: str, line: int) -> None:
+    """Raises ProfileError if no architecture has this call."""
+    if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
+        problem = f"`{call}` is no system call that libseccomp knows"
+        close = difflib.get_close_matches(call, _all_calls(), 1, 0.5)
+        hint = f"did you mean `{close[0]}`?" if close else "see syscalls(2)"
+        raise ProfileError(file, key, problem, hint, line)
+
+
 def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
     """The BPF program. Architecture first (libseccomp does so), default and foreign: kill.
 
@@ -261,11 +275,7 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
             raise ProfileError(file, f"{key}.arguments", problem, hint, line)
         choices = [[pyseccomp.Arg(*each) for each in alternatives] for alternatives in tests]
         for call in rule.calls:
-            if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
-                problem = f"`{call}` is no system call that libseccomp knows"
-                close = difflib.get_close_matches(call, _all_calls(), 1, 0.5)
-                hint = f"did you mean `{close[0]}`?" if close else "see syscalls(2)"
-                raise ProfileError(file, key, problem, hint, line)
+            _refuse_unknown(call, file, key, line)
             if call in unconditional or (call in seen and not choices):
                 # libseccomp lets the unconditional rule win without a word.
                 raise ProfileError(
@@ -360,12 +370,17 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
             f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without,"
             " including, users"
         )
-        raise ProfileError(file, key, problem, line=line)
+        hint = "without any the argument need not be named; of two, make two rules"
+        raise ProfileError(file, key, problem, hint, line)
     if argument.users is not None:
         first, count = there(argument.users, argument.users_inside) or (argument.users, USERS)
         return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - count, first)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
+    if not names and given[0] != "equals":
+        problem = f"{given[0].replace('_', '-')} of argument {argument.index} is empty"
+        hint = "it would hold never, or always: name what it is about, or leave the condition out"
+        raise ProfileError(file, key, problem, hint, line)
     values = [_argument(file, key, name, line) for name in names]
     bits = 0
     for value in values:

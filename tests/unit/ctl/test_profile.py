@@ -134,6 +134,7 @@ def test_test_tells_what_becomes_of_a_call(
         (["read", "PROT_EXECUTE"], "did you mean PROT_EXEC?"),
         (["read", *"1234567"], "at most six"),
         (["9999"], "has no system call 9999"),
+        (["epoll_wait", "--arch", "arm64"], "arm64 has no system call epoll_wait"),
     ],
 )
 def test_a_call_that_there_is_not_is_told(
@@ -286,3 +287,15 @@ def test_two_profiles_with_one_title_are_refused(
         assert f"{file}: title: `{title}` is the title of both" in told
     with pytest.raises(ProfileError, match="is the title of both"):
         compile_all()
+
+
+def test_an_override_of_base_can_be_checked(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    file = folder / "base.toml"
+    file.write_text('extends = "base"\nwhy = "for all of ours"\n')
+    assert "base: right" in said(capsys, "check", "base")
+    file.write_text(
+        'extends = "base"\nwhy = "for all of ours"\n[limits.nofil]\nvalue = 1\nwhy = "one too few"\n'
+    )
+    assert f"{file}:3: limits.nofil: " in said(capsys, "check", "base", status=1)
