@@ -18,7 +18,7 @@ import pyseccomp
 
 from kbusd.ctl import export, learn
 from kbusd.sandbox import above, constants, profiles
-from kbusd.sandbox.compile import ARCHITECTURES, compile_profile, conditions, native
+from kbusd.sandbox.compile import ARCHITECTURES, NUMBER, compile_profile, conditions, native
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import ALLOW, KILL, condition, judge
 
@@ -320,7 +320,34 @@ def schema() -> dict[str, Any]:
             definition.get("properties", {}).pop(key, None)
         definition.pop("title", None)
     made["title"] = "kbusd sandbox profile"
+    _name_all(made["$defs"])
     return made
+
+
+def _name_all(definitions: dict[str, Any]) -> None:
+    """Add the names that are known, which the types do not have, so that an editor tells what is none."""
+    for kind, key, table in (
+        ("Capabilities", "keep", constants.CAPABILITIES),
+        ("Securebits", "set", constants.SECUREBITS),
+        ("Namespaces", "unshare", constants.NAMESPACES),
+    ):
+        definitions[kind]["properties"][key]["items"] = {"enum": sorted(table)}
+    definitions["Profile"]["properties"]["limits"]["propertyNames"] = {
+        "enum": sorted(constants.LIMITS)
+    }
+    definitions["Rule"]["properties"]["errno"] = {
+        "enum": ["", *sorted(constants.ERRNOS)],
+        "default": "",
+    }
+    value = {"anyOf": [{"enum": sorted(constants.ARGUMENTS)}, {"pattern": f"^({NUMBER})$"}]}
+    value["type"] = "string"  # type: ignore[assignment]
+    for key, said in definitions["Argument"]["properties"].items():
+        for each in said.get("anyOf", ()) if not key.startswith("users") else ():
+            if each.get("type") == "array":
+                each["items"] = value
+            elif each.get("type") == "string":
+                each.clear()
+                each.update(value)
 
 
 def _schema(_: argparse.Namespace) -> int:

@@ -38,6 +38,8 @@ _TREE = 2  # seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 _MOST_CALLS = 600  # numbers are below it
 _ALL = (1 << 64) - 1
+NUMBER = "0x[0-9a-fA-F]{1,16}|[0-9]{1,19}"
+"""A value of an argument that has no name here."""
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:
@@ -223,7 +225,7 @@ def _lookup(file: str, key: str, name: str, table: Mapping[str, int], line: int 
 
 def _argument(file: str, key: str, name: str, line: int) -> int:
     """A name of the C headers, or a number that has none here."""
-    if re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,19}", name):
+    if re.fullmatch(NUMBER, name):
         return int(name, 0)
     return _lookup(file, key, name, constants.ARGUMENTS, line)
 
