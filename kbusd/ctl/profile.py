@@ -18,7 +18,7 @@ import pyseccomp
 
 from kbusd.ctl import export, learn
 from kbusd.sandbox import above, constants, profiles
-from kbusd.sandbox.compile import ARCHITECTURES, compile_profile, conditions, native
+from kbusd.sandbox.compile import ARCHITECTURES, NUMBER, compile_profile, conditions, native
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import ALLOW, KILL, condition, judge
 
@@ -157,7 +157,7 @@ def _check(options: argparse.Namespace) -> int:
     loaded = []
     for which in options.profiles or profiles.names():
         try:
-            profile = load(which)
+            profile = profiles.load_extended(which) if which == "base" else load(which)
             loaded.append(profile)
             for arch in ARCHITECTURES:
                 for selinux in (False, True):
@@ -280,8 +280,11 @@ def call_name(text: str, arch: str | None) -> str:
             return bytes(pyseccomp.resolve_syscall(which, int(text))).decode()
         except ValueError:
             raise ProfileError("", "", f"{arch} has no system call {text}") from None
-    if pyseccomp.resolve_syscall(which, text) == -1:
+    number = pyseccomp.resolve_syscall(which, text)
+    if number == -1:
         raise ProfileError("", "", f"{text} is no system call that libseccomp knows")
+    if number < 0:
+        raise ProfileError("", "", f"{arch} has no system call {text}")
     return text
 
 
@@ -317,7 +320,34 @@ def schema() -> dict[str, Any]:
             definition.get("properties", {}).pop(key, None)
         definition.pop("title", None)
     made["title"] = "kbusd sandbox profile"
+    _name_all(made["$defs"])
     return made
+
+
+def _name_all(definitions: dict[str, Any]) -> None:
+    """Add the names that are known, which the types do not have, so that an editor tells what is none."""
+    for kind, key, table in (
+        ("Capabilities", "keep", constants.CAPABILITIES),
+        ("Securebits", "set", constants.SECUREBITS),
+        ("Namespaces", "unshare", constants.NAMESPACES),
+    ):
+        definitions[kind]["properties"][key]["items"] = {"enum": sorted(table)}
+    definitions["Profile"]["properties"]["limits"]["propertyNames"] = {
+        "enum": sorted(constants.LIMITS)
+    }
+    definitions["Rule"]["properties"]["errno"] = {
+        "enum": ["", *sorted(constants.ERRNOS)],
+        "default": "",
+    }
+    value = {"anyOf": [{"enum": sorted(constants.ARGUMENTS)}, {"pattern": f"^({NUMBER})$"}]}
+    value["type"] = "string"  # type: ignore[assignment]
+    for key, said in definitions["Argument"]["properties"].items():
+        for each in said.get("anyOf", ()) if not key.startswith("users") else ():
+            if each.get("type") == "array":
+                each["items"] = value
+            elif each.get("type") == "string":
+                each.clear()
+                each.update(value)
 
 
 def _schema(_: argparse.Namespace) -> int:

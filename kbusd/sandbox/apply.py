@@ -55,7 +55,7 @@ def confine(
         close_all_but(keep_fds)
     kernel.set_name(compiled.title)
     capable = kernel.effective()
-    root = os.geteuid() == 0 and not _ALONE
+    root = os.geteuid() == 0 and not ALONE
     if compiled.unshare and (capable & _SYS_ADMIN or "namespaces" in compiled.required):
         step("namespaces", lambda: kernel.unshare(compiled.unshare))
     if compiled.bounding is not None and (capable & _SETPCAP or root):
@@ -102,7 +102,7 @@ def _alone() -> bool:
         return False
 
 
-_ALONE = _alone()  # now, as nothing can be opened later
+ALONE = _alone()  # now, as nothing can be opened later
 
 
 def close_all_but(keep: Iterable[int]) -> None:

@@ -38,6 +38,8 @@ _TREE = 2  # seccomp_attr_set(3): SCMP_FLTATR_CTL_OPTIMIZE
 _UNKNOWN_CALL = -1  # seccomp_syscall_resolve_name(3): __NR_SCMP_ERROR
 _MOST_CALLS = 600  # numbers are below it
 _ALL = (1 << 64) - 1
+NUMBER = "0x[0-9a-fA-F]{1,16}|[0-9]{1,19}"
+"""A value of an argument that has no name here."""
 
 
 def compile_all(user: str | None = None) -> dict[str, Compiled]:
@@ -120,6 +122,10 @@ def compile_profile(
             required.discard("selinux")
     bpf = b""
     if _enabled(profile, "seccomp") and profile.seccomp:
+        for name, calls in profile.seccomp.sets.items():  # used or not
+            file, line = profiles.where(calls.origin)
+            for call in calls.calls:
+                _refuse_unknown(call, file, f"seccomp.sets.{name}", line)
         rules = [rule for rule in profile.seccomp.rules if rule.when in here]
         bpf = _filter(rules, ARCHITECTURES.get(arch, _NATIVE))
     return Compiled(
@@ -182,7 +188,8 @@ def _group(origin: str, name: str) -> int:
         return grp.getgrnam(name).gr_gid
     except KeyError:
         file, line = profiles.where(origin)
-        raise ProfileError(file, "groups.keep", f"there is no group {name}", line=line) from None
+        hint = "add it (groupadd(8)), or leave it out"
+        raise ProfileError(file, "groups.keep", f"there is no group {name}", hint, line) from None
 
 
 def _limits(limits: Mapping[str, profiles.Limit]) -> Iterable[Limit]:
@@ -218,7 +225,7 @@ def _lookup(file: str, key: str, name: str, table: Mapping[str, int], line: int 
 
 def _argument(file: str, key: str, name: str, line: int) -> int:
     """A name of the C headers, or a number that has none here."""
-    if re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,19}", name):
+    if re.fullmatch(NUMBER, name):
         return int(name, 0)
     return _lookup(file, key, name, constants.ARGUMENTS, line)
 
@@ -231,6 +238,15 @@ def _all_calls() -> list[str]:
             name = pyseccomp.resolve_syscall(_NATIVE, number)
             found.append(name.decode() if isinstance(name, bytes) else name)
     return found
+
+
+def _refuse_unknown(call: str, file: str, key: str, line: int) -> None:
+    """Raises ProfileError if no architecture has this call."""
+    if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
+        problem = f"`{call}` is no system call that libseccomp knows"
+        close = difflib.get_close_matches(call, _all_calls(), 1, 0.5)
+        hint = f"did you mean `{close[0]}`?" if close else "see syscalls(2)"
+        raise ProfileError(file, key, problem, hint, line)
 
 
 def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
@@ -261,11 +277,7 @@ def _filter(rules: Sequence[profiles.Rule], arch: int) -> bytes:
             raise ProfileError(file, f"{key}.arguments", problem, hint, line)
         choices = [[pyseccomp.Arg(*each) for each in alternatives] for alternatives in tests]
         for call in rule.calls:
-            if pyseccomp.resolve_syscall(_NATIVE, call) == _UNKNOWN_CALL:
-                problem = f"`{call}` is no system call that libseccomp knows"
-                close = difflib.get_close_matches(call, _all_calls(), 1, 0.5)
-                hint = f"did you mean `{close[0]}`?" if close else "see syscalls(2)"
-                raise ProfileError(file, key, problem, hint, line)
+            _refuse_unknown(call, file, key, line)
             if call in unconditional or (call in seen and not choices):
                 # libseccomp lets the unconditional rule win without a word.
                 raise ProfileError(
@@ -360,12 +372,17 @@ def comparisons(rule: profiles.Rule, argument: profiles.Argument) -> list[Compar
             f"argument {argument.index} needs exactly one of equals, one-of, not-equals, without,"
             " including, users"
         )
-        raise ProfileError(file, key, problem, line=line)
+        hint = "without any the argument need not be named; of two, make two rules"
+        raise ProfileError(file, key, problem, hint, line)
     if argument.users is not None:
         first, count = there(argument.users, argument.users_inside) or (argument.users, USERS)
         return [(argument.index, pyseccomp.MASKED_EQ, (1 << 64) - count, first)]
     value = getattr(argument, given[0])
     names = (value,) if isinstance(value, str) else value
+    if not names and given[0] != "equals":
+        problem = f"{given[0].replace('_', '-')} of argument {argument.index} is empty"
+        hint = "it would hold never, or always: name what it is about, or leave the condition out"
+        raise ProfileError(file, key, problem, hint, line)
     values = [_argument(file, key, name, line) for name in names]
     bits = 0
     for value in values:

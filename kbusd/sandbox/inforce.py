@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import msgspec
 
-from kbusd.sandbox import constants, kernel
+from kbusd.sandbox import apply, constants, kernel
 from kbusd.sandbox.compiled import Compiled
 
 SECCOMP_MODES = {0: "none", 1: "strict", 2: "filter"}
@@ -147,11 +147,11 @@ def differences(
 ) -> list[str]:
     """How `found` falls short of its profile `wanted`, in words; empty if it does not.
 
-    User, bounding set and SELinux domain are expected to change only if the supervisor is root's. `parent`: with
-    a filter of its own a process has more filters than its parent; who is forked by one that is not root is to be
+    User and SELinux domain are expected to change only if the supervisor is root's and there are others whom to
+    become. `parent`: with a filter of its own a process has more filters than its parent; who is forked by one that is not root is to be
     a user apart. `uid`: whom root's children become, if that is known."""
     wrong: list[str] = []
-    privileged = supervisor.uids[1] == 0
+    privileged = supervisor.uids[1] == 0 and not apply.ALONE
     if privileged and wanted.uid is not None:
         if 0 in found.uids or len(set(found.uids)) != 1:
             wrong.append(f"user ids are {found.uids}, want one that is not root's")
@@ -171,7 +171,8 @@ def differences(
         held = found.effective | found.permitted | found.inheritable | found.ambient
         if extra := held & ~wanted.capabilities:
             wrong.append(f"holds capabilities {capability_names(extra)}")
-    if privileged and wanted.bounding is not None and found.bounding & ~wanted.bounding:
+    setpcap = supervisor.effective & 1 << constants.CAPABILITIES["setpcap"]
+    if setpcap and wanted.bounding is not None and found.bounding & ~wanted.bounding:
         wrong.append(f"bounding set has {capability_names(found.bounding & ~wanted.bounding)}")
     if wanted.no_new_privileges and not found.no_new_privileges:
         wrong.append("no_new_privs is not set")

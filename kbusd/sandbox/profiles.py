@@ -45,9 +45,12 @@ if _PLACE.name in ("site-packages", "dist-packages"):
     # `site`, as which most of our processes run, does not know of virtual environments.
     _OURS = _PLACE.parents[2] / "share" / "kbusd" / "profiles"
 _PART = re.compile(r"[\w-]+")  # of `$.seccomp.rules[3].calls`
+_LARGEST = 1 << 20
+_TITLE_BYTES = 15  # prctl(2), PR_SET_NAME
 _NAME = re.compile(r"[a-z][a-z-]{0,30}\Z")
 
-Why = Annotated[str, msgspec.Meta(min_length=8)]
+Why = Annotated[str, msgspec.Meta(min_length=8, pattern=r"\S[\s\S]{6,}\S")]
+"""Blanks at either end do not count."""
 Users = Annotated[int, msgspec.Meta(ge=65536, le=0xFFFE0000, multiple_of=65536)]
 """The first of 65536 users that follow each other."""
 FewUsers = Annotated[int, msgspec.Meta(ge=256, le=0xFFFFFE00, multiple_of=256)]
@@ -335,7 +338,9 @@ def find(name: str, below: Path | None = None) -> Path:
 
 def unreadable(file: Path, error: OSError) -> ProfileError:
     """Why a file can't be read, and what to do."""
-    hint = "it must be a file that everybody may read: chmod 644; and its directories 755"
+    hint = "whoever starts the bus, or asks, must be able to: chmod 644; and its directories 755"
+    if isinstance(error, FileNotFoundError):
+        hint = "kbusctl profile list tells which there are"
     return ProfileError(str(file), "", f"can't be read: {error.strerror}", hint)
 
 
@@ -355,7 +360,7 @@ def load(name: str) -> Profile:
 
 
 def load_file(path: Path) -> Profile:
-    """The profile in this file, merged with what it extends, complete. Raises ProfileError, OSError."""
+    """The profile in this file, merged with what it extends, complete. Raises ProfileError."""
     profile = _load(path, ())
     file = profile.files[0]
     for section in SECTIONS:
@@ -372,6 +377,30 @@ def load_file(path: Path) -> Profile:
     return msgspec.structs.replace(profile, name=path.stem)
 
 
+def load_extended(name: str) -> Profile:
+    """One that is only extended, as base: merged with what it extends, maybe incomplete. Raises ProfileError."""
+    return msgspec.structs.replace(_load(find(name), ()), name=name)
+
+
+def _read(file: Path) -> bytes:
+    """A regular file of a sane size. Raises ProfileError."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ProfileError(str(file), "", "is no regular file", "a profile is a text file")
+            with open(fd, "rb", closefd=False) as opened:
+                text = opened.read(_LARGEST + 1)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise unreadable(file, error) from None
+    if len(text) > _LARGEST:
+        problem = f"is larger than {_LARGEST} bytes"
+        raise ProfileError(str(file), "", problem, "no profile is: is it another file?")
+    return text
+
+
 def _load(file: Path, below: tuple[Path, ...]) -> Profile:
     *children, profile = _chain(file, below)
     profile = _with_sets(profile)
@@ -381,7 +410,7 @@ def _load(file: Path, below: tuple[Path, ...]) -> Profile:
 
 
 def _chain(file: Path, below: tuple[Path, ...]) -> list[Profile]:
-    text = file.read_bytes()
+    text = _read(file)
     profile = parse(text, str(file))
     if not profile.extends:
         return [profile]
@@ -433,17 +462,34 @@ def parse(text: bytes, file: str) -> Profile:
         raise ProfileError(file, "", "is not UTF-8", "save it as UTF-8", line) from None
     except tomllib.TOMLDecodeError as error:
         raise _not_toml(file, str(error), decoded) from None
+    except RecursionError:
+        problem = "is not TOML that we read: lists or tables are too deep in each other"
+        raise ProfileError(file, "", problem, "no profile needs more than three") from None
     lines = Lines(decoded)
     for key in ("name", "files"):
         if key in raw:
-            hint = "the file's name is the name"
+            hint = "leave it out: the file's name is the name"
             raise ProfileError(file, key, "is not yours to set", hint, lines.of(key))
     _mark(raw, (), file, lines)
     try:
         profile = msgspec.convert(raw, Profile, strict=True)
     except msgspec.ValidationError as error:
         raise _explain(file, _named(str(error), raw), lines) from None
+    _check_texts(profile, file, lines)
     return msgspec.structs.replace(profile, files=(file,))
+
+
+def _check_texts(profile: Profile, file: str, lines: Lines) -> None:
+    """What the kernel could not take as it is. Raises ProfileError."""
+    if len(profile.title.encode()) > _TITLE_BYTES or not profile.title.isprintable():
+        problem = f"has {len(profile.title.encode())} bytes, or one that can't be seen"
+        hint = f"the kernel keeps {_TITLE_BYTES} bytes"
+        raise ProfileError(file, "title", problem, hint, lines.of("title"))
+    for path in profile.landlock.paths if profile.landlock else ():
+        if not path.path.startswith("/") or "\0" in path.path:
+            problem = f"{path.path!r} is no absolute path"
+            hint = "it begins with /: nobody knows in which directory a process starts"
+            raise ProfileError(file, "landlock.paths", problem, hint, where(path.origin)[1])
 
 
 _TOML_HINTS = {
@@ -481,7 +527,8 @@ def _mark(table: dict[str, Any], place: Place, file: str, lines: Lines) -> None:
                 here = (*place, key) if index is None else (*place, key, index)
                 if "origin" in item:
                     line = lines.of(*here, "origin")
-                    raise ProfileError(file, "origin", "is not yours to set", line=line)
+                    hint = "leave it out: it is filled in when the file is read"
+                    raise ProfileError(file, "origin", "is not yours to set", hint, line)
                 _mark(item, here, file, lines)
                 if here not in (("limits",), ("seccomp", "sets")):
                     item["origin"] = f"{file}:{lines.of(*here)}"

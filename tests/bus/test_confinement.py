@@ -54,6 +54,17 @@ def test_security_tells_what_is_on_and_why_not(bus: Bus) -> None:
         assert worker[name]["on"], worker[name]
     assert worker["apart"]["on"] == (os.getuid() == 0)
     assert "another user" in rows["kbusd", "user"]["detail"] or os.getuid() != 0
+    if os.getuid() == 0:  # who is shown all, and can have all
+        for name in ("bounding", "securebits", "namespaces"):
+            assert worker[name]["on"], worker[name]
+        assert not rows["kbusd", "securebits"]["on"]
+    assert worker["data"]["detail"] == "at most 4294967296"
+    assert worker["as"]["detail"] == "at most 17179869184"
+    assert "not asked for" in rows["kbusd-broker", "as"]["detail"]
+    reader = {name: row for (process, name), row in rows.items() if process == "kbusd-config"}
+    assert "runs while files are read" in reader["seccomp"]["detail"]
+    assert reader["seccomp"]["on"] is None, "it is not there to be asked"
+    assert reader["namespaces"]["on"] is False
     of_supervisor = rows["kbusd", "seccomp"]
     assert not of_supervisor["on"]
     assert "inherited for ever" in of_supervisor["detail"]  # the reason that the profile gives

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kbusd.ctl.main import main
 from kbusd.ctl.profile import schema
-from kbusd.sandbox import profiles
+from kbusd.sandbox import constants, profiles
 from kbusd.sandbox.compile import compile_all, compile_profile
 from kbusd.sandbox.errors import ProfileError
 from tests.unit.sandbox.child import run
@@ -134,6 +137,7 @@ def test_test_tells_what_becomes_of_a_call(
         (["read", "PROT_EXECUTE"], "did you mean PROT_EXEC?"),
         (["read", *"1234567"], "at most six"),
         (["9999"], "has no system call 9999"),
+        (["epoll_wait", "--arch", "arm64"], "arm64 has no system call epoll_wait"),
     ],
 )
 def test_a_call_that_there_is_not_is_told(
@@ -286,3 +290,60 @@ def test_two_profiles_with_one_title_are_refused(
         assert f"{file}: title: `{title}` is the title of both" in told
     with pytest.raises(ProfileError, match="is the title of both"):
         compile_all()
+
+
+def test_an_override_of_base_can_be_checked(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    file = folder / "base.toml"
+    file.write_text('extends = "base"\nwhy = "for all of ours"\n')
+    assert "base: right" in said(capsys, "check", "base")
+    file.write_text(
+        'extends = "base"\nwhy = "for all of ours"\n[limits.nofil]\nvalue = 1\nwhy = "one too few"\n'
+    )
+    assert f"{file}:3: limits.nofil: " in said(capsys, "check", "base", status=1)
+
+
+def test_the_schema_knows_the_names() -> None:
+    """It said "a string": no editor told EACES from EACCES, as the documents say."""
+    known = schema()["$defs"]
+    assert "EACCES" in known["Rule"]["properties"]["errno"]["enum"]
+    assert "EACES" not in known["Rule"]["properties"]["errno"]["enum"]
+    assert known["Securebits"]["properties"]["set"]["items"]["enum"] == sorted(constants.SECUREBITS)
+    assert "net_admin" in known["Capabilities"]["properties"]["keep"]["items"]["enum"]
+    assert "mount" in known["Namespaces"]["properties"]["unshare"]["items"]["enum"]
+    assert "nofile" in known["Profile"]["properties"]["limits"]["propertyNames"]["enum"]
+    arguments = known["Argument"]["properties"]
+    one = next(each for each in arguments["not-equals"]["anyOf"] if each["type"] == "string")
+    several = [
+        next(each["items"] for each in arguments[kind]["anyOf"] if each["type"] == "array")
+        for kind in ("equals", "one-of", "without", "including")
+    ]
+    for value in (one, *several):
+        names, number = value["anyOf"]
+        assert "F_GETFL" in names["enum"]
+        assert "F_GETFLAGS" not in names["enum"]
+        for text, right in (("0x5401", True), ("7", True), ("F_GETFLAGS", False), ("", False)):
+            assert bool(re.search(number["pattern"], text)) == right
+
+
+def strings(profile: dict[str, object]) -> Iterator[tuple[str, str]]:
+    """What rules of a profile file name: kind, and name."""
+    seccomp = profile.get("seccomp")
+    for rule in seccomp.get("rules", ()) if isinstance(seccomp, dict) else ():
+        yield "errno", rule.get("errno", "")
+        for argument in rule.get("arguments", ()):
+            for key, value in argument.items():
+                if key not in ("index", "users", "users-inside"):
+                    yield from (
+                        ("argument", each) for each in ([value] if key == "not-equals" else value)
+                    )
+
+
+@pytest.mark.parametrize("file", sorted(OURS.glob("*.toml")), ids=lambda file: str(file.stem))
+def test_the_schema_has_all_that_our_profiles_name(file: Path) -> None:
+    known = schema()["$defs"]
+    names, _ = known["Argument"]["properties"]["equals"]["anyOf"][0]["items"]["anyOf"]
+    of = {"errno": known["Rule"]["properties"]["errno"]["enum"], "argument": names["enum"]}
+    for kind, name in strings(tomllib.loads(file.read_text())):
+        assert name in of[kind]

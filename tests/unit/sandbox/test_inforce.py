@@ -109,6 +109,18 @@ def test_a_bus_as_its_profiles_want_it(capsys: pytest.CaptureFixture[str]) -> No
     assert "DIFFERS" not in text
 
 
+def test_in_a_namespace_of_one_user_nobody_is_asked_to_be_another() -> None:
+    """Each process was said to differ, as it stays root, as whom nobody there can help."""
+    test = f"{__file__}::{test_a_bus_as_its_profiles_want_it.__name__}"
+    alone = ["unshare", "--user", "--map-root-user", sys.executable, "-m", "pytest", "-q"]
+    done = subprocess.run(
+        [*alone, "-p", "no:cacheprovider", test], capture_output=True, text=True, timeout=60
+    )
+    if "unshare failed" in done.stderr:
+        pytest.skip("no user namespaces here")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_landlock_is_shown_as_deduced(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         kernel.landlock_abi()

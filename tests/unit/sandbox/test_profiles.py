@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from kbusd.sandbox import profiles
+from kbusd.sandbox import constants, profiles
 from kbusd.sandbox.compile import compile_profile, conditions
 from kbusd.sandbox.errors import ProfileError
 from kbusd.sandbox.judge import judge
 from kbusd.sandbox.selinux import enabled as selinux_enabled
+from tests.unit.sandbox.child import run
 
 WHY = 'why = "for the test"\n'
 
@@ -325,6 +328,56 @@ MISTAKES = [
         ":2: extends: there is no profile `bass`",
         "did you mean base?",
     ),
+    ("too deep", WHY + "title = " + "[" * 3000, "", "too deep in each other", "more than three"),
+    ("a why of blanks", 'why = "        "\n', "why", ":1: why: expected `str` matching", "eight"),
+    ("a title in bytes", WHY + 'title = "äöüäöüäö"\n', "title", ":2: title: has 16 bytes", "15"),
+    ("a title with NUL", WHY + 'title = "a\\u0000b"\n', "title", ":2: title: has 3", "keeps"),
+    (
+        "a relative path",
+        WHY + "[landlock]\n" + WHY + "[[landlock.paths]]\n" + WHY + 'path = "proc"\n',
+        "landlock.paths",
+        ":4: landlock.paths: 'proc' is no absolute path",
+        "begins with /",
+    ),
+    (
+        "a path with NUL",
+        WHY + "[landlock]\n" + WHY + "[[landlock.paths]]\n" + WHY + 'path = "/a\\u0000"\n',
+        "landlock.paths",
+        "is no absolute path",
+        "begins with /",
+    ),
+    *(
+        (
+            f"an empty {kind}",
+            RULE + WHY + f'calls = ["read"]\narguments = [{{ index = 0, {kind} = [] }}]\n',
+            "seccomp.rules (read).arguments",
+            f"{kind} of argument 0 is empty",
+            "leave the condition out",
+        )
+        for kind in ("one-of", "without", "including")
+    ),
+    (
+        "no condition",
+        RULE + WHY + 'calls = ["read"]\narguments = [{ index = 0 }]\n',
+        "seccomp.rules (read).arguments",
+        "needs exactly one of",
+        "need not be named",
+    ),
+    (
+        "an unknown call in a set that nobody uses",
+        RULE + WHY + 'calls = ["read"]\n[seccomp.sets.time]\n' + WHY + 'calls = ["tmies"]\n',
+        "seccomp.sets.time",
+        ":9: seccomp.sets.time: `tmies` is no system call",
+        "did you mean `times`?",
+    ),
+    (
+        "no such group",
+        'extends = "base"\ntitle = "w"\n' + WHY + "[groups]\n" + WHY + 'keep = ["no-such"]\n',
+        "groups.keep",
+        ":4: groups.keep: there is no group no-such",
+        "leave it out",
+    ),
+    ("an origin", WHY + "[user]\n" + WHY + 'origin = "x"\n', "origin", ":4: origin", "leave it"),
     ("a value without quotes", WHY + "title = w\n", "", ":2: is not TOML at column 9", "quotes"),
     ("a bracket too few", "[[seccomp.rules]\n", "", ":1: is not TOML", "[[seccomp.rules]]"),
     ("a section twice", "[user]\n[user]\n", "", ":2: is not TOML at column 6", "already"),
@@ -542,3 +595,54 @@ def test_an_override_that_others_can_write_is_not_believed(
     file.chmod(mode)
     with pytest.raises(ProfileError, match="must be owned by root"):
         profiles.load("worker")
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (os.mkfifo, "is no regular file"),
+        (Path.mkdir, "is no regular file"),
+        (lambda file: file.symlink_to("/dev/zero"), "is no regular file"),
+        (lambda file: file.write_bytes(b"#" * (1 << 20) + b"\n"), "is larger than 1048576"),
+        (lambda file: file.symlink_to(file), "can't be read: Too many levels"),
+    ],
+    ids=["fifo", "directory", "device", "large", "loop"],
+)
+def test_what_is_no_file_of_a_sane_size_is_not_read(
+    folder: Path, make: Callable[[Path], object], problem: str
+) -> None:
+    """A FIFO, or /dev/zero, had check wait, or read, for ever."""
+    file = folder / "worker.toml"
+    make(file)
+    with pytest.raises(ProfileError, match=problem) as caught:
+        profiles.load_file(file)
+    assert caught.value.file == str(file)
+    assert caught.value.hint
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root can become somebody who may not read")
+@pytest.mark.parametrize("closed", ["file", "folder"])
+def test_what_may_not_be_read_is_told_with_a_hint(folder: Path, closed: str) -> None:
+    file = write(folder, "worker", WHY)
+    (file if closed == "file" else folder).chmod(0o600)
+
+    def tried() -> str:
+        try:
+            profiles.load("worker")
+        except ProfileError as error:
+            return str(error)
+        return "loaded"
+
+    for above in folder.parents[:2]:
+        above.chmod(0o755)
+    said = run(tried, ordinary=True).said
+    assert said.startswith(f"{file}: can't be read: Permission denied; ")
+    assert "chmod 644" in said
+
+
+def test_the_man_page_has_all_names() -> None:
+    page = Path(profiles.__file__).parents[2] / "docs/man/kbusd-profile.5"
+    words = set(re.findall(r"[\w-]+", page.read_text().replace("\\-", "-")))
+    tables = (constants.ARGUMENTS, constants.LIMITS, constants.SECUREBITS, constants.NAMESPACES)
+    for table in tables:
+        assert set(table) <= words

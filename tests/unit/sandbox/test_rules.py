@@ -203,6 +203,33 @@ def test_of_each_kind_of_condition_altered_values_die(
         assert (judged == ALLOW) == allowed, hex(value)
 
 
+# What libc calls on arm64 in place of what that has not, as the kernel's generic table of calls leaves out what
+# a newer call does as well.
+GENERIC = {"epoll_wait": "epoll_pwait", "poll": "ppoll"}
+
+
+@pytest.mark.parametrize("selinux", [False, True])
+@pytest.mark.parametrize("name", FILTERED)
+def test_what_our_traffic_needs_is_allowed_on_arm64(name: str, selinux: bool) -> None:
+    """Rules that are not kept for others are those that it uses (tests/bus/test_learn.py); by these calls, or theirs."""
+    program = compile_profile(profiles.load(name), selinux=selinux, arch="arm64").bpf
+    seccomp = profiles.load(name).seccomp
+    assert seccomp is not None
+    tried = set()
+    for rule in seccomp.rules:
+        if rule.why.startswith("Kept") or rule.errno or rule.when not in conditions(selinux):
+            continue
+        for call in rule.calls:
+            there = pyseccomp.resolve_syscall(ARCHITECTURES["arm64"], call)
+            if there < 0:
+                there = pyseccomp.resolve_syscall(ARCHITECTURES["arm64"], GENERIC[call])
+            for vector in vectors(rule, call)[0]:
+                said = bpf.run(program, 0xC00000B7, there, vector)
+                assert said == bpf.ALLOW, (call, vector, hex(said))
+            tried.add(call)
+    assert {"recvmsg", "epoll_wait", "close", "mmap"} <= tried
+
+
 def test_supervisor_and_launcher_have_no_filter_and_say_why() -> None:
     for name in set(profiles.names()) - set(FILTERED):
         seccomp = profiles.load(name).seccomp
