@@ -110,6 +110,11 @@ def uids(idmap: str) -> tuple[int, int]:
     raise Wrong("it has no lxc.idmap for its root, who would be the host's: no domain for it")
 
 
+def denies_all(said: str) -> bool:
+    """Whether one of the values of lxc.cgroup(2).devices.deny takes all devices away."""
+    return any(line.split()[:1] == ["a"] for line in said.splitlines())
+
+
 # -- what is written -------------------------------------------------------------------------------
 
 
@@ -152,7 +157,10 @@ def _add(options: argparse.Namespace) -> int:
         if re.search(r"\s", path) or not os.path.isabs(path):
             raise Wrong(f"{path!r} can't stand in LXC's configuration: an absolute path, no blanks")
     idmap = _setting(lxcpath, name, "lxc.idmap")
-    rules = _setting(lxcpath, name, "lxc.cgroup.devices.deny").split() == ["a"]
+    rules = any(
+        denies_all(_setting(lxcpath, name, f"lxc.{group}.devices.deny"))
+        for group in ("cgroup", "cgroup2")
+    )
     if wanted.domain:
         first, count = uids(idmap)
         mount = "" if wanted.cuse else f" {mounts / name}"

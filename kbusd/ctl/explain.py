@@ -12,17 +12,22 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import pyseccomp
 
+from kbusd.ctl.proposal import place
 from kbusd.sandbox import above, profiles
 from kbusd.sandbox.compile import ARCHITECTURES, conditions
 from kbusd.sandbox.judge import condition
 
 _LINE = re.compile(r"\btype=(?:1326|SECCOMP)\b")
 _FIELD = re.compile(r"\b(pid|comm|arch|syscall|code)=(\"[^\"]*\"|\S+)")
+_AUDIT_LOG = "/var/log/audit/audit.log"
+# As ausearch -i says it.
+_INTERPRETED = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "i386": 0x40000003}
 _AUDIT = {0xC000003E: "x86-64", 0xC00000B7: "arm64"}  # AUDIT_ARCH_* of linux/audit.h
 _X32 = 0x40000000
 _ERRNO = 0x00050000  # SECCOMP_RET_ERRNO of linux/seccomp.h
@@ -55,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.line:
         lines = [" ".join(options.line)]
     elif sys.stdin.isatty() or options.pid is not None:
-        lines = list(_kernel_log())
+        lines = list(_logs())
     else:
         lines = list(sys.stdin)
     refusals = [refusal for line in lines if (refusal := parse(line)) is not None]
@@ -73,8 +78,9 @@ def _run(options: argparse.Namespace) -> int:
     if not ours:
         if options.pid is not None:
             print(
-                f"the kernel log has no line of what process {options.pid} was refused (any more);"
-                " the log of the bus says how it ended"
+                f"no line of what process {options.pid} was refused in the kernel log (any more) or"
+                f" {_AUDIT_LOG}; the log of the bus says how it ended. If auditd writes elsewhere:"
+                f" ausearch -m SECCOMP --raw -p {options.pid} | kbusctl explain"
             )
             return 1
         of_others = ", ".join(sorted({refusal.comm for refusal in refusals}))
@@ -91,15 +97,27 @@ def parse(line: str) -> Refused | None:
     if not _LINE.search(line) or not {"comm", "syscall"} <= fields.keys():
         return None
     try:
+        arch, call, code = fields.get("arch", "0"), fields["syscall"], fields.get("code", "0")
+        known = _INTERPRETED.get(arch)
         return Refused(
             int(fields.get("pid", "0")),
             fields["comm"],
-            int(fields.get("arch", "0"), 16),
-            int(fields["syscall"]),
-            int(fields.get("code", "0"), 16) == _ERRNO,
+            int(arch, 16) if known is None else known,
+            int(call) if call.isdecimal() else _number(call, known),
+            code == "errno" or (code.startswith("0x") and int(code, 16) == _ERRNO),
         )
     except ValueError:
         return None
+
+
+def _number(call: str, arch: int | None) -> int:
+    """Of a call that is told by name. Raises ValueError."""
+    if arch not in _AUDIT:
+        return 0  # what it is called there does not matter
+    number = int(pyseccomp.resolve_syscall(ARCHITECTURES[_AUDIT[arch]], call))
+    if number < 0:
+        raise ValueError(call)
+    return number
 
 
 def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iterator[str]:
@@ -113,8 +131,9 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
     try:
         call = bytes(pyseccomp.resolve_syscall(ARCHITECTURES[arch], refusal.number)).decode()
     except ValueError:
-        yield f"{who} made call {refusal.number}, which is newer than this libseccomp."
-        call = str(refusal.number)
+        yield f"{who} made call {refusal.number}, which is newer than this libseccomp: no profile can name it."
+        yield "  A newer libseccomp can. Till then, have the library that makes it do without, if it can."
+        return
     if refusal.softly:
         yield f"{who}: {call} ({refusal.number}) was answered with an error, and the process went on."
         for rule in profile.seccomp.rules if profile.seccomp else ():
@@ -152,16 +171,13 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
         yield "  If a library has reason to call it, take that out, or have a rule in its place, with"
         yield '  errno = "EACCES" if it only probes. Without such a reason it is a bug or an attack.'
         return
-    own = f"{profiles.OVERRIDES / profile.name}.toml"
+    file, head = place(profile)
     if near:
         yield "  It came with other arguments; the kernel does not say which. `kbusctl profile learn` does."
-        yield f"  If they are right, replace the rules for {call} in {own}, which may say only"
+        yield f"  If they are right, replace the rules for {call} in {file}"
     else:
-        yield f"  If a library has reason to call it, add it in {own}, which may say only"
-    yield f'      extends = "{profile.name}"'
-    yield '      why = "..."'
-    yield "      [seccomp]"
-    yield '      why = "..."'
+        yield f"  If a library has reason to call it, add it in {file}"
+    yield from (f"      {line}" for line in head)
     for arguments in [rule.arguments for rule in near if not rule.errno] or [()]:
         yield "      [[seccomp.rules]]"
         yield '      why = "who calls it, when, and why that is harmless"'
@@ -173,6 +189,13 @@ def explain(refusal: Refused, profile: profiles.Profile, more: str = "") -> Iter
     if over:
         yield f"  Profile {over[0]}, whose filter is above, {above.says(call, over[1])}."
         yield f"  A call must pass both: the same for {profiles.OVERRIDES / over[0]}.toml."
+
+
+def _logs() -> Iterator[str]:
+    """Where auditd runs, the kernel tells it, and not its own log. Raises OSError."""
+    yield from _kernel_log()
+    with suppress(OSError), open(_AUDIT_LOG, errors="replace") as log:
+        yield from log
 
 
 def _kernel_log() -> Iterator[str]:

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from struct import Struct
+from types import FrameType
 from typing import Any
 
 import msgspec
 import pyseccomp
 
+from kbusd.ctl.proposal import place
 from kbusd.sandbox import above, inforce, profiles
 from kbusd.sandbox.compile import Compiled, conditions, export_bpf
 from kbusd.sandbox.errors import ProfileError
@@ -44,14 +47,23 @@ _SHOWN = 6  # values of an argument
 _ADDRESSES = 1 << 16  # where they begin, as vm.mmap_min_addr has it
 _LOOK_SECONDS = 0.01  # for new processes; until we have seen one it waits
 _START_SECONDS = 60.0
-# Run as the bus: its supervisor compiles all profiles, and so is the one to be told.
+_MARK = "KBUSCTL_LEARN"  # in the environment of all processes of the bus
+_END_SECONDS = 10.0  # what has not ended by itself is killed then
+# Run as the bus: its supervisor compiles all profiles, and so is the one to be told. It does not
+# outlive us: prctl(PR_SET_PDEATHSIG).
 _BUS = """
-import sys
+import signal, sys
+from kbusd.sandbox import kernel
+kernel.prctl(1, signal.SIGTERM)
 from kbusd.sandbox import compile
-from kbusd.ctl.learn import listening
+from kbusd.ctl.learn import end_marked, listening
 compile.compile_all = listening(compile.compile_all, sys.argv.pop(1))
 from kbusd.main import main
-sys.exit(main())
+try:
+    status = main()
+finally:
+    end_marked()
+sys.exit(status)
 """
 
 
@@ -85,6 +97,10 @@ def listening(
         return compiled
 
     return changed
+
+
+class Ended(ProfileError):
+    """The bus ended before its time."""
 
 
 class Seen:
@@ -142,6 +158,20 @@ class Learner:
                     self._listeners.add(fd)
                     self._poll.register(fd, select.EPOLLIN)
 
+    def end(self, supervisor: subprocess.Popen[bytes]) -> None:
+        """End the bus, and whatever of it does not end by itself: nobody is to wait for our answer then."""
+        supervisor.terminate()
+        deadline = time.monotonic() + _END_SECONDS
+        while supervisor.poll() is None and time.monotonic() < deadline:
+            self.serve()
+        supervisor.kill()
+        supervisor.wait()
+        for fd in self._listeners:
+            os.close(fd)
+        self._listeners.clear()
+        self._poll.close()
+        end_marked()
+
     def _answer(self, fd: int) -> None:
         # A fork of a process has its listener as well: by the other one this may be answered already.
         still = select.poll()
@@ -169,6 +199,23 @@ class Learner:
         self.seen[name].add(arguments, said.action, said.rule.origin if said.rule else "")
 
 
+def end_marked() -> None:
+    """End what is left of the bus, for instance a worker that nobody had seen yet, and that now would wait for ever.
+    Called by who has started it, and by the bus itself at its end, in case that the other is gone."""
+    pid = os.getpid()
+    mark = f"{_MARK}={os.environ.get(_MARK, pid)}".encode()
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        if int(entry) == pid:
+            continue
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(int(entry))
+            try:
+                if mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+
+
 def _listener_of(pid: int) -> int | None:
     """The number of the descriptor at which a process asks, if it does. Raises OSError."""
     for entry in os.listdir(f"/proc/{pid}/fd"):
@@ -194,26 +241,41 @@ def _run(options: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise ProfileError("", "", "profile learn needs root")
     profile = profiles.load(options.profile)
-    with tempfile.TemporaryDirectory(prefix="kbusctl-learn-") as folder:
-        os.chmod(folder, 0o711)
-        learner = _learn(profile, Path(folder) / "bus", options.traffic, options.kdbusfs)
+    before = {each: signal.signal(each, _leave) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with tempfile.TemporaryDirectory(prefix="kbusctl-learn-") as folder:
+            os.chmod(folder, 0o711)
+            learner = _learn(profile, Path(folder) / "bus", options.traffic, options.kdbusfs)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     print("\n".join(report(learner)))
-    killed = any(action == KILL for seen in learner.seen.values() for action, _ in seen.said)
-    return 1 if killed or learner.kept_above else 0
+    lacks = any(action == KILL for seen in learner.seen.values() for action, _ in seen.said)
+    failed = lacks or learner.kept_above or learner.traffic or not learner.seen
+    return 1 if failed else 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Take along what we have started."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def _learn(
     profile: profiles.Profile, path: Path, traffic: list[str], kdbusfs: str | None
 ) -> Learner:
+    """Raises Ended, ProfileError, OSError."""
     address = f"unix:path={path}"
     bus = [sys.executable, "-c", _BUS, profile.name, "--session", "--nofork", "--nopidfile"]
     bus.append(f"--address={address}")
     if kdbusfs:
         bus.append(f"--kdbusfs={kdbusfs}")
-    supervisor = subprocess.Popen(bus)
+    supervisor = subprocess.Popen(bus, env=os.environ | {_MARK: str(os.getpid())})
     learner = Learner(profile, supervisor.pid)
     try:
-        _until(learner, path.exists, supervisor)
+        # We don't look into the mount: that might be to wait for our own answer.
+        where = os.path.abspath(kdbusfs) if kdbusfs else ""
+        _until(learner, lambda: path.exists() and (not where or _mounted(where)), supervisor)
         environment = os.environ | {
             "DBUS_SESSION_BUS_ADDRESS": address,
             "DBUS_SYSTEM_BUS_ADDRESS": address,
@@ -225,25 +287,34 @@ def _learn(
             while users.poll() is None and supervisor.poll() is None:
                 learner.serve()
             learner.traffic = users.poll()
+            if supervisor.poll() is not None:
+                raise Ended("", "", "the bus ended before its traffic did; see the lines above")
         finally:
-            users.kill()
+            if users.poll() is None:
+                for pid in inforce.family(users.pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             users.wait()
     finally:
-        supervisor.terminate()
-        while supervisor.poll() is None:
-            learner.serve()
+        learner.end(supervisor)
     return learner
+
+
+def _mounted(where: str) -> bool:
+    """proc(5), mountinfo: blanks are escaped there."""
+    with open("/proc/self/mountinfo", encoding="unicode_escape") as table:
+        return any(line.split(" ")[4] == where for line in table)
 
 
 def _until(
     learner: Learner, there: Callable[[], bool], supervisor: subprocess.Popen[bytes]
 ) -> None:
-    """Answer until it is so. Raises ProfileError."""
+    """Answer until it is so. Raises Ended."""
     deadline = time.monotonic() + _START_SECONDS
     while not there():
         learner.serve()
         if supervisor.poll() is not None or time.monotonic() > deadline:
-            raise ProfileError("", "", "the bus did not start; see the lines above")
+            raise Ended("", "", "the bus did not start; see the lines above")
 
 
 def report(learner: Learner) -> Iterator[str]:
@@ -257,10 +328,13 @@ def report(learner: Learner) -> Iterator[str]:
             shown = range(6) if action == KILL else _argued(profile, call)
             yield from (f"{'':11}{line}" for line in _values(each, shown))
     if learner.traffic:
-        yield f"The traffic ended with status {learner.traffic}: there may be more to see."
+        yield f"The traffic failed (status {learner.traffic}): there may be more to see."
+    if not seen:
+        yield "Nothing was seen: the traffic used no process of this kind."
+        return
     missing = [call for call, each in seen.items() if any(a == KILL for a, _ in each.said)]
     yield ""
-    yield from _proposal(profile, seen, sorted(missing))
+    yield from _proposal(profile, seen, sorted(missing), bool(learner.traffic))
     if learner.above and learner.kept_above:
         yield f"Not in profile {learner.above.name} either, whose filter is above; a call must pass both. The same"
         yield f"rules for {profiles.OVERRIDES / learner.above.name}.toml: {' '.join(sorted(learner.kept_above))}"
@@ -286,17 +360,19 @@ def _values(seen: Seen, indices: Iterable[int]) -> Iterator[str]:
 
 
 def _proposal(
-    profile: profiles.Profile, seen: dict[str, Seen], missing: list[str]
+    profile: profiles.Profile, seen: dict[str, Seen], missing: list[str], failed: bool
 ) -> Iterator[str]:
     if not missing:
-        yield f"The profile has all that was needed ({profile.files[0]})."
+        what = "was seen" if failed else "was needed"
+        yield f"The profile has all that {what} ({profile.files[0]})."
         return
-    own = profiles.OVERRIDES / f"{profile.name}.toml"
-    yield f"Not in the profile; for {own}, which may say only"
-    yield f'  extends = "{profile.name}"'
-    yield '  why = "..."'
-    yield "  [seccomp]"
-    yield '  why = "..."'
+    if unnamed := [call for call in missing if call.isdecimal()]:
+        yield f"Newer than this libseccomp, so no profile can name them: calls {', '.join(unnamed)}"
+    if not (missing := [call for call in missing if call not in unnamed]):
+        return
+    file, head = place(profile)
+    yield f"Not in the profile; for {file}"
+    yield from (f"  {line}" for line in head)
     for call in missing:
         count = sum(n for (action, _), n in seen[call].said.items() if action == KILL)
         yield "  [[seccomp.rules]]"

@@ -87,9 +87,15 @@ def confine(
             if limit.resource == resource.RLIMIT_NPROC:
                 step(f"limits.{limit.name}", partial(_limit, limit), limit.required)
     if compiled.bpf:
-        load = kernel.load_listening_filter if compiled.listening else kernel.load_filter
+        load = _listen if compiled.listening else kernel.load_filter
         step("seccomp", lambda: load(compiled.bpf, start_threads is not None))
     return warnings
+
+
+def _listen(bpf: bytes, threads: bool) -> None:
+    """The filter asks, from now on; so this close(2) waits till somebody has fetched the descriptor at which it
+    does, and answers. We must not keep it: who holds it himself waits for ever once that somebody is gone."""
+    os.close(kernel.load_listening_filter(bpf, threads))
 
 
 def _alone() -> bool:

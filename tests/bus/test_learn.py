@@ -10,7 +10,9 @@ What is not used has to say that it is "Kept", and for what.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ import pytest
 
 from kbusd.ctl import learn as tool
 from kbusd.ctl.main import main
-from kbusd.sandbox import constants, profiles
+from kbusd.sandbox import constants, inforce, profiles
 from kbusd.sandbox.judge import ALLOW, KILL
 
 from .daemon import Bus
@@ -184,7 +186,7 @@ def test_what_a_profile_lacks_is_proposed(
     status, said = learn(capfd, "worker")
     assert status == 1
     assert 'calls = ["sendmsg"]' in said
-    assert f"for {tmp_path / 'worker.toml'}, which may say only" in said
+    assert f"for {tmp_path / 'worker.toml'}, to be added to what is there" in said
     assert "# other rules name it with other arguments" in said.partition('calls = ["mmap"]')[2]
     assert '{ index = 2, equals = ["0x4040"] }' in said  # flags of sendmsg(2)
     assert "argument 2: " in said
@@ -193,8 +195,84 @@ def test_what_a_profile_lacks_is_proposed(
 def test_the_admin_s_own_traffic_is_watched(capfd: pytest.CaptureFixture[str]) -> None:
     command = (
         "import os, jeepney.io.blocking as j;"
-        "j.open_dbus_connection(os.environ['DBUS_SESSION_BUS_ADDRESS']).close()"
+        "j.open_dbus_connection(os.environ['DBUS_SESSION_BUS_ADDRESS'], auth_timeout=60).close()"
     )
     status, said = learn(capfd, "worker", "--", sys.executable, "-c", command)
     assert status == 0, said
     assert "recvmsg" in said
+
+
+def test_a_bus_that_ends_is_told_and_not_taken_for_one_that_lacks_nothing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["profile", "learn", "worker", "--kdbusfs", str(tmp_path / "none")]) == 2
+    said = capfd.readouterr()
+    assert "kbusctl: the bus did not start" in said.err and "cannot mount" in said.err
+    assert said.out == "" and "Traceback" not in said.err
+    end = (
+        "import os, signal; from kbusd.sandbox import inforce;"
+        "mine = inforce.family(os.getppid());"
+        "os.kill(next(each for each in mine[1:] if each != os.getpid()), signal.SIGTERM);"
+        "signal.pause()"
+    )
+    assert main(["profile", "learn", "worker", "--", sys.executable, "-c", end]) == 2
+    said = capfd.readouterr()
+    assert "kbusctl: the bus ended before its traffic did" in said.err
+    assert said.out == ""
+
+
+def test_traffic_that_fails_or_never_comes_is_no_success(capfd: pytest.CaptureFixture[str]) -> None:
+    status, said = learn(capfd, "worker", "--", "false")
+    assert status == 1
+    assert "The traffic failed (status 1)" in said and "all that was needed" not in said
+    status, said = learn(capfd, "worker", "--", "true")
+    assert status == 1
+    assert "all that was needed" not in said
+
+
+TALKS = (
+    "import os, sys, signal, jeepney.io.blocking as j;"
+    "bus = j.open_dbus_connection(os.environ['DBUS_SESSION_BUS_ADDRESS'], auth_timeout=60);"
+    "print('here', flush=True); signal.pause()"
+)
+
+
+def left_in(place: str) -> list[int]:
+    """Processes of a bus whose socket is there."""
+    found = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if place in Path(f"/proc/{entry}/environ").read_text(errors="replace"):
+                found.append(int(entry))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_is_left_of_who_is_killed(number: signal.Signals, tmp_path: Path) -> None:
+    """Not even a worker that has asked, and had the descriptor itself at which it would be answered."""
+    command = [sys.executable, "-m", "kbusd.ctl.main", "profile", "learn", "worker", "--"]
+    command += [sys.executable, "-c", TALKS]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as learns:
+        assert learns.stdout and learns.stdout.readline() == "here\n"
+        family = inforce.family(learns.pid)
+        pidfds = {each: os.pidfd_open(each) for each in family}
+        assert len(family) > 5
+        called = {each: Path(f"/proc/{each}/cmdline").read_text() for each in family}
+        (traffic,) = [each for each in family[1:] if TALKS in called[each]]
+        assert any("kbusd.workers.zygote" in each for each in called.values())
+        try:
+            learns.send_signal(number)
+            if number == signal.SIGKILL:
+                os.kill(traffic, signal.SIGKILL)
+            for pid, pidfd in pidfds.items():
+                assert select.select([pidfd], [], [], 20)[0], called[pid]
+            eventually(lambda: not left_in(str(tmp_path)), "nor of those who came meanwhile")
+        finally:
+            for pidfd in pidfds.values():
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+            for pid in left_in(str(tmp_path)):
+                os.kill(pid, signal.SIGKILL)
+    assert number == signal.SIGKILL or not list(tmp_path.iterdir())

@@ -104,9 +104,9 @@ class RedBus(Bus):
         eventually(lambda: text in self.log(), f"the log says {text!r}")
 
 
-def start() -> RedBus:
+def start(more: str = "") -> RedBus:
     env = {**os.environ, "PYTHONPATH": str(zygote.PLACE)}
-    policy = OPEN_POLICY.replace("</policy>", '<allow user="*"/></policy>')
+    policy = OPEN_POLICY.replace("</policy>", '<allow user="*"/></policy>') + more
     return RedBus(daemon=zygote.COMMAND, env=env, policy=policy)
 
 
@@ -568,6 +568,34 @@ def test_it_reads_nothing_that_two_others_say_to_each_other(
     size, found = red.heard()
     assert size > 1 << 20 and found == ["broadcast.Signal"]
     red.close()
+
+
+KEPT_FROM_NOBODY = """
+  <policy user="nobody"><deny receive_interface="subscribed.Face" receive_member="Secret"/></policy>
+"""
+
+
+@as_root
+def test_what_policy_keeps_from_its_client_stands_in_no_broadcast_that_it_maps() -> None:
+    """Though others are told by that: they get a copy each."""
+    bus = start(KEPT_FROM_NOBODY)
+    try:
+        teller, *listeners = (bus.connect() for _ in range(3))
+        for each in listeners:
+            each.add_match("type='signal',interface='subscribed.Face'")
+        words = ["open.Signal", "secret.Signal"]
+        with somebody_else():
+            red = Red(bus, "search_traffic", int(teller.name.partition(".")[2]), words)
+        assert red.heard() == "met"
+        for member, word in (("Open", words[0]), ("Secret", words[1])) * 2:
+            teller.signal("/", "subscribed.Face", member, "s", (word,))
+            for each in listeners:
+                assert each.wait_signal(member).args == [word]
+        red.write(b"x")
+        assert red.heard()[1] == ["open.Signal"]
+        red.close()
+    finally:
+        bus.stop()
 
 
 @pytest.mark.parametrize("seed", range(20))

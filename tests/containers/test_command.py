@@ -91,9 +91,16 @@ def test_without_a_kbusd_that_has_domains_it_says_so(box: Container, tmp_path: P
     made = box.config.parent / "kbusd.conf"
     done = kbusctl("add", box.name, *options)
     assert done.returncode == 0 and rules not in made.read_text()
-    box.config.write_text(box.config.read_text() + "lxc.cgroup.devices.deny = a\n")
-    assert kbusctl("add", box.name, *options).returncode == 0
-    assert rules in made.read_text().splitlines()
+    plain = box.config.read_text()
+    one, all_ = "c 1:7 rwm", "a"
+    for group, *values in (
+        ("cgroup2", one), ("cgroup2", all_), ("cgroup", all_), ("cgroup", all_, one), ("cgroup2", one, all_),
+    ):  # fmt: skip
+        denied = "".join(f"lxc.{group}.devices.deny = {each}\n" for each in values)
+        box.config.write_text(plain + denied)
+        done = kbusctl("add", box.name, *options)
+        assert done.returncode == 0
+        assert (rules in made.read_text().splitlines()) == (all_ in values), denied
     assert "start it so" in done.stderr
     assert (tmp_path / box.name).read_text() == f"{FIRST} {COUNT} {tmp_path}/mounts/{box.name}\n"
 

@@ -630,6 +630,7 @@ def search_traffic(taken: Taken, *arguments: Any) -> None:
     """Look for what others say to each other in all memory that we have, or that they give us."""
     *victims, words = arguments
     _, fds = taken.ask(entries.Hello(taken.next()))
+    taken.ask(entries.AddMatch(taken.next(), "type='signal',interface='subscribed.Face'"))
     for victim in victims:
         peer = taken.introduce(victim)
         assert isinstance(peer, Peer), peer
