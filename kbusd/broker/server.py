@@ -70,6 +70,7 @@ MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds s
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _AFTER_SUPERVISOR = (Hello, SetEndpoint)
+_SHARED = (socket.SOCK_SEQPACKET, socket.SOCK_STREAM)  # by two workers: side socket, carrier
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -427,17 +428,16 @@ class Server:
     def policy(self) -> int:
         return self._configuration
 
-    def socketpair(self) -> tuple[int, int]:
-        ours, theirs = socket.socketpair(
-            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        )
-        return ours.detach(), theirs.detach()
+    def socketpairs(self) -> tuple[list[int], list[int]]:
+        flags = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        pairs = [socket.socketpair(socket.AF_UNIX, kind | flags) for kind in _SHARED]
+        return [one.detach() for one, _ in pairs], [other.detach() for _, other in pairs]
 
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def dispose(self, fd: int, worker: int) -> None:
-        self._closers.close(worker, [fd])
+    def dispose(self, fds: Sequence[int], worker: int) -> None:
+        self._closers.close(worker, fds)
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         if self._vectors is None:

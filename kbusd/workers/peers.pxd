@@ -25,6 +25,7 @@ cdef class Peer:
     cdef StatusView view
     cdef int doorbell
     cdef object side
+    cdef int carry  # ours: a stream to the peer's worker, for pages of large bodies; -1 before READY
     cdef int their_slot
     cdef Bulk bulk
     cdef BulkView bulk_view

@@ -1,7 +1,7 @@
 # cython: boundscheck=False
 """Other workers, as this one sees them, and how frames get to them.
 
-`Peer` is one: the two rings between us, its doorbell, the side socket. Frames that find no room, or
+`Peer` is one: the two rings between us, its doorbell, the side socket, the carrier. Frames that find no room, or
 no introduction yet, wait in its backlog in order. `Peers` are all that we know: introductions, and
 the sending of frames to one or to all subscribers of a signal, by Ring or Broadcast, in the order
 that fanout.py explains. Peers are hostile: what they claim of positions is checked by the rings, what
@@ -89,6 +89,7 @@ class Peer:
         self.connection = connection
         self.state = NEW
         self.doorbell = -1
+        self.carry = -1
         self.backlog = deque()
         self.backlog_bytes = 0
         self.templates = {}
@@ -114,6 +115,7 @@ class Peer:
         subscriber: Subscriber,
         doorbell: int,
         side: socket.socket,
+        carry: int,
     ) -> None:
         """The peer's half has come: frames may flow."""
         self.reader = reader
@@ -121,6 +123,7 @@ class Peer:
         self.subscriber = subscriber
         self.doorbell = doorbell
         self.side = side
+        self.carry = carry
         self.their_slot = their_slot
         self.ring.attach(view, their_slot)
         self.state = READY
@@ -130,7 +133,8 @@ class Peer:
         if self.doorbell >= 0:
             os.close(self.doorbell)
             self.side.close()
-        self.doorbell = -1
+            os.close(self.carry)
+        self.doorbell = self.carry = -1
         self.side = None
         self.ring = None
         self.reader = None
@@ -783,7 +787,7 @@ class Peers:
         if isinstance(answer, entries.Failure):
             self._refused(peer, answer)
             return
-        if answer.value is None or len(fds) != 5:
+        if answer.value is None or len(fds) != 6:
             return
         self._meet(peer, answer.value[0], answer.value[1], fds)
 
@@ -809,7 +813,7 @@ class Peers:
 
     def _meet(self, peer: Peer, their_slot, their_broadcast_slot, fds):
         """Map the peer's half. A half that breaks a rule is the peer's loss alone."""
-        ring_fd, doorbell, status_fd, broadcast_fd, side = fds
+        ring_fd, doorbell, status_fd, broadcast_fd, side, carry = fds
         try:
             reader = RingReader(ring_fd, self.status, peer.slot)
             broadcast = BroadcastReader(broadcast_fd, 0)
@@ -820,7 +824,7 @@ class Peers:
             peer.gone()
             return
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(side))
-        peer.ready(reader, view, their_slot, subscriber, os.dup(doorbell), sock)
+        peer.ready(reader, view, their_slot, subscriber, os.dup(doorbell), sock, os.dup(carry))
         peer.ring.close_fd()
         self.merge.add(reader, broadcast, peer.broadcast_slot, peer.doorbell)
         self.by_source[reader] = peer

@@ -134,7 +134,7 @@ class Peer:
         self.slots = self.status.take_slot(), self.status.take_slot()
 
     def begin(self, slots: list[int], fds: list[int]) -> None:
-        self.theirs, self.bell, status, self.their_broadcast, side = fds
+        self.theirs, self.bell, status, self.their_broadcast, side, self.carry = fds
         self.their_status = status
         self.ring.connect(StatusView(os.dup(status)), slots[0])
         self.side = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, side)
@@ -410,7 +410,7 @@ def hand_on(taken: Taken, how: str) -> None:
             taken.line.sock.send(b"?")
             socket.send_fds(taken.line.sock, [message], [fd])
         case "in a side socket":
-            side = taken.introductions[0][1][-1]
+            side = taken.introductions[0][1][4]
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, side) as sock:
                 socket.send_fds(sock, [b"x"], [fd])
     os.close(fd)

@@ -252,7 +252,7 @@ def test_a_name_changes_hands_and_the_next_owner_is_woken(broker: Broker) -> Non
     ]
 
 
-def test_introduced_workers_share_a_side_socket(broker: Broker) -> None:
+def test_introduced_workers_share_sockets_that_nobody_else_has(broker: Broker) -> None:
     a, b = broker.client(), broker.client()
     gifts = [os.memfd_create(f"gift{n}") for n in range(8)]
     a.line.send(e.Introduce(2, b.id, 1, 2), gifts[:4])
@@ -263,12 +263,18 @@ def test_introduced_workers_share_a_side_socket(broker: Broker) -> None:
     assert reply == e.Reply(2, [3, 4])
     same = [os.fstat(fd).st_ino for fd in gifts]
     assert [os.fstat(fd).st_ino for fd in for_b[:4] + for_a[:4]] == same
-    left, right = (socket.socket(fileno=fds.pop()) for fds in (for_a, for_b))
-    with left, right:
-        assert right.type == socket.SOCK_SEQPACKET
-        left.send(b"one")
-        left.send(b"two")
-        assert [right.recv(100), right.recv(100)] == [b"one", b"two"]
+    for kind, came in (
+        (socket.SOCK_SEQPACKET, [b"one", b"two"]),
+        (socket.SOCK_STREAM, [b"onetwo"]),
+    ):
+        left, right = (socket.socket(fileno=fds.pop(4)) for fds in (for_a, for_b))
+        with left, right:
+            assert left.type == right.type == kind
+            assert not os.get_blocking(left.fileno()) and not os.get_blocking(right.fileno())
+            left.send(b"one")
+            left.send(b"two")
+            assert [right.recv(100) for _ in came] == came
+    assert len(for_a) == len(for_b) == 4
     close_all([*gifts, *for_a, *for_b])
 
 
@@ -351,8 +357,8 @@ def test_who_leaves_most_descriptors_waiting_goes_before_they_run_out() -> None:
 
 
 def test_who_asks_for_what_is_not_to_be_had_is_ended_and_not_the_bus() -> None:
-    """Introductions that nobody answers: each holds a descriptor of the broker's."""
-    for broker in running(Broker(files=48)):
+    """Introductions that nobody answers: each holds descriptors of the broker's."""
+    for broker in running(Broker(files=64)):
         other, *hostile = (broker.client() for _ in range(16))
         gifts = [os.memfd_create("gift") for _ in range(4)]
         for number, peer in enumerate(hostile):

@@ -47,6 +47,7 @@ class Met:
     reader: RingReader
     doorbell: int
     side: socket.socket
+    carry: socket.socket
 
 
 def start_worker(context: Context) -> tuple[int, socket.socket, socket.socket, Line, Line]:
@@ -186,6 +187,7 @@ class Alone:
     ) -> None:
         ring_fd, doorbell, status_fd, broadcast_fd = fds
         mine, theirs = pair()
+        carry, its = socket.socketpair()
         view = StatusView(status_fd)
         ring = Ring(worker.ring_size)
         ring.connect(view, slot)
@@ -194,11 +196,12 @@ class Alone:
         worker.merge.add(reader, BroadcastReader(broadcast_fd), slots[1], doorbell)
         worker.source[reader] = ENGINE
         worker.to[ENGINE] = Outgoing(ring, doorbell, view, Subscriber(view, broadcast_slot, ENGINE))
-        self.met[worker.name] = Met(reader, doorbell, mine)
+        self.met[worker.name] = Met(reader, doorbell, mine, carry)
         own = [ring.fd, worker.doorbell.write_fd, worker.status.fd]
-        own += [worker.fanout.broadcast.fd, theirs.fileno()]
+        own += [worker.fanout.broadcast.fd, theirs.fileno(), its.fileno()]
         self.broker.send(entries.Reply(request, slots), own)
         theirs.close()
+        its.close()
         close_all([ring_fd, status_fd, broadcast_fd])
 
     def unread(self, id: int) -> int:
@@ -244,6 +247,7 @@ class Alone:
         for met in self.met.values():
             os.close(met.doorbell)
             met.side.close()
+            met.carry.close()
         self.broker.close()
         assert status == 0, f"the engine ended with status {status}"
 

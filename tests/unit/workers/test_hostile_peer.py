@@ -38,6 +38,7 @@ OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 MESSAGE, COPY, REFUSED, BULK = 1, 5, 6, 7
 VICTIM, PEER = 1, 2
+HELD = 3  # descriptors of a peer: bell, side socket, carrier
 FRESH, PIPE = 1 << 63, 1 << 62  # bits of `aux`
 AT = 100
 SECONDS = 20
@@ -94,11 +95,13 @@ class Stage:
         self.ring, self.status, self.doorbell = Ring(65536), StatusPage(), Doorbell()
         self.broadcast = Broadcast(65536)
         self.side, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.carry, its = socket.socketpair()
         slots = self.status.take_slot(), self.status.take_slot()
         half = [self.ring.fileno(), self.doorbell.write_fd, self.status.fd]
-        half += [self.broadcast.fileno(), theirs.fileno()]
+        half += [self.broadcast.fileno(), theirs.fileno(), its.fileno()]
         self.broker.send(entries.Introduction(1, PEER, *slots), half)
         theirs.close()
+        its.close()
         answer = self.asked(entries.Introduced)
         assert isinstance(answer, entries.Introduced)
         _, self.bell, status, self.broadcast_fd = self.fds
@@ -189,6 +192,7 @@ class Stage:
         os.waitpid(self.pid, 0)
         self.client.close()
         self.side.close()
+        self.carry.close()
         self.broker.close()
         self.supervisor.close()
 
@@ -246,7 +250,9 @@ def test_what_is_no_message_ends_the_peer_and_not_the_client(
     before = stage.descriptors()
     stage.write(what, **head)
     stage.write(facts(member="After"), serial=2)
-    eventually(lambda: stage.descriptors() == before - 2, "bell and side socket are closed")
+    eventually(
+        lambda: stage.descriptors() == before - HELD, "bell, side socket and carrier are closed"
+    )
     stage.ping()
     assert stage.buffer == b""
 
@@ -424,7 +430,7 @@ def test_who_takes_back_a_body_ends_and_the_message_is_whole(start: Start, given
     while got.member != "Taken":
         got = stage.read()
     assert got.body == body[: AT + given].ljust(len(body), b"\0")
-    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     assert stage.buffer == b""
 
@@ -438,7 +444,7 @@ def test_a_lie_about_what_is_in_the_pipe_ends_the_peer(start: Start, at: int, co
     stage.ping()
     before = stage.descriptors()
     stage.send_piped("Lie", array_of(200_000), 0, at, count)
-    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     assert stage.buffer == b""
 
@@ -456,7 +462,7 @@ def test_a_pipe_that_is_none_or_would_block_ends_the_peer(start: Start, flags: i
     body = struct.pack("=II", 4, 4092)
     call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", "M", None, "ay")
     stage.write(call, BULK, body, (ends[0], stage.bulk.fd), serial=3, aux=aux)
-    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     for end in ends:
         os.close(end)

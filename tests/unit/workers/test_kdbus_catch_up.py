@@ -46,10 +46,11 @@ class Peer:
         self.ring, self.status, self.doorbell = Ring(65536), StatusPage(), Doorbell()
         self.broadcast = Broadcast(65536)
         self.side, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.carry, self.its = socket.socketpair()
 
     def half(self) -> list[int]:
         fds = [self.ring.fileno(), self.doorbell.write_fd, self.status.fd]
-        return [*fds, self.broadcast.fileno(), self.theirs.fileno()]
+        return [*fds, self.broadcast.fileno(), self.theirs.fileno(), self.its.fileno()]
 
 
 class Stage:
@@ -140,6 +141,7 @@ class Stage:
         slots = peer.status.take_slot(), peer.status.take_slot()
         self.broker.send(entries.Introduction(peer.id, peer.id, *slots), peer.half())
         peer.theirs.close()
+        peer.its.close()
         answer, fds = self._asked(entries.Introduced)
         assert isinstance(answer, entries.Introduced)
         peer.ring.connect(StatusView(fds[2]), answer.slot)
