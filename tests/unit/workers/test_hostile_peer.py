@@ -8,6 +8,7 @@ the hostile peer, which was introduced as any other and then writes into its rin
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import random
 import signal
@@ -24,7 +25,6 @@ from kbusd.rings import entries, envelope, memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.bulk import Bulk
 from kbusd.rings.clock import Clock
-from kbusd.rings.doorbell import Doorbell
 from kbusd.rings.envelope import Envelope
 from kbusd.rings.ring import Ring
 from kbusd.rings.status import StatusPage, StatusView
@@ -92,19 +92,19 @@ class Stage:
 
     def _introduce(self) -> None:
         """The peer's half, and what the worker answers."""
-        self.ring, self.status, self.doorbell = Ring(65536), StatusPage(), Doorbell()
+        self.ring, self.status = Ring(65536), StatusPage()
         self.broadcast = Broadcast(65536)
-        self.side, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.carry, its = socket.socketpair()
+        shared = [socket.socketpair() for _ in range(3)]
+        self.bell, self.side, self.carry = (ours for ours, _ in shared)
         slots = self.status.take_slot(), self.status.take_slot()
-        half = [self.ring.fileno(), self.doorbell.write_fd, self.status.fd]
-        half += [self.broadcast.fileno(), theirs.fileno(), its.fileno()]
+        half = [self.ring.fileno(), self.status.fd, self.broadcast.fileno()]
+        half += [theirs.fileno() for _, theirs in shared]
         self.broker.send(entries.Introduction(1, PEER, *slots), half)
-        theirs.close()
-        its.close()
+        for _, theirs in shared:
+            theirs.close()
         answer = self.asked(entries.Introduced)
         assert isinstance(answer, entries.Introduced)
-        _, self.bell, status, self.broadcast_fd = self.fds
+        _, status, self.broadcast_fd = self.fds
         self.ring.connect(StatusView(status), answer.slot)
         self.bulk = Bulk(StatusView(status), answer.slot)
         self.bulk.make()
@@ -129,7 +129,8 @@ class Stage:
             os.close(null)
         raw = facts if isinstance(facts, bytes) else envelope.encode(facts)
         assert self.ring.write(Frame(kind, stamp, raw, body, **head))
-        os.write(self.bell, b"x")
+        with contextlib.suppress(BrokenPipeError):  # it is dropped already
+            self.bell.send(b"x")
 
     def send_piped(
         self, member: str, body: bytes, given: int, at: int = AT, count: int | None = None
@@ -191,8 +192,8 @@ class Stage:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.client.close()
-        self.side.close()
-        self.carry.close()
+        for end in (self.bell, self.side, self.carry):
+            end.close()
         self.broker.close()
         self.supervisor.close()
 
