@@ -18,8 +18,18 @@ cdef extern from * nogil:
         *gifts = found > 0 && (message.msg_flags & MSG_CTRUNC);
         return found;
     }
+    #ifndef SO_PASSRIGHTS
+    #define SO_PASSRIGHTS 83  /* Linux 6.16 */
+    #endif
+    static inline int kbusd_refuses(int fd)
+    {
+        int passes = 1;
+        socklen_t size = sizeof passes;
+        return getsockopt(fd, SOL_SOCKET, SO_PASSRIGHTS, &passes, &size) == 0 && !passes;
+    }
     """
     ssize_t kbusd_look(int fd, void *to, size_t size, int *gifts) noexcept
+    bint kbusd_refuses(int fd) noexcept
 
 cdef enum Heard:
     RUNG
@@ -27,4 +37,5 @@ cdef enum Heard:
     GIFTS   # descriptors are with what comes next: it stays where it is
 
 cdef void ring_doorbell(int bell) noexcept
-cdef Heard hear(int bell) noexcept
+cdef bint refuses(int fd) noexcept
+cdef Heard hear(int bell, bint refuses) noexcept

@@ -37,15 +37,26 @@ def ring(bell: int) -> None:
     ring_doorbell(bell)
 
 
-def hear(bell):
-    """What was rung is heard, up to 512 times: a flood does not keep us here."""
+def refuses(fd):
+    """Whether the kernel lets nobody send descriptors to this end."""
+    return kbusd_refuses(fd)
+
+
+def hear(bell, refuses):
+    """What was rung is heard, up to 512 times: a flood does not keep us here. `refuses`: what `refuses` says."""
     buffer: uint8_t[512]
-    return _take(bell, buffer, 512)
+    got: cython.Py_ssize_t
+    if not refuses:
+        return _take(bell, buffer, 512)
+    got = recv(bell, buffer, 512, MSG_DONTWAIT)
+    if got > 0 or (got < 0 and (errno == EAGAIN or errno == EINTR)):
+        return RUNG
+    return OVER
 
 
 def heard(bell: int) -> bool:
     """`hear` for Python: whether it may ring again. Raises ValueError if descriptors came."""
-    found: Heard = hear(bell)
+    found: Heard = hear(bell, refuses(bell))
     if found == GIFTS:
         raise ValueError("descriptors came with a bell")
     return found == RUNG

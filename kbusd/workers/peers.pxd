@@ -28,6 +28,7 @@ cdef class Peer:
     cdef int bell
     cdef object side
     cdef int carry
+    cdef bint refuses  # descriptors: the kernel does, at our end of the bell
     cdef int bell_at  # where Peers has the bell; -1 if it is not listened to
     cdef int their_slot
     cdef Bulk bulk

@@ -29,7 +29,7 @@ from cython.cimports.kbusd.rings.bulk import (
     BulkView,
 )
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
-from cython.cimports.kbusd.rings.doorbell import GIFTS, OVER, Heard, hear, ring_doorbell
+from cython.cimports.kbusd.rings.doorbell import GIFTS, OVER, Heard, hear, refuses, ring_doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
 from cython.cimports.kbusd.rings.frame import STOP, FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
@@ -849,6 +849,7 @@ class Peers:
         else:
             peer.bell_at = len(self.bells_of)
             self.bells_of.append(peer)
+        peer.refuses = refuses(peer.bell)
         self.waiting.watch(peer.bell, BELLS + peer.bell_at, EPOLLIN)
 
     def rung(self, source) -> cython.void:
@@ -857,7 +858,7 @@ class Peers:
         if item is None:
             return  # it was let go of since
         peer: Peer = cython.cast(Peer, item)
-        heard: Heard = hear(peer.bell)
+        heard: Heard = hear(peer.bell, peer.refuses)
         if heard == OVER:
             self._unheard(peer)  # the log says so, too, if it is gone
         elif heard == GIFTS:

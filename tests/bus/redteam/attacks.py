@@ -567,10 +567,10 @@ def leave_behind(taken: Taken, victim: int, where: str) -> None:
     _, [fd], _, _ = socket.recv_fds(taken.client, 1, 1) if wait(taken.client) else None
     try:
         socket.send_fds(getattr(peer, where), [b"x" * 8], [fd])
+        os.close(fd)
         taken.say("sent")
-    except OSError as error:
+    except OSError as error:  # to close it would hang us
         taken.say(errno.errorcode[error.errno or 0])
-    os.close(fd)
     peer.write(1, b"no envelope")
     taken.say(peer.dropped())
     taken.hold()
