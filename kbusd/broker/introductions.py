@@ -1,6 +1,6 @@
 """Making two workers known to each other, exactly once.
 
-    A: Introduce(B) ->  broker  -> B: Introduction(A)     both get one end of a side socket
+    A: Introduce(B) ->  broker  -> B: Introduction(A)     both get one end of each socketpair
     A: Reply        <-  broker  <- B: Introduced
 
 - If both ask at once, the first to arrive counts; the second is answered with an empty Reply,
@@ -8,8 +8,8 @@
 - If B goes, A gets NameHasNoOwner. If A goes, B learns it from the log.
 - If B does not answer in time, A gets TimedOut and B finds a Withdrawn behind the Introduction.
 
-The broker only passes the descriptors on: it maps none and keeps none but A's end of the side
-socket, until the answer.
+The broker only passes the descriptors on: it maps none and keeps none but A's ends of the socketpairs that it
+makes for the two, until the answer. Nobody but the two workers ever has an end of these.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kbusd.broker.refusal import (
 )
 from kbusd.rings.entries import Failure, Introduce, Introduced, Introduction, Reply, Withdrawn
 
-RING_FDS = 4  # ring, doorbell, status page, Broadcast
+RING_FDS = 3  # ring, status page, Broadcast
 ANSWER_SECONDS = 10.0  # an honest worker answers in well under a millisecond
 MAX_PENDING = 256  # of one worker, not yet answered
 MAX_INTRODUCED = 4096  # peers of one worker; each costs both about 100 KiB of address space
@@ -42,7 +42,7 @@ class Pending:
     asker: Connection
     request: int
     peer: Connection
-    side: int
+    ends: Sequence[int]  # the asker's, of what the two are to share
     deadline: float
 
 
@@ -71,15 +71,16 @@ class Introductions:
             raise Refused(FAILED, f"{asker} was introduced to {peer} already")
         if asker.introductions >= MAX_PENDING or len(asker.introduced) >= MAX_INTRODUCED:
             raise Refused(LIMITS_EXCEEDED, f"{asker} asked for too many introductions")
-        ours, theirs = self._outside.socketpair()
+        ours, theirs = self._outside.socketpairs()
         number = self._next
         self._next += 1
         self._outside.send(
             peer.worker,
             Introduction(number, asker.id, message.slot, message.broadcast_slot),
-            [*fds, theirs],
+            [*fds, *theirs],
         )
-        self._outside.close(theirs)
+        for end in theirs:
+            self._outside.close(end)
         deadline = self._outside.now() + ANSWER_SECONDS
         self._pending[number] = Pending(asker, message.request, peer, ours, deadline)
         self._pairs[asker.id, peer.id] = number
@@ -97,7 +98,7 @@ class Introductions:
         self._outside.send(
             pending.asker.worker,
             Reply(pending.request, [message.slot, message.broadcast_slot]),
-            [*fds, pending.side],
+            [*fds, *pending.ends],
         )
         self._end(message.request)
         pending.asker.introduced.add(peer)
@@ -151,7 +152,7 @@ class Introductions:
         pending = self._pending.pop(number)
         del self._pairs[pending.asker.id, pending.peer.id]
         pending.asker.introductions -= 1
-        self._outside.dispose(pending.side, pending.peer.worker)
+        self._outside.dispose(pending.ends, pending.peer.worker)
 
     def __len__(self) -> int:
         return len(self._pending)

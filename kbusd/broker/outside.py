@@ -65,14 +65,15 @@ class Outside(Protocol):
     def policy(self) -> int:
         """A descriptor of the sealed memfd with the configuration; stays the callee's."""
 
-    def socketpair(self) -> tuple[int, int]:
-        """Both ends of a new side socket; they are the caller's to close."""
+    def socketpairs(self) -> tuple[list[int], list[int]]:
+        """One's and the other's ends of what two workers are to share, new: bell, side socket, carrier. They are the
+        caller's to close. Raises OSError."""
 
-    def dispose(self, fd: int, worker: int) -> None:
-        """Close our end of a side socket, whose other end this worker has had."""
+    def dispose(self, fds: Sequence[int], worker: int) -> None:
+        """Close our ends of socketpairs, whose other ends this worker has had."""
 
     def close(self, fd: int) -> None:
-        """Close a descriptor that `socketpair` gave."""
+        """Close a descriptor that `socketpairs` gave."""
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         """What SELinux says of two labels (class `dbus`); True where it is not enabled. None is the

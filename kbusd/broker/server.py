@@ -21,6 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -73,6 +74,10 @@ JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _AFTER_SUPERVISOR = (Hello, SetEndpoint)
 _LOST = int(socket.MSG_CTRUNC)
+# By two workers: bell, side socket, carrier; whether descriptors may pass.
+_SHARED = (False, True, False)
+_SO_PASSRIGHTS = 83  # Linux 6.16
+_STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -461,17 +466,15 @@ class Server:
     def policy(self) -> int:
         return self._configuration
 
-    def socketpair(self) -> tuple[int, int]:
-        ours, theirs = socket.socketpair(
-            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        )
-        return ours.detach(), theirs.detach()
+    def socketpairs(self) -> tuple[list[int], list[int]]:
+        pairs = [_socketpair(passes) for passes in _SHARED]
+        return [one.detach() for one, _ in pairs], [other.detach() for _, other in pairs]
 
     def close(self, fd: int) -> None:
         os.close(fd)
 
-    def dispose(self, fd: int, worker: int) -> None:
-        self._closers.close(worker, [fd])
+    def dispose(self, fds: Sequence[int], worker: int) -> None:
+        self._closers.close(worker, fds)
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         if self._vectors is None:
@@ -488,6 +491,18 @@ class Server:
 
     def _filter(self, behind: Behind) -> Filter:
         return Filter(behind, self._bus.shown, self._bus.inside(behind))
+
+
+def _socketpair(passes: bool) -> tuple[socket.socket, socket.socket]:
+    """For two workers that do not trust each other. Raises OSError."""
+    pair = socket.socketpair(socket.AF_UNIX, _STREAM)
+    for end in pair:
+        # A byte out of band would be thrown away by who reads on, and the descriptors that it has with it closed.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        if not passes:
+            with suppress(OSError):  # older kernels: who is sent descriptors has to notice
+                end.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    return pair
 
 
 def read_configuration(fd: int) -> configuration.Configuration:

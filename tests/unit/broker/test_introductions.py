@@ -8,25 +8,25 @@ from kbusd.broker.introductions import ANSWER_SECONDS, MAX_PENDING
 from kbusd.broker.refusal import Violation
 from kbusd.policy.rules import OWN, RECEIVE, SEND, USER, Policy, Rule
 from kbusd.rings import entries as e
-from tests.unit.broker.world import World
+from tests.unit.broker.world import SHARED, World
 
 ERROR = "org.freedesktop.DBus.Error."
-A_FDS = [1, 2, 3, 4]
-B_FDS = [5, 6, 7, 8]
+A_FDS = [1, 2, 3]
+B_FDS = [5, 6, 7]
 
 
-def test_both_get_the_others_descriptors_and_an_end_of_the_side_socket() -> None:
+def test_both_get_the_others_descriptors_and_their_ends_of_the_sockets() -> None:
     world = World()
     a, b = world.client(1), world.client(2)
     ((to, message, *fds),) = world.ask(a, e.Introduce(7, b.id, 10, 11), A_FDS)
     assert (to, message) == (2, e.Introduction(1, a.id, 10, 11))
-    *passed, theirs = fds
-    assert passed == A_FDS
+    theirs = fds[3:]
+    assert fds[:3] == A_FDS and len(theirs) == SHARED
     ((to, message, *fds),) = world.ask(b, e.Introduced(1, 20, 21), B_FDS)
     assert (to, message) == (1, e.Reply(7, [20, 21]))
-    *passed, ours = fds
-    assert passed == B_FDS
-    assert ours != theirs
+    ours = fds[3:]
+    assert fds[:3] == B_FDS and len(ours) == SHARED
+    assert not set(ours) & set(theirs)
     assert not world.open_fds
 
 
@@ -163,6 +163,6 @@ def test_unanswered_introductions_of_one_worker_are_limited() -> None:
         peer = world.client(n)
         (answer,) = world.ask(a, e.Introduce(n, peer.id, 0, 0), A_FDS)
     assert answer[1].error == ERROR + "LimitsExceeded"
-    assert len(world.open_fds) == MAX_PENDING
+    assert len(world.open_fds) == SHARED * MAX_PENDING
     world.bus.gone(1)
     assert not world.open_fds

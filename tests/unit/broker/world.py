@@ -17,6 +17,7 @@ from kbusd.rings import entries as e
 
 ADDRESS = "unix:path=/tmp/bus,guid=00"
 OWNER = 500
+SHARED = 3  # socketpairs that two workers get who are introduced
 
 # What the world was asked for: ("log", entry), (worker, message) with its descriptors, ...
 Event = tuple[Any, ...]
@@ -102,17 +103,18 @@ class World:
     def policy(self) -> int:
         return 88
 
-    def socketpair(self) -> tuple[int, int]:
-        self.next_fd += 2
-        pair = (self.next_fd, self.next_fd + 1)
-        self.open_fds |= set(pair)
-        return pair
+    def socketpairs(self) -> tuple[list[int], list[int]]:
+        made = [self.next_fd + 1 + each for each in range(2 * SHARED)]
+        self.next_fd = made[-1]
+        self.open_fds |= set(made)
+        return made[:SHARED], made[SHARED:]
 
     def close(self, fd: int) -> None:
         self.open_fds.remove(fd)
 
-    def dispose(self, fd: int, worker: int) -> None:
-        self.close(fd)
+    def dispose(self, fds: Sequence[int], worker: int) -> None:
+        for fd in fds:
+            self.close(fd)
 
     def allows(self, subject: bytes | None, target: bytes | None, permission: str) -> bool:
         return (subject, target, permission) not in self.refused

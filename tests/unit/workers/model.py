@@ -138,7 +138,7 @@ class Model:
     def policy(self) -> int:
         return 0
 
-    def socketpair(self) -> tuple[int, int]:
+    def socketpairs(self) -> tuple[list[int], list[int]]:
         raise AssertionError("nobody is introduced here")
 
     def close(self, fd: int) -> None:

@@ -8,8 +8,10 @@ the hostile peer, which was introduced as any other and then writes into its rin
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -24,12 +26,12 @@ from kbusd.rings import entries, envelope, memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.bulk import Bulk
 from kbusd.rings.clock import Clock
-from kbusd.rings.doorbell import Doorbell
 from kbusd.rings.envelope import Envelope
 from kbusd.rings.ring import Ring
 from kbusd.rings.status import StatusPage, StatusView
 from kbusd.rings.values import Frame
 from tests.bus import wireformat as w
+from tests.bus.lingering import lingering
 from tests.bus.procs import eventually
 from tests.unit.workers.alone import start_worker
 from tests.unit.workers.test_rehearsal import EVERYTHING, context
@@ -38,6 +40,7 @@ OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
 MESSAGE, COPY, REFUSED, BULK = 1, 5, 6, 7
 VICTIM, PEER = 1, 2
+HELD = 3  # descriptors of a peer: bell, side socket, carrier
 FRESH, PIPE = 1 << 63, 1 << 62  # bits of `aux`
 AT = 100
 SECONDS = 20
@@ -91,17 +94,19 @@ class Stage:
 
     def _introduce(self) -> None:
         """The peer's half, and what the worker answers."""
-        self.ring, self.status, self.doorbell = Ring(65536), StatusPage(), Doorbell()
+        self.ring, self.status = Ring(65536), StatusPage()
         self.broadcast = Broadcast(65536)
-        self.side, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        shared = [socket.socketpair() for _ in range(3)]
+        self.bell, self.side, self.carry = (ours for ours, _ in shared)
         slots = self.status.take_slot(), self.status.take_slot()
-        half = [self.ring.fileno(), self.doorbell.write_fd, self.status.fd]
-        half += [self.broadcast.fileno(), theirs.fileno()]
+        half = [self.ring.fileno(), self.status.fd, self.broadcast.fileno()]
+        half += [theirs.fileno() for _, theirs in shared]
         self.broker.send(entries.Introduction(1, PEER, *slots), half)
-        theirs.close()
+        for _, theirs in shared:
+            theirs.close()
         answer = self.asked(entries.Introduced)
         assert isinstance(answer, entries.Introduced)
-        _, self.bell, status, self.broadcast_fd = self.fds
+        _, status, self.broadcast_fd = self.fds
         self.ring.connect(StatusView(status), answer.slot)
         self.bulk = Bulk(StatusView(status), answer.slot)
         self.bulk.make()
@@ -129,7 +134,8 @@ class Stage:
             os.close(null)
         raw = facts if isinstance(facts, bytes) else envelope.encode(facts)
         assert self.ring.write(Frame(kind, stamp, raw, body, **head))
-        os.write(self.bell, b"x")
+        with contextlib.suppress(BrokenPipeError):  # it is dropped already
+            self.bell.send(b"x")
 
     def send_piped(
         self, member: str, body: bytes, given: int, at: int = AT, count: int | None = None
@@ -177,6 +183,12 @@ class Stage:
         while self.read().reply_serial != 9999:
             pass
 
+    def cpu(self) -> float:
+        """Seconds that it has run."""
+        with open(f"/proc/{self.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
@@ -191,7 +203,8 @@ class Stage:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.client.close()
-        self.side.close()
+        for end in (self.bell, self.side, self.carry):
+            end.close()
         self.broker.close()
         self.supervisor.close()
 
@@ -249,9 +262,54 @@ def test_what_is_no_message_ends_the_peer_and_not_the_client(
     before = stage.descriptors()
     stage.write(what, **head)
     stage.write(facts(member="After"), serial=2)
-    eventually(lambda: stage.descriptors() == before - 2, "bell and side socket are closed")
+    eventually(
+        lambda: stage.descriptors() == before - HELD, "bell, side socket and carrier are closed"
+    )
     stage.ping()
     assert stage.buffer == b""
+
+
+@pytest.mark.parametrize("where", ["bell", "side", "carry"])
+def test_a_descriptor_that_takes_a_day_to_be_closed_hung_who_dropped_its_sender(
+    start: Start, where: str
+) -> None:
+    """What a peer had left in a socket was closed with it, in the worker that let go of the peer."""
+    stage = start()
+    stage.ping()
+    slow, other = lingering()
+    socket.send_fds(getattr(stage, where), [b"x"], [slow.fileno()])
+    os.close(slow.detach())
+    stage.write(b"not an envelope", serial=1)
+    eventually(stage.dropped, "the peer is dropped")
+    stage.ping()
+    other.close()
+
+
+def test_a_descriptor_that_came_with_a_bell_hung_who_heard_it(
+    start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = start()
+    stage.ping()
+    slow, other = lingering()
+    stage.bell.send(b"x")
+    socket.send_fds(stage.bell, [b"x"], [slow.fileno()])
+    os.close(slow.detach())
+    eventually(stage.dropped, "the peer is dropped")
+    stage.ping()
+    told = capfd.readouterr().err
+    assert "dropped :1.2: it sends descriptors along with its bell" in told
+    assert "1 sockets stay open: it might take for ever to close what :1.2 has sent" in told
+    other.close()
+
+
+def test_a_peer_that_hangs_up_its_bell_keeps_nobody_awake(start: Start) -> None:
+    stage = start()
+    stage.ping()
+    stage.bell.shutdown(socket.SHUT_WR)
+    stage.ping()
+    before = stage.cpu()
+    select.select([], [], [], 0.2)
+    assert stage.cpu() - before < 0.1
 
 
 @pytest.mark.parametrize("text", ["a\0b", "fine"])
@@ -427,7 +485,7 @@ def test_who_takes_back_a_body_ends_and_the_message_is_whole(start: Start, given
     while got.member != "Taken":
         got = stage.read()
     assert got.body == body[: AT + given].ljust(len(body), b"\0")
-    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     assert stage.buffer == b""
 
@@ -441,7 +499,7 @@ def test_a_lie_about_what_is_in_the_pipe_ends_the_peer(start: Start, at: int, co
     stage.ping()
     before = stage.descriptors()
     stage.send_piped("Lie", array_of(200_000), 0, at, count)
-    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     assert stage.buffer == b""
 
@@ -459,7 +517,7 @@ def test_a_pipe_that_is_none_or_would_block_ends_the_peer(start: Start, flags: i
     body = struct.pack("=II", 4, 4092)
     call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", "M", None, "ay")
     stage.write(call, BULK, body, (ends[0], stage.bulk.fd), serial=3, aux=aux)
-    eventually(lambda: stage.descriptors() == before - 2, "nothing of the peer is left")
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     for end in ends:
         os.close(end)

@@ -130,7 +130,8 @@ def peer(ring: Ring, page: StatusPage) -> tuple[Peer, RingReader]:
 def ready(one: Peer, reader: RingReader, page: StatusPage) -> None:
     view, (side, other) = StatusView(page.fd), pair()
     other.close()
-    one.ready(reader, view, 0, Subscriber(view, 1), os.open(os.devnull, os.O_WRONLY), side)
+    bell, carry = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))
+    one.ready(reader, view, 0, Subscriber(view, 1), bell, side, carry)
 
 
 FRAME = Frame(MESSAGE, 0, b"", b"x" * 1500)
