@@ -21,6 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -65,12 +66,14 @@ from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
 from kbusd.rings.unread import ready
 from kbusd.sandbox import selinux
+from kbusd.sandbox.constants import ARGUMENTS
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _AFTER_SUPERVISOR = (Hello, SetEndpoint)
 _SHARED = (socket.SOCK_SEQPACKET, socket.SOCK_STREAM)  # by two workers: side socket, carrier
+_CARRIER = 1
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -431,6 +434,9 @@ class Server:
     def socketpairs(self) -> tuple[list[int], list[int]]:
         flags = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         pairs = [socket.socketpair(socket.AF_UNIX, kind | flags) for kind in _SHARED]
+        with suppress(OSError):  # before Linux 6.16: workers see that, and let no pages come by it
+            for end in pairs[_CARRIER]:
+                end.setsockopt(socket.SOL_SOCKET, ARGUMENTS["SO_PASSRIGHTS"], 0)
         return [one.detach() for one, _ in pairs], [other.detach() for _, other in pairs]
 
     def close(self, fd: int) -> None:

@@ -62,6 +62,7 @@ ARGUMENTS: dict[str, int] = {
     "AF_UNIX": socket.AF_UNIX,
     "SOL_SOCKET": socket.SOL_SOCKET,
     "SO_SNDBUF": socket.SO_SNDBUF,
+    "SO_PASSRIGHTS": getattr(socket, "SO_PASSRIGHTS", 83),
     "SPLICE_F_NONBLOCK": 2,
     "O_NONBLOCK": os.O_NONBLOCK,
     "O_CLOEXEC": os.O_CLOEXEC,

@@ -27,6 +27,7 @@ from kbusd.rings.memfd import sealed
 from kbusd.sandbox.compile import compile_all
 from kbusd.sandbox.compiled import encode
 from tests.unit.broker.world import ADDRESS, World, credentials, service
+from tests.unit.carriers import refuses_descriptors
 
 SECONDS = 10.0
 LOG = 2
@@ -275,6 +276,22 @@ def test_introduced_workers_share_sockets_that_nobody_else_has(broker: Broker) -
             left.send(b"two")
             assert [right.recv(100) for _ in came] == came
     assert len(for_a) == len(for_b) == 4
+    close_all([*gifts, *for_a, *for_b])
+
+
+@pytest.mark.skipif(not refuses_descriptors(), reason="this kernel has no SO_PASSRIGHTS")
+def test_descriptors_came_by_a_carrier_and_its_reader_closed_them(broker: Broker) -> None:
+    a, b = broker.client(), broker.client()
+    gifts = [os.memfd_create(f"gift{n}") for n in range(8)]
+    a.line.send(e.Introduce(2, b.id, 1, 2), gifts[:4])
+    _, for_b = hear(b.line)
+    b.line.send(e.Introduced(1, 3, 4), gifts[4:])
+    _, for_a = hear(a.line)
+    for fds in (for_a, for_b):
+        with socket.socket(fileno=fds.pop(5)) as carrier:
+            with pytest.raises(PermissionError):
+                socket.send_fds(carrier, [b"x"], gifts[:1])
+            carrier.send(b"x")
     close_all([*gifts, *for_a, *for_b])
 
 
