@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,8 @@ from kbusd.rings import memfd
 from kbusd.rings.bulk import Bulk, BulkView
 from kbusd.rings.memfd import RingError
 from kbusd.rings.status import StatusPage, StatusView
+from tests.bus.procs import eventually
+from tests.kdbusfs.test_device import Unanswered
 from tests.unit import carriers
 
 FRESH = 1 << 63
@@ -395,6 +398,35 @@ def test_less_than_announced_is_no_body(carried: Carried) -> None:
     aux, told, _ = carried.send_carried(body)
     assert len(carried.theirs.recv(10_000)) == 10_000
     assert carried.view.read_carried(aux, told) == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="memory that does not come is root's to have")
+@pytest.mark.parametrize("whose", ["the sender's", "the receiver's"])
+def test_who_holds_an_end_all_day_holds_up_nobody_at_the_other(
+    carried: Carried, whose: str
+) -> None:
+    """A client to which a worker gave its end, and who reads from there into memory that never comes."""
+    body = random.Random(0).randbytes(100_000)
+    memory = Unanswered()
+    mine, other = carried.ours, carried.theirs
+    if whose == "the receiver's":
+        mine, other = other, mine
+        other.send(bytes(10))
+    else:
+        sent = carried.send_carried(body)
+        other.send(bytes(10))
+    holder = threading.Thread(target=mine.recv_into, args=(memory.page, 10))
+    holder.start()
+    try:
+        eventually(lambda: memory.wanted(), "it holds the lock of its end")
+        if whose == "the receiver's":
+            _, _, count = carried.send_carried(body)
+            assert count == len(body) - AT
+        else:
+            assert carried.view.read_carried(sent[0], sent[1]) == body
+    finally:
+        memory.answer()
+        holder.join()
 
 
 def test_nothing_goes_by_a_carrier_by_which_descriptors_could_come() -> None:
