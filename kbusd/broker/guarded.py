@@ -84,7 +84,7 @@ class Guarded(Line):
     def _next(self, buffer: bytearray, flags: int) -> tuple[int, list[int], int]:
         # What the kernel can't hand over, it closes, if the record is received; not if that is looked at.
         size, fds, cut_short = super()._next(buffer, flags | _PEEK)
-        if cut_short or len([fd for fd in fds if not _is_memory(fd)]) > 1:
+        if cut_short or not all(map(_is_memory, fds)):
             self.release(fds)
             raise LineError("with a record came too much, or what is no memfd")
         try:

@@ -29,7 +29,7 @@ from kbusd.broker.refusal import (
 )
 from kbusd.rings.entries import Failure, Introduce, Introduced, Introduction, Reply, Withdrawn
 
-RING_FDS = 4  # ring, doorbell, status page, Broadcast
+RING_FDS = 3  # ring, status page, Broadcast
 ANSWER_SECONDS = 10.0  # an honest worker answers in well under a millisecond
 MAX_PENDING = 256  # of one worker, not yet answered
 MAX_INTRODUCED = 4096  # peers of one worker; each costs both about 100 KiB of address space

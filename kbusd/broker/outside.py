@@ -63,7 +63,7 @@ class Outside(Protocol):
         """A descriptor of the sealed memfd with the configuration; stays the callee's."""
 
     def socketpairs(self) -> tuple[list[int], list[int]]:
-        """One's and the other's ends of what two workers are to share, new: side socket, carrier. They are the
+        """One's and the other's ends of what two workers are to share, new: bell, side socket, carrier. They are the
         caller's to close. Raises OSError."""
 
     def dispose(self, fds: Sequence[int], worker: int) -> None:

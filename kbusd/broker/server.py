@@ -66,14 +66,18 @@ from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line, LineError, adopt, close_all
 from kbusd.rings.unread import ready
 from kbusd.sandbox import selinux
-from kbusd.sandbox.constants import ARGUMENTS
 
 MAX_QUEUED = 1024  # records for a worker that does not read; its socket holds some 200 more
 JOINED_SECONDS = 0.005  # after Hello: the supervisor can wait, while the client waits for its reply
 SUPERVISOR_SECONDS = 1.0  # at most, till it says what it is about to say
 _AFTER_SUPERVISOR = (Hello, SetEndpoint)
-_SHARED = (socket.SOCK_SEQPACKET, socket.SOCK_STREAM)  # by two workers: side socket, carrier
-_CARRIER = 1
+_SHARED = (
+    False,
+    True,
+    False,
+)  # by two workers: bell, side socket, carrier; whether descriptors may pass
+_SO_PASSRIGHTS = 83  # Linux 6.16
+_STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -432,11 +436,7 @@ class Server:
         return self._configuration
 
     def socketpairs(self) -> tuple[list[int], list[int]]:
-        flags = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-        pairs = [socket.socketpair(socket.AF_UNIX, kind | flags) for kind in _SHARED]
-        with suppress(OSError):  # before Linux 6.16: workers see that, and let no pages come by it
-            for end in pairs[_CARRIER]:
-                end.setsockopt(socket.SOL_SOCKET, ARGUMENTS["SO_PASSRIGHTS"], 0)
+        pairs = [_socketpair(passes) for passes in _SHARED]
         return [one.detach() for one, _ in pairs], [other.detach() for _, other in pairs]
 
     def close(self, fd: int) -> None:
@@ -460,6 +460,18 @@ class Server:
 
     def _filter(self, behind: Behind) -> Filter:
         return Filter(behind, self._bus.shown, self._bus.inside(behind))
+
+
+def _socketpair(passes: bool) -> tuple[socket.socket, socket.socket]:
+    """For two workers that do not trust each other. Raises OSError."""
+    pair = socket.socketpair(socket.AF_UNIX, _STREAM)
+    for end in pair:
+        # A byte out of band would be thrown away by who reads on, and the descriptors that it has with it closed.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        if not passes:
+            with suppress(OSError):  # older kernels: who is sent descriptors has to notice
+                end.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    return pair
 
 
 def read_configuration(fd: int) -> configuration.Configuration:

@@ -393,11 +393,11 @@ class ListEndpoints(Request, frozen=True, tag="endpoints"):
 class Introduce(Request, frozen=True, tag="introduce"):
     """Make this worker and `peer` known to each other.
 
-    fds: ring to the peer, my doorbell's write end, my status page, my Broadcast.
+    fds: ring to the peer, my status page, my Broadcast: memfds all of them.
     `slot`: the slot of my status page in which I publish my position in the peer's ring;
     `broadcast_slot`: the same for the peer's Broadcast.
-    Reply: [peer's slot, peer's broadcast_slot]; fds: the peer's four, then my ends of what we
-    share: side socket, carrier. Failure: NameHasNoOwner, AccessDenied, LimitsExceeded, TimedOut.
+    Reply: [peer's slot, peer's broadcast_slot]; fds: the peer's three, then my ends of what we
+    share: bell, side socket, carrier. Failure: NameHasNoOwner, AccessDenied, LimitsExceeded, TimedOut.
     If the peer asked first and the two crossed, the Reply is None without fds: the Introduction
     by the peer came before it on this line, and is the only one."""
 
@@ -495,8 +495,8 @@ class Failure(FromBroker, frozen=True, tag="failure"):
 
 
 class Introduction(FromBroker, frozen=True, tag="introduction"):
-    """`peer` wants to reach you. fds: its ring to you, its doorbell's write end, its status page,
-    its Broadcast, your ends of the side socket and the carrier. Answer with Introduced(request, ...)."""
+    """`peer` wants to reach you. fds: its ring to you, its status page, its Broadcast,
+    your ends of what you share: bell, side socket, carrier. Answer with Introduced(request, ...)."""
 
     request: int
     peer: int

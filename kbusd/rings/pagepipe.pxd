@@ -58,4 +58,5 @@ cdef class Carrier:
     cdef bint take(self, uint8_t *to, size_t length) noexcept
 
 cdef PagePipe make_pipe()
+cdef bint is_guarded(int fd) noexcept
 cdef Carrier make_carrier(int fd)

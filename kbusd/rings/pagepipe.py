@@ -136,10 +136,17 @@ def make_pipe() -> PagePipe:
 
 
 @cython.cfunc
+@cython.exceptval(check=False)
+def is_guarded(fd: cython.int) -> cython.bint:
+    """Whether the kernel keeps descriptors out of our end of a carrier; no if there is none (-1)."""
+    return fd >= 0 and not kbusd_takes_descriptors(fd)
+
+
+@cython.cfunc
 def make_carrier(fd: cython.int) -> Carrier:
-    """Of our end of one, which stays the caller's; None if there is none (-1), if descriptors could
-    come by it, or if there are no descriptors."""
-    if fd < 0 or kbusd_takes_descriptors(fd):
+    """Of our end of one, which stays the caller's; None if that is not guarded, or if there are no
+    descriptors."""
+    if not is_guarded(fd):
         return None
     carrier: Carrier = Carrier()
     carrier.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)

@@ -62,7 +62,9 @@ ARGUMENTS: dict[str, int] = {
     "AF_UNIX": socket.AF_UNIX,
     "SOL_SOCKET": socket.SOL_SOCKET,
     "SO_SNDBUF": socket.SO_SNDBUF,
-    "SO_PASSRIGHTS": getattr(socket, "SO_PASSRIGHTS", 83),
+    "SO_OOBINLINE": socket.SO_OOBINLINE,
+    "SO_PASSRIGHTS": 83,  # Linux 6.16
+    "SHUT_RDWR": socket.SHUT_RDWR,
     "SPLICE_F_NONBLOCK": 2,
     "O_NONBLOCK": os.O_NONBLOCK,
     "O_CLOEXEC": os.O_CLOEXEC,

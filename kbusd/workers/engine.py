@@ -22,6 +22,7 @@ from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
+from cython.cimports.kbusd.rings.status import StatusPage
 from cython.cimports.kbusd.wire.header import Header
 from cython.cimports.kbusd.workers.calls import Calls
 from cython.cimports.kbusd.workers.decisions import Route, Template, key_of
@@ -35,6 +36,7 @@ from cython.cimports.libc.string import memcpy, memset
 from kbusd.policy.decide import ClientPolicy
 from kbusd.rings import entries, memfd
 from kbusd.rings import envelope as envelopes
+from kbusd.rings.doorbell import part
 from kbusd.rings.line import LineError, close_all
 from kbusd.wire import body as wire_body
 from kbusd.workers import behind, decisions
@@ -73,9 +75,9 @@ READY = cython.declare(cython.int, 2)
 
 # What is ready: the data of an event.
 CLIENT = cython.declare(cython.uint, 0)
-PEERS = cython.declare(cython.uint, 1)
 BROKER = cython.declare(cython.uint, 2)
 SUPERVISOR = cython.declare(cython.uint, 3)
+BELLS = cython.declare(cython.uint, 0x80000000)  # and above: peers.py
 
 # What large messages leave behind is looked at so often.
 TIDY_NS = cython.declare(uint64_t, 1_000_000_000)
@@ -128,8 +130,10 @@ class Engine:
         self.merge = Merge(self.clock)
         self.replica = Replica()
         self.asking = Asking(line)
-        self.peers = Peers(self.clock, self.merge, self.replica, self.asking, stall_ns)
-        self.waiting = Waiting(self.merge, self.peers.status)
+        self.waiting = Waiting(self.merge, StatusPage())
+        self.peers = Peers(
+            self.clock, self.merge, self.waiting, self.replica, self.asking, stall_ns
+        )
         self.log = BroadcastReader(context.log_fd, 0)
         self.monitors = Monitors(self.peers, self.replica)
         self.activating = Activating()
@@ -166,7 +170,6 @@ class Engine:
             )
         else:
             self.driver = drivers.Driver(self.replica, self.context.bus, credentials)
-        self.waiting.watch(self.peers.doorbell.read_fd, PEERS, EPOLLIN)
         self.waiting.watch(self.asking.line.fileno(), BROKER, EPOLLIN)
         self.waiting.watch(client, CLIENT, EPOLLIN)
         if supervisor != client:
@@ -197,7 +200,8 @@ class Engine:
         except (Gone, OSError):
             pass
         # Our client's names are free from here on; that this process ends takes a while longer.
-        self.asking.line.close()
+        self.asking.line.discard()
+        part(self.asking.line.sock.detach())
 
     def _loop(self) -> cython.void:
         events: epoll_event[8]
@@ -229,8 +233,8 @@ class Engine:
                 source = events[i].data.u32
                 if source == CLIENT:
                     self.from_client(events[i].events)
-                elif source == PEERS:
-                    self.peers.doorbell.drain()
+                elif source >= BELLS:
+                    self.peers.rung(source)
                 elif source == BROKER:
                     self._from_broker()
                 elif source == SUPERVISOR:
@@ -798,7 +802,7 @@ class Engine:
             except LineError as error:
                 raise Gone(f"the broker broke a rule: {error}") from None
             finally:
-                close_all(fds)
+                self.peers.release(fds)
 
     def _broker_says(self, message, fds):
         kind = type(message)

@@ -29,6 +29,7 @@ from kbusd.kdbus.port import Caller, Joining
 from kbusd.kdbus.session import Done, Session, fetch
 from kbusd.kdbus.waits import Wait
 from kbusd.rings import entries, memfd
+from kbusd.rings.doorbell import part
 from kbusd.rings.journal import Journal
 from kbusd.rings.line import Line
 from kbusd.workers import kdbus_bus
@@ -245,6 +246,9 @@ def serve(
     port.device.entering = serving.entering
     serving.serve_device(port, line.fileno(), device.credentials)
     line.flush()  # the answer to BYEBYE
+    # The supervisor answers what else there is from here on; our end may take a while longer.
+    line.discard()
+    part(line.sock.detach())
 
 
 def serve_control(device: entries.Device, sock: socket.socket) -> None:

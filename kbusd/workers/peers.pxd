@@ -3,12 +3,12 @@ from libc.stdint cimport uint8_t, uint64_t
 from kbusd.rings.broadcast cimport Broadcast
 from kbusd.rings.bulk cimport Bulk, BulkView
 from kbusd.rings.clock cimport Clock
-from kbusd.rings.doorbell cimport Doorbell
 from kbusd.rings.fanout cimport Fanout, Subscriber
 from kbusd.rings.frame cimport FrameHead
 from kbusd.rings.merge cimport Merge
 from kbusd.rings.ring cimport Ring, RingReader
 from kbusd.rings.status cimport StatusPage, StatusView
+from kbusd.workers.waiting cimport Waiting
 
 cdef enum:
     # A body above this travels through the bulk area if the peer has one, or else as a sealed
@@ -23,9 +23,12 @@ cdef class Peer:
     cdef Ring ring
     cdef RingReader reader
     cdef StatusView view
-    cdef int doorbell
+    # Our ends of what we share, streams all of them: the bell, the side socket for descriptors, and the carrier for
+    # pages of large bodies. -1 and None before READY.
+    cdef int bell
     cdef object side
-    cdef int carry  # ours: a stream to the peer's worker, for pages of large bodies; -1 before READY
+    cdef int carry
+    cdef int bell_at  # where Peers has the bell; -1 if it is not listened to
     cdef int their_slot
     cdef Bulk bulk
     cdef BulkView bulk_view
@@ -54,13 +57,14 @@ cdef class Peers:
     cdef Clock clock
     cdef Merge merge
     cdef StatusPage status
-    cdef Doorbell doorbell
+    cdef Waiting waiting
     cdef Broadcast broadcast
     cdef Broadcast silent
     cdef Fanout fanout
     cdef object replica, asking, journal
     cdef Peer me
     cdef dict known, by_source
+    cdef list bells_of, no_bells  # whose bells are listened to, None where there is none; where that is
     cdef set meeting
     cdef list touched, backlogged, full, bulks, lost, unmet
     cdef int slow
@@ -75,6 +79,7 @@ cdef class Peers:
     cdef void begin(self, uint64_t stamp) noexcept
     cdef void end(self) noexcept
     cdef void bells(self) except *
+    cdef void rung(self, unsigned int source) except *
     cdef Bulk bulk(self, Peer peer, size_t length)
     cdef bint tidy(self) except -1
     cdef bint waits(self) except -1

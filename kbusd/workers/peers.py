@@ -1,7 +1,7 @@
 # cython: boundscheck=False
 """Other workers, as this one sees them, and how frames get to them.
 
-`Peer` is one: the two rings between us, its doorbell, the side socket, the carrier. Frames that find no room, or
+`Peer` is one: the two rings between us, and what we share: the bell, the side socket, the carrier. Frames that find no room, or
 no introduction yet, wait in its backlog in order. `Peers` are all that we know: introductions, and
 the sending of frames to one or to all subscribers of a signal, by Ring or Broadcast, in the order
 that fanout.py explains. Peers are hostile: what they claim of positions is checked by the rings, what
@@ -28,16 +28,20 @@ from cython.cimports.kbusd.rings.bulk import (
     BulkView,
 )
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
-from cython.cimports.kbusd.rings.doorbell import Doorbell, ring_doorbell
+from cython.cimports.kbusd.rings.doorbell import GIFTS, OVER, Heard, hear, ring_doorbell
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
 from cython.cimports.kbusd.rings.frame import STOP, FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
+from cython.cimports.kbusd.rings.pagepipe import is_guarded
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
+from cython.cimports.kbusd.workers.libc import EPOLLIN
+from cython.cimports.kbusd.workers.waiting import Waiting
 from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
 from kbusd.rings import entries, memfd
+from kbusd.rings.doorbell import part_all
 from kbusd.rings.journal import Journal
 from kbusd.rings.line import close_all
 from kbusd.rings.memfd import RingError
@@ -57,6 +61,9 @@ BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
 
 HEAD = cython.declare(cython.size_t, 40)
+BELLS = cython.declare(cython.uint, 0x80000000)  # and above: the sources of events of bells
+MEMFDS = 3  # of each half of an introduction: ring, status page, Broadcast
+SHARED = 3  # by both: bell, side socket, carrier
 SILENT_SIZE = cython.declare(cython.size_t, 65536)  # a page, at least
 NOTES = cython.declare(cython.int, 64)  # as many as `noted` has in peers.pxd
 MAX_BULKS = cython.declare(cython.size_t, 4)  # areas that a worker has at once, one of them large
@@ -87,8 +94,7 @@ class Peer:
         self.name = name
         self.connection = connection
         self.state = NEW
-        self.doorbell = -1
-        self.carry = -1
+        self.bell = self.carry = self.bell_at = -1
         self.backlog = deque()
         self.backlog_bytes = 0
         self.templates = {}
@@ -112,7 +118,7 @@ class Peer:
         view: StatusView,
         their_slot: int,
         subscriber: Subscriber,
-        doorbell: int,
+        bell: int,
         side: socket.socket,
         carry: int,
     ) -> None:
@@ -120,20 +126,27 @@ class Peer:
         self.reader = reader
         self.view = view
         self.subscriber = subscriber
-        self.doorbell = doorbell
+        self.bell = bell
         self.side = side
         self.carry = carry
         self.their_slot = their_slot
         self.ring.attach(view, their_slot)
         self.state = READY
 
-    def forget(self) -> None:
-        """Drop what was introduced; descriptors that wait are closed."""
-        if self.doorbell >= 0:
-            os.close(self.doorbell)
-            self.side.close()
-            os.close(self.carry)
-        self.doorbell = self.carry = -1
+    def forget(self) -> int:
+        """Drop what was introduced; descriptors that wait are closed. Returns how many sockets stay open for what
+        the peer has left in them."""
+        kept = 0
+        if self.bell >= 0:
+            left = [self.bell, self.side.detach()]
+            if is_guarded(self.carry):
+                os.close(
+                    self.carry
+                )  # bytes at most are in it, and what is announced of them is still sent
+            else:
+                left.append(self.carry)
+            kept = part_all(left)
+        self.bell = self.carry = -1
         self.side = None
         self.ring = None
         self.reader = None
@@ -147,15 +160,16 @@ class Peer:
         self.backlog.clear()
         self.backlog_bytes = 0
         self.templates = {}
+        return kept
 
-    def gone(self) -> None:
-        self.forget()
+    def gone(self) -> int:
         self.state = GONE
+        return self.forget()
 
-    def again(self) -> None:
+    def again(self) -> int:
         """The introduction failed; a later message may ask again."""
-        self.forget()
         self.state = NEW
+        return self.forget()
 
     def statistics(self) -> dict:
         return {
@@ -310,7 +324,7 @@ class Peer:
     def ring_bell(self) -> cython.void:
         """Wake the peer's worker if it sleeps."""
         if self.view.sleeping():
-            ring_doorbell(self.doorbell)
+            ring_doorbell(self.bell)
 
     def bulk_begins(self, mine: StatusPage, aux: uint64_t, fds: tuple) -> tuple:
         """Map the peer's new bulk area or let go of the old one, if its frame says so; the
@@ -347,20 +361,24 @@ class Peers:
     `lost`: (id, error name, text): what was asked of the connection is to be answered with that.
     `stall_ns`: how long at most our client's next message waits for one peer."""
 
-    def __init__(self, clock: Clock, merge: Merge, replica, asking, stall_ns: uint64_t):
+    def __init__(
+        self, clock: Clock, merge: Merge, waiting: Waiting, replica, asking, stall_ns: uint64_t
+    ):
         self.clock = clock
         self.merge = merge
+        self.waiting = waiting
         self.replica = replica
         self.asking = asking
         self.journal = Journal("kbusd-worker", per_second=LINES_PER_SECOND)
         self.stall_ns = stall_ns
-        self.status = StatusPage()
-        self.doorbell = Doorbell()
+        self.status = waiting.status
         self.broadcast = Broadcast()
         self.fanout = Fanout(self.broadcast)
         self.silent = None
         self.known = {}
         self.by_source = {}
+        self.bells_of = []
+        self.no_bells = []
         self.meeting = set()
         self.touched = []
         self.backlogged = []
@@ -371,12 +389,7 @@ class Peers:
 
     def descriptors(self) -> list:
         """What must stay open through lock-down."""
-        return [
-            self.doorbell.read_fd,
-            self.doorbell.write_fd,
-            self.status.fd,
-            self.broadcast.fd,
-        ]
+        return [self.status.fd, self.broadcast.fd]
 
     def peer(self, id) -> Peer:
         """The connection `id`, which there is or was."""
@@ -752,7 +765,7 @@ class Peers:
         """Who is behind an endpoint gets a Broadcast that only says what is on its way: what its client
         may not hear stands in the other."""
         broadcast: Broadcast = self.silent if peer.apart else self.broadcast
-        return [peer.ring.fd, self.doorbell.write_fd, self.status.fd, broadcast.fd]
+        return [peer.ring.fd, self.status.fd, broadcast.fd]
 
     def introduce(self, peer: Peer):
         """Ask for an introduction; frames wait meanwhile."""
@@ -789,7 +802,7 @@ class Peers:
         if isinstance(answer, entries.Failure):
             self._refused(peer, answer)
             return
-        if answer.value is None or len(fds) != 6:
+        if answer.value is None or len(fds) != MEMFDS + SHARED:
             return
         self._meet(peer, answer.value[0], answer.value[1], fds)
 
@@ -814,8 +827,9 @@ class Peers:
         self._meet(peer, message.slot, message.broadcast_slot, fds)
 
     def _meet(self, peer: Peer, their_slot, their_broadcast_slot, fds):
-        """Map the peer's half. A half that breaks a rule is the peer's loss alone."""
-        ring_fd, doorbell, status_fd, broadcast_fd, side, carry = fds
+        """Map the peer's half. A half that breaks a rule is the peer's loss alone. What is taken of `fds` does not
+        stay in there."""
+        ring_fd, status_fd, broadcast_fd, bell, side, carry = fds
         try:
             reader = RingReader(ring_fd, self.status, peer.slot)
             broadcast = BroadcastReader(broadcast_fd, 0)
@@ -825,15 +839,46 @@ class Peers:
             self.say(f"refused the rings of {peer.name}: {error}")
             peer.gone()
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, os.dup(side))
-        peer.ready(reader, view, their_slot, subscriber, os.dup(doorbell), sock, os.dup(carry))
+        del fds[MEMFDS:]  # ours from here on
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, side)
+        peer.ready(reader, view, their_slot, subscriber, bell, sock, carry)
         peer.ring.close_fd()
-        self.merge.add(reader, broadcast, peer.broadcast_slot, peer.doorbell)
+        self.merge.add(reader, broadcast, peer.broadcast_slot, bell)
+        self._listen(peer)
         self.by_source[reader] = peer
         if peer.backlog:
             self._hold_back(peer)
         else:
             peer.late = False
+
+    def _listen(self, peer: Peer):
+        """From here on the peer's bell wakes us."""
+        if self.no_bells:
+            peer.bell_at = self.no_bells.pop()
+            self.bells_of[peer.bell_at] = peer
+        else:
+            peer.bell_at = len(self.bells_of)
+            self.bells_of.append(peer)
+        self.waiting.watch(peer.bell, BELLS + peer.bell_at, EPOLLIN)
+
+    def rung(self, source) -> cython.void:
+        """A peer's bell has rung: `source` of the event says whose."""
+        item = self.bells_of[source - BELLS]
+        if item is None:
+            return  # it was let go of since
+        peer: Peer = cython.cast(Peer, item)
+        heard: Heard = hear(peer.bell)
+        if heard == OVER:
+            self._unheard(peer)  # the log says so, too, if it is gone
+        elif heard == GIFTS:
+            self.drop(peer, "it sends descriptors along with its bell")
+
+    def _unheard(self, peer: Peer):
+        if peer.bell_at >= 0:
+            self.waiting.forget(peer.bell)
+            self.bells_of[peer.bell_at] = None
+            self.no_bells.append(peer.bell_at)
+            peer.bell_at = -1
 
     def _refused(self, peer: Peer, failure):
         """No introduction: calls that waited for it are answered."""
@@ -846,7 +891,7 @@ class Peers:
         peer = self.known.get(id)
         if peer is not None:
             self.detach(peer)
-            cython.cast(Peer, peer).again()
+            self._tell(cython.cast(Peer, peer).again(), f"{peer.name} has sent")
 
     # -- the end of a peer ---------------------------------------------------------------------
 
@@ -856,7 +901,7 @@ class Peers:
         if peer is None:
             return False
         self.detach(peer)
-        peer.gone()
+        self._tell(peer.gone(), f"{peer.name} has sent")
         return True
 
     def drop(self, peer: Peer, text):
@@ -864,10 +909,19 @@ class Peers:
         self.say(f"dropped {peer.name}: {text}")
         self.detach(peer)
         self.lost.append((peer.id, NO_REPLY, NO_REPLY_DISCONNECTED))
-        peer.gone()
+        self._tell(peer.gone(), f"{peer.name} has sent")
+
+    def release(self, fds: list) -> None:
+        """Close what came from the broker and nobody has taken."""
+        self._tell(part_all(fds), "was on its way to us")
+
+    def _tell(self, kept: int, what: str):
+        if kept:
+            self.say(f"{kept} sockets stay open: it might take for ever to close what {what}")
 
     def detach(self, peer: Peer):
-        """Its rings are not read any more."""
+        """Neither its rings nor its bell are looked at any more."""
+        self._unheard(peer)
         if peer.reader is not None:
             self.fanout.leave(peer.subscriber)
             self.merge.remove(peer.reader)

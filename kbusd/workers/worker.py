@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from kbusd.policy.decide import can_connect, explain
 from kbusd.rings import entries
+from kbusd.rings.doorbell import part
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth, aliases
@@ -92,7 +93,7 @@ def _serve_socket(
     client: socket.socket,
 ) -> None:
     credentials = handed_over.credentials
-    with client:
+    try:
         started = _authenticate(context, handed_over, client, hand_over.sock)
         if isinstance(started, str):
             line.send(entries.Leaving(0, started))
@@ -103,6 +104,9 @@ def _serve_socket(
             return
         rest, fds, unix_fds = started
         engine.serve(client.fileno(), hand_over.fileno(), credentials, rest, fds, unix_fds)
+    finally:
+        # What it has left unread may take for ever to be closed: it need not wait for that.
+        part(client.detach())
 
 
 def _wait_for_work(

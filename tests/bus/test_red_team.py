@@ -460,7 +460,7 @@ def test_a_file_system_that_does_not_answer_holds_up_neither_the_bus_nor_its_end
         socket.send_fds(red.sock, [b"\0"], [slow])
         assert red.heard() == "have it"
         red.write(b"\0")
-        eventually(lambda: "a record does not decode" in bus.log(), "the broker has it")
+        eventually(lambda: "no memfd" in bus.log(), "the broker has it")
         bus.connect()
         victims.go_on()
         victims.close()
@@ -497,7 +497,6 @@ def test_what_peers_give_it_can_only_be_read(red_bus: RedBus, victims: Victims) 
     red = red_bus.attack("spoil_peer", victims.id(victims.callee))
     refused = ["EPERM", "EACCES", "EPERM", "EPERM", "EPERM", "EPERM"]
     assert red.heard() == [refused] * 3
-    assert red.heard() == "EBADF"  # of the bell it has the end to write
     red.close()
 
 

@@ -402,8 +402,8 @@ def test_nothing_of_a_connection_is_left() -> None:
     world.ask(a, e.StartService(4, "a.b", False))
     world.ask(a, e.ReloadConfig(5))
     world.ask(a, e.ReloadConfig(6))
-    world.ask(a, e.Introduce(7, b.id, 0, 0), (1, 2, 3, 4))
-    world.ask(b, e.Introduced(1, 0, 0), (1, 2, 3, 4))
+    world.ask(a, e.Introduce(7, b.id, 0, 0), (1, 2, 3))
+    world.ask(b, e.Introduced(1, 0, 0), (1, 2, 3))
     world.ask(a, e.BecomeMonitor(8, ()))
     world.bus.gone(1)
     del a
@@ -541,7 +541,7 @@ def test_statistics_count() -> None:
     assert reply.value["SpareWorkers"] == 1
 
 
-@pytest.mark.parametrize("fds", [[5], [5, 6, 7]])
+@pytest.mark.parametrize("fds", [[5], [5, 6, 7, 8]])
 def test_wrong_number_of_descriptors_is_a_violation(fds: list[int]) -> None:
     world = World()
     a = world.client(1)

@@ -14,7 +14,7 @@ from kbusd.rings import entries as e
 from tests.unit.broker.world import OPEN, OWNER, World
 
 ERROR = "org.freedesktop.DBus.Error."
-FDS = [1, 2, 3, 4]
+FDS = [1, 2, 3]
 APP = endpoints.parse("app", ["see=t.See", "talk=t.Talk", "own=t.App.*"])
 
 

@@ -83,15 +83,18 @@ def test_descriptors_of_a_record_were_lost_when_its_worker_ended_meanwhile(
     theirs.close()
 
 
-def test_more_than_one_descriptor_that_is_no_memory_is_not_taken(closers: Closers) -> None:
+@pytest.mark.parametrize("memory", [0, 2])
+def test_what_is_no_memory_is_not_taken(closers: Closers, memory: int) -> None:
+    """One such descriptor was let through, as a doorbell: it came to whoever the worker wanted."""
     ours, theirs = pair()
     reader, writer = os.pipe()
+    made = [os.memfd_create("test") for _ in range(memory)]
     line = Guarded(ours, e.WorkerMessage, closers, 1)
-    Line(theirs, e.BrokerMessage).send(e.Introduce(1, 2, 3, 4), [writer, writer])
+    Line(theirs, e.BrokerMessage).send(e.Introduce(1, 2, 3, 4), [*made, writer])
     with pytest.raises(LineError, match="no memfd"):
         line.receive()
     line.close()
     theirs.close()
-    os.close(writer)
+    close_all([writer, *made])
     assert hangs_up(reader)
     os.close(reader)

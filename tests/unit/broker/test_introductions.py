@@ -11,8 +11,8 @@ from kbusd.rings import entries as e
 from tests.unit.broker.world import SHARED, World
 
 ERROR = "org.freedesktop.DBus.Error."
-A_FDS = [1, 2, 3, 4]
-B_FDS = [5, 6, 7, 8]
+A_FDS = [1, 2, 3]
+B_FDS = [5, 6, 7]
 
 
 def test_both_get_the_others_descriptors_and_their_ends_of_the_sockets() -> None:
@@ -20,12 +20,12 @@ def test_both_get_the_others_descriptors_and_their_ends_of_the_sockets() -> None
     a, b = world.client(1), world.client(2)
     ((to, message, *fds),) = world.ask(a, e.Introduce(7, b.id, 10, 11), A_FDS)
     assert (to, message) == (2, e.Introduction(1, a.id, 10, 11))
-    theirs = fds[4:]
-    assert fds[:4] == A_FDS and len(theirs) == SHARED
+    theirs = fds[3:]
+    assert fds[:3] == A_FDS and len(theirs) == SHARED
     ((to, message, *fds),) = world.ask(b, e.Introduced(1, 20, 21), B_FDS)
     assert (to, message) == (1, e.Reply(7, [20, 21]))
-    ours = fds[4:]
-    assert fds[:4] == B_FDS and len(ours) == SHARED
+    ours = fds[3:]
+    assert fds[:3] == B_FDS and len(ours) == SHARED
     assert not set(ours) & set(theirs)
     assert not world.open_fds
 

@@ -187,7 +187,7 @@ def test_who_is_behind_an_endpoint_meets_whom_it_may_talk_to_and_who_listens() -
 
     def met() -> bool:
         """Whether the other's worker is asked to meet it."""
-        world.ask(inside, meet, (1, 2, 3, 4))
+        world.ask(inside, meet, (1, 2, 3))
         return any(isinstance(each[1], e.Introduction) for each in world.taken())
 
     assert not met()

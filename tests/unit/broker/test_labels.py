@@ -9,7 +9,7 @@ from kbusd.rings import entries as e
 from kbusd.workers.replica import BUS_ID, Replica
 from tests.unit.broker.world import World, credentials
 
-FDS = (1, 2, 3, 4)
+FDS = (1, 2, 3)
 
 
 def join(world: World, worker: int, label: bytes) -> Connection:

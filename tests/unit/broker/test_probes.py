@@ -16,8 +16,8 @@ def world() -> World:
     """With a, b, c on it (workers 1, 2, 3); a and b know each other."""
     world = World()
     a, b, _ = (world.client(worker) for worker in (1, 2, 3))
-    world.ask(a, e.Introduce(7, b.id, 0, 0), [1, 2, 3, 4])
-    world.ask(b, e.Introduced(1, 0, 0), [5, 6, 7, 8])
+    world.ask(a, e.Introduce(7, b.id, 0, 0), [1, 2, 3])
+    world.ask(b, e.Introduced(1, 0, 0), [5, 6, 7])
     return world
 
 

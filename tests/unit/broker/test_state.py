@@ -45,7 +45,7 @@ SAID_BY_NODE = [
 ]
 MAKER = 1000  # the worker of who has made that
 PICK = st.integers(0, 1 << 30)
-FDS = (1, 2, 3, 4)
+FDS = (1, 2, 3)
 
 
 class Life(RuleBasedStateMachine):

@@ -17,7 +17,7 @@ from kbusd.rings import entries as e
 
 ADDRESS = "unix:path=/tmp/bus,guid=00"
 OWNER = 500
-SHARED = 2  # socketpairs that two workers get who are introduced
+SHARED = 3  # socketpairs that two workers get who are introduced
 
 # What the world was asked for: ("log", entry), (worker, message) with its descriptors, ...
 Event = tuple[Any, ...]

@@ -1,15 +1,12 @@
-"""Status pages, doorbells, clock: the small parts."""
+"""Status pages, clock: the small parts."""
 
 from __future__ import annotations
 
-import os
-import select
 import time
 
 import pytest
 
 from kbusd.rings.clock import Clock
-from kbusd.rings.doorbell import Doorbell, ring
 from kbusd.rings.memfd import RingError
 from kbusd.rings.status import StatusPage, StatusView
 
@@ -55,38 +52,6 @@ def test_a_slot_out_of_range_is_no_address() -> None:
     mine = StatusPage()
     view = StatusView(mine.fd)
     assert [view.look(slot) for slot in (-1, 8192, 2**31 - 1)] == [0, 0, 0]
-
-
-def test_a_doorbell_wakes_and_is_quiet_again() -> None:
-    bell = Doorbell()
-    assert not select.select([bell], [], [], 0)[0]
-    ring(bell.write_fd)
-    ring(bell.write_fd)
-    assert select.select([bell], [], [], 0)[0]
-    bell.clear()
-    assert not select.select([bell], [], [], 0)[0]
-
-
-def test_a_flooded_doorbell_still_rings_and_blocks_nobody() -> None:
-    bell = Doorbell()
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(bell.write_fd, bytes(4096))
-    before = time.monotonic()
-    for _ in range(10_000):
-        ring(bell.write_fd)
-    assert time.monotonic() - before < 5
-    for _ in range(100):
-        bell.clear()
-    assert not select.select([bell], [], [], 0)[0]
-
-
-def test_who_holds_the_write_end_cannot_swallow_a_ring() -> None:
-    bell = Doorbell()
-    ring(bell.write_fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.read(bell.write_fd, 1)
-    assert select.select([bell], [], [], 0)[0]
 
 
 def test_stamps_rise_and_follow_time_and_cause() -> None:

@@ -20,6 +20,7 @@ import traceback
 
 import pytest
 
+from kbusd.rings.doorbell import heard
 from kbusd.rings.ring import Ring, RingReader
 
 from .worker import Worker, introduce
@@ -142,7 +143,8 @@ class Process:
     def run(self, gone: dict[int, int]) -> None:
         worker = self.worker
         poll = select.poll()
-        poll.register(worker.doorbell.read_fd, select.POLLIN)
+        for bell in worker.bells.values():
+            poll.register(bell.fd, select.POLLIN)
         names = {fd: name for name, fd in gone.items()}
         for fd in gone.values():
             poll.register(fd, select.POLLIN)
@@ -164,7 +166,7 @@ class Process:
                         worker.join(out.subscriber.owner)
                     elif self.random.random() < 0.1 and out.subscriber.joined:
                         worker.demote(out.subscriber.owner)
-            worker.bells()
+            worker.ring()
             if self.sent > self.quota and worker.end() and set(self.others()) <= self.done:
                 return
             if busy:
@@ -176,7 +178,7 @@ class Process:
             elif not worker.end():
                 if self.flush():
                     timeout = 0
-                worker.bells()
+                worker.ring()
             events = poll.poll(timeout)
             worker.status.sleep(False)
             assert events or timeout <= 1, (
@@ -185,11 +187,11 @@ class Process:
                 f" {worker.merge.statistics()}"
             )
             for fd, _ in events:
-                if fd == worker.doorbell.read_fd:
-                    worker.doorbell.clear()
-                else:
+                if fd in names:
                     poll.unregister(fd)
                     self.bury(names[fd])
+                else:
+                    heard(fd)
 
 
 def stress(

@@ -5,13 +5,15 @@ The driver of the model tests and of the stress; plain Python on the public inte
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import deque
 
 import msgspec
 
 from kbusd.rings.broadcast import Broadcast, BroadcastReader
 from kbusd.rings.clock import Clock
-from kbusd.rings.doorbell import Doorbell, ring
+from kbusd.rings.doorbell import ring
 from kbusd.rings.fanout import STOP, Fanout, Subscriber
 from kbusd.rings.merge import Merge
 from kbusd.rings.ring import Ring, RingReader
@@ -60,6 +62,16 @@ class Outgoing:
         return True
 
 
+class Bell:
+    """Our end of a doorbell."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class Worker:
     """`ring_size` and `broadcast_size` in bytes, `patience` in ns."""
 
@@ -70,12 +82,12 @@ class Worker:
         self.ring_size = ring_size
         self.clock = Clock()
         self.status = StatusPage()
-        self.doorbell = Doorbell()
         self.fanout = Fanout(Broadcast(broadcast_size))
         self.merge = Merge(self.clock, patience)
         self.to: dict[int, Outgoing] = {}
         self.source: dict[object, int] = {}
         self.followed: dict[int, BroadcastReader] = {}
+        self.bells: dict[int, Bell] = {}  # of each other: our end
 
     def unicast(self, to: int, body: bytes, serial: int = 0) -> None:
         self.to[to].put(Frame(MESSAGE, self.clock.tick(), b"u", body, serial=serial))
@@ -131,7 +143,7 @@ class Worker:
         if not out.subscriber.joined:
             out.put(Frame(MARK, self.clock.tick(), b"", b"", aux=self.fanout.add(out.subscriber)))
 
-    def bells(self) -> None:
+    def ring(self) -> None:
         for out in self.to.values():
             if out.touched:
                 out.touched = False
@@ -142,19 +154,21 @@ class Worker:
 def introduce(a: Worker, b: Worker) -> None:
     """Make two workers known to each other, both ways."""
     halves = []
-    for one in (a, b):
+    for one, other, end in zip((a, b), (b, a), socket.socketpair(), strict=True):
+        end.setblocking(False)
+        one.bells[other.name] = Bell(end.detach())
         halves.append((Ring(one.ring_size), one.status.take_slot(), one.status.take_slot()))
     for one, other, mine, theirs in ((a, b, *halves), (b, a, *reversed(halves))):
         view = StatusView(other.status.fd)
         mine[0].connect(view, theirs[1])
         one.to[other.name] = Outgoing(
             mine[0],
-            other.doorbell.write_fd,
+            one.bells[other.name].fd,
             view,
             Subscriber(view, theirs[2], other.name),
         )
         reader = RingReader(theirs[0].fd, one.status, mine[1])
         broadcast = BroadcastReader(other.fanout.broadcast.fd)
-        one.merge.add(reader, broadcast, mine[2], other.doorbell.write_fd)
+        one.merge.add(reader, broadcast, mine[2], one.bells[other.name].fd)
         one.source[reader] = other.name
         one.followed[other.name] = broadcast

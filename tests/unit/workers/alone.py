@@ -45,7 +45,7 @@ class Met:
     """What a worker of ours holds of the engine."""
 
     reader: RingReader
-    doorbell: int
+    bell: socket.socket
     side: socket.socket
     carry: socket.socket
 
@@ -162,7 +162,7 @@ class Alone:
             for worker in self.workers.values():
                 if ENGINE in worker.to:
                     worker.to[ENGINE].flush()
-                worker.bells()
+                worker.ring()
             if select.select([self.broker], [], [], 0.001)[0]:
                 received = self.broker.receive()
                 if received is not None:
@@ -185,23 +185,24 @@ class Alone:
     def _introduce(
         self, request: int, worker: Worker, slot: int, broadcast_slot: int, fds: list[int]
     ) -> None:
-        ring_fd, doorbell, status_fd, broadcast_fd = fds
-        mine, theirs = pair()
-        carry, its = socket.socketpair()
+        ring_fd, status_fd, broadcast_fd = fds
+        (bell, its_bell), (mine, theirs), (carry, its) = (socket.socketpair() for _ in range(3))
         view = StatusView(status_fd)
         ring = Ring(worker.ring_size)
         ring.connect(view, slot)
         slots = [worker.status.take_slot(), worker.status.take_slot()]
         reader = RingReader(ring_fd, worker.status, slots[0])
-        worker.merge.add(reader, BroadcastReader(broadcast_fd), slots[1], doorbell)
+        worker.merge.add(reader, BroadcastReader(broadcast_fd), slots[1], bell.fileno())
         worker.source[reader] = ENGINE
-        worker.to[ENGINE] = Outgoing(ring, doorbell, view, Subscriber(view, broadcast_slot, ENGINE))
-        self.met[worker.name] = Met(reader, doorbell, mine, carry)
-        own = [ring.fd, worker.doorbell.write_fd, worker.status.fd]
-        own += [worker.fanout.broadcast.fd, theirs.fileno(), its.fileno()]
+        worker.to[ENGINE] = Outgoing(
+            ring, bell.fileno(), view, Subscriber(view, broadcast_slot, ENGINE)
+        )
+        self.met[worker.name] = Met(reader, bell, mine, carry)
+        own = [ring.fd, worker.status.fd, worker.fanout.broadcast.fd]
+        own += [its_bell.fileno(), theirs.fileno(), its.fileno()]
         self.broker.send(entries.Reply(request, slots), own)
-        theirs.close()
-        its.close()
+        for end in (its_bell, theirs, its):
+            end.close()
         close_all([ring_fd, status_fd, broadcast_fd])
 
     def unread(self, id: int) -> int:
@@ -223,7 +224,7 @@ class Alone:
         body = w.marshal("ay", (b"x" * size,)) if size else b""
         stamp = self.workers[id].clock.tick()
         self.workers[id].to[ENGINE].put(Frame(1, stamp, encode(envelope), body, serial=serial))
-        self.workers[id].bells()
+        self.workers[id].ring()
 
     def gather(self, id: int, serials: list[int]) -> list[int]:
         """Serials that `id` delivers until it has all of `serials`."""
@@ -245,9 +246,8 @@ class Alone:
                 os.kill(self.pid, signal.SIGKILL)
             _, status = os.waitpid(self.pid, 0)
         for met in self.met.values():
-            os.close(met.doorbell)
-            met.side.close()
-            met.carry.close()
+            for end in (met.bell, met.side, met.carry):
+                end.close()
         self.broker.close()
         assert status == 0, f"the engine ended with status {status}"
 

@@ -20,7 +20,6 @@ from kbusd.kdbus import abi
 from kbusd.rings import entries, envelope, memfd
 from kbusd.rings.broadcast import Broadcast
 from kbusd.rings.clock import Clock
-from kbusd.rings.doorbell import Doorbell
 from kbusd.rings.envelope import Envelope
 from kbusd.rings.line import Line, pair
 from kbusd.rings.ring import Ring
@@ -43,14 +42,15 @@ class Peer:
 
     def __init__(self, id: int) -> None:
         self.id = id
-        self.ring, self.status, self.doorbell = Ring(65536), StatusPage(), Doorbell()
+        self.ring, self.status = Ring(65536), StatusPage()
         self.broadcast = Broadcast(65536)
-        self.side, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.carry, self.its = socket.socketpair()
+        self.shared = [
+            socket.socketpair() for _ in range(3)
+        ]  # bell, side socket, carrier: our end, its end
 
     def half(self) -> list[int]:
-        fds = [self.ring.fileno(), self.doorbell.write_fd, self.status.fd]
-        return [*fds, self.broadcast.fileno(), self.theirs.fileno(), self.its.fileno()]
+        fds = [self.ring.fileno(), self.status.fd, self.broadcast.fileno()]
+        return [*fds, *(its.fileno() for _, its in self.shared)]
 
 
 class Stage:
@@ -140,11 +140,11 @@ class Stage:
     def _introduce(self, peer: Peer) -> None:
         slots = peer.status.take_slot(), peer.status.take_slot()
         self.broker.send(entries.Introduction(peer.id, peer.id, *slots), peer.half())
-        peer.theirs.close()
-        peer.its.close()
+        for _, its in peer.shared:
+            its.close()
         answer, fds = self._asked(entries.Introduced)
         assert isinstance(answer, entries.Introduced)
-        peer.ring.connect(StatusView(fds[2]), answer.slot)
+        peer.ring.connect(StatusView(fds[1]), answer.slot)
 
     def close(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
