@@ -4,11 +4,15 @@ nobody else. The attacks are in redteam/attacks.py; what a worker has in its han
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import json
+import mmap
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -87,7 +91,7 @@ class Victims:
         self.callee.signal("/", "a.b", "Asked")
         self.callee.reply(call, "s", ("you",))
         signal = self.caller.read()
-        assert (signal.member, signal.sender) == ("Asked", self.callee.name)
+        assert (signal.member, signal.sender) == ("Asked", self.callee.name), signal
         assert self.caller.wait_reply(serial).args == ["you"]
         assert self.caller.driver("GetNameOwner", "s", ("victim.Service",)) == [self.callee.name]
 
@@ -505,6 +509,86 @@ def test_memory_that_can_be_cut_off_is_not_taken(red_bus: RedBus, victims: Victi
     assert red.heard() is True
     red_bus.logs(": a memfd is not sealed against shrink")
     red.close()
+
+
+@pytest.mark.parametrize("where", ["bell", "side", "carry"])
+def test_a_descriptor_that_takes_a_day_to_be_closed_hung_a_peer(
+    red_bus: RedBus, victims: Victims, where: str
+) -> None:
+    red = red_bus.attack("leave_behind", victims.id(victims.callee), where)
+    me = red.heard()
+    slow, other = lingering()
+    socket.send_fds(red.sock, [b"\0"], [slow.fileno()])
+    os.close(slow.detach())
+    sent = red.heard()
+    assert sent == "sent" or (sent, where) in (("EPERM", "bell"), ("EPERM", "carry"))
+    assert red.heard() is True
+    red_bus.logs(f"dropped :1.{me}: ")
+    victims.go_on()
+    red.close()
+    victims.go_on()
+    other.close()
+
+
+@contextmanager
+def memory_that_never_comes() -> Iterator[mmap.mmap]:
+    """Till the end: whoever touches it waits (userfaultfd(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(number("userfaultfd"), os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        pytest.skip("userfaultfd(2) is not to be had")
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    where = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    try:
+        fcntl.ioctl(fd, 0xC018AA3F, struct.pack("QQQ", 0xAA, 0, 0))  # UFFDIO_API
+        register = struct.pack("QQQQ", where, mmap.PAGESIZE, 1, 0)
+        fcntl.ioctl(fd, 0xC020AA00, register)  # UFFDIO_REGISTER
+        yield memory
+    finally:
+        os.close(fd)
+
+
+def test_a_lock_of_a_socket_that_it_shares_holds_up_no_peer(
+    red_bus: RedBus, victims: Victims
+) -> None:
+    """Its client waits in recv(2), with the lock of that end, for memory that never comes."""
+    caller = victims.caller
+    red = red_bus.attack("share_ends", victims.id(caller))
+    name = f":1.{red.heard()}"
+    red.write(b"x")
+    _, fds, _, _ = socket.recv_fds(red.sock, 1, 3)
+    ends = [socket.socket(fileno=fd) for fd in fds]
+    with memory_that_never_comes() as memory, open(os.devnull) as null:
+        holders = []
+        for end in ends[:2]:  # bell and side socket: what comes there, the caller sends
+            end.setblocking(True)
+            holder = threading.Thread(target=end.recv_into, args=(memory,), daemon=True)
+            holders.append(holder)
+            holder.start()
+        recv = str(number("recvfrom"))
+
+        def stuck(holder: threading.Thread, end: socket.socket) -> bool:
+            """It has begun to copy: what has come is still there, and it does not sleep for more."""
+            waits = Path(f"/proc/self/task/{holder.native_id}/syscall").read_text().split()[0]
+            return waits == recv and wait_for(end)
+
+        for _ in range(50):
+            caller.send_call(name, "/", "a.b", "Ask", "h", (0,), fds=[null.fileno()], flags=1)
+        for holder, end in zip(holders, ends, strict=False):
+            eventually(lambda h=holder, e=end: stuck(h, e), "its lock is held")
+        for _ in range(20):
+            caller.send_call(name, "/", "a.b", "Ask", "h", (0,), fds=[null.fileno()], flags=1)
+            victims.go_on()
+        red.close()
+        victims.go_on()
+    for holder in holders:
+        holder.join()
+    for end in ends:
+        end.close()
+
+
+def wait_for(sock: socket.socket) -> bool:
+    return attacks.wait(sock, seconds=0)
 
 
 FRAMES = range(12)  # kinds: what there is in kbusd/rings/frame.pxd, and more

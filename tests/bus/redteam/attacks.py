@@ -559,6 +559,37 @@ def scribble(taken: Taken, victim: int, seed: int) -> None:
     taken.say(peer.dropped())
 
 
+def leave_behind(taken: Taken, victim: int, where: str) -> None:
+    """Send a peer a descriptor of the client's that it does not wait for, and have it drop us."""
+    taken.say(taken.hello())
+    peer = taken.introduce(victim)
+    assert isinstance(peer, Peer), peer
+    _, [fd], _, _ = socket.recv_fds(taken.client, 1, 1) if wait(taken.client) else None
+    try:
+        socket.send_fds(getattr(peer, where), [b"x" * 8], [fd])
+        taken.say("sent")
+    except OSError as error:
+        taken.say(errno.errorcode[error.errno or 0])
+    os.close(fd)
+    peer.write(1, b"no envelope")
+    taken.say(peer.dropped())
+    taken.hold()
+
+
+def share_ends(taken: Taken, victim: int) -> None:
+    """Let the client have all that we share with a peer; and always be asleep, so that it rings."""
+    me = taken.hello()
+    peer = taken.introduce(victim)
+    assert isinstance(peer, Peer), peer
+    peer.status.sleep(True)
+    taken.say(me)
+    if wait(taken.client):
+        taken.client.recv(1)
+    shared = [peer.bell.fileno(), peer.side.fileno(), peer.carry.fileno()]
+    socket.send_fds(taken.client, [b"x"], shared)
+    taken.hold()
+
+
 def unsealed_ring(taken: Taken, victim: int) -> None:
     """Offer memory that we could cut off while the peer reads it: it would die of SIGBUS."""
     taken.hello()

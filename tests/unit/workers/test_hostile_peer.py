@@ -11,6 +11,7 @@ import array
 import contextlib
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -18,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from select import select
 
 import msgspec
 import pyseccomp
@@ -34,6 +34,7 @@ from kbusd.rings.ring import Ring
 from kbusd.rings.status import StatusPage, StatusView
 from kbusd.rings.values import Frame
 from tests.bus import wireformat as w
+from tests.bus.lingering import lingering
 from tests.bus.procs import eventually
 from tests.unit import carriers
 from tests.unit.workers.alone import start_worker
@@ -190,6 +191,12 @@ class Stage:
         while self.read().reply_serial != 9999:
             pass
 
+    def cpu(self) -> float:
+        """Seconds that it has run."""
+        with open(f"/proc/{self.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
@@ -273,6 +280,49 @@ def test_what_is_no_message_ends_the_peer_and_not_the_client(
     )
     stage.ping()
     assert stage.buffer == b""
+
+
+@pytest.mark.parametrize("where", ["bell", "side", "carry"])
+def test_a_descriptor_that_takes_a_day_to_be_closed_hung_who_dropped_its_sender(
+    start: Start, where: str
+) -> None:
+    """What a peer had left in a socket was closed with it, in the worker that let go of the peer."""
+    stage = start(guarded=where != "carry")  # else the kernel lets none in
+    stage.ping()
+    slow, other = lingering()
+    socket.send_fds(getattr(stage, where), [b"x"], [slow.fileno()])
+    os.close(slow.detach())
+    stage.write(b"not an envelope", serial=1)
+    eventually(stage.dropped, "the peer is dropped")
+    stage.ping()
+    other.close()
+
+
+def test_a_descriptor_that_came_with_a_bell_hung_who_heard_it(
+    start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = start()
+    stage.ping()
+    slow, other = lingering()
+    stage.bell.send(b"x")
+    socket.send_fds(stage.bell, [b"x"], [slow.fileno()])
+    os.close(slow.detach())
+    eventually(stage.dropped, "the peer is dropped")
+    stage.ping()
+    told = capfd.readouterr().err
+    assert "dropped :1.2: it sends descriptors along with its bell" in told
+    assert "1 sockets stay open: it might take for ever to close what :1.2 has sent" in told
+    other.close()
+
+
+def test_a_peer_that_hangs_up_its_bell_keeps_nobody_awake(start: Start) -> None:
+    stage = start()
+    stage.ping()
+    stage.bell.shutdown(socket.SHUT_WR)
+    stage.ping()
+    before = stage.cpu()
+    select.select([], [], [], 0.2)
+    assert stage.cpu() - before < 0.1
 
 
 @pytest.mark.parametrize("text", ["a\0b", "fine"])
@@ -453,7 +503,7 @@ def test_what_a_peer_had_in_the_carrier_when_it_left_still_arrives(start: Start)
         pytest.skip("no socket here holds more than a worker's pipe and its client's socket do")
     body = array_of((2 << 20) - 4)
     stage.send_carried("Last", body, len(body) - AT)
-    eventually(lambda: bool(select([stage.client], [], [], 0)[0]), "it begins to arrive")
+    eventually(lambda: bool(select.select([stage.client], [], [], 0)[0]), "it begins to arrive")
     stage.bell.close()
     stage.carry.close()
     gone = msgspec.msgpack.encode(entries.ConnectionRemoved(PEER))
@@ -558,7 +608,7 @@ def test_a_sender_that_waits_in_the_carrier_stops_nobody(start: Start) -> None:
     holder = threading.Thread(target=move, args=(reader, stage.carry.fileno(), len(body) - AT))
     feeder.start()
     holder.start()
-    eventually(lambda: not select([], [stage.carry], [], 0)[1], "the carrier is full")
+    eventually(lambda: not select.select([], [stage.carry], [], 0)[1], "the carrier is full")
     stage.send_carried("M", body, 0, count=50_000)
     got = stage.read()
     while got.member != "M":
