@@ -1,6 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kbusd.rings.pagepipe cimport PagePipe
+from kbusd.rings.pagepipe cimport Carrier, PagePipe
 from kbusd.rings.status cimport StatusPage, StatusView
 
 cdef enum:
@@ -10,10 +10,8 @@ cdef enum:
 cdef extern from *:
     """
     #define BULK_FRESH (UINT64_C(1) << 63)
-    #define BULK_PIPE (UINT64_C(1) << 62)
     """
     const uint64_t BULK_FRESH  # in `aux`: the area is new, its memfd is the frame's last descriptor
-    const uint64_t BULK_PIPE   # with that: it has a pipe, the last descriptor but one
 
 cdef class Bulk:
     cdef readonly int fd
@@ -27,24 +25,26 @@ cdef class Bulk:
     cdef size_t reserved, reserved_at
     cdef bint told, piping
     cdef int dry
-    cdef readonly PagePipe pipe
+    cdef PagePipe pipe
+    cdef readonly Carrier carrier
     cdef size_t piped, piped_at
     cdef readonly int idle
-    cdef int open(self, size_t size) noexcept
+    cdef int open(self, size_t size, int carrier) noexcept
     cdef void close_fd(self) noexcept
     cdef uint8_t *reserve(self, size_t length) except? NULL
     cdef uint64_t commit(self) except 0
     cdef void cancel(self) noexcept
-    cdef bint begin_pipe(self, size_t at) except -1
+    cdef bint begin_pipe(self, size_t at, PagePipe pipe) except -1
     cdef Py_ssize_t splice_from(self, int source, size_t most) noexcept
-    cdef bint take_back(self) noexcept
+    cdef void take_back(self) noexcept
+    cdef bint carry(self) noexcept
     cdef bint release(self) except -1
     cdef int _settle(self) except -1
 
 cdef class Area:
     cdef const uint8_t *base
     cdef size_t size
-    cdef PagePipe pipe
+    cdef Carrier carrier
 
 cdef class BulkView:
     cdef Area area
@@ -54,7 +54,7 @@ cdef class BulkView:
     cdef int slot
     cdef uint64_t count
     cdef readonly size_t piped, piped_at
-    cdef void open(self, int fd, int pipe) except *
+    cdef void open(self, int fd, int carrier) except *
     cdef bint announce(self, const uint8_t *data, size_t size, uint64_t aux) noexcept
     cdef bint drain(self) except -1
     cdef bytes whole(self, const uint8_t *body, size_t length)

@@ -8,11 +8,11 @@ stands: `aux` is offset << 32 | length; length 0 means that the area is given up
 of by its first frame (BULK_FRESH). For bodies above BULK_MOST there is a larger one instead. A body that no bytes can make invalid, such as "ay", is not
 even copied: its receiver's worker lends it to the client's queue, which sends it from there.
 
-Better still, most of such a body does not enter the area: it goes through a pipe (pagepipe.py) that
-is made and told of with the area. Its room is reserved all the same, for its beginning, for what
-the pipe had no slots for, and for all of it if it is taken back. Such a frame carries two u32 as its
-body: where in the message's body the part begins that is in the pipe, and its length. Only one is
-on its way at a time, and only while nothing of the area is in use; so the pipe is empty before.
+Better still, most of such a body does not enter the area: it goes through pipes and the carrier
+(pagepipe.py). Its room is reserved all the same, for its beginning, for what finds no room in the sender's
+pipe or the carrier, and for all of it if it turns out to be for somebody else. Such a frame has two u32 as its
+body: where in the message's body the part begins that is in the carrier, and its length. Only one is
+on its way at a time, and only while nothing of the area is in use; so the carrier is empty before.
 
 What a frame took is free once the receiver has counted the frame as done, in its status page; the
 Ring's position does not say that, as a reader that catches up takes frames out before their turn
@@ -36,7 +36,7 @@ from cython.cimports.kbusd.rings.memfd import (
     map_whole,
     unmap_whole,
 )
-from cython.cimports.kbusd.rings.pagepipe import adopt, make_pipe
+from cython.cimports.kbusd.rings.pagepipe import make_carrier, make_pipe
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
 from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy
@@ -66,8 +66,10 @@ class Bulk:
         unmap_whole(self.base, self.size)
         self.close_fd()
 
-    def open(self, size) -> cython.int:
-        """Have an area of `size` bytes (BULK_SIZE or BULK_LARGE): 0 or -errno. No page of it exists yet."""
+    def open(self, size, carrier) -> cython.int:
+        """Have an area of `size` bytes (BULK_SIZE or BULK_LARGE): 0 or -errno. No page of it exists yet.
+
+        `carrier`: our end of one, which stays the caller's, or -1."""
         if self.base != cython.NULL:
             return 0
         code: cython.int = create(b"kbusd-bulk", size)
@@ -83,7 +85,9 @@ class Bulk:
             self.size = 0
             self.close_fd()
         self.told = False
-        self.pipe = make_pipe() if code >= 0 else None
+        self.carrier = make_carrier(carrier) if code >= 0 else None
+        if self.carrier is not None:
+            self.carrier.widen()
         return code
 
     def close_fd(self) -> cython.void:
@@ -139,8 +143,6 @@ class Bulk:
         if not self.told:
             self.told = True
             aux |= BULK_FRESH
-            if self.pipe is not None:
-                aux |= BULK_PIPE
         self.piping = False
         self.piped = 0
         return aux
@@ -148,15 +150,15 @@ class Bulk:
     def cancel(self) -> cython.void:
         """The reserved room is not needed after all, nor what is in the pipe."""
         self.take_back()
-        self.piping = False
         self.reserved = 0
 
-    def begin_pipe(self, at) -> cython.bint:
-        """Of the body that room is reserved for, let what is behind byte `at` go through the pipe;
-        False if that is not possible now."""
+    def begin_pipe(self, at, pipe) -> cython.bint:
+        """Of the body that room is reserved for, let what is behind byte `at` go through `pipe`, which
+        is empty again after `carry` or `cancel`; False if that is not possible now."""
         self.piping = (
-            self.reserved > 0 and self.pipe is not None and not self.spans and self.pipe.empty()
+            self.reserved > 0 and self.carrier is not None and not self.spans and pipe.inside == 0
         )
+        self.pipe = pipe
         self.piped = 0
         self.piped_at = at
         return self.piping
@@ -177,16 +179,23 @@ class Bulk:
             self.piping = False
         return moved
 
-    def take_back(self) -> cython.bint:
-        """Have what is in the pipe in the reserved room after all; False if somebody took it."""
-        if self.piped == 0:
-            return True
-        done: cython.bint = self.pipe.take(self.base + self.reserved_at + self.piped_at, self.piped)
-        if not done:
-            self.pipe = None
+    def take_back(self) -> cython.void:
+        """Have what is in the pipe in the reserved room after all."""
+        if self.piped:
+            self.pipe.take(self.base + self.reserved_at + self.piped_at)
         self.piping = False
         self.piped = 0
-        return done
+
+    def carry(self) -> cython.bint:
+        """Move what is in the pipe on to the receiver's worker, before `commit`: whether anything of it
+        goes that way. What finds no room is in the reserved room then."""
+        whole: cython.size_t = self.piped
+        while self.piped and self.pipe.inside:
+            if self.pipe.pour(self.carrier.fd) <= 0:
+                self.piped = whole - self.pipe.inside
+                self.pipe.take(self.base + self.reserved_at + self.piped_at + self.piped)
+        self.piping = False
+        return self.piped > 0
 
     def release(self) -> cython.bint:
         """Give the area up, unless something of it is in use. True: tell the receiver, by a frame
@@ -199,7 +208,7 @@ class Bulk:
         unmap_whole(self.base, self.size)
         self.base = cython.NULL
         self.size = 0
-        self.pipe = None
+        self.carrier = None
         self.close_fd()
         return self.told
 
@@ -217,9 +226,9 @@ class Bulk:
 
     # -- for Python ------------------------------------------------------------------------------
 
-    def make(self, large: bool = False) -> None:
+    def make(self, large: bool = False, carrier: int = -1) -> None:
         """`open` for Python. Raises OSError."""
-        code: cython.int = self.open(BULK_LARGE if large else BULK_SIZE)
+        code: cython.int = self.open(BULK_LARGE if large else BULK_SIZE, carrier)
         if code < 0:
             raise OSError(-code, "a bulk area could not be had")
 
@@ -230,6 +239,32 @@ class Bulk:
             return None
         memcpy(room, cython.cast(cython.p_char, body), len(body))
         return self.commit()
+
+    def put_carried(
+        self, body: bytes, at: int, source: int, keep: bool = False
+    ) -> tuple[int, int, int]:
+        """As `put`, but what is behind byte `at` of it comes from a socket, and goes by the carrier unless
+        it is to be kept: the frame's `aux`, and what the carrier has: from which byte on, how many.
+
+        Raises ValueError if there is no room."""
+        room: cython.pointer(uint8_t) = self.reserve(len(body))
+        whole: cython.pointer(uint8_t) = cython.cast(
+            cython.pointer(uint8_t), cython.cast(cython.p_char, body)
+        )
+        have: cython.size_t = at
+        length: cython.size_t = len(body)
+        if room == cython.NULL:
+            raise ValueError("no room in the bulk area")
+        memcpy(room, whole, have)
+        if self.begin_pipe(have, make_pipe()):
+            while have < length and self.splice_from(source, length - have) > 0:
+                have = at + self.piped
+        memcpy(room + have, whole + have, length - have)
+        if keep:
+            self.take_back()
+        self.carry()
+        count: cython.size_t = self.piped
+        return self.commit(), at, count
 
     def give_up(self) -> bool:
         """`release` for Python."""
@@ -264,9 +299,9 @@ class BulkView:
         self.mine = mine
         self.slot = slot
 
-    def open(self, fd: cython.int, pipe: cython.int) -> cython.void:
-        """Map a new area instead of the old; `fd` stays the caller's, `pipe` (or -1) only if this
-        fails. Raises RingError."""
+    def open(self, fd: cython.int, carrier: cython.int) -> cython.void:
+        """Map a new area instead of the old. `fd` and our end of the carrier (or -1) stay the
+        caller's. Raises RingError."""
         size: cython.size_t = memfd.check_seals(fd, BULK_SIZE, BULK_LARGE)
         self.release()
         area: Area = Area()
@@ -274,7 +309,7 @@ class BulkView:
         area.base = map_whole(fd, size, False)
         if area.base == cython.NULL:
             raise RingError("a peer's bulk area could not be mapped")
-        area.pipe = None if pipe < 0 else adopt(pipe)
+        area.carrier = make_carrier(carrier)
         self.area = area
 
     def release(self) -> cython.void:
@@ -289,7 +324,7 @@ class BulkView:
     def place(self, aux) -> cython.pointer(cython.const[uint8_t]):
         """Where a frame's body stands, in shared memory: copy first, check the copy. NULL if the
         frame is wrong about it."""
-        at: uint64_t = (aux & ~(BULK_FRESH | BULK_PIPE)) >> 32
+        at: uint64_t = (aux & ~BULK_FRESH) >> 32
         length: uint64_t = aux & 0xFFFFFFFF
         if self.area is None or length == 0 or length > self.area.size:
             return cython.NULL
@@ -298,25 +333,27 @@ class BulkView:
         return self.area.base + at
 
     def announce(self, data, size, aux) -> cython.bint:
-        """The frame at hand says in its `size` bytes at `data` what of its body is in the pipe:
+        """The frame at hand says in its `size` bytes at `data` what of its body is in the carrier:
         `piped` bytes from `piped_at` on, to be taken out in any case. False if it is wrong."""
         part: uint32_t[2]
         length: uint64_t = aux & 0xFFFFFFFF
-        if size != 8 or self.area is None or self.area.pipe is None:
+        if size != 8 or self.area is None or self.area.carrier is None:
             return False
         memcpy(part, data, 8)
         if part[0] == 0 or part[1] == 0 or cython.cast(uint64_t, part[0]) + part[1] > length:
+            return False
+        if part[1] > BULK_MOST:
             return False
         self.piped_at = part[0]
         self.piped = part[1]
         return True
 
     def drain(self) -> cython.bint:
-        """Nobody wants what is in the pipe; False if it is not there."""
+        """Nobody wants what is in the carrier; False if it is not there."""
         return len(self.whole(cython.NULL, self.piped)) > 0
 
     def whole(self, body, length) -> bytes:
-        """The body at hand, of `length` bytes at `body` (if not NULL) and in the pipe, copied; empty
+        """The body at hand, of `length` bytes at `body` (if not NULL) and in the carrier, copied; empty
         if it is not there."""
         data: bytes = PyBytes_FromStringAndSize(cython.NULL, length)
         place: cython.pointer(uint8_t) = cython.cast(
@@ -327,7 +364,7 @@ class BulkView:
             memcpy(place, body, length)
             place += self.piped_at
         self.piped = 0
-        return data if count == 0 or self.area.pipe.take(place, count) else b""
+        return data if count == 0 or self.area.carrier.take(place, count) else b""
 
     def lend(self) -> Area:
         """The body of the frame at hand stays in use until `back`; None if one is lent already.
@@ -364,9 +401,21 @@ class BulkView:
 
     # -- for Python ------------------------------------------------------------------------------
 
-    def map(self, fd: int) -> None:
+    def map(self, fd: int, carrier: int = -1) -> None:
         """`open` for Python."""
-        self.open(fd, -1)
+        self.open(fd, carrier)
+
+    def read_carried(self, aux: int, told: bytes) -> bytes:
+        """`read` of a frame that says by `told` what the carrier has; empty if that is not true."""
+        place: cython.pointer(cython.const[uint8_t]) = self.place(aux)
+        data: cython.p_char = told
+        if place == cython.NULL or not self.announce(
+            cython.cast(cython.pointer(cython.const[uint8_t]), data), len(told), aux
+        ):
+            raise RingError("a body out of the bounds of the bulk area, or of the carrier")
+        body = self.whole(place, aux & 0xFFFFFFFF)
+        self.done()
+        return body
 
     def read(self, aux: int) -> bytes:
         """Copy a frame's body out and count it. Raises RingError if it is out of range."""

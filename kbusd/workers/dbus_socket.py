@@ -155,7 +155,8 @@ class DBusSocket(Engine):
 
     def tidy_client(self) -> cython.bint:
         """Give back memory of the output; True: some is left, or waits."""
-        return self.output.trim() or self.output.pending > self.uncounted
+        left: cython.bint = self.input.trim()
+        return self.output.trim() or left or self.output.pending > self.uncounted
 
     def count(self):
         """For statistics: see entries.Counted."""
@@ -286,10 +287,11 @@ class DBusSocket(Engine):
         header: cython.pointer(Header),
         place: cython.pointer(uint8_t),
     ) -> cython.void:
-        """Let the rest of the body at `place` go through the pipe, if it fits in there and any bytes of it are valid."""
+        """Let the rest of the body at `place` go through pipes, if any bytes of it are valid."""
         have: cython.size_t = self.input.large_have
         if (
             header.unix_fds
+            or self.input.bulk.carrier is None
             or header.body_length - have < PIPE_LEAST
             or header.body_length > BULK_MOST
         ):
@@ -302,7 +304,7 @@ class DBusSocket(Engine):
             header.signature_len,
             header.endian == 66,
         ):
-            self.input.bulk.begin_pipe(have)
+            self.input.begin_pipe()
 
     def _message(
         self,
@@ -488,7 +490,7 @@ class DBusSocket(Engine):
             if view.piped:
                 if area is None:
                     self.output.drop_fds()
-                    raise HostilePeer("a body in a pipe that has to be checked, or one too many")
+                    raise HostilePeer("a body in a carrier that has to be checked, or one too many")
                 # Not once more what was looked at.
                 own = view.piped_at
                 memcpy(place + n + copied, body + copied, own - copied)

@@ -56,7 +56,6 @@ cdef class Engine:
     cdef int _timeout(self) except -2
     cdef bint waits(self) except -1
     cdef void tidy_later(self) noexcept
-    cdef bint _body_is_lost(self, Header *header) except -1
     cdef bint _up_to_date(self) except -1
     cdef bint pass_on(self, uint8_t *data, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except -1
     cdef Bulk bulk_for(self, uint8_t *data, Header *header)

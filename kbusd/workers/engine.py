@@ -19,7 +19,7 @@ import cython
 import msgspec
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.rings.broadcast import BroadcastReader
-from cython.cimports.kbusd.rings.bulk import BULK_FRESH, BULK_PIPE, Bulk
+from cython.cimports.kbusd.rings.bulk import BULK_FRESH, Bulk
 from cython.cimports.kbusd.rings.clock import Clock, monotonic
 from cython.cimports.kbusd.rings.frame import FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
@@ -31,7 +31,7 @@ from cython.cimports.kbusd.workers.libc import EPOLLIN, epoll_event, give_back
 from cython.cimports.kbusd.workers.monitors import Monitors
 from cython.cimports.kbusd.workers.peers import Peer, Peers
 from cython.cimports.kbusd.workers.waiting import Waiting
-from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
+from cython.cimports.libc.stdint import uint8_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
 from kbusd.policy.decide import ClientPolicy
@@ -332,8 +332,7 @@ class Engine:
         if not self._up_to_date():
             return False
         if bulk is not None and self.overheard:  # and rules may look at the body
-            if not bulk.take_back():
-                return self._body_is_lost(header)
+            bulk.take_back()
             bulk = None
         route = self._route(data, header, body)
         if (not route.met or self.monitored) and not self._are_met(route):
@@ -346,15 +345,9 @@ class Engine:
         elif bulk is not None and (bulk is not route.peer.bulk or route.moves is not None):
             bulk = None
         self.undone = None
-        if bulk is None and kept is not None and not kept.take_back():
-            return self._body_is_lost(header)
+        if bulk is None and kept is not None:
+            kept.take_back()
         self._forward(route, header, body, fds, large_fd, bulk)
-        return True
-
-    def _body_is_lost(self, header) -> cython.bint:
-        """It was on its way to a peer that is not its receiver any more, and took it."""
-        if header.type == CALL and not header.flags & WANTS_NO_REPLY:
-            self.error(header.serial, NO_REPLY, NO_REPLY_DISCONNECTED)
         return True
 
     def _up_to_date(self) -> cython.bint:
@@ -458,7 +451,6 @@ class Engine:
         """Send a message on. Its body is at `body`, and also in `large_fd` or reserved in `bulk`,
         if there is one."""
         head: FrameHead
-        part: uint32_t[2]
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = MESSAGE
         head.flags = header.flags
@@ -503,11 +495,6 @@ class Engine:
             elif bulk is not None:
                 head.kind = BULK
                 head.body_length = 0
-                if bulk.piped:
-                    part[0] = bulk.piped_at
-                    part[1] = bulk.piped
-                    head.body_length = 8
-                    body = cython.cast(cython.pointer(cython.const[uint8_t]), part)
             self._send(route.peer, cython.address(head), route.envelope, body, fds)
         elif route.broadcast:
             for text in route.refusals:
@@ -1076,8 +1063,6 @@ class Engine:
             or (head.kind == BULK and head.aux & BULK_FRESH)
             else 0
         )
-        if head.kind == BULK and head.aux & BULK_FRESH and head.aux & BULK_PIPE:
-            count += 1
         body: cython.pointer(cython.const[uint8_t]) = payload + head.envelope_length
         if count and own_fds is None:
             fds = peer.receive_fds(count)
@@ -1092,7 +1077,7 @@ class Engine:
                 if head.body_length and not peer.bulk_view.announce(
                     payload + head.envelope_length, head.body_length, head.aux
                 ):
-                    raise HostilePeer("a body in a pipe that is none, or of the wrong length")
+                    raise HostilePeer("a body in a carrier that is none, or of the wrong length")
                 head.body_length = 0
             except HostilePeer:
                 close_all(fds)

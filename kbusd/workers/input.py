@@ -2,8 +2,8 @@
 """What a client has sent and we have not handled yet: bytes, and the descriptors beside them.
 
 All of it is hostile. A buffer holds the messages as they came; the body of a large message goes
-straight from the socket into the bulk area that its receiver's worker reads, or into the pipe of
-that area, or else by a buffer into a memfd. No memory is taken before the bytes for it have come. Nothing here blocks.
+straight from the socket into the bulk area that its receiver's worker reads, or into a pipe of ours (and from there
+to that worker: rings/pagepipe.py), or else by a buffer into a memfd. No memory is taken before the bytes for it have come. Nothing here blocks.
 """
 
 import os
@@ -17,6 +17,7 @@ from cython.cimports.kbusd.rings.memfd import (
     large_map,
     large_unmap,
 )
+from cython.cimports.kbusd.rings.pagepipe import make_pipe
 from cython.cimports.kbusd.wire.header import message_length
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
@@ -199,6 +200,21 @@ class Input:
         self.bulk = bulk
         self.large = place
         self._begun(header, body, have)
+
+    def begin_pipe(self) -> cython.void:
+        """Let the rest of the body that `begin_bulk` was about come through the pipe, if possible."""
+        self.pipe_used = True
+        if self.pipe is None:
+            self.pipe = make_pipe()
+        if self.pipe is not None:
+            self.bulk.begin_pipe(self.large_have, self.pipe)
+
+    def trim(self) -> cython.bint:
+        """Give back the pipe if it was not used since the last time; True: it is left."""
+        if not self.pipe_used and self.bulk is None:
+            self.pipe = None
+        self.pipe_used = False
+        return self.pipe is not None
 
     def begin_large(self, header: cython.size_t, body: cython.size_t) -> cython.void:
         """The message at `start` has `body` bytes behind its header: receive them into a memfd.

@@ -3,8 +3,8 @@
 
 Small messages are written side by side into one buffer and leave with one sendmsg(2). A message
 with descriptors starts a segment of its own, since descriptors travel with a first byte. A large
-payload is sent from its mapping, without a copy, or from a peer's bulk area, which lends it. Owns what is put into it; nothing here blocks.
-One large segment is kept for the next large message, since fresh pages cost more than the copy
+payload is sent from its mapping, without a copy, or from a peer's bulk area, which lends it, or by a pipe of ours
+from the peer's carrier (rings/pagepipe.py). Owns what is put into it; nothing here blocks. One large segment is kept for the next large message, since fresh pages cost more than the copy
 into them, until `trim` finds that nobody has used it for a while.
 """
 
@@ -12,6 +12,7 @@ import os
 
 import cython
 from cython.cimports.kbusd.rings.bulk import BULK_LARGE, BULK_MOST, Area, BulkView
+from cython.cimports.kbusd.rings.pagepipe import make_pipe
 from cython.cimports.kbusd.workers.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -46,13 +47,15 @@ SEGMENT = cython.declare(cython.size_t, 32768)
 # used exist; still larger ones (only by their headers) one of their own.
 LARGE_SEGMENT = cython.declare(cython.size_t, BULK_MOST + 131072)
 LARGEST_SEGMENT = cython.declare(cython.size_t, BULK_LARGE + 131072)
+# What is before a body that goes through the pipe goes with it if it is no more than this.
+TOGETHER = cython.declare(cython.size_t, 16384)
 MAX_FDS = 253  # SCM_MAX_FD of the kernel
 
 
 @cython.cclass
 class Segment:
     """A run of bytes to send; `fds` go with its first byte. `mapped`: by mmap(2), `full`: nothing
-    may be added, `lender`: whose `area` the bytes are in, or (`piped`) the area's pipe."""
+    may be added, `lender`: whose `area` the bytes are in, or (`piped`) its peer's carrier."""
 
     def __cinit__(self):
         self.data = cython.NULL
@@ -174,30 +177,72 @@ class Output:
         self.pending += length
 
     def add_piped(self, length: cython.size_t, lender: BulkView, area: Area) -> cython.void:
-        """Send `length` bytes out of the pipe of a peer's bulk area, then give that back."""
+        """Send `length` bytes out of the peer's carrier, then give its bulk area back."""
         self.add_lent(cython.NULL, length, lender, area)
         self.tail.piped = True
 
-    def _pour(self, segment: Segment, fd: cython.int) -> cython.int:
-        """Send of the first segment, which is in a pipe: as `flush`.
-
-        The header is sent, so as many bytes as it says must follow: what the peer has taken back is
-        made up for by zeros."""
-        sent: cython.Py_ssize_t = segment.area.pipe.pour(fd, segment.end - segment.start)
+    def _pour(self, fd: cython.int) -> cython.int:
+        """Send what is in the pipe, with which the queue begins: as `flush`."""
+        sent: cython.Py_ssize_t = self.pipe.pour(fd)
         if sent > 0:
             self._sent(sent)
             return 0
-        if sent < 0:
-            return 1 if sent == -EAGAIN else -1
-        zeros: Segment = _segment(LARGE_SEGMENT)
-        zeros.full = True
-        zeros.end = segment.end - segment.start
+        return 1 if sent == -EAGAIN else -1
+
+    def _fill(self, which: cython.Py_ssize_t) -> cython.void:
+        """Get of that segment, which is in a carrier, as much as the pipe takes into that. Nothing of
+        it is in there, but what is before it.
+
+        The header is sent, so as many bytes as it says must follow: what the peer has not put into
+        the carrier, although it said so, is made up for by zeros."""
+        segment: Segment = cython.cast(Segment, self.segments[which])
+        length: cython.size_t = segment.end - segment.start
+        self.pipe_used = True
+        if self.pipe is None:
+            self.pipe = make_pipe()
+        if self.pipe is None:
+            if not self._copy(which):
+                self._make_up(which)
+        elif self.pipe.fill(segment.area.carrier.fd, length) <= 0:
+            self._make_up(which)
+
+    def _copy(self, which: cython.Py_ssize_t) -> cython.bint:
+        """There is no pipe: the rest of that segment is sent as others are. False if it is not there."""
+        segment: Segment = cython.cast(Segment, self.segments[which])
+        length: cython.size_t = segment.end - segment.start
+        copied: Segment = _segment(max(length, LARGE_SEGMENT))
+        if not segment.area.carrier.take(copied.data, length):
+            return False
+        copied.end = length
+        self._replace(which, copied)
+        return True
+
+    def _make_up(self, which: cython.Py_ssize_t) -> cython.void:
+        """Zeros for the rest of that segment, which its peer has announced and not sent."""
+        segment: Segment = cython.cast(Segment, self.segments[which])
+        length: cython.size_t = segment.end - segment.start
+        zeros: Segment = _segment(max(length, LARGE_SEGMENT))
+        zeros.end = length
         self.cheat = segment.lender
+        self._replace(which, zeros)
+
+    def _replace(self, which, other: Segment):
+        segment: Segment = self.segments[which]
+        other.full = True
         segment.lender.back(segment.area)
         if self.tail is segment:
-            self.tail = zeros
-        self.segments[0] = zeros
-        return 0
+            self.tail = other
+        self.segments[which] = other
+
+    def _together(self, segment: Segment) -> cython.void:
+        """Let the first segment, the header of a message whose body is in a carrier, go through the
+        pipe with that: the client is woken once."""
+        if self.pipe is None:
+            self.pipe = make_pipe()
+        if self.pipe is not None:
+            self.pipe.put(segment.data + segment.start, segment.end - segment.start)
+            if self.pipe.inside == segment.end - segment.start:
+                self._fill(1)
 
     def flush(self, fd: cython.int) -> cython.int:
         """Send what the socket takes: 0 all is sent, 1 some is left, -1 the client is gone."""
@@ -213,6 +258,15 @@ class Output:
         if self.pending > self.peak:
             self.peak = self.pending
         while self.pending:
+            if self.pipe is not None and self.pipe.inside:
+                code: cython.int = self._pour(fd)
+                if code:
+                    return code
+                continue
+            segment = cython.cast(Segment, self.segments[0])
+            if segment.piped:
+                self._fill(0)
+                continue
             count = 0
             wanted = 0
             memset(cython.address(header), 0, cython.sizeof(msghdr))
@@ -224,16 +278,15 @@ class Output:
                 vector[count].iov_len = segment.end - segment.start
                 wanted += segment.end - segment.start
                 count += 1
-            segment = cython.cast(Segment, self.segments[0])
-            if segment.piped:
-                code: cython.int = self._pour(segment, fd)
-                if code:
-                    return code
-                continue
+            first: Segment = cython.cast(Segment, self.segments[0])
+            if segment.piped and count == 1 and wanted <= TOGETHER and not first.fds:
+                self._together(first)
+                if self.pipe is not None and self.pipe.inside:
+                    continue
             header.msg_iov = vector
             header.msg_iovlen = count
-            if segment.fds:
-                self._attach(cython.address(header), control, segment.fds)
+            if first.fds:
+                self._attach(cython.address(header), control, first.fds)
             sent = sendmsg(fd, cython.address(header), MSG_DONTWAIT | MSG_NOSIGNAL)
             if sent < 0:
                 if errno == EINTR:
@@ -317,11 +370,14 @@ class Output:
         return cheat
 
     def trim(self) -> cython.bint:
-        """Give the spare segment back if it was not used since the last time; True: one is left."""
+        """Give the spare segment and the pipe back if they were not used since the last time; True: one is
+        left."""
         if not self.spare_used:
             self.spare = None
-        self.spare_used = False
-        return self.spare is not None
+        if not self.pipe_used and self.pipe is not None and self.pipe.inside == 0:
+            self.pipe = None
+        self.spare_used = self.pipe_used = False
+        return self.spare is not None or self.pipe is not None
 
     def close(self) -> None:
         """Close the descriptors that were never sent."""

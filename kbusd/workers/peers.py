@@ -23,7 +23,6 @@ from cython.cimports.kbusd.rings.bulk import (
     BULK_FRESH,
     BULK_LARGE,
     BULK_MOST,
-    BULK_PIPE,
     BULK_SIZE,
     Bulk,
     BulkView,
@@ -33,11 +32,12 @@ from cython.cimports.kbusd.rings.doorbell import GIFTS, OVER, Heard, hear, refus
 from cython.cimports.kbusd.rings.fanout import Fanout, Subscriber
 from cython.cimports.kbusd.rings.frame import STOP, FrameHead
 from cython.cimports.kbusd.rings.merge import Merge
+from cython.cimports.kbusd.rings.pagepipe import is_guarded
 from cython.cimports.kbusd.rings.ring import Ring, RingReader
 from cython.cimports.kbusd.rings.status import StatusPage, StatusView
 from cython.cimports.kbusd.workers.libc import EPOLLIN
 from cython.cimports.kbusd.workers.waiting import Waiting
-from cython.cimports.libc.stdint import uint8_t, uint64_t
+from cython.cimports.libc.stdint import uint8_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
 from kbusd.rings import entries, memfd
@@ -138,7 +138,14 @@ class Peer:
         the peer has left in them."""
         kept = 0
         if self.bell >= 0:
-            kept = part_all([self.bell, self.side.detach(), self.carry])
+            left = [self.bell, self.side.detach()]
+            if is_guarded(self.carry):
+                os.close(
+                    self.carry
+                )  # bytes at most are in it, and what is announced of them is still sent
+            else:
+                left.append(self.carry)
+            kept = part_all(left)
         self.bell = self.carry = -1
         self.side = None
         self.ring = None
@@ -325,14 +332,13 @@ class Peer:
         if aux & BULK_FRESH:
             if self.bulk_view is None:
                 self.bulk_view = BulkView(mine, self.slot)
-            pipe = fds[len(fds) - 2] if aux & BULK_PIPE else -1
             try:
-                self.bulk_view.open(fds[len(fds) - 1], pipe)
+                self.bulk_view.open(fds[len(fds) - 1], self.carry)
             except RingError as error:
                 close_all(fds)
                 raise HostilePeer(str(error)) from None
             os.close(fds[len(fds) - 1])
-            fds = fds[: len(fds) - (2 if aux & BULK_PIPE else 1)]
+            fds = fds[: len(fds) - 1]
         if aux & 0xFFFFFFFF == 0 and self.bulk_view is not None:
             self.bulk_view.release()
         return fds
@@ -529,6 +535,7 @@ class Peers:
         """One frame to one peer, or to what waits for it."""
         copy: FrameHead = head[0]
         own: cython.int = -1
+        part: uint32_t[2]
         if peer.state == GONE:
             return
         if (head.kind == MESSAGE or head.kind == COPY) and head.body_length > LARGE_BODY:
@@ -541,10 +548,13 @@ class Peers:
             copy.body_length = 0
             fds = (*fds, own)
         elif head.kind == BULK and peer.bulk.reserved:
+            if peer.bulk.carry():
+                part[0] = peer.bulk.piped_at
+                part[1] = peer.bulk.piped
+                copy.body_length = 8
+                body = cython.cast(cython.pointer(cython.const[uint8_t]), part)
             copy.aux = peer.bulk.commit()
             if copy.aux & BULK_FRESH:
-                if copy.aux & BULK_PIPE:
-                    fds = (*fds, peer.bulk.pipe.read_fd)
                 fds = (*fds, peer.bulk.fd)
         try:
             if not peer.put(cython.address(copy), envelope, body, fds, self.clock):
@@ -650,7 +660,7 @@ class Peers:
                 if cython.cast(cython.size_t, len(self.bulks)) >= MAX_BULKS:
                     return None
                 self.bulks.append(peer)
-            if peer.bulk.open(BULK_LARGE if large else BULK_SIZE) < 0:
+            if peer.bulk.open(BULK_LARGE if large else BULK_SIZE, peer.carry) < 0:
                 return None
         return peer.bulk
 

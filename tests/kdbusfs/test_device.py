@@ -703,10 +703,14 @@ class Unanswered:
     def __init__(self) -> None:
         self.page = mmap.mmap(-1, PAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.page))
-        self.fd = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)
+        self.fd = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC | os.O_NONBLOCK)
         assert self.fd >= 0
         fcntl.ioctl(self.fd, 0xC018AA3F, self._API.pack(0xAA, 0, 0))
         fcntl.ioctl(self.fd, 0xC020AA00, self._REGISTER.pack(self.address, PAGE, 1, 0))
+
+    def wanted(self) -> bool:
+        """Whether somebody waits for it."""
+        return bool(select.select([self.fd], [], [], 0)[0])
 
     def answer(self) -> None:
         """It is there, and full of zeros."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import random
+import socket
+import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -15,9 +19,11 @@ from kbusd.rings import memfd
 from kbusd.rings.bulk import Bulk, BulkView
 from kbusd.rings.memfd import RingError
 from kbusd.rings.status import StatusPage, StatusView
+from tests.bus.procs import eventually
+from tests.kdbusfs.test_device import Unanswered
+from tests.unit import carriers
 
 FRESH = 1 << 63
-PIPE = 1 << 62
 SIZE = 4 << 20
 MOST = 2 << 20
 LARGE = 16 << 20
@@ -50,7 +56,7 @@ def pair() -> Iterator[Pair]:
 
 
 def where(aux: int) -> tuple[int, int]:
-    return (aux & ~(FRESH | PIPE)) >> 32, aux & 0xFFFFFFFF
+    return (aux & ~FRESH) >> 32, aux & 0xFFFFFFFF
 
 
 sizes = st.one_of(st.integers(1, MOST), st.integers(1, 300), st.just(MOST), st.just(SIZE // 3))
@@ -299,3 +305,134 @@ def test_what_was_lent_of_a_former_area_changes_nothing_in_the_next(pair: Pair) 
     pair.send(b"d")
     assert pair.bulk.statistics().done == 2
     assert not pair.bulk.statistics().broken
+
+
+# -- bodies that go by a carrier ---------------------------------------------------------------
+
+AT = 100
+
+
+class Carried(Pair):
+    """With a carrier, and a client that writes what is to go by it."""
+
+    def __init__(self, guarded: bool = True) -> None:
+        self.ours, self.theirs = carriers.pair(guarded)
+        self.client, self.served = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+        )
+        super().__init__()
+        self.bulk.give_up()
+        self.bulk.make(carrier=self.ours.fileno())
+
+    def send_carried(self, body: bytes, **how: bool) -> tuple[int, bytes, int]:
+        """`aux`, what else the frame says, and how many bytes went by the carrier."""
+        assert self.client.send(body[AT:]) == len(body) - AT
+        aux, at, count = self.bulk.put_carried(body, AT, self.served.fileno(), **how)
+        if aux & FRESH:
+            self.view.map(self.bulk.fd, self.theirs.fileno())
+        return aux, struct.pack("=II", at, count), count
+
+    def close(self) -> None:
+        for end in (self.ours, self.theirs, self.client, self.served):
+            end.close()
+
+
+@pytest.fixture
+def carried() -> Iterator[Carried]:
+    if not carriers.refuses_descriptors():
+        pytest.skip("nothing goes by carriers: no SO_PASSRIGHTS")
+    pair = Carried()
+    yield pair
+    pair.close()
+
+
+def test_a_body_goes_by_the_carrier(carried: Carried) -> None:
+    for size in (50_000, 100_000, 150_000):
+        body = random.Random(size).randbytes(size)
+        aux, told, count = carried.send_carried(body)
+        assert count == size - AT
+        assert carried.view.read_carried(aux, told) == body
+
+
+def test_what_the_carrier_has_no_room_for_goes_by_the_area(carried: Carried) -> None:
+    carried.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    body = random.Random(0).randbytes(180_000)
+    aux, told, count = carried.send_carried(body)
+    assert 0 < count < len(body) - AT
+    assert carried.view.read_carried(aux, told) == body
+
+
+def test_a_carrier_that_nobody_empties_is_not_waited_for(carried: Carried) -> None:
+    carried.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    while True:
+        try:
+            carried.ours.send(bytes(4096))
+        except BlockingIOError:
+            break
+    body = random.Random(0).randbytes(100_000)
+    aux, _, count = carried.send_carried(body)
+    assert count == 0
+    assert carried.view.read(aux) == body
+
+
+def test_what_turns_out_to_be_for_somebody_else_is_in_no_carrier(carried: Carried) -> None:
+    body = random.Random(0).randbytes(100_000)
+    aux, _, count = carried.send_carried(body, keep=True)
+    assert count == 0
+    assert carried.view.read(aux) == body
+    with pytest.raises(BlockingIOError):
+        carried.theirs.recv(1)
+
+
+def test_while_something_is_in_use_nothing_goes_by_the_carrier(carried: Carried) -> None:
+    first, second = (random.Random(seed).randbytes(90_000) for seed in range(2))
+    one, told, _ = carried.send_carried(first)
+    other, _, count = carried.send_carried(second)
+    assert count == 0
+    assert carried.view.read_carried(one, told) == first
+    assert carried.view.read(other) == second
+
+
+def test_less_than_announced_is_no_body(carried: Carried) -> None:
+    body = random.Random(0).randbytes(100_000)
+    aux, told, _ = carried.send_carried(body)
+    assert len(carried.theirs.recv(10_000)) == 10_000
+    assert carried.view.read_carried(aux, told) == b""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="memory that does not come is root's to have")
+@pytest.mark.parametrize("whose", ["the sender's", "the receiver's"])
+def test_who_holds_an_end_all_day_holds_up_nobody_at_the_other(
+    carried: Carried, whose: str
+) -> None:
+    """A client to which a worker gave its end, and who reads from there into memory that never comes."""
+    body = random.Random(0).randbytes(100_000)
+    memory = Unanswered()
+    mine, other = carried.ours, carried.theirs
+    if whose == "the receiver's":
+        mine, other = other, mine
+        other.send(bytes(10))
+    else:
+        sent = carried.send_carried(body)
+        other.send(bytes(10))
+    holder = threading.Thread(target=mine.recv_into, args=(memory.page, 10))
+    holder.start()
+    try:
+        eventually(lambda: memory.wanted(), "it holds the lock of its end")
+        if whose == "the receiver's":
+            _, _, count = carried.send_carried(body)
+            assert count == len(body) - AT
+        else:
+            assert carried.view.read_carried(sent[0], sent[1]) == body
+    finally:
+        memory.answer()
+        holder.join()
+
+
+def test_nothing_goes_by_a_carrier_by_which_descriptors_could_come() -> None:
+    carried = Carried(guarded=False)
+    body = random.Random(0).randbytes(100_000)
+    aux, _, count = carried.send_carried(body)
+    assert count == 0
+    assert carried.view.read(aux) == body
+    carried.close()

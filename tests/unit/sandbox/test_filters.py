@@ -203,11 +203,11 @@ def test_a_worker_that_wants_more_is_killed(what: str) -> None:
 # call, arguments that are allowed, arguments that are not. F_SETFL and FIONBIO matter most: they
 # change an open file that peers share.
 ALTERED = [
-    ("fcntl", (0, fcntl.F_GETFL), (0, fcntl.F_SETFL, os.O_NONBLOCK)),
+    ("fcntl", (0, fcntl.F_ADD_SEALS, 0), (0, fcntl.F_SETFL, os.O_NONBLOCK)),
     ("fcntl", (0, fcntl.F_GET_SEALS), (0, fcntl.F_SETOWN, 1)),
     ("fcntl", (0, fcntl.F_DUPFD_CLOEXEC, 100), (0, fcntl.F_DUPFD, 100)),
     ("fcntl", (0, fcntl.F_GET_SEALS), (0, fcntl.F_NOTIFY, 1)),
-    ("fcntl", (0, fcntl.F_GETFL), (0, fcntl.F_GETFL | HIGH)),
+    ("fcntl", (0, fcntl.F_GET_SEALS), (0, fcntl.F_GET_SEALS | HIGH)),
     ("mmap", (0, 4096, 3, 0x22, HIGH - 1, 0), (0, 4096, 7, 0x22, HIGH - 1, 0)),
     ("mmap", (0, 4096, 0, 0x22, HIGH - 1, 0), (0, 4096, 4, 0x22, HIGH - 1, 0)),
     ("mprotect", (0, 0, 1), (0, 0, 5)),

@@ -15,10 +15,13 @@ import select
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+import pyseccomp
 import pytest
 
 from kbusd.policy import configuration, endpoints
@@ -33,15 +36,17 @@ from kbusd.rings.values import Frame
 from tests.bus import wireformat as w
 from tests.bus.lingering import lingering
 from tests.bus.procs import eventually
+from tests.unit import carriers
 from tests.unit.workers.alone import start_worker
 from tests.unit.workers.test_rehearsal import EVERYTHING, context
 
 OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
-MESSAGE, COPY, REFUSED, BULK = 1, 5, 6, 7
+MESSAGE, LOG, COPY, REFUSED, BULK = 1, 2, 5, 6, 7
 VICTIM, PEER = 1, 2
 HELD = 3  # descriptors of a peer: bell, side socket, carrier
-FRESH, PIPE = 1 << 63, 1 << 62  # bits of `aux`
+FRESH = 1 << 63  # in `aux`
+PIPE = 1 << 62  # was another: the body is in a pipe
 AT = 100
 SECONDS = 20
 HELLO = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "Hello"}
@@ -51,10 +56,18 @@ class Stage:
     """The worker under test, with everybody around it."""
 
     def __init__(
-        self, directory: Path, configuration: str, endpoint: tuple[str, ...] | None = None
+        self,
+        directory: Path,
+        configuration: str,
+        endpoint: tuple[str, ...] | None = None,
+        guarded: bool = True,
+        large: bool = False,
     ) -> None:
-        """`endpoint`: what the one that the peer is behind says."""
+        """`endpoint`: what the one that the peer is behind says. `guarded`: the kernel keeps
+        descriptors out of the carrier, as the broker asks it to. `large`: the peer has a large area."""
         self.endpoint = endpoint
+        self.guarded = guarded
+        self.large = large
         self.clock = Clock()
         self.log = Broadcast(65536)
         made = msgspec.structs.replace(context(directory, configuration), log_fd=self.log.fileno())
@@ -96,7 +109,7 @@ class Stage:
         """The peer's half, and what the worker answers."""
         self.ring, self.status = Ring(65536), StatusPage()
         self.broadcast = Broadcast(65536)
-        shared = [socket.socketpair() for _ in range(3)]
+        shared = [socket.socketpair(), socket.socketpair(), carriers.pair(self.guarded)]
         self.bell, self.side, self.carry = (ours for ours, _ in shared)
         slots = self.status.take_slot(), self.status.take_slot()
         half = [self.ring.fileno(), self.status.fd, self.broadcast.fileno()]
@@ -109,7 +122,7 @@ class Stage:
         _, status, self.broadcast_fd = self.fds
         self.ring.connect(StatusView(status), answer.slot)
         self.bulk = Bulk(StatusView(status), answer.slot)
-        self.bulk.make()
+        self.bulk.make(self.large)
 
     def enter(self, entry: entries.LogEntry) -> None:
         self.log.append(2, self.clock.tick(), b"", msgspec.msgpack.encode(entry))
@@ -137,16 +150,14 @@ class Stage:
         with contextlib.suppress(BrokenPipeError):  # it is dropped already
             self.bell.send(b"x")
 
-    def send_piped(
+    def send_carried(
         self, member: str, body: bytes, given: int, at: int = AT, count: int | None = None
     ) -> None:
-        """A body of which `given` bytes from `at` on are in the pipe, and `count` are said to be."""
-        pipe = self.bulk.pipe
-        assert pipe is not None
-        assert given == 0 or os.write(pipe.write_fd, body[at : at + given]) == given
+        """A body of which `given` bytes from `at` on are in the carrier, and `count` are said to be."""
+        assert given == 0 or self.carry.send(body[at : at + given]) == given
         aux = self.bulk.put(body)
         assert aux is not None
-        own = (pipe.read_fd, self.bulk.fd) if aux & FRESH else ()
+        own = (self.bulk.fd,) if aux & FRESH else ()
         told = struct.pack("=II", at, len(body) - at if count is None else count)
         call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", member, None, "ay")
         self.write(call, BULK, told, own, serial=3, aux=aux)
@@ -216,8 +227,13 @@ Start = Callable[..., Stage]
 def start(tmp_path: Path) -> Iterator[Start]:
     stages: list[Stage] = []
 
-    def one(configuration: str = OPEN, endpoint: tuple[str, ...] | None = None) -> Stage:
-        stages.append(Stage(tmp_path, configuration, endpoint))
+    def one(
+        configuration: str = OPEN,
+        endpoint: tuple[str, ...] | None = None,
+        guarded: bool = True,
+        large: bool = False,
+    ) -> Stage:
+        stages.append(Stage(tmp_path, configuration, endpoint, guarded, large))
         return stages[-1]
 
     yield one
@@ -274,7 +290,7 @@ def test_a_descriptor_that_takes_a_day_to_be_closed_hung_who_dropped_its_sender(
     start: Start, where: str
 ) -> None:
     """What a peer had left in a socket was closed with it, in the worker that let go of the peer."""
-    stage = start()
+    stage = start(guarded=where != "carry")  # else the kernel lets none in
     stage.ping()
     slow, other = lingering()
     socket.send_fds(getattr(stage, where), [b"x"], [slow.fileno()])
@@ -446,43 +462,75 @@ def test_what_its_client_may_not_send_is_not_taken(start: Start) -> None:
     assert stage.member() == "Even"
 
 
-# -- bodies in a pipe ------------------------------------------------------------------------
+# -- bodies in a carrier ---------------------------------------------------------------------
 
 
 def array_of(size: int, seed: int = 0) -> bytes:
     return struct.pack("=I", size) + random.Random(seed).randbytes(size)
 
 
-def test_a_body_in_a_pipe_arrives(start: Start) -> None:
+carrying = pytest.mark.skipif(
+    not carriers.refuses_descriptors(), reason="nothing comes by carriers: no SO_PASSRIGHTS"
+)
+
+
+@carrying
+def test_a_body_in_a_carrier_arrives(start: Start) -> None:
     stage = start()
     for n in range(3):
         body = array_of(200_000, n)
-        stage.send_piped(f"M{n}", body, len(body) - AT)
+        stage.send_carried(f"M{n}", body, len(body) - AT)
         got = stage.read()
         while got.member != f"M{n}":
             got = stage.read()
         assert got.body == body
 
 
-def test_what_follows_in_the_area_is_put_behind_what_was_in_the_pipe(start: Start) -> None:
+@carrying
+def test_what_follows_in_the_area_is_put_behind_what_was_in_the_carrier(start: Start) -> None:
     stage = start()
     body = array_of(200_000)
-    stage.send_piped("M", body, 70_000, count=70_000)
+    stage.send_carried("M", body, 70_000, count=70_000)
     got = stage.read()
     while got.member != "M":
         got = stage.read()
     assert got.body == body
 
 
+@carrying
+def test_what_a_peer_had_in_the_carrier_when_it_left_still_arrives(start: Start) -> None:
+    stage = start()
+    stage.ping()
+    stage.carry.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 << 20)
+    if stage.carry.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 3 << 20:
+        pytest.skip("no socket here holds more than a worker's pipe and its client's socket do")
+    body = array_of((2 << 20) - 4)
+    stage.send_carried("Last", body, len(body) - AT)
+    eventually(lambda: bool(select.select([stage.client], [], [], 0)[0]), "it begins to arrive")
+    stage.bell.close()
+    stage.carry.close()
+    gone = msgspec.msgpack.encode(entries.ConnectionRemoved(PEER))
+    stage.log.append(LOG, stage.clock.tick(), b"", gone)
+    stage.client.sendall(w.build(w.CALL, HELLO, serial=77))
+    eventually(stage.dropped, "the worker knows that it left")
+    got = stage.read()
+    while got.member != "Last":
+        got = stage.read()
+    assert got.body == body
+
+
+@carrying
 @pytest.mark.parametrize("given", [0, 70_000])
-def test_who_takes_back_a_body_ends_and_the_message_is_whole(start: Start, given: int) -> None:
+def test_who_announces_more_than_it_sends_ends_and_the_message_is_whole(
+    start: Start, given: int
+) -> None:
     stage = start()
     stage.ping()
     before = stage.descriptors()
     body = array_of(200_000)
-    stage.send_piped("Taken", body, given)
+    stage.send_carried("Short", body, given)
     got = stage.read()
-    while got.member != "Taken":
+    while got.member != "Short":
         got = stage.read()
     assert got.body == body[: AT + given].ljust(len(body), b"\0")
     eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
@@ -494,43 +542,118 @@ def test_who_takes_back_a_body_ends_and_the_message_is_whole(start: Start, given
     ("at", "count"),
     [(0, 1000), (AT, 0), (AT, 200_000), (2**32 - 1, 2**32 - 1), (3, 1000), (300_000, 1)],
 )
-def test_a_lie_about_what_is_in_the_pipe_ends_the_peer(start: Start, at: int, count: int) -> None:
+def test_a_lie_about_what_is_in_the_carrier_ends_the_peer(
+    start: Start, at: int, count: int
+) -> None:
     stage = start()
     stage.ping()
     before = stage.descriptors()
-    stage.send_piped("Lie", array_of(200_000), 0, at, count)
+    stage.send_carried("Lie", array_of(200_000), 0, at, count)
     eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
     assert stage.buffer == b""
 
 
-@pytest.mark.parametrize("flags", [None, 0, os.O_NONBLOCK])
-def test_a_pipe_that_is_none_or_would_block_ends_the_peer(start: Start, flags: int | None) -> None:
+@carrying
+def test_more_than_ever_goes_by_a_carrier_was_made_up_for_by_what_was_behind_the_zeros(
+    start: Start,
+) -> None:
+    """That is memory of the worker, which its client would have got to see."""
+    stage = start(large=True)
+    stage.ping()
+    before = stage.descriptors()
+    stage.send_carried("Lie", array_of(8 << 20), 70_000)
+    eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
+    stage.ping()
+    assert stage.buffer == b""
+
+
+def test_a_pipe_whose_lock_its_sender_holds_stopped_the_worker(start: Start) -> None:
     stage = start()
     stage.ping()
     before = stage.descriptors()
-    if flags is None:
-        ends = (os.open("/dev/null", os.O_RDONLY), os.open("/dev/null", os.O_RDONLY))
-    else:
-        ends = os.pipe2(flags)
-    aux = FRESH | PIPE | 4096
-    body = struct.pack("=II", 4, 4092)
-    call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", "M", None, "ay")
-    stage.write(call, BULK, body, (ends[0], stage.bulk.fd), serial=3, aux=aux)
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    os.set_blocking(writer, True)
+    silent, other = socket.socketpair()
+    body = array_of(200_000)
+    os.write(writer, body[AT : AT + 4096])
+    holder = threading.Thread(target=os.splice, args=(silent.fileno(), writer, 1))
+    holder.start()
+    try:
+        waits = Path(f"/proc/self/task/{holder.native_id}/syscall")
+        splice = str(pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, "splice"))
+        eventually(lambda: waits.read_text().split()[0] == splice, "it holds the lock")
+        aux = stage.bulk.put(body)
+        assert aux is not None
+        told = struct.pack("=II", AT, len(body) - AT)
+        call = Envelope(CALL, False, f":1.{VICTIM}", "/odd", "a.b", "M", None, "ay")
+        stage.write(call, BULK, told, (reader, stage.bulk.fd), serial=3, aux=aux | PIPE)
+        eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
+        stage.ping()
+    finally:
+        other.close()
+        holder.join()
+        silent.close()
+        os.close(reader)
+        os.close(writer)
+
+
+@carrying
+def test_a_sender_that_waits_in_the_carrier_stops_nobody(start: Start) -> None:
+    """As would the client of a worker that was taken over: the pipe that it holds is its own."""
+    stage = start()
+    stage.ping()
+    reader, writer = os.pipe()
+    stage.carry.setblocking(True)
+    stage.carry.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    body = array_of(200_000)
+    feeder = threading.Thread(target=os.write, args=(writer, body[AT:]))
+    holder = threading.Thread(target=move, args=(reader, stage.carry.fileno(), len(body) - AT))
+    feeder.start()
+    holder.start()
+    eventually(lambda: not select.select([], [stage.carry], [], 0)[1], "the carrier is full")
+    stage.send_carried("M", body, 0, count=50_000)
+    got = stage.read()
+    while got.member != "M":
+        got = stage.read()
+    assert got.body == body
+    stage.carry.shutdown(socket.SHUT_RDWR)
+    feeder.join()
+    holder.join()
+    os.close(writer)
+    stage.ping()
+
+
+def move(source: int, to: int, count: int) -> None:
+    """What the shutdown leaves is read, that its writer may end."""
+    with suppress(OSError):
+        while count > 0:
+            count -= os.splice(source, to, count)
+    while count > 0:
+        count -= len(os.read(source, count))
+    os.close(source)
+
+
+def test_nothing_is_taken_from_a_carrier_by_which_descriptors_could_come(start: Start) -> None:
+    stage = start(guarded=False)
+    stage.ping()
+    before = stage.descriptors()
+    body = array_of(200_000)
+    stage.send_carried("M", body, len(body) - AT)
     eventually(lambda: stage.descriptors() == before - HELD, "nothing of the peer is left")
     stage.ping()
-    for end in ends:
-        os.close(end)
+    assert stage.buffer == b""
 
 
-def test_a_refused_body_is_taken_out_of_the_pipe(start: Start) -> None:
+@carrying
+def test_a_refused_body_is_taken_out_of_the_carrier(start: Start) -> None:
     stage = start(
         OPEN.replace("</policy>", '<deny send_interface="a.b" send_member="Odd"/></policy>')
     )
     odd, even = array_of(200_000, 1), array_of(200_000, 2)
-    stage.send_piped("Odd", odd, len(odd) - AT)
+    stage.send_carried("Odd", odd, len(odd) - AT)
     stage.ping()
-    stage.send_piped("Even", even, len(even) - AT)
+    stage.send_carried("Even", even, len(even) - AT)
     got = stage.read()
     while got.member != "Even":
         got = stage.read()
@@ -575,9 +698,6 @@ def test_arguments_that_can_still_be_changed_are_none(start: Start) -> None:
     aux = stage.bulk.put(string("no"))
     assert aux is not None
     own = (stage.bulk.fd,) if aux & FRESH else ()
-    if aux & PIPE:
-        assert stage.bulk.pipe is not None
-        own = (stage.bulk.pipe.read_fd, stage.bulk.fd)
     stage.write(opening(), BULK, b"", own, serial=4, aux=aux)
     eventually(stage.dropped, "the peer is dropped")
 
