@@ -46,6 +46,10 @@ class Looking:
         elif self.for_ns < self.most_ns and begin >= self.not_before:
             self.for_ns = self.for_ns * 2 if self.for_ns else LEAST
 
+    def expect(self, ns) -> cython.void:
+        """Something is about to come: look for it so long, this once. 0: it has come."""
+        self.for_ns = ns
+
     def note_gave_way(self, before: uint64_t, now: uint64_t) -> None:
         """`gave_way` for Python."""
         self.gave_way(before, now)

@@ -110,12 +110,12 @@ class Supervisor:
         self, data: bytes, listeners: list[Listener], journal: Journal, signals: int, read: Read
     ) -> None:
         self._configure(data)
-        self.generation = 0  # of the configuration: how often it was read again
         self.listeners = listeners
         self.guid = uuid.uuid4().hex
         self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
         self.journal, self.signals, self.read = journal, signals, read
-        self.reading = -1  # the memfd of a reader at work
+        # How often the configuration was read again; the memfd of a reader at work.
+        self.generation, self.reading = 0, -1
         self.exit_status: int | None = None
         self.children: dict[int, str] = {}  # process id -> module
         self.lines: dict[str, Line] = {}  # to broker and zygote
@@ -272,8 +272,7 @@ class Supervisor:
                     self.journal.warn(f"ending {self.workers[number]}: {reason}")
                     signal.pidfd_send_signal(self.workers[number].pidfd, signal.SIGKILL)
             case entries.Discard(number), []:
-                worker = self.workers.get(number)
-                if worker is not None and worker in worker.pool.spare:
+                if (worker := self.workers.get(number)) and worker in worker.pool.spare:
                     worker.pool.spare.remove(worker)
                     worker.line.close()  # it ends by that
             case entries.Joined(number), []:

@@ -548,7 +548,7 @@ class DBusSocket(Engine):
         if self.hello_serial:
             self.asked = self.put_off = self.busy = True
             self._join()
-            self.waiting.poll_ns = EXPECTED
+            self.waiting.looking.expect(EXPECTED)
 
     def _ask_early(self) -> cython.void:
         """If that is Hello, ask for it: nothing can keep us from that, and nobody is to see it before the
@@ -572,7 +572,7 @@ class DBusSocket(Engine):
         """Pass Hello on, of which the broker has heard already."""
         if self.put_off:
             self.put_off = self.busy = False
-            self.waiting.poll_ns = 0
+            self.waiting.looking.expect(0)
             self._messages()
 
     def has_joined(self) -> cython.void:
