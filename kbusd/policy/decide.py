@@ -441,7 +441,8 @@ def explain(verdict: Verdict) -> str:
 
 
 def login_info(uid: int, pid: int, command: str, label: str = "") -> str:
-    """How refusals describe a connection: numbers, program, security label where there is one."""
+    """How refusals describe a connection: numbers, program, security label where there is one. A worker, which may not
+    read /proc, knows no `command`; dbus-daemon, where it can't, says comm="" as well."""
     parts = [f"uid={uid}", f"pid={pid}", f'comm="{command}"']
     if label:
         parts.append(f'label="{label}"')

@@ -541,7 +541,8 @@ class DBusSocket(Engine):
     def _begin(self) -> cython.void:
         """Our client has said something for the first time."""
         self.begun = True
-        if self.log is not None and not self.credentials.endpoint:
+        # As the first request: it has been asked for the policy if ours was out of date.
+        if self.log is not None and not self.credentials.endpoint and self.asking.untouched():
             self._ask_early()
         self.begin()
         self.driver.takes_fds = self.unix_fds
