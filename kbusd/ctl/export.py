@@ -18,6 +18,14 @@ from kbusd.sandbox.judge import condition
 
 _OCI_ARCHITECTURES = {"x86-64": "SCMP_ARCH_X86_64", "arm64": "SCMP_ARCH_AARCH64"}
 _LXC_ARCHITECTURES = {"x86-64": "x86_64", "arm64": "aarch64"}
+# As lxc 5 makes filters (seccomp.c): nothing in its format says no to these.
+_COMPAT = {
+    "x86-64": (
+        "LXC adds the same rules for programs of i386 and x32, which our own filter kills. To keep them out,",
+        "have a kernel without CONFIG_IA32_EMULATION and CONFIG_X86_X32_ABI (or boot it with ia32_emulation=0)",
+    ),
+    "arm64": ("LXC adds the same rules for programs of 32-bit arm, which our own filter kills",),
+}
 _SYSTEMD_ARCHITECTURES = {"x86-64": "x86-64", "arm64": "arm64"}
 _OPERATORS = {
     pyseccomp.EQ: "SCMP_CMP_EQ",
@@ -31,6 +39,14 @@ def _rules(profile: profiles.Profile, arch: str) -> Iterator[profiles.Rule]:
     seccomp = profile.seccomp
     if seccomp is not None and seccomp.enabled:
         yield from (rule for rule in seccomp.rules if rule.when in here)
+
+
+def _left_out(profile: profiles.Profile, arch: str) -> Iterator[str]:
+    """In words: rules that hold with SELinux only, or without it only, and not on this machine."""
+    here, seccomp = conditions(arch=arch), profile.seccomp
+    for rule in seccomp.rules if seccomp is not None and seccomp.enabled else ():
+        if rule.when not in here and rule.when not in _OCI_ARCHITECTURES:
+            yield f"Not said here: {' '.join(rule.calls)}, only when {rule.when}: {rule.why}"
 
 
 def _cases(rule: profiles.Rule) -> Iterator[tuple[Comparison, ...]]:
@@ -71,6 +87,8 @@ def lxc(profile: profiles.Profile, arch: str) -> str:
     rules = list(_rules(profile, arch))
     if not rules:
         lines[1:] = ["denylist"]
+    else:
+        lines[2:2] = map("# {}".format, (*_COMPAT.get(arch, ()), *_left_out(profile, arch)))
     for rule in rules:
         lines.append(f"# {rule.why}")
         action = f"errno {getattr(errno, rule.errno)}" if rule.errno else "allow"
@@ -89,6 +107,7 @@ def systemd(profile: profiles.Profile, arch: str) -> str:
     """Lines for a unit (systemd.exec(5)). It knows no arguments, and one errno for all."""
     rules = list(_rules(profile, arch))
     lines = [f"SystemCallArchitectures={_SYSTEMD_ARCHITECTURES[arch]}"]
+    lines += map("# {}".format, _left_out(profile, arch))
     for rule in rules:
         lines.append(f"# {rule.why}")
         if rule.arguments:

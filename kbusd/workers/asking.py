@@ -40,6 +40,10 @@ class Asking:
             self._open[self._number] = then
         return self._number
 
+    def untouched(self) -> bool:
+        """Whether nothing was asked yet."""
+        return self._number == 0
+
     def answered(self, answer: Answer, fds: list[int]) -> None:
         """The broker has answered; an answer that nobody asked for is dropped."""
         then = self._open.pop(answer.request, None)

@@ -3,6 +3,7 @@ worker do what it did when somebody last looked at that."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -43,11 +44,25 @@ type started_t; type started_exec_t;
 kbus_service_domain(started_t, started_exec_t)
 kbus_admin(other_t, system_r)
 """
-    place = tmp_path
-    for name in ("kbus.te", "kbus.if", "kbus.fc"):
-        (place / name).write_text((labelled.SOURCES / name).read_text())
-    (place / "mine.te").write_text(module)
-    make = ("make", "-s", "-f", "/usr/share/selinux/devel/Makefile", "mine.pp")
-    done = subprocess.run(make, cwd=place, capture_output=True, text=True, check=False)
+    headers = tmp_path / "usr/share/selinux/devel"
+    shutil.copytree("/usr/share/selinux/devel", headers)
+    (headers / "include/services/kbus.if").unlink(missing_ok=True)
+    _make(labelled.SOURCES, "install-interfaces", f"DESTDIR={tmp_path}")
+    mine, ours = tmp_path / "mine", tmp_path / "ours"
+    mine.mkdir()
+    (mine / "mine.te").write_text(module)
+    there = f"HEADERDIR={headers}/include"
+    _make(mine, "-f", f"{headers}/Makefile", there, "mine.pp")
+    assert (mine / "mine.pp").exists()
+    # Ours once more, which is an upgrade.
+    shutil.copytree(labelled.SOURCES, ours, ignore=shutil.ignore_patterns("tmp", "strict", "*.pp"))
+    _make(ours, there, f"HEADERS={headers}", "kbus.pp")
+    assert (ours / "kbus.pp").exists()
+
+
+def _make(place: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        ("make", "-s", *arguments), cwd=place, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (place / "mine.pp").exists()
+    assert "uplicate" not in done.stdout + done.stderr

@@ -12,7 +12,7 @@ import pytest
 
 from kbusd.ctl.main import main
 from kbusd.ctl.profile import schema
-from kbusd.sandbox import constants, profiles
+from kbusd.sandbox import compile, constants, profiles
 from kbusd.sandbox.compile import compile_all, compile_profile
 from kbusd.sandbox.errors import ProfileError
 from tests.unit.sandbox.child import run
@@ -169,7 +169,10 @@ def test_export_to_oci_says_arguments_and_errnos(capsys: pytest.CaptureFixture[s
 
 def test_export_to_lxc_and_systemd(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys, "export", "worker", "--format", "lxc", "--arch", "x86-64").splitlines()
-    assert lines[:3] == ["2", "allowlist kill", "[x86_64]"]
+    assert lines[:2] == ["2", "allowlist kill"]
+    head = lines[2 : lines.index("[x86_64]")]
+    assert all(line.startswith("# ") for line in head)
+    assert "i386 and x32" in head[0], "lxc opens these, too"
     assert {
         "read allow",
         "openat errno 13",
@@ -181,6 +184,18 @@ def test_export_to_lxc_and_systemd(capsys: pytest.CaptureFixture[str]) -> None:
     assert "# Not said here: only if argument 2 without PROT_EXEC" in unit
     assert not any("openat" in line for line in unit if line.startswith("SystemCallFilter"))
     assert said(capsys, "export", "supervisor", "--format", "systemd").endswith("no filter\n")
+
+
+@pytest.mark.parametrize("format_", ["lxc", "systemd"])
+def test_an_export_says_which_rules_of_other_machines_it_leaves_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    for here, other in (False, "selinux"), (True, "no-selinux"):
+        monkeypatch.setattr(compile, "selinux_enabled", lambda here=here: here)
+        lines = said(capsys, "export", "broker", "--format", format_).splitlines()
+        left = [line for line in lines if line.startswith("# Not said here: ")]
+        assert any(f", only when {other}: " in line for line in left), here
+        assert not any("only when x86-64" in line or "only when arm64" in line for line in left)
 
 
 def test_the_schema_beside_the_profiles_is_that_of_the_types() -> None:
