@@ -107,6 +107,20 @@ def test_limit_of_services_being_started() -> None:
     ]
 
 
+def test_who_waits_for_a_service_counts_as_one_more() -> None:
+    world = world_with("a.b", limits={"max_pending_service_starts": 2})
+    a, b = world.client(1), world.client(2)
+    assert world.ask(a, e.StartService(2, "a.b", False))[0][0] == "launch"
+    assert world.ask(b, e.StartService(2, "a.b", False)) == []
+    text = (
+        "The maximum number of pending activations has been reached, activation of a.b failed"
+        " (max_pending_service_starts=2)"
+    )
+    assert world.ask(b, e.StartService(3, "a.b", False)) == [
+        (2, failure(3, "LimitsExceeded", text))
+    ]
+
+
 def test_one_who_left_is_not_answered_but_the_service_starts() -> None:
     world = world_with("a.b")
     world.ask(world.client(1), e.StartService(2, "a.b", False))
@@ -163,7 +177,7 @@ def test_when_the_launcher_dies_its_services_have_failed() -> None:
 
 
 def test_one_connection_cannot_wait_for_too_much() -> None:
-    world = world_with("a.b")
+    world = world_with("a.b", limits={"max_pending_service_starts": 2 * MAX_WAITING})
     a, b = world.client(1), world.client(2)
     for request in range(MAX_WAITING):
         world.ask(a, e.StartService(request, "a.b", False))

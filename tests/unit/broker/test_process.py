@@ -366,6 +366,7 @@ def test_nothing_said_that_all_threads_that_close_were_held_up(broker: Broker) -
         worker.line.send(e.Introduce(2, 99, 0, 0), [broker.log_fd] * 3 + [slow.fileno()])
         slow.close()
     os.kill(broker.process.pid, signal.SIGCONT)
+    assert {type(broker.hear()[0]) for _ in hostile} == {e.Kill}
 
     def heard(text: bytes) -> bool:
         assert broker.process.stderr is not None
