@@ -33,7 +33,6 @@ from kbusd.sandbox.compiled import encode
 from tests.bus.lingering import lingering
 from tests.bus.procs import eventually
 from tests.unit.broker.world import ADDRESS, World, credentials, service
-from tests.unit.carriers import refuses_descriptors
 
 SECONDS = 10.0
 LOG = 2
@@ -312,22 +311,6 @@ def test_the_kernel_lets_descriptors_pass_on_the_side_socket_alone(broker: Broke
     socket.send_fds(side[0], [b"x"], [0])
     (fd,) = socket.recv_fds(side[1], 1, 1)[1]
     close_all([fd, *(end.detach() for pair in (bell, side, carry) for end in pair)])
-
-
-@pytest.mark.skipif(not refuses_descriptors(), reason="this kernel has no SO_PASSRIGHTS")
-def test_descriptors_came_by_a_carrier_and_its_reader_closed_them(broker: Broker) -> None:
-    a, b = broker.client(), broker.client()
-    gifts = [os.memfd_create(f"gift{n}") for n in range(6)]
-    a.line.send(e.Introduce(2, b.id, 1, 2), gifts[:3])
-    _, for_b = hear(b.line)
-    b.line.send(e.Introduced(1, 3, 4), gifts[3:])
-    _, for_a = hear(a.line)
-    for fds in (for_a, for_b):
-        with socket.socket(fileno=fds.pop(5)) as carrier:
-            with pytest.raises(PermissionError):
-                socket.send_fds(carrier, [b"x"], gifts[:1])
-            carrier.send(b"x")
-    close_all([*gifts, *for_a, *for_b])
 
 
 def test_a_worker_that_sends_garbage_is_ended_and_nobody_else(broker: Broker) -> None:
