@@ -30,6 +30,7 @@ from .machine import HERE, REPOSITORY, Machine, Unbootable
 KIND, STRICT = "selinux", "selinux-strict"  # of a test's marker
 KEPT = REPOSITORY / "build" / "guest"
 SOURCES = REPOSITORY / "selinux"
+CLIENTS = HERE / "clients.te"  # clients' domains, made by our interfaces
 RULES = {"worker.rules": False, "worker-strict.rules": True}
 DEBIAN = "default"  # the name of Debian's policy
 PACKAGES = (
@@ -64,9 +65,10 @@ def machine(job: str, files: dict[str, str], strict: bool = False) -> Machine:
 
 
 def policy(strict: bool = False) -> Path:
-    """The root of a policy store with Debian's policy and ours. Every assertion of the policy is checked; of
+    """The root of a policy store with Debian's policy, ours, and that of some clients. Every assertion of the policy is checked; of
     the strict variant only what can't be asserted is (selinux/Makefile)."""
     sources = [SOURCES / name for name in ("Makefile", "kbus.te", "kbus.fc", "kbus.if")]
+    sources.append(CLIENTS)
     key = _key([_policy_versions(), *(each.read_text() for each in (*sources, Path(__file__)))])
     kind = STRICT if strict else KIND
     place = KEPT / f"{kind}-policy-{key}"
@@ -78,7 +80,9 @@ def policy(strict: bool = False) -> Path:
             (new / "root/etc/selinux/semanage.conf").write_text(
                 f"module-store = direct\nexpand-check = {int(not strict)}\n"
             )
-            wanted = [new / ("strict/kbus.cil" if strict else "kbus.pp"), *modules]
+            _run("make", "-sC", str(new), "-f", "/usr/share/selinux/devel/Makefile", "clients.pp")
+            ours = "strict/kbus.cil" if strict else "kbus.pp"
+            wanted = [new / ours, new / "clients.pp", *modules]
             _semodule(new / "root", "-i", *map(str, wanted))
             shutil.rmtree(new / "root/var")
     return place / "root"

@@ -529,6 +529,27 @@ def test_selinux_decides_who_sends_to_whom(system: System) -> None:
         client.close()
 
 
+def test_domains_made_by_our_interfaces_may_what_these_say(system: System) -> None:
+    """kbus_client, kbus_service and kbus_chat, by clients.te."""
+    try:
+        asker, server, stranger = map(system.connect, ("asker_t", "server_t", "stranger_t"))
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            pytest.skip("this policy has no such domains")
+        raise
+    server.request_name("org.example.Server")
+    with pytest.raises(BusError, match="is not allowed to own"):
+        asker.request_name("org.example.Asker")
+    serial = asker.send_call("org.example.Server", "/", "org.example.I", "M")
+    server.reply(server.wait_call("M"))
+    asker.wait_reply(serial)
+    with pytest.raises(BusError) as caught:
+        stranger.call("org.example.Server", "/", "org.example.I", "M")
+    assert "denied  { send_msg }" in caught.value.text
+    for client in (asker, server, stranger):
+        client.close()
+
+
 def _may(one: RawClient, other: RawClient) -> bool:
     serial = one.send_call(other.name, "/", "org.example.I", "Try")
     other.driver("GetId")  # catches up with the log
