@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import resource
@@ -51,7 +52,7 @@ class Settings(msgspec.Struct, frozen=True):
     keep_umask: bool
     syslog: bool
     pidfile: str
-    addresses: tuple[tuple[str, str, str, str], ...]  # kbusd/policy/addresses.py
+    addresses: tuple[tuple[str, str, str, str, int], ...]  # kbusd/policy/addresses.py
     warnings: tuple[str, ...]
 
 
@@ -265,17 +266,22 @@ def _catch_signals() -> int:
 
 
 def _listen(settings: Settings, listeners: list[Listener]) -> None:
-    """Fills `listeners`."""
+    """Fills `listeners`: of each entry with the first address that works."""
     if not settings.addresses:
         _fail("the configuration has no address to listen on")
-    for kind, value, text, where in settings.addresses:
-        try:
-            listeners += _passed() if kind == "systemd" else [bind(kind, value)]
-        except OSError as error:
-            reason = f"{value}: {error.strerror}" if error.strerror else str(error)
-            if kind == "path" and isinstance(error, FileNotFoundError):
-                reason += f"; make the directory first: mkdir -p {os.path.dirname(value)}"
-            _fail(f"{where}: cannot listen on {text!r}: {reason}")
+    for _, addresses in itertools.groupby(settings.addresses, lambda address: address[4]):
+        failures = []
+        for kind, value, text, where, _ in addresses:
+            try:
+                listeners += _passed() if kind == "systemd" else [bind(kind, value)]
+                break
+            except OSError as error:
+                reason = f"{value}: {error.strerror}" if error.strerror else str(error)
+                if kind == "path" and isinstance(error, FileNotFoundError):
+                    reason += f"; make the directory first: mkdir -p {os.path.dirname(value)}"
+                failures.append(f"{where}: cannot listen on {text!r}: {reason}")
+        else:
+            _fail("; ".join(failures))
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
 

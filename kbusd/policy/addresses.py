@@ -26,12 +26,13 @@ class AddressError(ValueError):
 class Address(msgspec.Struct, frozen=True, array_like=True):
     """One place to listen at. `kind` is "path" or "abstract", of which `value` is the name, or
     "systemd": what the service manager passes. `text` is the address as written, and `where` says
-    by whom: file:line or an option."""
+    by whom: file:line or an option. Of those with the same `entry` the first that works is listened on."""
 
     kind: str
     value: str
     text: str
     where: str
+    entry: int = 0
 
 
 def split(text: str) -> list[str]:
@@ -43,11 +44,11 @@ def split(text: str) -> list[str]:
     return addresses
 
 
-def resolve(text: str, where: str, environment: Mapping[str, str]) -> list[Address]:
+def resolve(text: str, where: str, environment: Mapping[str, str], entry: int = 0) -> list[Address]:
     """Every address of a semicolon-separated list. Raises AddressError, whose text has `where`."""
     try:
         return [
-            Address(*_place(address, environment), text=address, where=where)
+            Address(*_place(address, environment), text=address, where=where, entry=entry)
             for address in split(text)
         ]
     except AddressError as error:

@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = ["--address"] * len(listen) if options.address else configuration.listen_at
         addresses = [
             address
-            for text, where in zip(listen, places, strict=True)
-            for address in resolve(text, where, os.environ)
+            for entry, (text, where) in enumerate(zip(listen, places, strict=True))
+            for address in resolve(text, where, os.environ, entry)
         ]
         files = load_all(options.endpoint, configuration.type)
     except (ConfigurationError, AddressError) as error:

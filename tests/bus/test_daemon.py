@@ -399,6 +399,19 @@ def test_listen_addresses(place: Path, listen: str, expected: str) -> None:
     assert [one.name for one in place.iterdir()] == ["bus.conf"]
 
 
+def test_a_bus_listened_on_all_addresses_of_a_list_not_on_the_first_that_works(place: Path) -> None:
+    path = place / "bus.conf"
+    path.write_text(
+        configuration(f"unix:path={place}/no/x;unix:path={place}/a;unix:path={place}/b")
+    )
+    process = start(f"--config-file={path}", "--nofork", "--print-address=1")
+    assert process.stdout
+    address = read_line(process.stdout)
+    assert [socket_address(one) for one in address.split(";")] == [f"{place}/a"]
+    works(address).close()
+    end(process)
+
+
 def test_two_listen_addresses(place: Path) -> None:
     path = place / "bus.conf"
     listen = f"unix:path={place}/a</listen><listen>unix:path={place}/b"
