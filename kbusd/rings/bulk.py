@@ -183,6 +183,7 @@ class Bulk:
         """Have what is in the pipe in the reserved room after all."""
         if self.piped:
             self.pipe.take(self.base + self.reserved_at + self.piped_at)
+        self.pipe = None
         self.piping = False
         self.piped = 0
 
@@ -194,6 +195,7 @@ class Bulk:
             if self.pipe.pour(self.carrier.fd) <= 0:
                 self.piped = whole - self.pipe.inside
                 self.pipe.take(self.base + self.reserved_at + self.piped_at + self.piped)
+        self.pipe = None
         self.piping = False
         return self.piped > 0
 

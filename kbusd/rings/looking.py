@@ -32,7 +32,7 @@ class Looking:
         """To somebody else, from one time to the other."""
         cost: uint64_t = now - before
         if cost > self.contended_ns:
-            if before - self.not_before > RARE * cost:
+            if before > self.not_before + RARE * cost:
                 self.pause = self.least_pause
             else:
                 self.pause = min(2 * self.pause, self.most_pause)

@@ -469,6 +469,7 @@ class DBusSocket(Engine):
         own: cython.size_t = length  # how much of the body is to be copied
         if view is not None and view.piped:
             own = view.piped_at
+            self.tidy_later()  # it takes a pipe
         place = self.output.reserve(n if mapping != cython.NULL else n + own)
         memcpy(place, source, n)
         area: Area = None
@@ -575,6 +576,8 @@ class DBusSocket(Engine):
             self.put_off = self.busy = False
             self.waiting.looking.expect(0)
             self._messages()
+            if self.told is not None:
+                self.hello = None  # whoever watches since then has come after it
 
     def has_joined(self) -> cython.void:
         """While the broker answers: write what our client will be told, if nobody else has to see it first and policy
@@ -653,9 +656,9 @@ class DBusSocket(Engine):
             destination = self.driver.name
         facts = _from_bus(type, destination, member, error_name, signature or "")
         # Of the bus's signals a monitor's worker makes its own copies, and the answers to them.
-        if self.loaded and type != SIGNAL:
+        if self.loaded and type != SIGNAL and self.told is None:
             self.monitors.show(facts, number, reply_serial, body, fds)
-        if self.loaded and not self.monitor:
+        if self.loaded and not self.monitor and self.told is None:
             refusal = self.router.admit_from_bus(facts)
             if refusal is not None:
                 if type != SIGNAL:
@@ -689,6 +692,7 @@ class DBusSocket(Engine):
             if not self.told.startswith(message):
                 raise Gone("was told something else than the bus says")
             self.told = self.told[len(message) :] or None
+            self.output.messages += 1
             return
         if fds:
             self.output.begin_with_fds(fds)

@@ -920,7 +920,7 @@ class Engine:
                 source = self.merge.next(cython.address(head), cython.address(payload))
                 if source is None:
                     break
-                if self.answer is not None and head.stamp > self.answer_at:
+                while self.answer is not None and head.stamp > self.answer_at:
                     self._answered()
                 if source is self.log:
                     self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
@@ -940,7 +940,7 @@ class Engine:
             if rounds >= ROUNDS and self.log.position >= position:
                 self.more = True  # a flood keeps us from nothing else that we have to do
                 break
-        if self.answer is not None and not self.more:
+        while self.answer is not None and not self.more:
             self._answered()
         if not self.merge.broken:
             return

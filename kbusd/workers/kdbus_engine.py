@@ -82,6 +82,7 @@ class DeviceEngine(DBusSocket):
     def serve_device(self, front, device, credentials) -> None:
         """Serve until the file is closed or the connection ends."""
         self.front = front
+        self.begun = True  # by `prepare`, before it says anything
         self.prepare(device, device, credentials)
         self.run()
 

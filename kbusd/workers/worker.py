@@ -22,6 +22,7 @@ from kbusd.sandbox import apply
 from kbusd.wire.auth import ServerAuth, aliases, usual
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
+from kbusd.workers.errors import Gone
 from kbusd.workers.rehearsal import Rehearsal, get_ready
 
 _SASL_READ = 16384
@@ -98,6 +99,9 @@ def _serve_socket(
         context = engine.in_force(handed_over.generation)
     except EOFError:
         return  # the bus ends
+    except Gone as error:
+        line.send(entries.Leaving(0, str(error)))
+        return
     try:
         started = _authenticate(context, handed_over, client, hand_over.sock)
         if isinstance(started, str):

@@ -255,7 +255,7 @@ def test_a_large_call_to_a_monitor_and_its_receiver(bus: Bus) -> None:
 def half(member: str, to: str, size: int = MIB, seed: int = 5) -> tuple[bytes, bytes]:
     """A call in two halves."""
     fields = {w.PATH: "/", w.MEMBER: member, w.DESTINATION: to, w.SIGNATURE: "ay"}
-    message = w.build(w.CALL, fields, body=array(size, seed), serial=99)
+    message = w.build(w.CALL, fields, body=array(size, seed), serial=99 + seed)
     return message[: len(message) // 2], message[len(message) // 2 :]
 
 

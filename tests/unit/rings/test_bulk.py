@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -53,6 +54,15 @@ class Pair:
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     yield Pair()
+
+
+def pipes() -> int:
+    """How many ends of pipes we have."""
+    count = 0
+    for each in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # what listed them
+            count += os.readlink(f"/proc/self/fd/{each}").startswith("pipe:")
+    return count
 
 
 def where(aux: int) -> tuple[int, int]:
@@ -352,6 +362,13 @@ def test_a_body_goes_by_the_carrier(carried: Carried) -> None:
         aux, told, count = carried.send_carried(body)
         assert count == size - AT
         assert carried.view.read_carried(aux, told) == body
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_area_kept_the_pipe_that_its_last_body_came_by(carried: Carried, keep: bool) -> None:
+    before = pipes()
+    carried.send_carried(bytes(100_000), keep=keep)
+    assert pipes() == before
 
 
 def test_what_the_carrier_has_no_room_for_goes_by_the_area(carried: Carried) -> None:
