@@ -1,6 +1,7 @@
 """The system call filter of a profile in the words of other programs.
 
-What another format can't say is said in a comment, never left out without a word.
+What another format can't say is said in a comment, never left out without a word; JSON has none, so of OCI's
+`left_out` says it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _rules(profile: profiles.Profile, arch: str) -> Iterator[profiles.Rule]:
         yield from (rule for rule in seccomp.rules if rule.when in here)
 
 
-def _left_out(profile: profiles.Profile, arch: str) -> Iterator[str]:
+def left_out(profile: profiles.Profile, arch: str) -> Iterator[str]:
     """In words: rules that hold with SELinux only, or without it only, and not on this machine."""
     here, seccomp = conditions(arch=arch), profile.seccomp
     for rule in seccomp.rules if seccomp is not None and seccomp.enabled else ():
@@ -88,7 +89,7 @@ def lxc(profile: profiles.Profile, arch: str) -> str:
     if not rules:
         lines[1:] = ["denylist"]
     else:
-        lines[2:2] = map("# {}".format, (*_COMPAT.get(arch, ()), *_left_out(profile, arch)))
+        lines[2:2] = map("# {}".format, (*_COMPAT.get(arch, ()), *left_out(profile, arch)))
     for rule in rules:
         lines.append(f"# {rule.why}")
         action = f"errno {getattr(errno, rule.errno)}" if rule.errno else "allow"
@@ -107,7 +108,7 @@ def systemd(profile: profiles.Profile, arch: str) -> str:
     """Lines for a unit (systemd.exec(5)). It knows no arguments, and one errno for all."""
     rules = list(_rules(profile, arch))
     lines = [f"SystemCallArchitectures={_SYSTEMD_ARCHITECTURES[arch]}"]
-    lines += map("# {}".format, _left_out(profile, arch))
+    lines += map("# {}".format, left_out(profile, arch))
     for rule in rules:
         lines.append(f"# {rule.why}")
         if rule.arguments:

@@ -308,6 +308,9 @@ def _export(options: argparse.Namespace) -> int:
     if over := above.above(profile):
         note = f"kbusctl: {profile.name} by itself; in kbusd a call must pass {over.name} as well"
         print(note, file=sys.stderr)
+    if options.format == "oci":
+        for line in export.left_out(profile, options.arch):
+            print(f"kbusctl: {line}", file=sys.stderr)
     print(export.FORMATS[options.format](profile, options.arch))
     return 0
 

@@ -692,7 +692,6 @@ class DBusSocket(Engine):
             if not self.told.startswith(message):
                 raise Gone("was told something else than the bus says")
             self.told = self.told[len(message) :] or None
-            self.output.messages += 1
             return
         if fds:
             self.output.begin_with_fds(fds)
