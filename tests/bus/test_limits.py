@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -363,6 +364,13 @@ def test_what_waits_for_a_service_to_start_had_no_limit(  # type: ignore[no-unty
         "The maximum number of pending activations has been reached, activation of slow.Service"
         f" failed ({limit}={most})"
     )
+    procs.eventually(lambda: sleeping(bus), "the service runs")
+    [service] = sleeping(bus)
+    os.kill(service.pid, signal.SIGKILL)
+
+
+def sleeping(bus: Bus) -> list[procs.Process]:
+    return [each for each in procs.descendants(bus.pid) if each.comm == "sleep"]
 
 
 def test_a_time_as_long_as_can_be_said_ended_the_bus(start_bus) -> None:  # type: ignore[no-untyped-def]
