@@ -119,7 +119,10 @@ class Process:
             taken = worker.merge.one()
         worker.merge.release()
         broken = worker.merge.put_aside()
-        assert not broken, broken
+        assert not broken, [
+            (text, worker.source[reader], reader.statistics(), worker.merge.statistics())
+            for reader, text in broken
+        ]
         return True
 
     def flush(self) -> bool:
