@@ -238,11 +238,14 @@ class Merge:
                 self._scan(source)
                 if self.again:
                     break
-                if source.state == CATCHING_UP and not source.distrusted:
+                if source.state == CATCHING_UP:
+                    # No look at its Ring: what was seen there may have been taken out just now,
+                    # and overwritten.
                     promised = self._promised(source)
-                    if promised < self.cut:
+                    if promised < self.cut and not source.distrusted:
                         self.cut = promised
                         cause = i
+                    continue
                 if source.unicast.newer != source.unicast.seen and not source.distrusted:
                     code = cython.cast(RingReader, source.ring).look(
                         source.unicast.seen, source.unicast.newer, cython.address(head)

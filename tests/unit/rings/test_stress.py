@@ -321,6 +321,39 @@ def test_a_killed_peer_holds_up_nobody() -> None:
     assert frames > 10_000
 
 
+def test_a_demotion_that_takes_longer_than_a_scan() -> None:
+    """What a reader has taken out of a Ring between two scans of it was looked at once more, though
+    the producer may have overwritten it: an honest peer was put aside as hostile."""
+    reader, writer = Worker(0, 4096, 65536, PATIENCE), Worker(1, 4096, 65536, PATIENCE)
+    introduce(reader, writer)
+    followed = reader.followed[1]
+    silent = Ring(4096)  # makes the time between the scans long enough to fill the peer's Ring
+    for _ in range(1000):
+        reader.merge.add(RingReader(silent.fd, reader.status, reader.status.take_slot()))
+    bodies = 0
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while True:
+                writer.join(0)
+                for _ in range(200):
+                    writer.signal([0], bytes(900))
+                    while not writer.to[0].flush():
+                        pass
+                    writer.end()
+        finally:
+            os._exit(1)
+    try:
+        while bodies < 4000:
+            while reader.merge.statistics().following and followed.statistics().unread < 65536:
+                pass  # until it is overrun
+            bodies += len(reader.merge.take())
+            assert not reader.merge.put_aside()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("ring", "broadcast"), [(4096, 4096), (65536, 16384), (262144, 1048576)])
