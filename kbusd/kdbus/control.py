@@ -14,7 +14,7 @@ from kbusd.kdbus.commands import SPECS, BusMake
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.handle import State
 from kbusd.kdbus.port import Caller, Looked
-from kbusd.kdbus.session import Done, fetch
+from kbusd.kdbus.session import Done, check_writable, fetch
 from kbusd.kdbus.waits import Interrupted, Wait, start
 
 
@@ -52,6 +52,7 @@ class Control:
         """Carry out a command, as Session does."""
         handle.check(command, self.state)
         whole = await fetch(caller, SPECS[abi.CMD_BUS_MAKE], address, data)
+        await check_writable(caller, SPECS[abi.CMD_BUS_MAKE], whole)
         decoded = commands.decode_bus_make(whole)
         if decoded.value is not None:
             try:

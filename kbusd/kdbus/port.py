@@ -34,6 +34,9 @@ class Caller(Protocol):
     async def copy(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Its memory at each (address, bytes). Raises Errno EFAULT."""
 
+    async def store(self, address: int, data: bytes) -> None:
+        """Into its memory. Raises Errno EFAULT."""
+
     async def take(self, numbers: Sequence[int]) -> list[int]:
         """Copies of its descriptors, ours to close. Raises Errno: EBADF; EOPNOTSUPP for our own files."""
 

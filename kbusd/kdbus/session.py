@@ -70,6 +70,11 @@ async def fetch(caller: Caller, spec: Spec, address: int, data: bytes) -> bytes:
     return data[:size]
 
 
+async def check_writable(caller: Caller, spec: Spec, whole: bytes) -> None:
+    """Whether the caller can be told what becomes of the file: else it stays as it is. Raises Errno EFAULT."""
+    await caller.store(caller.argument, whole[: spec.fixed.size])
+
+
 class Session:
     """`owner`: the opener owns the bus or is privileged; `custom`: the node is a custom endpoint's."""
 
@@ -138,6 +143,8 @@ class Session:
             data = await fetch(caller, spec, address, data)
         whole = data[: commands.total_size(spec, address, data[:8])]
         pokes: tuple[Poke, ...]
+        if self.state is State.ENDPOINT:
+            await check_writable(caller, spec, whole)
         if command == abi.CMD_SEND:
             return await self._send(caller, address, whole)
         match command:
@@ -225,7 +232,7 @@ class Session:
         if not self._entering:
             self._looking_at = caller
             looked = await self.bus.look(caller)
-            if self._looking_at is caller:
+            if self._looking_at is caller and self.state is State.ENDPOINT:
                 return looked
         raise Errno(errno.EBADFD, f"{what} while another command sets the file up")
 

@@ -153,6 +153,9 @@ class Request:
             at += size
         return found
 
+    async def store(self, address, data):
+        await self._device.ask(self.unique, entries.Store(self.unique, ((address, data),)))
+
     async def take(self, numbers):
         taken = []
         try:

@@ -450,6 +450,34 @@ def test_a_struct_that_ends_at_memory_that_is_not_there(bed: Bed, number: int) -
     assert LIBC.mprotect(ctypes.c_void_p(address + page), page, 3) == 0
 
 
+@pytest.mark.parametrize("number", [abi.CMD_HELLO, abi.CMD_ENDPOINT_MAKE, abi.CMD_BUS_MAKE])
+def test_what_sets_a_file_up_from_memory_that_cant_be_written_leaves_it_as_it_was(
+    bed: Bed, number: int
+) -> None:
+    """Its client could not be told of the connection, bus or endpoint; kdbus ended that."""
+    node = Path(bed.node)
+    control = number == abi.CMD_BUS_MAKE
+    path = str(node.parents[1] / "control") if control else bed.node
+    bloom = items.build(abi.ITEM_BLOOM_PARAMETER, layout.BLOOM_PARAMETER.pack(64, 1))
+    name = items.string(abi.ITEM_MAKE_NAME, f"{os.getuid()}-unwritten")
+    fixed, chain = {
+        abi.CMD_HELLO: (struct.pack("=9Q", 0, 0, 0, 0, 0, 0, 4096, 0, 0) + bytes(16), ()),
+        abi.CMD_ENDPOINT_MAKE: (bytes(16), (name,)),
+        abi.CMD_BUS_MAKE: (bytes(16), (bloom, name)),
+    }[number]
+    with KdbusClient(path, hello=False) as file:
+        data = items.command(bytes(8) + fixed, chain)
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        page[: len(data)] = data
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        assert LIBC.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, mmap.PROT_READ) == 0
+        before = set(os.listdir(node.parents[control]))
+        assert fails(lambda: ioctl(file.fd, number, address)) == "EFAULT"
+        assert set(os.listdir(node.parents[control])) == before
+        assert LIBC.mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 3) == 0
+        ioctl(file.fd, number, address)
+
+
 # -- a process in each state ---------------------------------------------------------------------
 
 

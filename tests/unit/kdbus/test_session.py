@@ -13,7 +13,7 @@ from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.parcel import BYTES, Parcel
 from kbusd.kdbus.port import Known
 from kbusd.kdbus.session import FRESH_NS, Session
-from kbusd.kdbus.waits import Interrupted
+from kbusd.kdbus.waits import Interrupted, Wait
 from tests.unit.kdbus.refused import refused
 from tests.unit.kdbus.world import (
     POOL,
@@ -108,6 +108,19 @@ def test_a_second_hello_while_the_first_waits_is_refused(world: World) -> None:
     world.go()
     client.end(first)
     assert client.id == 1
+
+
+def test_a_hello_whose_struct_took_long_to_come_is_refused_once_another_is_carried_out(
+    world: World,
+) -> None:
+    client = world.client(hello=False)
+    late = client.port.stores = Wait()
+    first = client.begin(abi.CMD_HELLO, client.struct(abi.CMD_HELLO, HELLO))
+    client.port.stores = None
+    client.hello()
+    late.done(None)
+    with refused("EBADFD"):
+        client.end(first)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ class Port:
         self.open: set[int] = set()
         self.attached = False  # whether it gets descriptors,
         self.takes = True  # and whether its socket takes them
+        self.stores: Wait[None] | None = None  # what to write into its memory waits for
         self.handed: list[tuple[int, tuple[int, ...]]] = []
         self.refreshes, self.comm = 0, b"thread"
         self.sees_pids, self.space = True, 0
@@ -336,6 +337,7 @@ class Run:
         self.waits_for: Wait[Any] | None = None
         self.port = port
         self.memory: dict[int, bytes] = {}
+        self.stores = port.stores  # what writing takes, None: no time
         self.result: Done | Errno | Interrupted | None = None
 
     async def peek(self, address: int, least: int, most: int) -> bytes:
@@ -346,6 +348,10 @@ class Run:
 
     async def copy(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         return [await self.peek(address, size, size) for address, size in ranges]
+
+    async def store(self, address: int, data: bytes) -> None:
+        if self.stores is not None:
+            await self.stores
 
     async def take(self, numbers: Sequence[int]) -> list[int]:
         taken = [number + 1000 for number in numbers]
