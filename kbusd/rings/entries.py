@@ -34,11 +34,13 @@ class Process(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Opener(msgspec.Struct, frozen=True, array_like=True):
-    """Who has opened a file by which somebody else says HELLO."""
+    """Who has opened a file by which somebody else says HELLO, or acts as another than he is. `real`: his real
+    uid, whose own may talk to him."""
 
     uid: int
     gid: int
     groups: tuple[int, ...]
+    real: int
 
 
 class Credentials(msgspec.Struct, frozen=True, array_like=True):
@@ -54,17 +56,19 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     endpoint: str = ""  # through which socket it came, "" the bus's own: the supervisor's word
     ipc_owner: bool = False
     """Opened its file with CAP_IPC_OWNER in the bus's user namespace; or is root by a socket, which does not tell."""
-    opener: Opener | None = None  # who opened its file, if that is another
+    opener: Opener | None = (
+        None  # who opened its file, if that is more than `uid`, `gid` and `groups` say
+    )
 
     @property
     def opened_by(self) -> Opener:
         """Who opened its file; itself, if it has none."""
-        return self.opener or Opener(self.uid, self.gid, self.groups)
+        return self.opener or Opener(self.uid, self.gid, self.groups, self.uid)
 
     def by_file_of(self, opener: Credentials) -> Credentials:
         """Of who says HELLO, with what counts of who has opened the file."""
         by = opener.opened_by
-        other = None if by == self.opened_by else by
+        other = None if by == Opener(self.uid, self.gid, self.groups, self.uid) else by
         return msgspec.structs.replace(self, ipc_owner=opener.ipc_owner, opener=other)
 
     def is_privileged(self, owner: int) -> bool:

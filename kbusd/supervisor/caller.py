@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from struct import Struct
 
-from kbusd.rings.entries import Credentials, Process
+from kbusd.rings.entries import Credentials, Opener, Process
 from kbusd.supervisor import calls
 
 HELLO = 0xC0609580  # KDBUS_CMD_HELLO (linux/kdbus.h)
@@ -42,18 +42,20 @@ def credentials(request: bytes, *, whole: bool = True) -> Credentials:
     uid, gid, tid = ids(request)
     number, parent, label, ipc_owner = 0, 0, b"", False
     groups: tuple[int, ...] = ()
-    process = None
+    process = opener = None
     with suppress(OSError, ValueError, KeyError):
         fields = _status(tid)
         number, parent = int(fields[b"Tgid"]), int(fields[b"PPid"])
         groups = _numbers(fields[b"Groups"])
+        if (real := _numbers(fields[b"Uid"])[0]) != uid:
+            opener = Opener(uid, gid, groups, real)
         may = int(fields[b"CapEff"], 16) >> 15 & 1  # CAP_IPC_OWNER
         # By the link, which the SELinux policy lets us read; not by what it leads to.
         ipc_owner = may != 0 and os.readlink(f"/proc/{tid}/ns/user") == _HOME
         with suppress(OSError):  # where no security module labels processes
             label = _read(tid, "attr/current").rstrip(b"\0\n")
         process = _process(tid, parent, fields) if whole else None
-    return Credentials(uid, gid, number, groups, label, parent, process, ipc_owner=ipc_owner)
+    return Credentials(uid, gid, number, groups, label, parent, process, "", ipc_owner, opener)
 
 
 def _process(tid: int, parent: int, fields: dict[bytes, bytes]) -> Process:

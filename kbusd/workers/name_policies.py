@@ -33,7 +33,7 @@ class NamePolicies:
         of the other's. Of who is talked to, and of who hears, it counts who has opened his file."""
         if not self._closed and not self._replica.policies and not asker.custom:
             return None
-        uid = asked.credentials.opened_by.uid
+        uid = asked.credentials.opened_by.real
         if self._view(asker).may_talk(self._subject(asker, hears), uid, asked.names):
             return None
         whom = f"the owner of {min(asked.names)}" if asked.names else asked.name

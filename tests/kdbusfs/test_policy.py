@@ -43,13 +43,13 @@ def test_who_made_it_may_do_anything(made: str) -> None:
 @contextlib.contextmanager
 def acting_as(uid: int) -> Iterator[None]:
     """What is done meanwhile, another user does."""
-    os.setegid(uid)
-    os.seteuid(uid)
+    os.setresgid(uid, uid, 0)
+    os.setresuid(uid, uid, 0)
     try:
         yield
     finally:
-        os.seteuid(0)
-        os.setegid(0)
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
 
 
 def as_user(uid: int, node: str, **how: Any) -> KdbusClient:
@@ -123,6 +123,21 @@ def test_whose_a_connection_is_for_his_own_is_who_opened_the_file(made: str) -> 
             each.send(abi.DST_ID_BROADCAST, said, signal_filter(), flags=abi.MSG_SIGNAL)
         assert heard(file) == heard(one) == [b"one's", b"the file's"]
         assert heard(two) == [b"two's"]
+
+
+def test_ones_own_are_those_that_he_really_is(made: str) -> None:
+    """kdbus asks for the real uid of who has opened the file, whomever he acts as."""
+
+    def child() -> None:
+        os.setresuid(2, 1, 0)
+        with KdbusClient(made) as mine:
+            os.setresuid(-1, 0, -1)
+            with as_user(1, made) as effective, as_user(2, made) as real:
+                assert fails(lambda: effective.send(mine.id, b"x")) == "EPERM"
+                real.send(mine.id, b"to my own")
+            assert mine.recv().payload == b"to my own"
+
+    in_a_child(child)
 
 
 def heard(client: KdbusClient) -> list[bytes]:
