@@ -809,6 +809,14 @@ class Nodes(msgspec.Struct, frozen=True, array_like=True, tag="nodes"):
     nodes: tuple[Node, ...]
 
 
+class Open(msgspec.Struct, frozen=True, array_like=True, tag="open"):
+    """supervisor -> tree. This number, which a tree before has given, is that of a file of the endpoint; it is open."""
+
+    number: int
+    bus: str
+    endpoint: str
+
+
 class Soon(msgspec.Struct, frozen=True, array_like=True, tag="soon"):
     """supervisor -> worker. A client is about to come, most likely to this worker."""
 
@@ -1005,4 +1013,4 @@ class Changed(msgspec.Struct, frozen=True, array_like=True, tag="changed"):
 
 
 FromTree = Answered | Opened | Changed
-ToTree = Asked | Nodes
+ToTree = Asked | Nodes | Open

@@ -98,6 +98,7 @@ class Mount(Connection):
     # -- the tree ----------------------------------------------------------------------------------
 
     def _want_tree(self, first: int) -> None:
+        self.first = first
         me = entries.Credentials(os.geteuid(), os.getegid(), os.getpid())
         work = partial(self._employ_tree, first)
         self.devices.call(partial(self.host.openers.add, me, work))
@@ -125,6 +126,11 @@ class Mount(Connection):
         if opcode in _UNANSWERED:
             self.pass_on(tree, request)
             return
+        inode = _INODE.unpack_from(request)[0]
+        file = self.files.get(self.inodes.get(inode, 0)) if inode < self.first else None
+        if file is not None:
+            with suppress(OSError):
+                tree.say(entries.Open(inode, file.bus[len(self.domain.prefix) :], file.endpoint))
         self.held[unique] = tree, request
         self.asked[unique] = time.monotonic()
         self.look()

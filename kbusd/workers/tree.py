@@ -70,6 +70,13 @@ class Tree:
         for bus in self.buses.keys() - set(left.values()):
             self.directories[self._number()] = bus
 
+    def know(self, file: entries.Open) -> None:
+        """There is this one, which a tree before has found. Of an endpoint that is no more nothing is known."""
+        node = self.buses.get(file.bus, {}).get(file.endpoint)
+        if node is not None:
+            known = File(file.bus, file.endpoint, node, opened=True)
+            self.files.setdefault(file.number, known)
+
     def _number(self) -> int:
         self.next += 1
         return self.next - 1
@@ -207,9 +214,13 @@ def serve(line: Line, start: entries.Tree) -> None:
         poller.poll(0.01 if line.queue else None)
         try:
             while (received := line.receive()) is not None:
-                if isinstance(received[0], entries.Nodes):
-                    tree.plant(received[0].nodes)
-                    continue
+                match received[0]:
+                    case entries.Nodes(nodes):
+                        tree.plant(nodes)
+                        continue
+                    case entries.Open() as file:
+                        tree.know(file)
+                        continue
                 answer = tree.answer(received[0].request)
                 if tree.changed is not None:
                     line.send(tree.changed)

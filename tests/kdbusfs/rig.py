@@ -35,7 +35,7 @@ SECONDS = 10.0
 BUS = "0-test/bus"
 NODE = entries.Node("0-test", "bus", 0o666, 0, 0)
 
-TO_WORKER = entries.Device | entries.Tree | entries.ToDeviceWorker
+TO_WORKER = entries.Device | entries.Tree | entries.ToDeviceWorker | entries.Open
 
 Message = TypeVar("Message")
 
@@ -178,7 +178,7 @@ class Rig:
         if isinstance(message, entries.Device):
             player.device = message
         elif not silent:
-            line = Line(player.line.sock, entries.Asked, bytearray(MAX_RECORD))
+            line = Line(player.line.sock, entries.ToTree, bytearray(MAX_RECORD))
             threading.Thread(target=tree.serve, args=(line, message), daemon=True).start()
         return player
 

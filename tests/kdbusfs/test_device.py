@@ -135,6 +135,27 @@ def test_what_was_changed_in_the_tree_was_forgotten_when_its_worker_was_killed()
 
 
 @everywhere(NATIVE)
+def test_a_file_that_was_open_when_its_tree_died_was_stale() -> None:
+    def client(path: str) -> Any:
+        with opened(path) as fd:
+            before = os.fstat(fd)
+            fcntl.ioctl(fd, PLAIN)
+            after = os.fstat(fd)
+            os.fchmod(fd, 0o640)
+            again = errno_of(lambda: os.open(f"/proc/self/fd/{fd}", os.O_RDWR))
+            return before == after, os.fstat(fd).st_mode, os.stat(path).st_mode, again
+
+    rig = Rig(client)
+    player = rig.hire()
+    unique, _ = player.asked(requests.Ioctl)
+    for tree in (1, 3):
+        rig.kill_tree(tree)
+        rig.hire()
+    player.answer(unique)
+    assert rig.end() == [True, 0o100640, 0o100640, "ESTALE"]
+
+
+@everywhere(NATIVE)
 def test_an_ioctl_goes_to_the_worker_of_its_file() -> None:
     def client(path: str) -> Any:
         with opened(path) as fd, opened(path) as other:
@@ -1258,6 +1279,8 @@ def lie_of_nodes(liar: Player) -> None:
             message = liar.receive()[0]
         except EOFError:
             return
+        if isinstance(message, entries.Open):
+            continue
         request = requests.decode(message.request)
         unique = request.header.unique
         match request.body:
