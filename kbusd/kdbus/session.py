@@ -999,7 +999,7 @@ class Session:
             passed = _passed(source.id, parcel, parts, entry.fds)
             if self.bus.find(source.id) is not None:
                 coming[source.id] += 1
-                if source.kdbus and source.id != self.id:
+                if source.id != self.id:
                     left = self._left.keep(*passed, entry.fds)
                     self._left_until.append((self.bus.clock()[0] + LEFT_NS, left))
                     self.kept -= len(entry.fds)

@@ -805,7 +805,8 @@ class Engine:
     def _send_again(self, name, old):
         """A name went from its activator to an owner, or back: so does what nobody has read of it."""
         head: FrameHead
-        for serial, held in self.kept.take(name).items():
+        kept = self.kept.take(name)
+        for serial, held in kept.items():
             source: cython.p_char = held.head
             memcpy(cython.address(head), source, cython.sizeof(FrameHead))
             # Unless it has failed meanwhile.
@@ -814,6 +815,18 @@ class Engine:
                 if self.replica.connections[self.replica.names[name]].kdbus is not None:
                     self.kept.keep(name, serial, held)
             close_all(held.fds)
+        had = self.replica.connections.get(old)
+        if kept and had is not None and had.kdbus is not None and old != self.id:
+            # Who had it keeps it till we say so, as we might have gone (kdbus_bus.py).
+            memset(cython.address(head), 0, cython.sizeof(FrameHead))
+            head.kind = ACK
+            self._send(
+                self.peers.peer(old),
+                cython.address(head),
+                b"again:" + name.encode(),
+                cython.NULL,
+                (),
+            )
 
     # -- the broker ----------------------------------------------------------------------------
 

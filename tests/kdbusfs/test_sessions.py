@@ -269,17 +269,25 @@ def test_an_activator_waits_for_no_sender_whose_worker_hangs(bus: KdbusBus) -> N
 
 
 @pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("sender", ["kdbus", "dbus"])
 def test_what_was_sent_to_a_name_was_lost_if_its_sender_went_just_while_that_moved(
-    bus: KdbusBus, back: bool
+    bus: KdbusBus, sender: str, back: bool
 ) -> None:
     """Whose worker is stopped stands for one that ends before it has seen that the name has moved."""
     a, b = activator(bus), bus.kdbus()
     others = pids(bus)
-    c = bus.kdbus()
-    (hung,) = pids(bus) - others
+    c = bus.kdbus() if sender == "kdbus" else bus.connect()
     if back:
         b.acquire(NAME)
-    c.send(0, b"still here", to_name(NAME))
+    if isinstance(c, KdbusClient):
+        (hung,) = pids(bus) - others
+        id, sent = c.id, b"still here"
+        c.send(0, sent, to_name(NAME))
+    else:
+        hung = bus.worker_of(c).pid
+        id, sent = int(c.name[3:]), b"StillHere"
+        c.send_call(NAME, "/x", "com.example.I", "StillHere")
+        procs.eventually((b if back else a).readable, "it is there")
     os.kill(hung, signal.SIGSTOP)
     moves = threading.Thread(target=lambda: b.release(NAME) if back else b.acquire(NAME))
     moves.start()
@@ -288,7 +296,27 @@ def test_what_was_sent_to_a_name_was_lost_if_its_sender_went_just_while_that_mov
     os.kill(hung, signal.SIGKILL)
     moves.join()
     got = owner.recv()
-    assert (got.payload, got.src) == (b"still here", c.id)
+    assert sent in got.payload and got.src == id
+    assert not owner.readable(0)
+
+
+@pytest.mark.parametrize("sender", ["kdbus", "dbus"])
+def test_what_its_sender_has_sent_again_comes_once_though_he_goes_then(
+    bus: KdbusBus, sender: str
+) -> None:
+    activator(bus)
+    b, c, d = bus.kdbus(), bus.kdbus(), bus.connect()
+    if sender == "kdbus":
+        c.send(0, b"once", to_name(NAME))
+    else:
+        d.send_call(NAME, "/x", "com.example.I", "Do")
+        d.driver("GetId")  # its call is on the way
+    b.acquire(NAME)
+    c.close()
+    d.close()
+    gone = {c.id, int(d.name[3:])}
+    procs.eventually(lambda: gone.isdisjoint(b.list(abi.LIST_UNIQUE)), "they are gone")
+    assert b.recv_now() and fails(b.recv_now) == "EAGAIN"
 
 
 def test_calls_to_an_activator_are_answered_by_the_service(bus: KdbusBus) -> None:
