@@ -128,7 +128,8 @@ class Stage:
 
     def _welcome(self) -> None:
         while not isinstance((received := self.line.receive() or ("",))[0], entries.AskFacts):
-            pass
+            if isinstance(received[0], entries.Store):  # whether it can be told of its connection
+                self.line.send(entries.Stored(received[0].unique, 0))
         self.line.send(entries.Facts(received[0].unique, {}, self.me))
         request, _ = self._asked(entries.Hello)
         people = tuple((id, self.me) for id in (ME, SLOW, QUICK))
