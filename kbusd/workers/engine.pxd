@@ -47,6 +47,7 @@ cdef class Engine:
     cdef list said      # by the broker
     cdef object answer  # of the broker's, to which the log has not come yet
     cdef uint64_t answer_at
+    cdef uint64_t log_stamp  # of the last entry of the log that was read
     cdef list later     # answers behind that one
 
     cdef void _loop(self) except *

@@ -933,9 +933,14 @@ class Engine:
                 source = self.merge.next(cython.address(head), cython.address(payload))
                 if source is None:
                     break
-                while self.answer is not None and head.stamp > self.answer_at:
+                while (
+                    self.answer is not None
+                    and head.stamp > self.answer_at
+                    and (source is self.log or self._is_caused_read())
+                ):
                     self._answered()
                 if source is self.log:
+                    self.log_stamp = head.stamp
                     self._log_entry(_bytes(payload + head.envelope_length, head.body_length))
                     continue
                 peer = self.peers.by_source[source]
@@ -953,7 +958,7 @@ class Engine:
             if rounds >= ROUNDS and self.log.position >= position:
                 self.more = True  # a flood keeps us from nothing else that we have to do
                 break
-        while self.answer is not None and not self.more:
+        while self.answer is not None and not self.more and self._is_caused_read():
             self._answered()
         if not self.merge.broken:
             return
@@ -962,6 +967,15 @@ class Engine:
                 self._behind()
             else:
                 self.peers.drop(self.peers.by_source[source], text)
+
+    def _is_caused_read(self) -> cython.bint:
+        """Whether what the answer tells the end of has been read in the log. It stands there, but while a peer
+        has promised something, the log is held back, and is not to be overtaken by the answer."""
+        return (
+            self.log_stamp >= self.answer_at
+            or self.log.position == self.log.head()
+            or self.fetching > 0
+        )
 
     def _behind(self):
         """The log has gone round before we read it: start again from a snapshot."""

@@ -66,7 +66,7 @@ cdef class Peers:
     cdef Peer me
     cdef dict known, by_source
     cdef list bells_of, no_bells  # whose bells are listened to, None where there is none; where that is
-    cdef set meeting
+    cdef set meeting, unsure
     cdef list touched, backlogged, full, bulks, lost, unmet
     cdef int slow
     cdef bint begun

@@ -379,6 +379,7 @@ class Peers:
         self.bells_of = []
         self.no_bells = []
         self.meeting = set()
+        self.unsure = set()  # who introduced themselves, and may not have our half yet
         self.touched = []
         self.backlogged = []
         self.full = []
@@ -707,6 +708,7 @@ class Peers:
         for item in (*self.meeting, *self.backlogged):
             peer = item
             peer.late = True
+            self.unsure.discard(peer)
         self.meeting.clear()
         self.slow = 0
         self.stall_until = 0
@@ -734,14 +736,18 @@ class Peers:
         """Whether all of `peers` are introduced, or are not waited for; asks for introductions.
 
         A message waits for all whom it concerns: else one of them could react to it before another
-        has it."""
+        has it, or what our client asks of the bus next could be in the log before it."""
         peer: Peer
         met = True
         for item in peers:
             peer = item
-            if peer is self.me or peer.state == READY or peer.state == GONE or peer.late:
+            if peer is self.me or peer.state == GONE or peer.late:
                 continue
-            if peer.state == NEW:
+            if peer.state == READY:
+                if peer not in self.unsure:
+                    continue
+                self.meeting.add(peer)  # till it rings
+            elif peer.state == NEW:
                 self.introduce(peer)
             met = False
         return met
@@ -795,7 +801,8 @@ class Peers:
             self._introduced(peer, entries.Failure(0, LIMITS_EXCEEDED, TOO_MANY), [])
 
     def _introduced(self, peer: Peer, answer, fds):
-        self.meeting.discard(peer)
+        if peer not in self.unsure:
+            self.meeting.discard(peer)
         if peer.state != ASKED:  # the peer's own introduction came first, or the peer went
             return
         if isinstance(answer, entries.Failure):
@@ -804,6 +811,8 @@ class Peers:
         if answer.value is None or len(fds) != MEMFDS + SHARED:
             return
         self._meet(peer, answer.value[0], answer.value[1], fds)
+        if peer.state == READY:
+            ring_doorbell(peer.bell)  # from here on we see what it writes
 
     def introduced_by(self, message, fds):
         """A peer wants to reach us: entries.Introduction. Raises Gone."""
@@ -824,6 +833,8 @@ class Peers:
                 peer.again()
             return  # the broker gives up waiting for our answer, and says so to both
         self._meet(peer, message.slot, message.broadcast_slot, fds)
+        if peer.state == READY:
+            self.unsure.add(peer)
 
     def _meet(self, peer: Peer, their_slot, their_broadcast_slot, fds):
         """Map the peer's half. A half that breaks a rule is the peer's loss alone. What is taken of `fds` does not
@@ -868,10 +879,17 @@ class Peers:
             return  # it was let go of since
         peer: Peer = cython.cast(Peer, item)
         heard: Heard = hear(peer.bell, peer.refuses)
+        if peer in self.unsure:
+            self._is_sure(peer)
         if heard == OVER:
             self._unheard(peer)  # the log says so, too, if it is gone
         elif heard == GIFTS:
             self.drop(peer, "it sends descriptors along with its bell")
+
+    def _is_sure(self, peer: Peer):
+        """No message has to wait for the peer to have our half."""
+        self.unsure.discard(peer)
+        self.meeting.discard(peer)
 
     def _unheard(self, peer: Peer):
         if peer.bell_at >= 0:
@@ -922,6 +940,7 @@ class Peers:
     def detach(self, peer: Peer):
         """Neither its rings nor its bell are looked at any more."""
         self._unheard(peer)
+        self._is_sure(peer)
         if peer.reader is not None:
             self.fanout.leave(peer.subscriber)
             self.merge.remove(peer.reader)

@@ -11,7 +11,7 @@ import pytest
 
 from . import procs
 from .daemon import Bus
-from .rawclient import DRIVER, RawClient
+from .rawclient import DRIVER, DRIVER_PATH, RawClient
 
 ALLOW_REPLACEMENT, REPLACE_EXISTING, DO_NOT_QUEUE = 1, 2, 4
 PRIMARY, IN_QUEUE, EXISTS, ALREADY = 1, 2, 3, 4
@@ -223,3 +223,26 @@ def test_only_the_affected_client_is_told(bus: Bus, name: str) -> None:
 
 def test_unknown_flags_are_ignored(bus: Bus, name: str) -> None:
     assert bus.connect().request_name(name, 0xFFFFFFF8) == PRIMARY
+
+
+def test_the_first_signals_of_two_clients_to_each_other_came_behind_the_names_they_took_next(
+    bus: Bus,
+) -> None:
+    """Each was introduced to the other; who was asked to wrote before who had asked could read it."""
+    for _ in range(40):
+        pair = [bus.connect() for _ in range(2)]
+        for client in pair:
+            client.add_match("type='signal',interface='a.First'")
+            client.add_match(f"type='signal',sender='{DRIVER}',member='NameOwnerChanged'")
+        for client in pair:
+            client.signal("/", "a.First", "Before")
+            client.send_call(
+                DRIVER, DRIVER_PATH, DRIVER, "RequestName", "su", (f"a.N{client.name[3:]}", 0)
+            )
+        for client, other in (pair, pair[::-1]):
+            taken = f"a.N{other.name[3:]}"
+            client.wait(
+                lambda m, taken=taken: m.member == "NameOwnerChanged" and m.args[0] == taken
+            )
+            assert other.name in [m.sender for m in client.inbox if m.member == "Before"]
+        bus.close_clients()

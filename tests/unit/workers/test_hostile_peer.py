@@ -756,3 +756,27 @@ def test_what_came_while_a_new_policy_was_fetched_was_judged_by_the_old_one(
         assert stage.read().reply_serial == 77
     message = stage.read()
     assert (message.interface, message.member) == ("a.b", "Seen")
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_an_answer_came_before_what_it_tells_the_end_of_while_a_peer_held_up_the_log(
+    start: Start, writes: bool
+) -> None:
+    """And so did what the client sent to itself next. `writes`: what the peer sends meanwhile passes."""
+    stage = start()
+    assert stage.read().member == "NameAcquired"  # its unique name
+    begun = stage.clock.tick()
+    fields = {w.PATH: "/", w.DESTINATION: "org.freedesktop.DBus", w.MEMBER: "RequestName"}
+    stage.client.sendall(w.build(w.CALL, fields, "su", ("t.Name", 0), serial=77))
+    request = stage.asked(entries.RequestName)
+    stage.broadcast.open_many(begun)
+    stamp = stage.clock.tick()
+    entry = entries.NameOwnerChanged("t.Name", 0, VICTIM)
+    stage.log.append(LOG, stamp, b"", msgspec.msgpack.encode(entry))
+    if writes:
+        stage.write(
+            Envelope(SIGNAL, False, f":1.{VICTIM}", "/x", "a.b", "Sent", None, ""), serial=1
+        )
+    stage.broker.send(entries.Reply(request.request, 1, stamp))
+    came = [stage.read() for _ in range(3 if writes else 2)]
+    assert [each.member for each in came if each.member != "Sent"] == ["NameAcquired", None]
