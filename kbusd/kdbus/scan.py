@@ -1,4 +1,4 @@
-"""An ordinary message of a sender, read in one go: vectors to one connection, by its id or by a name.
+"""An ordinary message of a sender, read in one go: vectors and memfds to one connection, by its id or by a name.
 
 Whatever else it may be, wrong or only rare, is for `commands.parse_message` and `message.examine`, which
 say what of it is wrong; what this reads, they read as the same.
@@ -6,16 +6,19 @@ say what of it is wrong; what this reads, they read as the same.
 
 import cython
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING
-from cython.cimports.libc.stdint import int64_t, uint8_t, uint64_t
+from cython.cimports.libc.stdint import int32_t, int64_t, uint8_t, uint64_t
 from cython.cimports.libc.string import memchr
 
 from kbusd.kdbus import abi, layout, names
-from kbusd.kdbus.message import Header, Message, Vector
+from kbusd.kdbus.message import Header, Memfd, Message, Vector
 
 HEAD = cython.declare(uint64_t, layout.MESSAGE.size)
 ITEM = cython.declare(uint64_t, layout.ITEM.size)
 VECTOR = cython.declare(uint64_t, layout.ITEM.size + layout.VECTOR.size)
 PAYLOAD_VEC = cython.declare(uint64_t, abi.ITEM_PAYLOAD_VEC)
+MEMFD = cython.declare(uint64_t, layout.ITEM.size + layout.MEMFD.size)
+PAYLOAD_MEMFD = cython.declare(uint64_t, abi.ITEM_PAYLOAD_MEMFD)
+MAX_MEMFDS = cython.declare(cython.int, abi.MAX_MEMFDS)
 DST_NAME = cython.declare(uint64_t, abi.ITEM_DST_NAME)
 BROADCAST = cython.declare(uint64_t, abi.DST_ID_BROADCAST)
 KERNEL = cython.declare(uint64_t, abi.PAYLOAD_KERNEL)
@@ -38,6 +41,7 @@ def scan(data, sender):
     name = None
     parts: list = []
     total: uint64_t = 0
+    memfds: cython.int = 0
     size: uint64_t
     at: uint64_t = HEAD
     while at < end:
@@ -52,6 +56,14 @@ def scan(data, sender):
             if total > MAX_PAYLOAD or (item[3] and item[2] - 1 > ~item[3]):  # or wraps around
                 return None
             parts.append(Vector(item[2], item[3]))
+        elif item[1] == PAYLOAD_MEMFD:
+            if size != MEMFD or item[3] == 0 or item[3] > ~item[2] or memfds == MAX_MEMFDS:
+                return None
+            number = cython.cast(cython.pointer(int32_t), item)[8]
+            if number < 0:
+                return None
+            memfds += 1
+            parts.append(Memfd(item[2], item[3], number))
         elif item[1] == DST_NAME and name is None and size > ITEM:
             text = begin + at + ITEM
             size -= ITEM

@@ -552,20 +552,24 @@ class Session:
         """An ordinary SEND without flags: `found` is its message, `data` the bytes of the vectors."""
         pokes = (commands.return_flags(0),)
         with _writing(pokes):
-            await self._pass_on(caller, found, data, (), False)
+            await self._post(caller, found, False, data)
         return Done(_at(caller.argument, pokes))
 
-    async def _post(self, caller: Caller, found: message.Message, sync: bool) -> Entry | None:
-        """Send a message that has been examined; the reply, if it is `sync`."""
+    async def _post(
+        self, caller: Caller, found: message.Message, sync: bool, data: bytes | None = None
+    ) -> Entry | None:
+        """Send a message that has been examined, with `data` in its vectors if that is known; the reply, if it is
+        `sync`."""
         memfds = [part.fd for part in found.parts if isinstance(part, message.Memfd)]
-        vectors = [
-            (part.address, part.size)
-            for part in found.parts
-            if isinstance(part, message.Vector) and part.address
-        ]
         fds = await caller.take([*memfds, *found.fds]) if memfds or found.fds else []
         try:
-            data = b"".join(await caller.copy(vectors)) if vectors else b""
+            if data is None:
+                vectors = [
+                    (part.address, part.size)
+                    for part in found.parts
+                    if isinstance(part, message.Vector) and part.address
+                ]
+                data = b"".join(await caller.copy(vectors)) if vectors else b""
             return await self._pass_on(caller, found, data, fds, sync)
         finally:
             self.bus.close(fds)

@@ -4,7 +4,7 @@ cdef size_t PAGE
 cdef int RING_SEALS, LARGE_SEALS
 
 cdef int create(const char *name, size_t size) noexcept
-cdef int add_seals(int fd, int seals) noexcept
+cdef int add_seals(int fd, int seals) noexcept nogil
 cdef int64_t sealed_size(int fd, int seals) noexcept
 cdef uint8_t *map_whole(int fd, size_t size, bint writable) noexcept
 cdef uint8_t *map_twice(int fd, size_t size, bint writable) noexcept

@@ -16,6 +16,7 @@ import os
 import cython
 from cython.cimports.kbusd.rings.libc import (
     _SC_PAGESIZE,
+    EBUSY,
     EINVAL,
     F_ADD_SEALS,
     F_GET_SEALS,
@@ -52,6 +53,7 @@ from cython.cimports.libc.stdint import int64_t, uint8_t
 PAGE = sysconf(_SC_PAGESIZE)
 RING_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE
 LARGE_SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE
+SEAL_TRIES = cython.declare(cython.int, 8)
 
 _NAMES = {
     F_SEAL_SHRINK: "shrink",
@@ -83,8 +85,16 @@ def create(name, size) -> cython.int:
 
 
 def add_seals(fd, seals) -> cython.int:
-    """Add `seals` and forbid more: 0 or -errno."""
-    return -errno if fcntl(fd, F_ADD_SEALS, seals | F_SEAL_SEAL) < 0 else 0
+    """Add `seals` and forbid more: 0 or -errno.
+
+    Against writing it takes till nobody in the kernel holds a page of it, which is EBUSY after 0.16 s: who only
+    looks at pages, as what counts their use does, may have lost its core."""
+    tries: cython.int = 0
+    while fcntl(fd, F_ADD_SEALS, seals | F_SEAL_SEAL) < 0:
+        tries += 1
+        if errno != EBUSY or tries == SEAL_TRIES:
+            return -errno
+    return 0
 
 
 def sealed_size(fd, seals) -> int64_t:
@@ -208,7 +218,10 @@ def sealed(name: str | bytes, data: bytes | memoryview) -> int:
         view = memoryview(data)
         while view.nbytes:
             view = view[os.write(fd, view) :]
-        code: cython.int = add_seals(fd, LARGE_SEALS)
+        code: cython.int
+        number: cython.int = fd
+        with cython.nogil:
+            code = add_seals(number, LARGE_SEALS)
         if code < 0:
             raise OSError(-code, f"sealing a memfd: {os.strerror(-code)}")
     except BaseException:

@@ -24,6 +24,7 @@ from kbusd.kdbus import abi, layout, waits
 from kbusd.kdbus.commands import SPECS
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.handle import State
+from kbusd.kdbus.message import Vector
 from kbusd.kdbus.session import PEEK as _PEEK
 from kbusd.kdbus.session import READABLE as _READABLE
 from kbusd.kdbus.waits import Interrupted, Wait
@@ -345,7 +346,7 @@ class Requests:
         looked: list = [(at, size)]
         pieces: list = []
         for vector in found.parts:
-            if vector.address:
+            if type(vector) is Vector and vector.address:
                 part = held._find(vector.address, vector.size)
                 if part is None:
                     return None

@@ -242,7 +242,15 @@ def test_whatever_is_read_quickly_is_read_the_same_in_general(
 
 @pytest.mark.parametrize("flags", [0, REPLY])
 @pytest.mark.parametrize(
-    "chain", [(), (vec(10),), (vec(10), vec(3, 0), NAME), (NAME, vec(2 << 20))]
+    "chain",
+    [
+        (),
+        (vec(10),),
+        (vec(10), vec(3, 0), NAME),
+        (NAME, vec(2 << 20)),
+        (memfd(0, 1 << 20),),
+        (vec(10), memfd(4096, 9, 5), *[memfd(0, 1)] * 15),
+    ],
 )
 def test_most_messages_are_read_quickly(chain: tuple[bytes, ...], flags: int) -> None:
     fixed = layout.MESSAGE.pack(0, flags, -3, 9, ME, abi.PAYLOAD_DBUS, 11, 5)

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 
 import pytest
 
@@ -142,3 +143,39 @@ def test_the_mapping_outlives_the_descriptor() -> None:
     frame = reader.read()
     assert frame is not None
     assert (frame.envelope, frame.body) == (b"e", b"b")
+
+
+def test_who_holds_a_page_for_a_moment_does_not_keep_us_from_sealing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the kernel gives up waiting for, after 0.16 s, with EBUSY."""
+    held, holder = os.pipe()
+    others, other = os.pipe()
+    busy = os.memfd_create("busy", os.MFD_ALLOW_SEALING)
+    os.write(busy, bytes(PAGE))
+    os.splice(busy, other, PAGE, offset_src=0)  # which holds the page, till it is read
+
+    def let_go() -> None:
+        for _ in range(2):  # as long as the kernel waits, twice
+            with pytest.raises(OSError, match="busy"):
+                fcntl.fcntl(busy, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        os.read(held, PAGE)
+
+    write = os.write
+
+    def hold(fd: int, data: memoryview) -> int:
+        done = write(fd, data)
+        os.splice(fd, holder, PAGE, offset_src=0)
+        thread.start()
+        return done
+
+    thread = threading.Thread(target=let_go)
+    monkeypatch.setattr(os, "write", hold)
+    try:
+        fd = memfd.sealed("held", bytes(PAGE))
+        assert memfd.check_sealed(fd, PAGE) == PAGE
+        os.close(fd)
+    finally:
+        thread.join()
+        for each in (held, holder, others, other, busy):
+            os.close(each)
