@@ -52,6 +52,7 @@ from kbusd.rings.entries import (
     Listening,
     LogEntry,
     Look,
+    Looked,
     Reconfigured,
     ReloadAsked,
     ReloadWanted,
@@ -334,7 +335,7 @@ class Server:
             self._end_launcher(self._launcher)
         self._launcher = Line(sock, FromLauncher)
         self._epoll.register(sock.fileno(), _READ)
-        self._bus.activation.launcher_ready()
+        self._bus.activation.watching.launcher_ready()
         waiting, self._to_launcher = self._to_launcher, []
         for message in waiting:
             self._tell_launcher(message)
@@ -346,8 +347,10 @@ class Server:
                 close_all(fds)
                 if isinstance(message, LaunchEnded):
                     self._bus.activation.ended(message.job, message.status, message.error)
+                elif isinstance(message, Looked):
+                    self._bus.activation.watching.looked(message)
                 else:
-                    self._bus.activation.looked(message)
+                    self._bus.activation.watching.changed()
         except EOFError:
             self._end_launcher(line)
         except LineError as error:
