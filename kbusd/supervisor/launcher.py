@@ -5,7 +5,7 @@ FILES how many descriptors a service may open (the supervisor itself has raised 
 Privileged where the bus is root's: a service may have to run as another user, so this process
 keeps the right to change to one. It reads only the broker's records, never a client's bytes; the
 programs and users are those of the service files. When the line closes it ends, and the services
-live on.
+live on; what they say goes where the bus's own words go.
 
 It also watches the directories that the configuration was read from (watch.py): it may look
 anywhere as it is, and broker and supervisor need not be able to.
@@ -142,7 +142,10 @@ def start(arguments: tuple[str, ...], environment: Mapping[str, str]) -> int:
         arguments[0],
         arguments,
         environment,
-        file_actions=[(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)],
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, 2, 1),  # ours is nowhere; by 2 goes what the bus has to say
+        ],
         setsid=True,
         setsigmask=(),
         setsigdef=default_signals(),
@@ -165,6 +168,7 @@ def start_as(user: str, arguments: tuple[str, ...], environment: Mapping[str, st
             os.setsid()
             null = os.open("/dev/null", os.O_RDONLY)
             os.dup2(null, 0)
+            os.dup2(2, 1)
             for number in default_signals():
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -220,9 +224,11 @@ def main() -> int:
         for warning in apply.confine(profile):
             say(warning)
         launcher.run()
-    except (SandboxError, LineError) as error:
+    except SandboxError as error:
         say(f"ended: {error}")
-        return 1
+        return 1  # and so would the next
+    except (LineError, OSError) as error:
+        say(f"ended: {error}")
     return 0
 
 

@@ -144,3 +144,10 @@ def test_a_service_that_was_looked_for_and_starts_slowly_holds_up_nothing(
     assert client.wait_call("M").serial == call
     with (tmp_path / "gate").open("wb"):
         pass  # it ends
+
+
+def test_what_a_service_writes_to_its_stdout_is_in_the_log(bus: Bus) -> None:
+    add_service(bus, "test.watch.Words", executable="/bin/sh -c 'echo words of a service; exit 1'")
+    with pytest.raises(BusError):
+        bus.connect().driver("StartServiceByName", "su", ("test.watch.Words", 0))
+    procs.eventually(lambda: "words of a service\n" in bus.log(), "they are")

@@ -177,8 +177,19 @@ def test_services_outlive_the_launcher(launcher: Launcher, tmp_path: Path) -> No
 
 
 def test_a_record_that_does_not_decode_ends_it(launcher: Launcher) -> None:
+    """Not as what another would end by as well: then it is started anew."""
     launcher.line.sock.send(b"\xc1")
-    assert launcher.process.wait(SECONDS) == 1
+    assert launcher.process.wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("user", ["", "daemon"] if os.geteuid() == 0 else [""])
+def test_what_services_wrote_to_their_stdout_was_lost(user: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as log:
+        launcher = Launcher(stderr=log.fileno())
+        assert launcher.run("/bin/sh", "-c", "echo said; echo loudly >&2", user=user).status == 0
+        assert launcher.end() == 0
+        log.seek(0)
+        assert log.read() == "said\nloudly\n"
 
 
 # -- what it watches -------------------------------------------------------------------------------
