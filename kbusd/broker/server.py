@@ -299,6 +299,8 @@ class Server:
                     self._forget(worker, reason)
                 case LauncherLine() if len(fds) == 1:
                     self._start_launcher(adopt(fds.pop()))
+                case LauncherLine() if self._supervisor.lost:
+                    self.say("the launcher's line is lost: no more descriptors (RLIMIT_NOFILE)")
                 case Reconfigured() if len(fds) == 1:
                     self._reconfigure(fds.pop())
                 case Reconfigured() if self._supervisor.lost:
