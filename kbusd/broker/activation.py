@@ -5,9 +5,8 @@ has an owner, when the service fails, or when it takes too long (then it is kill
 order of the checks are dbus-daemon's. A service that exits with status 0 may have forked, so it
 is waited for until the time is up.
 
-A name that no service file provides may have got one since the configuration was read: the
-launcher looks whether a service directory has changed, and only then, at most every
-`READ_SECONDS`, the configuration is read again.
+A name that no service file provides may have got one since the configuration was read: so it is looked
+whether anything has changed (watching.py) before somebody is told so.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from kbusd.broker.refusal import (
     TIMED_OUT,
     Refused,
 )
+from kbusd.broker.watching import Watching
 from kbusd.policy.configuration import Configuration
 from kbusd.policy.services import Service
-from kbusd.rings.entries import Failure, Launch, Looked, Reply, StartService
+from kbusd.rings.entries import Failure, Launch, Reply, StartService
 
 STARTED = 1
 RUNNING = 2
-READ_SECONDS = 1.0  # reading the configuration costs a process; unknown names cost nothing
 MAX_LOOKING = 256
 MAX_VARIABLES = 4096
 MAX_VARIABLE_BYTES = 128 * 1024  # execve(2): MAX_ARG_STRLEN
@@ -63,7 +62,7 @@ class Pending:
 
 class Activation:
     """All services that are being started. `owned` tells whether a name has an owner,
-    `reload` has the configuration read again (then `configure` and `retry` follow)."""
+    `reload` and `reading`: see Watching."""
 
     def __init__(
         self,
@@ -71,30 +70,23 @@ class Activation:
         address: str,
         owned: Callable[[str], bool],
         reload: Callable[[], None],
+        reading: Callable[[], bool],
     ) -> None:
         self._outside = outside
         self._address = address
         self._owned = owned
-        self._reload = reload
+        self.watching = Watching(outside, reload, reading, self._retry)
         self._services: dict[str, Service] = {}
         self._environment: dict[str, str] = {}
         self._pending: dict[str, Pending] = {}
         self._jobs: dict[int, Pending] = {}
         self._next = 1
-        self._directories: tuple[str, ...] = ()
-        self._launcher = False
         self._looking: list[Waiter] = []
-        self._times: tuple[int, ...] | None = None
-        self._read_at = 0.0
+        self._to_look: list[Waiter] = []
 
     def configure(self, configuration: Configuration) -> None:
         """Take up a configuration; services that are being started go on."""
         self._services = {service.name: service for service in configuration.services}
-        directories = tuple(configuration.service_dirs)
-        if directories != self._directories:
-            self._directories = directories
-            self._times = None
-        self._read_at = self._outside.now()
         # With a <servicehelper> services run as their own users. We need no helper for that.
         self._as_users = bool(configuration.service_helper)
         self._system = configuration.type == "system" or self._as_users
@@ -134,6 +126,10 @@ class Activation:
         else:
             self._launch(service, waiter)
         connection.waiting += 1
+        if service is not None:
+            self._outside.wake(
+                connection.worker
+            )  # till it knows that there is one, its client waits
 
     def update_environment(self, variables: dict[str, str]) -> None:
         """UpdateActivationEnvironment; what execve(2) cannot carry is left out. Raises Refused."""
@@ -184,8 +180,7 @@ class Activation:
         """The launcher ended, and what it did not report will not be reported."""
         for pending in list(self._jobs.values()):
             self._fail(pending, SPAWN_FAILED, f"The launcher of {pending.name} ended")
-        self._launcher = False
-        self.retry()
+        self.watching.launcher_gone()
 
     def gone(self, connection: Connection) -> None:
         """The connection ended; a service that it wanted is started all the same."""
@@ -194,6 +189,7 @@ class Activation:
                 each for each in pending.waiters if each.connection is not connection
             ]
         self._looking = [each for each in self._looking if each.connection is not connection]
+        self._to_look = [each for each in self._to_look if each.connection is not connection]
 
     def deadline(self) -> float | None:
         """When `tick` has something to do."""
@@ -212,33 +208,23 @@ class Activation:
 
     # -- services that came after the configuration was read ------------------------------------
 
-    def launcher_ready(self) -> None:
-        """There is a launcher: learn from it how the service directories look now."""
-        self._launcher = True
-        if self._directories:
-            self._outside.look(self._directories)
-
-    def looked(self, message: Looked) -> None:
-        """The launcher looked: if something changed, read the configuration again."""
-        now = self._outside.now()
-        if self._times is None or len(self._times) != len(message.times):
-            self._times = message.times
-        elif self._looking and message.times != self._times and now >= self._read_at + READ_SECONDS:
-            self._times = message.times  # of before reading: what changes meanwhile is seen next
-            self._reload()
-            return
-        self.retry()
-
     def _look(self, waiter: Waiter) -> None:
-        if not self._directories or not self._launcher or len(self._looking) >= MAX_LOOKING:
+        if len(self._looking) + len(self._to_look) >= MAX_LOOKING:
             raise unknown(waiter.message.name)
-        if not self._looking:
-            self._outside.look(self._directories)
-        self._looking.append(waiter)
+        if self._looking:
+            self._to_look.append(
+                waiter
+            )  # the one who looks may have done so before there was what this one wants
+        elif self.watching.look():
+            self._looking.append(waiter)
+        else:
+            raise unknown(waiter.message.name)
 
-    def retry(self) -> None:
-        """The configuration is as new as it gets: those who waited for that get their answer."""
-        looking, self._looking = self._looking, []
+    def _retry(self) -> None:
+        """All that there was is known: those who waited for that get their answer."""
+        looking, self._looking, self._to_look = self._looking, self._to_look, []
+        if self._looking and not self.watching.look():
+            looking, self._looking = looking + self._looking, []
         for waiter in looking:
             if waiter.message.name not in self._services:
                 refused = unknown(waiter.message.name)

@@ -142,7 +142,9 @@ class Bus:
         self.introductions = Introductions(outside)
         self.probes = Probes(outside)
         self.counts = Counts(outside)
-        self.activation = Activation(outside, address, self._is_owned, self._read_configuration)
+        self.activation = Activation(
+            outside, address, self._is_owned, self.reload, lambda: self._reload_asked
+        )
         self.connections: dict[int, Connection] = {}
         self.by_id: dict[int, Connection] = {}
         self.monitors: set[Connection] = set()
@@ -227,7 +229,7 @@ class Bus:
         self.endpoints.configure(self._configured.endpoints)
 
     def reload(self) -> None:
-        """The admin wants the configuration read again."""
+        """The configuration is to be read again, as it is from now on: the admin wants it, or it has changed."""
         self._reload_again = self._reload_asked
         self._read_configuration()
 
@@ -255,7 +257,7 @@ class Bus:
             connection.waiting -= 1
             answer = Reply(request) if configuration is not None else Failure(request, *FAULTY)
             self._outside.send(connection.worker, answer)
-        self.activation.retry()
+        self.activation.watching.read(bool(self._reloading or again))
 
     def leaves_unread(self, worker: int) -> None:
         """A worker does not take what it is told; the admin hears of it once."""
@@ -682,6 +684,7 @@ class Bus:
             self.probes.deadline(),
             self.counts.deadline(),
             self.activation.deadline(),
+            self.activation.watching.deadline(),
             self._hello_deadline(),
         )
         return min((deadline for deadline in each if deadline is not None), default=None)
@@ -696,6 +699,7 @@ class Bus:
         self.probes.tick(now)
         self.counts.tick(now)
         self.activation.tick(now)
+        self.activation.watching.tick(now)
         while (deadline := self._hello_deadline()) is not None and deadline <= now:
             worker = next(iter(self._incomplete))
             del self._incomplete[worker]
@@ -828,6 +832,7 @@ class Bus:
         self._contexts = configuration.selinux
         self._policies.clear()
         self.activation.configure(configuration)
+        self.activation.watching.configure(configuration)
         for connection in self.by_id.values():
             assert connection.credentials is not None
             connection.policy = self._policy_for(connection.credentials)

@@ -52,6 +52,7 @@ from kbusd.rings.entries import (
     Listening,
     LogEntry,
     Look,
+    Looked,
     Reconfigured,
     ReloadAsked,
     ReloadWanted,
@@ -298,6 +299,8 @@ class Server:
                     self._forget(worker, reason)
                 case LauncherLine() if len(fds) == 1:
                     self._start_launcher(adopt(fds.pop()))
+                case LauncherLine() if self._supervisor.lost:
+                    self.say("the launcher's line is lost: no more descriptors (RLIMIT_NOFILE)")
                 case Reconfigured() if len(fds) == 1:
                     self._reconfigure(fds.pop())
                 case Reconfigured() if self._supervisor.lost:
@@ -334,7 +337,7 @@ class Server:
             self._end_launcher(self._launcher)
         self._launcher = Line(sock, FromLauncher)
         self._epoll.register(sock.fileno(), _READ)
-        self._bus.activation.launcher_ready()
+        self._bus.activation.watching.launcher_ready()
         waiting, self._to_launcher = self._to_launcher, []
         for message in waiting:
             self._tell_launcher(message)
@@ -346,8 +349,10 @@ class Server:
                 close_all(fds)
                 if isinstance(message, LaunchEnded):
                     self._bus.activation.ended(message.job, message.status, message.error)
+                elif isinstance(message, Looked):
+                    self._bus.activation.watching.looked(message)
                 else:
-                    self._bus.activation.looked(message)
+                    self._bus.activation.watching.changed()
         except EOFError:
             self._end_launcher(line)
         except LineError as error:

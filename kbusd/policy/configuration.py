@@ -90,7 +90,7 @@ class ConfigurationError(Exception):
 
 
 class File(msgspec.Struct, frozen=True, array_like=True):
-    """A configuration file that was read, and the mtime in nanoseconds that it then had."""
+    """A file or directory that was read, and the mtime in nanoseconds that it then had; 0: there was none."""
 
     path: str
     mtime: int
@@ -102,8 +102,9 @@ class Configuration(msgspec.Struct, frozen=True):
     `listen` is in the order of the files, `listen_at` is where each of it stands, and `addresses`
     what the reader makes of it. `endpoints` are of files of their own (endpoint_files.py); each is
     where `sockets` says, by name, or else at what that has for "", with its name behind. `limits` has every name of DEFAULT_LIMITS.
-    `selinux` maps a bus name to the context that owning it is checked against. `warnings` are
-    lines for the log, each with file and line.
+    `selinux` maps a bus name to the context that owning it is checked against. `watched` are the
+    directories whose files were read, as they were before. `warnings` are lines for the log, each with
+    file and line.
     """
 
     type: str = ""
@@ -127,6 +128,7 @@ class Configuration(msgspec.Struct, frozen=True):
     selinux: dict[str, str] = {}
     apparmor: str = "enabled"
     files: tuple[File, ...] = ()
+    watched: tuple[File, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -253,6 +255,7 @@ class _Builder:
         self.apparmor = "enabled"
         self.said_at: dict[str, tuple[str, int]] = {}  # element -> the last file and line
         self.files: list[File] = []
+        self.watched: dict[str, File] = {}
         self.warnings: list[str] = []
         self.default: list[Rule] = []
         self.mandatory: list[Rule] = []
@@ -322,6 +325,8 @@ class _Builder:
         directories = [
             Directory(d.path, strict=d.strict or system) for d in self.directories.values()
         ]
+        for directory in directories:
+            self.watch(directory.path)
         found = services.load(directories, self.warn)
         return Configuration(
             type=self.settings.get("type", ""),
@@ -349,8 +354,18 @@ class _Builder:
             selinux=self.selinux,
             apparmor=self.apparmor,
             files=tuple(self.files),
+            watched=tuple(self.watched.values()),
             warnings=tuple(self.warnings),
         )
+
+    def watch(self, directory: str) -> None:
+        """Whoever changes something in it from now on has it read again."""
+        path = os.path.abspath(directory)
+        try:
+            modified = os.stat(path).st_mtime_ns
+        except OSError:
+            modified = 0
+        self.watched.setdefault(path, File(path, modified))
 
     def add_directory(self, directory: Directory) -> None:
         known = self.directories.get(directory.path)
@@ -607,6 +622,7 @@ class _Document:
 
     def end_includedir(self, element: _Element, text: str) -> None:
         directory = self.full_path(text)
+        self.builder.watch(directory)
         try:
             names = sorted(os.listdir(directory))
         except FileNotFoundError:

@@ -697,7 +697,7 @@ class EndLaunch(msgspec.Struct, frozen=True, array_like=True, tag="end"):
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True, tag="look"):
-    """broker -> launcher. When did these directories last change? Answered by Looked."""
+    """broker -> launcher. Watch these directories from now on, instead of others. Answered by Looked."""
 
     directories: tuple[str, ...]
 
@@ -714,12 +714,18 @@ class LaunchEnded(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
 
 
 class Looked(msgspec.Struct, frozen=True, array_like=True, tag="looked"):
-    """launcher -> broker. Modification times in ns in the order asked, 0 for what is not there."""
+    """launcher -> broker. When each directory was last modified, ns, 0 for what is not there; and whether
+    anything changed in those that were watched, of which we have not said so yet."""
 
-    times: tuple[int, ...]
+    times: dict[str, int]
+    changed: bool
 
 
-FromLauncher = LaunchEnded | Looked
+class FilesChanged(msgspec.Struct, frozen=True, array_like=True, tag="files"):
+    """launcher -> broker. Something did in the directories that are watched."""
+
+
+FromLauncher = LaunchEnded | Looked | FilesChanged
 
 
 # -- supervisor <-> zygote, supervisor -> worker ---------------------------------------------

@@ -5,7 +5,10 @@ FILES how many descriptors a service may open (the supervisor itself has raised 
 Privileged where the bus is root's: a service may have to run as another user, so this process
 keeps the right to change to one. It reads only the broker's records, never a client's bytes; the
 programs and users are those of the service files. When the line closes it ends, and the services
-live on.
+live on; what they say goes where the bus's own words go.
+
+It also watches the directories that the configuration was read from (watch.py): it may look
+anywhere as it is, and broker and supervisor need not be able to.
 
 Services are started with posix_spawn(3): that reports a failing execve(2) at once. A service of
 another user needs groups to be set, which posix_spawn cannot do: a fork does that, and reports
@@ -25,11 +28,20 @@ import sys
 from collections.abc import Mapping
 from errno import ENOENT
 
-from kbusd.rings.entries import EndLaunch, Launch, LaunchEnded, Look, Looked, ToLauncher
+from kbusd.rings.entries import (
+    EndLaunch,
+    FilesChanged,
+    Launch,
+    LaunchEnded,
+    Look,
+    Looked,
+    ToLauncher,
+)
 from kbusd.rings.line import Line, LineError, adopt, close_all
 from kbusd.sandbox import apply
 from kbusd.sandbox import compiled as profiles
 from kbusd.sandbox.errors import SandboxError
+from kbusd.supervisor.watch import Watch
 
 BROKER = 3
 PROFILE = 4
@@ -42,6 +54,7 @@ class Launcher:
     def __init__(self, sock: socket.socket, environment: Mapping[str, str]) -> None:
         self._line = Line(sock, ToLauncher)
         self._environment = dict(environment)
+        self._watch = Watch(say)
         self._jobs: dict[int, int] = {}  # pid -> job
         self._pids: dict[int, int] = {}  # job -> pid
 
@@ -54,6 +67,8 @@ class Launcher:
             while True:
                 poll = select.poll()
                 poll.register(reader, select.POLLIN)
+                if self._watch.fd >= 0:
+                    poll.register(self._watch.fd, select.POLLIN)
                 poll.register(
                     self._line.fileno(),
                     select.POLLIN | (select.POLLOUT if self._line.queue else 0),
@@ -62,6 +77,8 @@ class Launcher:
                 with contextlib.suppress(BlockingIOError):
                     os.read(reader, 4096)
                 self._reap()
+                if self._watch.changed():
+                    self._line.send(FilesChanged())
                 self._line.flush()
                 while (received := self._line.receive()) is not None:
                     message, fds = received
@@ -86,7 +103,9 @@ class Launcher:
                     except OSError as error:
                         say(f"cannot kill a late service, pid {pid}: {error.strerror}")
             case Look(directories):
-                self._line.send(Looked(tuple(map(modified, directories))))
+                self._watch.set(directories)
+                times = {directory: modified(directory) for directory in directories}
+                self._line.send(Looked(times, self._watch.changed()))
 
     def _launch(self, launch: Launch) -> None:
         try:
@@ -123,7 +142,10 @@ def start(arguments: tuple[str, ...], environment: Mapping[str, str]) -> int:
         arguments[0],
         arguments,
         environment,
-        file_actions=[(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)],
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, 2, 1),  # ours is nowhere; by 2 goes what the bus has to say
+        ],
         setsid=True,
         setsigmask=(),
         setsigdef=default_signals(),
@@ -146,6 +168,7 @@ def start_as(user: str, arguments: tuple[str, ...], environment: Mapping[str, st
             os.setsid()
             null = os.open("/dev/null", os.O_RDONLY)
             os.dup2(null, 0)
+            os.dup2(2, 1)
             for number in default_signals():
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -201,9 +224,11 @@ def main() -> int:
         for warning in apply.confine(profile):
             say(warning)
         launcher.run()
-    except (SandboxError, LineError) as error:
+    except SandboxError as error:
         say(f"ended: {error}")
-        return 1
+        return 1  # and so would the next
+    except (LineError, OSError) as error:
+        say(f"ended: {error}")
     return 0
 
 

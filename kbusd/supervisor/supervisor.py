@@ -458,7 +458,7 @@ class Supervisor:
             return self._configuration_read(code)
         self.journal.warn(f"{module} (pid {pid}) {describe(code)}")
         # A zygote that fails before there is a worker could not confine the first.
-        if (module == ZYGOTE and (code <= 0 or self.workers)) or (module == LAUNCHER and code < 0):
+        if (module == ZYGOTE and (code <= 0 or self.workers)) or (module == LAUNCHER and code <= 0):
             self._lose(module)
         else:
             self.exit_status = 1

@@ -16,7 +16,8 @@ the caller's business, owning names is the broker's.
 Order. While `busy`, an earlier call of the client has not taken effect yet: the caller must hold
 back what the client sends to others. Calls to the driver may go on coming in until `full`: those
 that read wait here until they can see what came before. StartServiceByName is never waited for,
-as it may take as long as a service likes, nor is what another worker has to be asked.
+as it may take as long as a service likes, nor is what another worker has to be asked; only whether there is
+such a service, if we know of none: who is refused that has his answer before all that he asked later.
 
 Reference: D-Bus specification, "Message Bus Messages"; texts, and what the specification leaves
 open, as dbus-daemon 1.14.10 does it (tests/unit/workers/test_differential.py compares them).
@@ -217,6 +218,7 @@ class Driver:
         self.pending = 0
         self.takes_fds = False  # the client
         self._waiting: deque[Call] = deque()
+        self._unknown: set[str] = set()  # names of services that are being looked for
         self._held_back: list[Action] | None = None
         self._hello_asked = False
 
@@ -234,7 +236,7 @@ class Driver:
     def busy(self) -> bool:
         """Whether something that the client did has not taken effect yet."""
         unregistered = self._hello_asked and not self._registered
-        return self.pending > 0 or bool(self._waiting) or unregistered
+        return self.pending > 0 or bool(self._waiting or self._unknown) or unregistered
 
     @property
     def full(self) -> bool:
@@ -254,7 +256,7 @@ class Driver:
             (answer,) = self._finish(call, self._call_to_nobody)
             assert isinstance(answer, Return | Error)
             return [Alone(answer)]
-        if self._waiting or (self._hello_asked and not self._registered):
+        if self._waiting or self._unknown or (self._hello_asked and not self._registered):
             self._waiting.append(call)
             return []
         return self._start(call)
@@ -369,6 +371,7 @@ class Driver:
                 _check_release(name)
                 return self._ask(call, ReleaseName(0, name))
             case "StartServiceByName", [str(name), int(_)]:
+                self.look_for(name)
                 return self._ask(call, StartService(0, name, auto=False), held=False)
             case "UpdateActivationEnvironment", [dict(variables)]:
                 if self.bus.system:
@@ -581,6 +584,8 @@ class Driver:
         Raises msgspec.MsgspecError, ReplicaError or TypeError if the broker talks nonsense."""
         self.pending -= token.held
         call = token.call
+        if isinstance(token.request, StartService):
+            self._unknown.discard(token.request.name)
         if isinstance(message, Failure):
             if isinstance(token.request, Hello):
                 self._hello_asked = False
@@ -592,10 +597,24 @@ class Driver:
             self._held_back = None
         return actions + self._resume()
 
+    def look_for(self, name: str) -> None:
+        """The broker is asked for this service: unless we know that there is one, it will look for it."""
+        if name not in self.replica.activatable:
+            self._unknown.add(name)
+
+    def found(self, name: str) -> list[Action]:
+        """It has answered that."""
+        self._unknown.discard(name)
+        return self._resume()
+
     def _resume(self) -> list[Action]:
         """Start the calls that waited, as far as they may go now."""
         actions: list[Action] = []
-        while self._waiting and not self.pending and (self._registered or not self._hello_asked):
+        while (
+            self._waiting
+            and not (self.pending or self._unknown)
+            and (self._registered or not self._hello_asked)
+        ):
             actions += self._start(self._waiting.popleft())
         return actions
 
@@ -671,7 +690,10 @@ class Driver:
         if self._held_back is not None:
             self._held_back += sent
             return []
-        if isinstance(entry, ConnectionAdded) and entry.id == self.me:
+        if isinstance(entry, ActivatableChanged):
+            self._unknown.difference_update(replica.activatable)  # they are started now
+            sent += self._resume()
+        elif isinstance(entry, ConnectionAdded) and entry.id == self.me:
             sent += self._resume()
         return sent
 
@@ -695,7 +717,8 @@ class Driver:
             signals += self._owner_changed(unique_name(id), id, NOBODY)
         if replica.activatable != old_activatable:
             signals.append(self._broadcast("ActivatableServicesChanged"))
-        return [signal for signal in signals if signal is not None]
+        self._unknown.difference_update(replica.activatable)
+        return [signal for signal in signals if signal is not None] + self._resume()
 
     def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
         """The order is dbus-daemon's: the loser first, then everybody, then the winner."""

@@ -755,6 +755,8 @@ class Engine:
             memcpy(cython.address(head), source, cython.sizeof(FrameHead))
             self.error(head.serial, LIMITS_EXCEEDED, refusal)
         elif self.activating.hold(name, message):
+            self.driver.look_for(name)
+            self.busy = self.driver.busy
             self.asking.ask(
                 entries.StartService(0, name, True), lambda answer, _: self._activated(name, answer)
             )
@@ -769,6 +771,7 @@ class Engine:
             else:
                 self._send_held(held, cython.address(head), False)
             close_all(held.fds)
+        self._act_and_note(self.driver.found(name))
 
     def _send_held(self, held, head, again):
         """Send a message that was held; its destination may have an owner now. `again`: who eavesdrops has

@@ -507,8 +507,9 @@ def test_the_same_session_on_dbus_daemon(start_bus: Callable[..., Bus], seed: in
 
 
 def compare(start_bus: Callable[..., Bus], policy: str, dice: random.Random) -> None:
-    # No directory for services: where there is one, we look into it before we say that a name is unknown.
-    shape = configuration("unix:tmpdir=/tmp", policy=policy)
+    # With a directory for services: it is looked into before a name is said to be unknown.
+    extra = "  <servicedir>services</servicedir>\n"
+    shape = configuration("unix:tmpdir=/tmp", policy=policy, extra=extra)
     buses = start_bus(shape), start_bus(shape, daemon=["/usr/bin/dbus-daemon"])
     rules = monitored(dice)
     ours, theirs = stages = [Stage(bus, rules) for bus in buses]

@@ -56,7 +56,7 @@ DEVICES = (
     "aside.py", "caller.py", "calls.py", "closing.py", "connection.py", "cuse.py", "device.py", "domains.py", "endpoints.py",
     "holder.py", "kdbusfs.py", "made.py", "mount.py", "reach.py", "ready.py", "relay.py",
 )  # fmt: skip
-CHILDREN = ("launcher.py", "start.py")  # run in processes of their own, after execve
+CHILDREN = ("launcher.py", "start.py", "watch.py")  # run in processes of their own, after execve
 MAX_LINES = 500
 MAX_CONNECTION_LINES = 220  # connection.py, what becomes of a request; and all of them:
 # 210 of them for what is closed, 290 for buses and endpoints that programs make, 150 for domains, 550 so that all of it is quick,

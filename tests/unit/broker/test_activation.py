@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from kbusd.broker.connection import MAX_WAITING
-from kbusd.policy.configuration import Configuration
+from kbusd.broker.watching import CHANGING_SECONDS, QUIET_SECONDS, READ_SECONDS
+from kbusd.policy.configuration import Configuration, File
 from kbusd.rings import entries as e
-from tests.unit.broker.world import ADDRESS, World, service
+from tests.unit.broker.world import ADDRESS, Event, World, service
 
 ERROR = "org.freedesktop.DBus.Error."
 STARTER = {"DBUS_STARTER_ADDRESS": ADDRESS}
@@ -195,42 +196,62 @@ UNKNOWN = "The name a.c was not provided by any .service files"
 
 
 def looking_world() -> World:
-    world = world_with("a.b", service_dirs=("/s",))
-    world.bus.activation.launcher_ready()
+    world = world_with("a.b", watched=(File("/s", 5),))
+    world.bus.activation.watching.launcher_ready()
     assert world.taken() == [("look", ("/s",))]
-    world.bus.activation.looked(e.Looked((5,)))
+    looked(world, 5)
     world.time += 60
     return world
 
 
-def later(world: World, *names: str) -> Configuration:
-    return World(
-        services=tuple(service(name) for name in names), service_dirs=("/s",)
-    ).configuration
+def later(world: World, *names: str, mtime: int = 6) -> Configuration:
+    services = tuple(service(name) for name in names)
+    return World(services=services, watched=(File("/s", mtime),)).configuration
+
+
+def looked(world: World, mtime: int, changed: bool = False) -> list[Event]:
+    """The launcher looked at /s; what happened because of that."""
+    world.events.clear()
+    world.bus.activation.watching.looked(e.Looked({"/s": mtime}, changed))
+    return world.taken()
+
+
+def reads(world: World, *names: str, mtime: int = 6) -> list[Event]:
+    """A configuration with these services was read; what happened because of that."""
+    world.events.clear()
+    world.bus.reconfigure(later(world, *names, mtime=mtime))
+    return world.taken()
 
 
 def test_an_unknown_name_costs_one_look_while_nothing_changed() -> None:
     world = looking_world()
-    a, b = world.client(1), world.client(2)
+    a = world.client(1)
     assert world.ask(a, e.StartService(2, "a.c", False)) == [("look", ("/s",))]
+    assert looked(world, 5) == [(1, failure(2, "ServiceUnknown", UNKNOWN))]
+
+
+def test_who_asked_after_the_look_got_the_answer_of_before() -> None:
+    """What he wanted may have come since; his answer is that of the next look."""
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.StartService(2, "a.c", False))
     assert world.ask(b, e.StartService(3, "a.c", False)) == []
-    world.bus.activation.looked(e.Looked((5,)))
-    assert world.taken() == [
-        (1, failure(2, "ServiceUnknown", UNKNOWN)),
-        (2, failure(3, "ServiceUnknown", UNKNOWN)),
-    ]
+    assert looked(world, 5) == [("look", ("/s",)), (1, failure(2, "ServiceUnknown", UNKNOWN))]
+    assert looked(world, 6) == [("reload",)]
+    assert ("look", ("/s",)) in reads(world, "a.b")
+    assert looked(world, 6) == []
 
 
-def test_a_changed_service_directory_is_read_again_before_the_answer() -> None:
+@pytest.mark.parametrize(("mtime", "changed"), [(6, False), (5, True)])
+def test_a_changed_service_directory_is_read_again_before_the_answer(
+    mtime: int, changed: bool
+) -> None:
     world = looking_world()
     a = world.client(1)
     world.ask(a, e.StartService(2, "a.c", False))
-    world.events.clear()
-    world.bus.activation.looked(e.Looked((6,)))
-    assert world.taken() == [("reload",)]
-    world.events.clear()
-    world.bus.reconfigure(later(world, "a.b", "a.c"))
-    log, activatable, launch = world.taken()
+    assert looked(world, mtime, changed) == [("reload",)]
+    look, log, activatable, launch = reads(world, "a.b", "a.c")
+    assert look == ("look", ("/s",))
     assert log == ("log", e.PolicyChanged(1))
     assert activatable == ("log", e.ActivatableChanged(("a.b", "a.c")))
     assert launch[1].name == "a.c"
@@ -243,24 +264,89 @@ def test_a_service_that_is_still_unknown_after_reading_again() -> None:
     world = looking_world()
     a = world.client(1)
     world.ask(a, e.StartService(2, "a.c", False))
-    world.bus.activation.looked(e.Looked((6,)))
-    world.events.clear()
-    world.bus.reconfigure(later(world, "a.b"))
-    assert world.taken()[-1] == (1, failure(2, "ServiceUnknown", UNKNOWN))
+    looked(world, 6)
+    assert reads(world, "a.b")[-1] == (1, failure(2, "ServiceUnknown", UNKNOWN))
 
 
-def test_reading_again_is_limited_in_rate() -> None:
+def test_a_service_that_came_just_after_reading_was_refused() -> None:
+    """Reading again is limited in rate; who asks meanwhile waits for that."""
     world = looking_world()
     a = world.client(1)
     world.ask(a, e.StartService(2, "a.c", False))
-    world.bus.activation.looked(e.Looked((6,)))
-    world.bus.reconfigure(later(world, "a.b"))
+    looked(world, 6)
+    reads(world, "a.b")
+    looked(world, 6)
     world.ask(a, e.StartService(3, "a.c", False))
-    world.events.clear()
-    world.bus.activation.looked(e.Looked((7,)))
-    assert world.taken() == [(1, failure(3, "ServiceUnknown", UNKNOWN))]
-    world.time += 60
-    world.ask(a, e.StartService(4, "a.c", False))
-    world.events.clear()
-    world.bus.activation.looked(e.Looked((7,)))
+    assert looked(world, 7) == []
+    deadline = world.bus.deadline()
+    assert deadline == world.time + READ_SECONDS
+    world.time = deadline
+    world.bus.tick()
     assert world.taken() == [("reload",)]
+    assert reads(world, "a.b", "a.c", mtime=7)[-1][0] == "launch"
+
+
+def test_a_broken_configuration_is_read_once_for_each_change() -> None:
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    looked(world, 6)
+    world.events.clear()
+    world.bus.reconfigure(None)
+    assert world.taken() == [(1, failure(2, "ServiceUnknown", UNKNOWN))]
+    world.time += 60
+    world.ask(a, e.StartService(3, "a.c", False))
+    assert looked(world, 6) == [(1, failure(3, "ServiceUnknown", UNKNOWN))]
+
+
+# -- files that change -----------------------------------------------------------------------------
+
+
+def test_many_changes_are_read_once_when_they_are_over() -> None:
+    world = looking_world()
+    for _ in range(5):
+        world.bus.activation.watching.changed()
+        world.time += QUIET_SECONDS / 2
+        world.bus.tick()
+    assert world.taken() == []
+    world.time += QUIET_SECONDS / 2
+    world.bus.tick()
+    assert world.taken() == [("reload",)]
+    assert world.bus.deadline() is None
+
+
+def test_changes_that_never_end_are_read_all_the_same() -> None:
+    world = looking_world()
+    begun = world.time
+    while not world.taken():
+        world.bus.activation.watching.changed()
+        world.time += QUIET_SECONDS / 2
+        world.bus.tick()
+    assert world.time - begun < CHANGING_SECONDS + QUIET_SECONDS
+
+
+def test_a_change_while_the_configuration_was_being_read_was_missed() -> None:
+    world = looking_world()
+    world.bus.reload()
+    world.bus.activation.watching.changed()
+    world.time += 1
+    world.bus.tick()
+    assert world.taken() == [("reload",)]
+    assert ("reload",) in reads(world, "a.b")
+
+
+def test_what_changed_before_the_launcher_watched_is_read() -> None:
+    world = looking_world()
+    world.bus.activation.launcher_gone()
+    world.bus.activation.watching.launcher_ready()
+    looked(world, 6)
+    world.time += 1
+    world.bus.tick()
+    assert world.taken() == [("reload",)]
+
+
+def test_a_directory_that_the_bus_makes_at_its_start_is_no_change() -> None:
+    world = world_with("a.b", watched=(File("/s", 0),))
+    world.bus.activation.watching.launcher_ready()
+    looked(world, 5)
+    assert world.bus.deadline() is None

@@ -456,6 +456,10 @@ def test_the_bus_ended_when_the_limit_of_descriptors_was_lowered() -> None:
         broker.line.send(e.Reconfigured(), [data])
         os.close(data)
         assert isinstance(hear(first.line)[0], e.Failure)
+        ours, theirs = pair()
+        with theirs:
+            broker.line.send(e.LauncherLine(), [theirs.fileno()])
+        assert closed(Line(ours, e.ToLauncher))  # so the launcher ends, and another is started
         for spare in spares[:8]:
             spare.line.close()
         eventually(lambda b=broker: b.fds() <= 40, "there are descriptors again")
@@ -481,6 +485,7 @@ def test_services_are_launched_by_the_launcher() -> None:
             broker.line.send(e.LauncherLine(), [theirs.fileno()])
         message, _ = hear(launcher)
         assert (message.name, message.arguments) == ("a.b", ("/x",))
+        assert hear(a.line)[0] == e.Wake()  # that there is such a service
         assert b.ask(e.RequestName(2, "a.b", 0))[0] == e.Reply(2, 1)
         assert hear(a.line)[0] == e.Reply(2, 1)
         launcher.close()

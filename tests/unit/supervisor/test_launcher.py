@@ -6,6 +6,7 @@ import fcntl
 import os
 import pwd
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,10 +31,10 @@ PROFILE = encode(compile_all()["launcher"])
 class Launcher:
     """The process, and the broker's end of its line."""
 
-    def __init__(self) -> None:
+    def __init__(self, stderr: int | None = None) -> None:
         ours, theirs = pair()
         with theirs:
-            self.process = start(theirs, memfd.sealed("profile", PROFILE))
+            self.process = start(theirs, memfd.sealed("profile", PROFILE), stderr)
         self.line = Line(ours, e.FromLauncher)
 
     def ask(self, message: Any) -> None:
@@ -54,7 +55,7 @@ class Launcher:
         return self.process.wait(SECONDS)
 
 
-def start(line: socket.socket, profile: int) -> subprocess.Popen[bytes]:
+def start(line: socket.socket, profile: int, stderr: int | None) -> subprocess.Popen[bytes]:
     """`python -m kbusd.supervisor.launcher` with the line as 3 and the profile as 4."""
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 200) for fd in (line.fileno(), profile)]
     command = 'exec "$@" 3<&{0} 4<&{1} {0}<&- {1}<&-'.format(*high)
@@ -62,6 +63,7 @@ def start(line: socket.socket, profile: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["bash", "-c", command, "sh", sys.executable, "-m", "kbusd.supervisor.launcher", FILES],
             pass_fds=high,
+            stderr=stderr,
             env=os.environ | {"KBUSD_TEST": "inherited"},
         )
     finally:
@@ -158,7 +160,8 @@ def test_a_late_service_is_killed(launcher: Launcher, user: str) -> None:
 def test_looks_when_directories_changed(launcher: Launcher, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     launcher.ask(e.Look((str(tmp_path), missing)))
-    assert launcher.answer() == e.Looked((tmp_path.stat().st_mtime_ns, 0))
+    times = {str(tmp_path): tmp_path.stat().st_mtime_ns, missing: 0}
+    assert launcher.answer() == e.Looked(times, False)
 
 
 def test_services_outlive_the_launcher(launcher: Launcher, tmp_path: Path) -> None:
@@ -174,5 +177,93 @@ def test_services_outlive_the_launcher(launcher: Launcher, tmp_path: Path) -> No
 
 
 def test_a_record_that_does_not_decode_ends_it(launcher: Launcher) -> None:
+    """Not as what another would end by as well: then it is started anew."""
     launcher.line.sock.send(b"\xc1")
-    assert launcher.process.wait(SECONDS) == 1
+    assert launcher.process.wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize("user", ["", "daemon"] if os.geteuid() == 0 else [""])
+def test_what_services_wrote_to_their_stdout_was_lost(user: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w+") as log:
+        launcher = Launcher(stderr=log.fileno())
+        assert launcher.run("/bin/sh", "-c", "echo said; echo loudly >&2", user=user).status == 0
+        assert launcher.end() == 0
+        log.seek(0)
+        assert log.read() == "said\nloudly\n"
+
+
+# -- what it watches -------------------------------------------------------------------------------
+
+
+def watched(launcher: Launcher, *directories: Path) -> None:
+    launcher.ask(e.Look(tuple(map(str, directories))))
+    assert not launcher.answer().changed
+
+
+def write(path: Path) -> None:
+    path.write_text("new")
+
+
+CHANGES = {
+    "written": lambda path: write(path / "old.conf"),
+    "new": lambda path: write(path / "a.b.service"),
+    "removed": lambda path: (path / "old.conf").unlink(),
+    "renamed over": lambda path: (path / "temporary").rename(path / "old.conf"),
+    "renamed away": lambda path: (path / "old.conf").rename(path / "old.conf.bak"),
+    "linked": lambda path: (path / "b.conf").symlink_to("/dev/null"),
+    "directory moved": lambda path: path.rename(path.with_name("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_tells_of_a_change(launcher: Launcher, tmp_path: Path, change: Any) -> None:
+    directory = tmp_path / "watched"
+    directory.mkdir()
+    write(directory / "old.conf")
+    write(directory / "temporary")
+    watched(launcher, directory)
+    change(directory)
+    assert launcher.answer() == e.FilesChanged()
+
+
+def test_what_is_not_read_is_no_change(launcher: Launcher, tmp_path: Path) -> None:
+    watched(launcher, tmp_path)
+    for name in (".old.conf.swp", "README", "a.conf.dpkg-new"):
+        write(tmp_path / name)
+    (tmp_path / "a.conf.dpkg-new").unlink()
+    launcher.ask(e.Look((str(tmp_path),)))
+    assert not launcher.answer().changed
+
+
+def test_a_directory_that_appears_later(launcher: Launcher, tmp_path: Path) -> None:
+    directory = tmp_path / "dbus-1" / "services"
+    watched(launcher, directory, tmp_path)
+    write(tmp_path / "other")
+    directory.parent.mkdir()
+    assert launcher.answer() == e.FilesChanged()
+    directory.mkdir()
+    assert launcher.answer() == e.FilesChanged()
+    write(directory / "a.b.service")
+    assert launcher.answer() == e.FilesChanged()
+    shutil.rmtree(directory.parent)
+    assert launcher.answer() == e.FilesChanged()
+    directory.mkdir(parents=True)
+    write(directory / "a.b.service")
+    while True:  # it may have been told of the removal in two parts
+        launcher.ask(e.Look((str(directory), str(tmp_path))))
+        while isinstance(answer := launcher.answer(), e.FilesChanged):
+            pass
+        if not answer.changed:
+            break
+    write(directory / "a.b.service")
+    assert launcher.answer() == e.FilesChanged()
+
+
+def test_what_is_watched_no_more_is_no_change(launcher: Launcher, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    new.mkdir()
+    watched(launcher, old)
+    watched(launcher, new)
+    write(old / "a.conf")
+    watched(launcher, new)

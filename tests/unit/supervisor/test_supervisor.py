@@ -19,7 +19,7 @@ from kbusd.rings import entries, memfd
 from kbusd.rings.line import Line
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.made import Several
-from kbusd.supervisor.supervisor import STOP_SECONDS, ZYGOTE, Supervisor, Worker
+from kbusd.supervisor.supervisor import LAUNCHER, STOP_SECONDS, ZYGOTE, Supervisor, Worker
 
 SETTINGS = {"user": "", "limits": {}, "sockets": {"": ""}}
 
@@ -100,6 +100,14 @@ def test_a_zygote_was_killed_and_both_its_line_and_the_signal_say_so_in_one_turn
     assert one.missing == {ZYGOTE} and not one.lines
     for fd in (one.signals, writer):
         os.close(fd)
+
+
+@pytest.mark.parametrize("code", [0, -9])
+def test_a_launcher_whose_line_was_lost_ended_the_bus(code: int) -> None:
+    one = supervisor()
+    one.children[1 << 30] = LAUNCHER
+    one.ended(1 << 30, code)
+    assert one.missing == {LAUNCHER} and one.retry_at and one.exit_status is None
 
 
 def test_a_client_can_not_be_handed_over(capfd: pytest.CaptureFixture[str]) -> None:
