@@ -57,11 +57,16 @@ EVERYTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><policy context="def
 <allow own="*"/></policy></busconfig>"""
 
 
+def everything(tmp_path: Path, but: str = "") -> bytes:
+    """A configuration that allows everything else."""
+    file = tmp_path / "bus.conf"
+    file.write_text(EVERYTHING.replace("</policy>", f"{but}</policy>"))
+    return configuration.encode(configuration.load(str(file)))
+
+
 @pytest.fixture
 def context(tmp_path: Path) -> Context:
     """A bus that allows everything, without confinement."""
-    file = tmp_path / "bus.conf"
-    file.write_text(EVERYTHING)
-    data = configuration.encode(configuration.load(str(file)))
+    data = everything(tmp_path)
     nothing = Compiled(name="none", title="none", files=(), required=frozenset())
     return Context.make("0" * 32, os.getpid(), data, nothing, log_fd=-1)

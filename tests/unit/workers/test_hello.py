@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from kbusd.policy import configuration
 from kbusd.rings import entries as e
 from kbusd.rings import memfd
 from kbusd.rings.broadcast import Broadcast
@@ -24,7 +23,7 @@ from kbusd.workers.context import Context
 from tests.bus import wireformat as w
 from tests.bus.procs import eventually
 from tests.unit.workers.alone import start_worker
-from tests.unit.workers.conftest import EVERYTHING
+from tests.unit.workers.conftest import everything
 
 LOG = 2  # kind of frame
 ME, OTHER, LATE = 1, 7, 8
@@ -181,10 +180,8 @@ def test_a_policy_that_has_changed_since_is_asked_for_after_hello(stage: Stage) 
 
 def denying(tmp_path: Path) -> bytes:
     """A configuration that forbids its client to ask for owners."""
-    file = tmp_path / "denying.conf"
-    denied = '<deny send_interface="org.freedesktop.DBus" send_member="NameHasOwner"/></policy>'
-    file.write_text(EVERYTHING.replace("</policy>", denied))
-    return configuration.encode(configuration.load(str(file)))
+    denied = '<deny send_interface="org.freedesktop.DBus" send_member="NameHasOwner"/>'
+    return everything(tmp_path, denied)
 
 
 def is_denied(stage: Stage) -> bool:
@@ -346,13 +343,8 @@ def test_a_hello_that_is_not_the_usual_one_is_answered_as_well(
 def test_what_policy_keeps_from_a_client_it_is_not_told_early(
     context: Context, tmp_path: Path
 ) -> None:
-    file = tmp_path / "denying.conf"
-    denied = (
-        '<deny receive_interface="org.freedesktop.DBus" receive_member="NameAcquired"/></policy>'
-    )
-    file.write_text(EVERYTHING.replace("</policy>", denied))
-    data = configuration.encode(configuration.load(str(file)))
-    stage = Stage(context.with_configuration(data, 0))
+    denied = '<deny receive_interface="org.freedesktop.DBus" receive_member="NameAcquired"/>'
+    stage = Stage(context.with_configuration(everything(tmp_path, denied), 0))
     try:
         stage.broker.send(e.State(stage.state))
         stage.client.sendall(hello())
@@ -364,6 +356,18 @@ def test_what_policy_keeps_from_a_client_it_is_not_told_early(
         assert stage.read().args == [True]
     finally:
         stage.close()
+
+
+def test_who_was_told_that_it_has_joined_is_not_refused_that_by_a_policy_that_came_meanwhile(
+    stage: Stage, tmp_path: Path
+) -> None:
+    stage.broker.send(e.State(stage.state))
+    stage.client.sendall(hello())
+    request = stage.asked(e.Hello).request
+    stage.enter(e.PolicyChanged(1))
+    denied = '<deny receive_interface="org.freedesktop.DBus" receive_member="NameAcquired"/>'
+    stage.admit(request, policy=everything(tmp_path, denied))
+    assert stage.owned() == ALL_BUT_ONE
 
 
 def test_a_spare_worker_takes_over_the_state(context: Context) -> None:
