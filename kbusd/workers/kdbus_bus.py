@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fcntl import F_GET_SEALS, fcntl
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -1210,14 +1211,22 @@ def _refuse_sockets(fds: Sequence[int]) -> None:
 
 
 def _check(segment: message.Memfd) -> None:
-    """After ipc/kdbus/message.c. Raises Errno: EMEDIUMTYPE, ETXTBSY, EFAULT."""
+    """After ipc/kdbus/message.c. Raises Errno: EBADF (of O_PATH), EMEDIUMTYPE, ETXTBSY, EFAULT."""
     try:
         size = memfd.check_sealed(segment.fd, 0)
     except RingError as error:
-        number = errno.EMEDIUMTYPE if "no memfd" in str(error) else errno.ETXTBSY
-        raise Errno(number, str(error)) from None
+        raise Errno(_unsealed(segment.fd), str(error)) from None
     if segment.start + segment.size > size:
         raise Errno(errno.EFAULT, "a segment that ends behind its memfd")
+
+
+def _unsealed(fd: int) -> int:
+    """What the kernel said of a descriptor that is no sealed memfd."""
+    try:
+        fcntl(fd, F_GET_SEALS)
+    except OSError as error:
+        return errno.EBADF if error.errno == errno.EBADF else errno.EMEDIUMTYPE
+    return errno.ETXTBSY
 
 
 def _read(segment: message.Memfd) -> bytes:
