@@ -17,6 +17,7 @@ cdef class Mailbox:
     cdef readonly object memory
     cdef public int untold      # of those in the queue, how many tell that no reply comes
     cdef readonly dict installing  # by slice: where numbers of descriptors are to be written
+    cdef public object hand
     cdef Py_buffer view
     cpdef Entry place(self, tuple header, object parts, int64_t fds, object dst_name, bytes notice,
                       bytes attached, int64_t user, bint accounted)

@@ -8,7 +8,7 @@ in the payload, modulo 8. BLOOM_FILTER is for the bus alone and is left out. Num
 -1 until they are known.
 
 The pool is written here and never read, since the client may see it already. What RECV and FREE
-say beyond the ordinary (flags, items, sizes; descriptors) is for `session.py`: `recv` and `free` leave it alone.
+say beyond the ordinary (flags, items, sizes) is for `session.py`: `recv` and `free` leave it alone.
 """
 
 import errno
@@ -56,7 +56,8 @@ class Entry:
 
 @cython.cclass
 class Mailbox:
-    """Of a connection with a pool of `size` bytes; `memory` is what its client maps (port.Memory)."""
+    """Of a connection with a pool of `size` bytes; `memory` is what its client maps (port.Memory). `hand`, if
+    it is there, gives an entry's descriptors to the client, and returns RETURN flags."""
 
     def __init__(self, size, memory):
         self.pool = Pool(size)
@@ -179,15 +180,19 @@ class Mailbox:
         number: cython.int = EAGAIN
         offset: uint64_t = self.pool.size
         size: uint64_t = 0
+        incomplete: uint64_t = 0
         if len(self.queue):
             ticket, entry = self.queue.peek()
-            if entry.fds or entry.incomplete or entry.kept is not None:
+            has_fds: cython.bint = entry.incomplete or entry.fds
+            if entry.kept is not None or (has_fds and self.hand is None):
                 return None
         lost: uint64_t = self.queue.take_lost()
         if entry is not None:
             number = 0
             offset = entry.slice.offset
             size = entry.slice.size
+            if has_fds:
+                incomplete = self.hand(entry)
             self.unqueue(ticket)
             self.memory.push(offset, size)
             self.pool.publish(entry.slice)
@@ -197,7 +202,7 @@ class Mailbox:
         place[0] = lost
         place[1] = offset
         place[2] = size
-        place[3] = 0
+        place[3] = incomplete
         flags = DROPPED.to_bytes(8, "little") if lost else NO_FLAGS
         return number, ((RETURN_FLAGS_AT, flags), (RESULT_AT, result))
 

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kbusd.kdbus.message import Memfd
 from kbusd.kdbus.parcel import Parcel
@@ -25,6 +25,7 @@ class Entry:
 
 class Mailbox:
     untold: int
+    hand: Callable[[Entry], int] | None
     def __init__(self, size: int, memory: Memory) -> None: ...
     @property
     def pool(self) -> Pool: ...

@@ -214,6 +214,7 @@ class Session:
             self.state, self.kind = State.CONNECTION, hello.kind
             self.box = Mailbox(hello.pool_size, memory)
             waits = self.kind in (abi.HELLO_POLICY_HOLDER, abi.HELLO_ACTIVATOR)
+            self.box.hand = self._hand
             self.ordinary = None if waits else self.box
             self._accept_fd = bool(hello.flags & abi.HELLO_ACCEPT_FD)
             self._attach_send, self._attach_recv = admitted.attach_send, admitted.attach_recv
