@@ -14,7 +14,7 @@ import msgspec
 
 _VALUE = r"(?:[-0-9A-Za-z_/.\\*]|%[0-9A-Fa-f]{2})*"
 _PAIR = rf"[^=,;:]+={_VALUE}"
-_ADDRESS = re.compile(rf"([^:;,=]+):({_PAIR}(?:,{_PAIR})*)?")
+_ADDRESS = re.compile(rf"([^:;,=]+):({_PAIR}(?:,{_PAIR})*,?)?")
 _PLACES = ("path", "abstract", "dir", "tmpdir", "runtime")
 
 
@@ -63,7 +63,7 @@ def _unescape(value: str) -> str:
 def _place(address: str, environment: Mapping[str, str]) -> tuple[str, str]:
     """Kind and value of one address."""
     transport, _, rest = address.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",")] if rest else []
+    pairs = [pair.partition("=") for pair in rest.removesuffix(",").split(",")] if rest else []
     keys = {key: _unescape(value) for key, _, value in pairs}
     places = [key for key in _PLACES if key in keys]
     match transport, places:

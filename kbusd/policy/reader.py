@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for entry, (text, where) in enumerate(zip(listen, places, strict=True))
             for address in resolve(text, where, os.environ, entry)
         ]
+        addresses, warnings = _once(addresses)
         files = load_all(options.endpoint, configuration.type)
     except (ConfigurationError, AddressError) as error:
         # File names and text come from outside: keep it to the promised one line.
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configuration,
         listen=tuple(listen),
         addresses=tuple(addresses),
+        warnings=(*configuration.warnings, *warnings),
         endpoints=tuple(each.endpoint for each in files),
         sockets={
             "": _beside(configuration.type, addresses),
@@ -85,6 +87,17 @@ def _profile(fd: int | None) -> compiled.Compiled:
     from kbusd.sandbox import compile, profiles
 
     return compile.compile_profile(profiles.load("config-reader"))
+
+
+def _once(addresses: Sequence[Address]) -> tuple[list[Address], list[str]]:
+    """Each place once, and what to say of the rest: dbus-daemon starts with such a configuration, too."""
+    first: dict[tuple[str, str], Address] = {}
+    warnings = []
+    for each in addresses:
+        known = first.setdefault((each.kind, each.value), each)
+        if known is not each:
+            warnings.append(f"{each.where}: {each.text} is listened on already: {known.where}")
+    return list(first.values()), warnings
 
 
 def _beside(type_: str, addresses: Sequence[Address]) -> str:
