@@ -31,7 +31,7 @@ from kbusd.supervisor.listen import Listener, bind, escape
 from kbusd.supervisor.made import CONFIGURATION, Several, Where
 from kbusd.supervisor.mount import MountError
 from kbusd.supervisor.spawn import spawn
-from kbusd.supervisor.supervisor import READER, Read, StartError, Supervisor
+from kbusd.supervisor.supervisor import READER, StartError, Supervisor
 
 _FIRST_PASSED_FD = 3  # sd_listen_fds(3)
 _MAX_PASSED_FDS = 64
@@ -115,9 +115,27 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def reader_of(options: argparse.Namespace) -> Read:
-    """What starts the confined process that reads the configuration: given a descriptor for its
-    errors, returns its process id and the memfd that it writes the compiled outcome to."""
+class Reader:
+    """Starts the confined process that reads the configuration, with these arguments and descriptors.
+
+    `profile`: its compiled confinement, in a memfd, once there is one."""
+
+    def __init__(self, which: list[str], keep: dict[int, int]) -> None:
+        self._which, self._keep = which, keep
+        self.profile = -1
+
+    def __call__(self, stderr: int) -> tuple[int, int]:
+        """Given a descriptor for its errors, returns its process id and the memfd that it writes the
+        compiled outcome to. Raises OSError."""
+        which, keep = self._which, self._keep
+        if self.profile >= 0:
+            place = 4 if 3 in keep else 3
+            which, keep = [*which, "--profile", str(place)], {**keep, place: self.profile}
+        return spawn_reader(which, keep, stderr)
+
+
+def reader_of(options: argparse.Namespace) -> Reader:
+    """What reads the configuration that the options name."""
     which = (
         ["--session"]
         if options.session
@@ -130,12 +148,7 @@ def reader_of(options: argparse.Namespace) -> Read:
     for path in options.endpoint:
         which += ["--endpoint", os.path.abspath(path)]
     own = re.fullmatch(r"/proc/self/fd/(\d+)", options.config_file or "")
-    keep = {int(own[1]): int(own[1])} if own else {}
-
-    def read(stderr: int) -> tuple[int, int]:
-        return spawn_reader(which, keep, stderr)
-
-    return read
+    return Reader(which, {int(own[1]): int(own[1])} if own else {})
 
 
 def spawn_reader(which: list[str], keep: dict[int, int], stderr: int) -> tuple[int, int]:
@@ -357,7 +370,7 @@ def _run(
     options: argparse.Namespace,
     settings: Settings,
     configuration: bytes,
-    read: Read,
+    read: Reader,
 ) -> int:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < MIN_FILES:
         _fail(f"too few descriptors: limit nofile is under {MIN_FILES}")
@@ -397,6 +410,7 @@ def _run(
             supervisor.kinds = ("kdbus",)
         try:
             supervisor.start()
+            read.profile = supervisor.profiles["config-reader"]
             if isinstance(supervisor, Several):
                 supervisor.begin(_configuration_of_made_buses(), node_of(settings), where)
         except (StartError, SandboxError, MountError, DomainError, OSError) as error:

@@ -6,16 +6,15 @@ nothing. Looks at the environment for `runtime=yes` and otherwise touches nothin
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Mapping
-from urllib.parse import unquote
 
 import msgspec
 
 _VALUE = r"(?:[-0-9A-Za-z_/.\\*]|%[0-9A-Fa-f]{2})*"
 _PAIR = rf"[^=,;:]+={_VALUE}"
-_ADDRESS = re.compile(rf"([^:;,=]+):({_PAIR}(?:,{_PAIR})*)?")
+_ADDRESS = re.compile(rf"([^:;,=]+):({_PAIR}(?:,{_PAIR})*,?)?")
 _PLACES = ("path", "abstract", "dir", "tmpdir", "runtime")
 
 
@@ -55,11 +54,17 @@ def resolve(text: str, where: str, environment: Mapping[str, str], entry: int = 
         raise AddressError(f"{where}: {error}") from None
 
 
+def _unescape(value: str) -> str:
+    # urllib and secrets bring in much that a reader, which is started for each reload, has no use for.
+    data = re.sub(rb"%(..)", lambda escape: bytes.fromhex(escape[1].decode()), value.encode())
+    return data.decode(errors="surrogateescape")
+
+
 def _place(address: str, environment: Mapping[str, str]) -> tuple[str, str]:
     """Kind and value of one address."""
     transport, _, rest = address.partition(":")
-    pairs = [pair.partition("=") for pair in rest.split(",")] if rest else []
-    keys = {key: unquote(value, errors="surrogateescape") for key, _, value in pairs}
+    pairs = [pair.partition("=") for pair in rest.removesuffix(",").split(",")] if rest else []
+    keys = {key: _unescape(value) for key, _, value in pairs}
     places = [key for key in _PLACES if key in keys]
     match transport, places:
         case _ if len(keys) < len(pairs):
@@ -71,7 +76,7 @@ def _place(address: str, environment: Mapping[str, str]) -> tuple[str, str]:
         case "unix", ["path" | "abstract" as kind]:
             return kind, keys[kind]
         case "unix", ["dir" | "tmpdir" as kind]:
-            return "path", f"{keys[kind]}/dbus-{secrets.token_hex(8)}"
+            return "path", f"{keys[kind]}/dbus-{os.urandom(8).hex()}"
         case "unix", ["runtime"] if keys["runtime"] != "yes":
             reason = "runtime must be 'yes'"
         case "unix", ["runtime"] if environment.get("XDG_RUNTIME_DIR"):

@@ -2,7 +2,7 @@
 
 The XML, the service files and the user database are read here, in a process that ends at once, so
 that neither supervisor nor broker holds a parser. It confines itself first (profile
-config-reader): from then on it can read files and ask name services, and no more. On success an encoded Configuration is on
+config-reader, compiled where there is a bus already that has it, which takes half of the time): from then on it can read files and ask name services, and no more. On success an encoded Configuration is on
 stdout and the exit status is 0; else one line ``file:line: reason`` is on stderr, nothing on
 stdout, and the status is 1 (2 for wrong usage).
 """
@@ -26,8 +26,7 @@ from kbusd.policy.configuration import (
     selinux_policy_root,
 )
 from kbusd.policy.endpoint_files import load_all
-from kbusd.sandbox import apply, profiles
-from kbusd.sandbox.compile import compile_profile
+from kbusd.sandbox import apply, compiled
 from kbusd.sandbox.errors import SandboxError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
 
@@ -41,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--config-file", dest="file", metavar="F")
     parser.add_argument("--address", action="append", default=[], metavar="A")
     parser.add_argument("--endpoint", action="append", default=[], metavar="F")
+    parser.add_argument("--profile", type=int, metavar="FD")
     options = parser.parse_args(arguments)
     try:
-        for warning in apply.confine(compile_profile(profiles.load("config-reader"))):
+        for warning in apply.confine(_profile(options.profile)):
             print(warning, file=sys.stderr)
     except SandboxError as error:
         print(error, file=sys.stderr)
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for entry, (text, where) in enumerate(zip(listen, places, strict=True))
             for address in resolve(text, where, os.environ, entry)
         ]
+        addresses, warnings = _once(addresses)
         files = load_all(options.endpoint, configuration.type)
     except (ConfigurationError, AddressError) as error:
         # File names and text come from outside: keep it to the promised one line.
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configuration,
         listen=tuple(listen),
         addresses=tuple(addresses),
+        warnings=(*configuration.warnings, *warnings),
         endpoints=tuple(each.endpoint for each in files),
         sockets={
             "": _beside(configuration.type, addresses),
@@ -76,6 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.buffer.write(encode(configuration))
     sys.stdout.buffer.flush()
     return 0
+
+
+def _profile(fd: int | None) -> compiled.Compiled:
+    if fd is not None:
+        with open(fd, "rb") as file:
+            return compiled.decode(os.pread(fd, os.fstat(file.fileno()).st_size, 0))
+    from kbusd.sandbox import compile, profiles
+
+    return compile.compile_profile(profiles.load("config-reader"))
+
+
+def _once(addresses: Sequence[Address]) -> tuple[list[Address], list[str]]:
+    """Each place once, and what to say of the rest: dbus-daemon starts with such a configuration, too."""
+    first: dict[tuple[str, str], Address] = {}
+    warnings = []
+    for each in addresses:
+        known = first.setdefault((each.kind, each.value), each)
+        if known is not each:
+            warnings.append(f"{each.where}: {each.text} is listened on already: {known.where}")
+    return list(first.values()), warnings
 
 
 def _beside(type_: str, addresses: Sequence[Address]) -> str:

@@ -112,7 +112,7 @@ class Supervisor:
         self._configure(data)
         self.listeners = listeners
         self.guid = uuid.uuid4().hex
-        self.address = ";".join(f"{each.address},guid={self.guid}" for each in listeners)
+        self.address = ";".join(f"{each.address},guid={self.guid}" for each in reversed(listeners))
         self.journal, self.signals, self.read = journal, signals, read
         # How often the configuration was read again; the memfd of a reader at work.
         self.generation, self.reading = 0, -1

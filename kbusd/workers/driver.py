@@ -371,7 +371,6 @@ class Driver:
                 _check_release(name)
                 return self._ask(call, ReleaseName(0, name))
             case "StartServiceByName", [str(name), int(_)]:
-                self.look_for(name)
                 return self._ask(call, StartService(0, name, auto=False), held=False)
             case "UpdateActivationEnvironment", [dict(variables)]:
                 if self.bus.system:
@@ -485,6 +484,8 @@ class Driver:
 
     def _ask(self, call: Call, request: Request, *, held: bool = True) -> Ask | tuple[Any, ...]:
         self.pending += held
+        if isinstance(request, StartService):
+            self.look_for(request.name)
         return Ask(request, Token(call, request, held))
 
     def _check_request(self, name: str) -> None:

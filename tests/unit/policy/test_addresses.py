@@ -39,7 +39,7 @@ def test_a_directory_gets_another_name_each_time(key: str) -> None:
         ("nonsense", "not a D-Bus address"),
         ("unix:path", "not a D-Bus address"),
         ("unix:path=/a b", "not a D-Bus address"),
-        ("unix:path=/a,", "not a D-Bus address"),
+        ("unix:path=/a,,", "not a D-Bus address"),
         ("unix:path=/a%0", "not a D-Bus address"),
         ("unix:path=/a%00b", "zero byte"),
         ("unix:path=/a,path=/b", "stands twice"),
