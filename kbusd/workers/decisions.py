@@ -82,7 +82,8 @@ def decide(router, peers, epoch, key, reply_at, flags, fds, body, big_endian) ->
     route.envelope = envelopes.encode(envelope)
     route.epoch = epoch
     route.matches = replica.matches_version
-    if replica.me == 0 and envelope.destination != BUS_NAME:
+    to_nobody = envelope.destination is None and envelope.type != SIGNAL
+    if replica.me == 0 and envelope.destination != BUS_NAME and not to_nobody:
         raise Gone("sent a message other than Hello before Hello")
     decision = router.decide(
         envelope,

@@ -50,6 +50,7 @@ from kbusd.workers.errors import (
     NO_REPLY,
     NO_REPLY_DISCONNECTED,
     NO_REPLY_TIMEOUT,
+    NOT_REGISTERED,
     NOT_SUPPORTED,
     SAME_SERIAL,
     Gone,
@@ -589,6 +590,8 @@ class Engine:
         """False if it has failed already, None if the broker is asked first whether it does."""
         facts = route.facts
         if type != CALL:
+            if self.driver.me == 0 and facts.destination is not None:
+                self.error(serial, ACCESS_DENIED, NOT_REGISTERED)
             return True  # the bus expects no signals and no replies
         actions = self.driver.call(
             drivers.Call(

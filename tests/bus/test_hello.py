@@ -107,3 +107,30 @@ def test_byte_by_byte(bus: Bus) -> None:
     for i in range(len(call)):
         client.write(call[i : i + 1])
     assert client.wait_reply(77).args == [client.name]
+
+
+@pytest.mark.parametrize("type_", [w.SIGNAL, w.RETURN, w.ERROR])
+def test_what_is_no_call_to_the_bus_before_hello_is_refused(bus: Bus, type_: int) -> None:
+    client = bus.connect(hello=False)
+    fields = {w.DESTINATION: DRIVER, w.REPLY_SERIAL: 7}
+    if type_ == w.SIGNAL:
+        fields |= {w.PATH: "/", w.INTERFACE: "test.I", w.MEMBER: "S"}
+    if type_ == w.ERROR:
+        fields[w.ERROR_NAME] = "test.Error"
+    serial = client.send(type_, fields)
+    refusal = client.read()
+    assert refusal.error_name == "org.freedesktop.DBus.Error.AccessDenied"
+    assert (refusal.reply_serial, refusal.sender) == (serial, DRIVER)
+    assert client.driver("Hello")[0].startswith(":1.")
+
+
+def test_a_call_without_destination_is_answered_before_hello(bus: Bus) -> None:
+    """As by the other end of any connection: without a sender."""
+    client = bus.connect(hello=False)
+    ping = client.send_call(None, "/", "org.freedesktop.DBus.Peer", "Ping")
+    pong = client.read()
+    assert (pong.type, pong.reply_serial, pong.sender) == (w.RETURN, ping, None)
+    client.send(w.RETURN, {w.REPLY_SERIAL: 7})
+    client.send_call(None, "/", "test.I", "M")
+    assert client.read().error_name == "org.freedesktop.DBus.Error.UnknownMethod"
+    assert client.driver("Hello")[0].startswith(":1.")
