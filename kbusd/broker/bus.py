@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from msgspec import structs
+
 from kbusd.broker.activation import Activation
 from kbusd.broker.connection import (
     MAX_COMPLAINTS,
@@ -160,7 +162,7 @@ class Bus:
         self._next_id = 1  # 0 is nobody
         self._per_uid: Counter[Share] = Counter()
         self._incomplete: dict[int, float] = {}  # worker -> until when its client may say Hello
-        self._policies: dict[tuple[int, int, tuple[int, ...], bytes], ClientPolicy] = {}
+        self._policies: dict[tuple[int, int, tuple[int, ...], bytes, bool], ClientPolicy] = {}
         self._peaks = {"names": 0, "matches": 0, "names_each": 0, "matches_each": 0}
         self._asked = {"bus": 0, "connection": 0}  # for statistics, so often
         self._configure(configuration)
@@ -443,6 +445,13 @@ class Bus:
             raise Refused(FAILED, "Already handled an Hello message")
         if message.kdbus is not None and not 0 <= message.kdbus <= MAX_HELLO_FLAGS:
             raise Violation(f"said Hello with the kdbus flags {message.kdbus}")
+        if message.anonymous:
+            # Anybody may be: so all that a worker gets by claiming it, its client would have got by asking.
+            if message.kdbus is not None or connection.file:
+                raise Violation("said that a client of kdbus is anonymous")
+            if not self._configured.lets_anonymous_in:
+                raise Refused(ACCESS_DENIED, "Anonymous clients are not allowed (allow_anonymous)")
+            credentials = structs.replace(credentials, anonymous=True)
         policy = self._policy_for(credentials)
         verdict = policy.can_connect()
         if not verdict.allowed:
@@ -467,7 +476,7 @@ class Bus:
         if message.policy:
             self.name_policy.set(connection, self._next_id, message.policy)
         connection.about = _about(message.about)
-        connection.policy = policy
+        connection.credentials, connection.policy = credentials, policy
         connection.kdbus = message.kdbus
         connection.id = self._next_id
         self._next_id += 1
@@ -838,7 +847,8 @@ class Bus:
             connection.policy = self._policy_for(connection.credentials)
 
     def _policy_for(self, credentials: Credentials) -> ClientPolicy:
-        key = (credentials.uid, credentials.gid, credentials.groups, credentials.label)
+        who = credentials
+        key = (who.uid, who.gid, who.groups, who.label, who.anonymous)
         policy = self._policies.get(key)
         if policy is None:
             policy = self._policies[key] = ClientPolicy(

@@ -131,6 +131,11 @@ class Configuration(msgspec.Struct, frozen=True):
     watched: tuple[File, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def lets_anonymous_in(self) -> bool:
+        """Whether whoever reaches the socket may use the bus, as nobody in particular."""
+        return self.allow_anonymous and (not self.auth or "ANONYMOUS" in self.auth)
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Configuration)

@@ -8,6 +8,10 @@ context="mandatory" (dbus-daemon(1), <policy>).
 Messages to the bus itself are decided with ``("org.freedesktop.DBus",)`` as the receiver's names,
 messages that would activate a service with its name alone. A name in a queue counts as owned: the
 caller gives every name of a peer, queued ones and the unique one too.
+
+An anonymous client may connect whoever it is: the caller knows that <allow_anonymous/> is there. What its
+groups, its user and the console are allowed it is not; what they are denied it stays denied, so that nobody
+gets rid of a <deny> by not saying who he is. (dbus-daemon leaves out both.)
 """
 
 from __future__ import annotations
@@ -47,6 +51,8 @@ class CredentialsLike(Protocol):
     def gid(self) -> int: ...
     @property
     def groups(self) -> Collection[int]: ...
+    @property
+    def anonymous(self) -> bool: ...
 
 
 class Message(NamedTuple):
@@ -169,11 +175,13 @@ class _Arranged(NamedTuple):
 
 
 # Of the last few policies; a process has one in force, and a worker's rehearsal another.
-_kept: list[tuple[Policy, dict[tuple[int | None, tuple[int, ...], bool], _Arranged]]] = []
+_kept: list[tuple[Policy, dict[tuple[int | None, tuple[int, ...], bool, bool], _Arranged]]] = []
 _MOST_KEPT = 4
 
 
-def _arranged(policy: Policy, uid: int, gids: Collection[int], at_console: bool) -> _Arranged:
+def _arranged(
+    policy: Policy, uid: int, gids: Collection[int], at_console: bool, anonymous: bool = False
+) -> _Arranged:
     """The same for all clients with the same named user and groups, most often none."""
     known = next((each for of, each in _kept if of is policy), None)
     if known is None:
@@ -182,17 +190,19 @@ def _arranged(policy: Policy, uid: int, gids: Collection[int], at_console: bool)
         del _kept[:-_MOST_KEPT]
     user = uid if uid in policy.users else None
     groups = tuple(sorted(policy.groups.keys() & gids)) if policy.groups else ()
-    found = known.get((user, groups, at_console))
+    found = known.get((user, groups, at_console, anonymous))
     if found is None:
-        rules = list(policy.default)
+        its: list[Rule] = []
         for gid in groups:
-            rules += policy.groups[gid]
-        rules += policy.users.get(uid, ())
-        rules += policy.at_console if at_console else policy.not_at_console
-        rules += policy.mandatory
+            its += policy.groups[gid]
+        its += policy.users.get(uid, ())
+        its += policy.at_console if at_console else policy.not_at_console
+        if anonymous:
+            its = [rule for rule in its if not rule.allow]
+        rules = [*policy.default, *its, *policy.mandatory]
         own, send, receive = (_effective(rules, kind) for kind in (OWN, SEND, RECEIVE))
         always = *policy.default, *policy.mandatory
-        found = known[user, groups, at_console] = _Arranged(
+        found = known[user, groups, at_console, anonymous] = _Arranged(
             tuple(rule for rule in always if rule.kind in (USER, GROUP)),
             _Rules(own),
             _Rules(send),
@@ -227,11 +237,12 @@ class ClientPolicy:
         owner: int | None = None,
     ) -> None:
         self._policy = policy
-        self._others: dict[tuple[int, int, tuple[int, ...]], ClientPolicy] = {}
+        self._others: dict[tuple[int, int, tuple[int, ...], bool], ClientPolicy] = {}
         self._uid = credentials.uid
         self._gids = {credentials.gid, *credentials.groups}
         self._owner = os.geteuid() if owner is None else owner
-        rules = _arranged(policy, self._uid, self._gids, at_console)
+        self._anonymous = credentials.anonymous
+        rules = _arranged(policy, self._uid, self._gids, at_console, self._anonymous)
         self._connect = rules.connect
         self._own, self._send, self._receive = rules.own, rules.send, rules.receive
         self.allows_everything_to_own = rules.owns_all
@@ -242,7 +253,7 @@ class ClientPolicy:
 
     def of(self, credentials: CredentialsLike) -> ClientPolicy:
         """The same policy as it applies to another client; kept for all who are alike to it."""
-        key = (credentials.uid, credentials.gid, tuple(credentials.groups))
+        key = credentials.uid, credentials.gid, tuple(credentials.groups), credentials.anonymous
         other = self._others.get(key)
         if other is None:
             other = self._others[key] = ClientPolicy(self._policy, credentials, owner=self._owner)
@@ -258,6 +269,8 @@ class ClientPolicy:
 
     def can_connect(self) -> Verdict:
         """See `can_connect`."""
+        if self._anonymous:
+            return _ALLOWED
         return _can_connect(self._connect, self._uid, self._gids, self._owner)
 
     def can_own(self, name: str) -> Verdict:
@@ -369,6 +382,8 @@ def _prefix_matches(rule: Rule, names: Collection[str]) -> bool:
 def can_connect(policy: Policy, credentials: CredentialsLike, owner: int) -> Verdict:
     """Whether the client may use the bus at all: user= and group= rules of the default and
     mandatory contexts; without one only the user that the bus runs as may, not even root."""
+    if credentials.anonymous:
+        return _ALLOWED
     gids = {credentials.gid, *credentials.groups}
     return _can_connect(_arranged(policy, -1, (), False).connect, credentials.uid, gids, owner)
 

@@ -59,6 +59,9 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
     opener: Opener | None = (
         None  # who opened its file, if that is more than `uid`, `gid` and `groups` say
     )
+    anonymous: bool = (
+        False  # said in SASL that it is nobody: its worker's word, so it only takes rights away
+    )
 
     @property
     def opened_by(self) -> Opener:
@@ -73,7 +76,7 @@ class Credentials(msgspec.Struct, frozen=True, array_like=True):
 
     def is_privileged(self, owner: int) -> bool:
         """Whether it is to a bus of this owner's, by the bus's own node or socket: by who opened it."""
-        return self.opened_by.uid == owner or self.ipc_owner
+        return not self.anonymous and (self.opened_by.uid == owner or self.ipc_owner)
 
     @property
     def share(self) -> Share:
@@ -267,12 +270,13 @@ class Hello(Request, frozen=True, tag="hello"):
     """Reply: [id]; fds: one sealed memfd holding an encoded Snapshot; behind an endpoint also its log.
 
     `kdbus` as in ConnectionAdded. With the flags of a monitor, an activator of `name`, or a holder of
-    `policy` it is for the privileged only. `about` as in Describe."""
+    `policy` it is for the privileged only. `about` as in Describe. `anonymous` as in Credentials."""
 
     kdbus: int | None = None
     name: str = ""
     policy: tuple[PolicyEntry, ...] = ()
     about: bytes = b""
+    anonymous: bool = False
 
 
 class RequestName(Request, frozen=True, tag="request_name"):

@@ -60,6 +60,11 @@ class Settings(msgspec.Struct, frozen=True):
     limits: dict[str, int]
     policy: Policy
 
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What clients may authenticate by. Without <auth>, what can succeed."""
+        return self.auth or (("EXTERNAL", "ANONYMOUS") if self.allow_anonymous else ("EXTERNAL",))
+
 
 _decode = msgspec.msgpack.Decoder(Settings).decode
 

@@ -543,7 +543,8 @@ class DBusSocket(Engine):
         """Our client has said something for the first time."""
         self.begun = True
         # As the first request: it has been asked for the policy if ours was out of date.
-        if self.log is not None and not self.credentials.endpoint and self.asking.untouched():
+        usual = not (self.credentials.endpoint or self.credentials.anonymous)
+        if self.log is not None and usual and self.asking.untouched():
             self._ask_early()
         self.begin()
         self.driver.takes_fds = self.unix_fds

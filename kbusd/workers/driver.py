@@ -345,14 +345,16 @@ class Driver:
     def _check_privilege(self, member: str) -> None:
         """Raises Refusal unless the client is root's or the bus's owner's."""
         uid, pid, label = self.credentials.uid, self.credentials.pid, self.credentials.label
-        if uid in (0, self.bus.owner):
+        anonymous = self.credentials.anonymous
+        if uid in (0, self.bus.owner) and not anonymous:
             return
-        who = f"uid={uid} pid={pid}"
-        if label:
+        who = f"pid={pid}" if anonymous else f"uid={uid} pid={pid}"
+        if label and not anonymous:
             who += f' label="{_text(label)}"'
         raise Refusal(
             errors.ACCESS_DENIED,
-            f"rejected attempt to call {member} by connection {self.name} ({who}) with uid {uid}",
+            f"rejected attempt to call {member} by connection {self.name} ({who}) with "
+            + ("unknown uid" if anonymous else f"uid {uid}"),
         )
 
     def _carry_out(self, call: Call) -> Ask | tuple[Any, ...]:
@@ -363,7 +365,7 @@ class Driver:
                 if self.me or self._hello_asked:
                     raise Refusal(errors.FAILED, "Already handled an Hello message")
                 self._hello_asked = True
-                return self._ask(call, Hello(0))
+                return self._ask(call, Hello(0, anonymous=self.credentials.anonymous))
             case "RequestName", [str(name), int(flags)]:
                 self._check_request(name)
                 return self._ask(call, RequestName(0, name, flags))
@@ -406,6 +408,8 @@ class Driver:
                 return "as", [unique_name(each) for each in owners]
             case "GetConnectionUnixUser", [str(name)]:
                 connection = self._connection(name, "UID")
+                if connection and connection.credentials.anonymous:
+                    raise Refusal(errors.FAILED, f"Could not determine UID for '{name}'")
                 return "u", connection.credentials.uid if connection else self.bus.owner
             case "GetConnectionUnixProcessID", [str(name)]:
                 connection = self._connection(name, "PID")
@@ -424,6 +428,8 @@ class Driver:
             case "GetConnectionSELinuxSecurityContext", [str(name)]:
                 connection = self._connection(name, "security context")
                 label = connection.credentials.label if connection else self.bus.label
+                if connection and connection.credentials.anonymous:
+                    label = b""
                 if not (self.bus.selinux and label):
                     raise Refusal(
                         errors.SELINUX_CONTEXT_UNKNOWN,
@@ -522,10 +528,11 @@ class Driver:
             found = {}
             if credentials.pid > 0:
                 found["ProcessID"] = ("u", credentials.pid)
-            found["UnixUserID"] = ("u", credentials.uid)
-            groups = sorted({credentials.gid, *credentials.groups})
-            found["UnixGroupIDs"] = ("au", groups)
-            label = credentials.label
+            label = b"" if credentials.anonymous else credentials.label
+            if not credentials.anonymous:
+                found["UnixUserID"] = ("u", credentials.uid)
+                groups = sorted({credentials.gid, *credentials.groups})
+                found["UnixGroupIDs"] = ("au", groups)
             if credentials.endpoint:
                 found["org.kbusd.Endpoint"] = ("s", credentials.endpoint)
         if label:

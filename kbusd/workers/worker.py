@@ -14,12 +14,14 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
+from msgspec import structs
+
 from kbusd.policy.decide import can_connect, explain
 from kbusd.rings import entries
 from kbusd.rings.doorbell import part
 from kbusd.rings.line import Line, prepare
 from kbusd.sandbox import apply
-from kbusd.wire.auth import ServerAuth, aliases, usual
+from kbusd.wire.auth import AuthStep, ServerAuth, aliases, usual
 from kbusd.workers.context import Context
 from kbusd.workers.dbus_socket import DBusSocket
 from kbusd.workers.errors import Gone
@@ -107,12 +109,15 @@ def _serve_socket(
         if isinstance(started, str):
             line.send(entries.Leaving(0, started))
             return
+        if started.anonymous:
+            credentials = structs.replace(credentials, anonymous=True)
         verdict = can_connect(context.configuration.policy, credentials, context.bus.owner)
         if not verdict.allowed:
             line.send(entries.Leaving(0, f"may not connect: {explain(verdict)}"))
             return
-        rest, fds, unix_fds = started
-        engine.serve(client.fileno(), hand_over.fileno(), credentials, rest, fds, unix_fds)
+        engine.serve(
+            client.fileno(), hand_over.fileno(), credentials, started.rest, [], started.unix_fds
+        )
     finally:
         # What it has left unread may take for ever to be closed: it need not wait for that.
         part(client.detach())
@@ -150,23 +155,20 @@ def _authenticate(
     who: entries.Client,
     client: socket.socket,
     supervisor: socket.socket,
-) -> tuple[bytes, list[int], bool] | str:
-    """Do SASL. Returns what the client sent after BEGIN, or the reason why it must go."""
-    offered = context.configuration.auth
+) -> AuthStep | str:
+    """Do SASL. Returns its last step, or the reason why the client must go."""
+    offered = context.configuration.mechanisms
     data = _receive(client)  # most clients have sent it all by now
-    if data and (not offered or "EXTERNAL" in offered):
+    if data and "EXTERNAL" in offered:
         step = usual(data, context.guid, who.credentials.uid)
         if step is not None:
             _send(client, step.reply)
-            return step.rest, [], step.unix_fds
-    anonymous = context.configuration.allow_anonymous
-    # Without <auth> the configuration offers what can succeed.
-    every = ("EXTERNAL", "ANONYMOUS") if anonymous else ("EXTERNAL",)
+            return step
     auth = ServerAuth(
         context.guid,
         who.credentials.uid,
-        mechanisms=offered or every,
-        allow_anonymous=anonymous,
+        mechanisms=offered,
+        allow_anonymous=context.configuration.allow_anonymous,
         aliases=aliases(who.uid_map, who.credentials.uid),
     )
     limit = context.configuration.limits["auth_timeout"] / 1000
@@ -183,7 +185,7 @@ def _authenticate(
                 return f"authentication failed: {step.failed}"
             if step.done:
                 _send(client, out)
-                return step.rest, [], step.unix_fds
+                return step
         out = _send(client, out)
         left = deadline - time.monotonic()
         if left <= 0:

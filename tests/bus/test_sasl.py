@@ -6,6 +6,7 @@ count on them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ import pytest
 from . import procs
 from . import wireformat as w
 from .daemon import OPEN_POLICY, Bus, configuration
-from .rawclient import DRIVER, DRIVER_PATH, RawClient, RawSocket
+from .rawclient import DRIVER, DRIVER_PATH, BusError, Disconnected, RawClient, RawSocket
 
 UID = str(os.geteuid()).encode().hex().encode()
 HELLO = w.build(
@@ -212,15 +213,154 @@ def test_unauthenticated_client_is_dropped_in_time(start_bus) -> None:  # type: 
     sock.close()
 
 
-def test_anonymous_where_it_is_allowed_and_no_mechanism_is_named(start_bus) -> None:  # type: ignore[no-untyped-def]
-    policy = OPEN_POLICY.replace("<allow own", '<allow user="*"/><allow own')
-    shape = configuration("unix:tmpdir=/tmp", policy=policy, extra="<allow_anonymous/>")
-    bus = start_bus(config=shape.replace("<auth>EXTERNAL</auth>", ""))
-    sock = RawSocket(bus.address)
-    sock.write(b"\0")
-    assert sock.line(b"AUTH ANONYMOUS") == ok(bus)
-    assert_hello_works(sock)
-    sock.close()
+STRANGER = 12345
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
+
+
+@pytest.fixture
+def start_for_anybody(start_bus: Callable[..., Bus]) -> Callable[[str], Bus]:
+    """Starts a bus on which EXTERNAL is for its owner, ANONYMOUS for all; with more rules."""
+
+    def start(rules: str = "") -> Bus:
+        shape = configuration(
+            "unix:tmpdir=/tmp", policy=OPEN_POLICY + rules, extra="<allow_anonymous/>"
+        )
+        return start_bus(config=shape.replace("<auth>EXTERNAL</auth>", ""))
+
+    return start
+
+
+@contextlib.contextmanager
+def somebody(uid: int) -> Iterator[None]:
+    """The kernel keeps who a client is when it connects."""
+    mine = os.geteuid()
+    if uid != mine:
+        os.seteuid(uid)
+    try:
+        yield
+    finally:
+        if uid != mine:
+            os.seteuid(mine)
+
+
+def anonymous(bus: Bus, uid: int = os.geteuid()) -> RawClient:
+    with somebody(uid):
+        return RawClient(bus.address, anonymous=True)
+
+
+ANONYMOUS_UIDS = pytest.mark.parametrize(
+    "uid", [os.geteuid(), pytest.param(STRANGER, marks=as_root)]
+)
+
+
+@ANONYMOUS_UIDS
+def test_whoever_reaches_the_socket_may_use_the_bus_where_anonymous_is_allowed(
+    start_for_anybody: Callable[[str], Bus], uid: int
+) -> None:
+    bus = start_for_anybody("")
+    other, client = bus.connect(), anonymous(bus, uid)
+    assert client.request_name("test.sasl.Anonymous") == 1
+    client.add_match("type='signal',interface='test.sasl'")
+    other.signal("/", "test.sasl", "Seen")
+    assert client.wait_signal("Seen").sender == other.name
+    serial = other.send_call("test.sasl.Anonymous", "/", "test.sasl", "Ask")
+    client.reply(client.wait_call("Ask"))
+    assert other.wait_reply(serial).sender == client.name
+    client.close()
+
+
+@ANONYMOUS_UIDS
+def test_nobody_is_told_who_an_anonymous_client_is_but_for_its_process(
+    start_for_anybody: Callable[[str], Bus], uid: int
+) -> None:
+    bus = start_for_anybody("")
+    client = anonymous(bus, uid)
+    for asker in (bus.connect(), client):
+        (found,) = asker.driver("GetConnectionCredentials", "s", (client.name,))
+        found.pop("ProcessFD", None)
+        assert found == {"ProcessID": ("u", os.getpid())}
+        assert asker.driver("GetConnectionUnixProcessID", "s", (client.name,)) == [os.getpid()]
+        with pytest.raises(BusError, match="Failed: Could not determine UID for"):
+            asker.driver("GetConnectionUnixUser", "s", (client.name,))
+        with pytest.raises(BusError, match="SecurityContextUnknown"):
+            asker.driver("GetConnectionSELinuxSecurityContext", "s", (client.name,))
+    client.close()
+
+
+def test_the_owner_of_the_bus_has_no_privileges_as_an_anonymous_client(
+    start_for_anybody: Callable[[str], Bus],
+) -> None:
+    bus = start_for_anybody(f'<policy user="{os.geteuid()}"><allow own="test.sasl.Mine"/></policy>')
+    text = bus.config.read_text().replace('<allow own="*"/>', "")
+    bus.config.write_text(text)
+    owner = bus.connect()
+    owner.driver("ReloadConfig")
+    client = anonymous(bus)
+    for member, signature, args in (
+        ("AddMatch", "s", ("eavesdrop=true",)),
+        ("UpdateActivationEnvironment", "a{ss}", ({"A": "B"},)),
+    ):
+        with pytest.raises(BusError, match=r"AccessDenied: .* with unknown uid"):
+            client.driver(member, signature, args)
+    with pytest.raises(BusError, match=r"AccessDenied: .* with unknown uid"):
+        client.driver("BecomeMonitor", "asu", ([], 0), interface=f"{DRIVER}.Monitoring")
+    with pytest.raises(BusError, match="AccessDenied"):
+        client.request_name("test.sasl.Mine")
+    assert owner.request_name("test.sasl.Mine") == 1
+    client.close()
+
+
+@as_root
+def test_a_stranger_may_not_connect_by_external_where_anonymous_is_allowed(
+    start_for_anybody: Callable[[str], Bus],
+) -> None:
+    bus = start_for_anybody("")
+    with somebody(STRANGER), pytest.raises((Disconnected, BrokenPipeError)):
+        RawClient(bus.address)
+
+
+@as_root
+@pytest.mark.parametrize("extra", ["", "<auth>ANONYMOUS</auth>", "<auth>EXTERNAL</auth>"])
+def test_a_stranger_may_not_connect_by_anonymous_where_it_is_not_allowed(
+    start_bus: Callable[..., Bus], extra: str
+) -> None:
+    shape = configuration("unix:tmpdir=/tmp", extra=extra)
+    bus = start_bus(config=shape.replace("<auth>EXTERNAL</auth>", "", 1))
+    with somebody(STRANGER):
+        client = RawSocket(bus.address)
+    client.write(b"\0AUTH ANONYMOUS\r\nBEGIN\r\n" + HELLO)
+    assert b"NameAcquired" not in client.expect_disconnect()
+    client.close()
+
+
+@pytest.mark.kbusd_only
+def test_nobody_gets_rid_of_what_he_is_denied_by_not_saying_who_he_is(
+    start_for_anybody: Callable[[str], Bus],
+) -> None:
+    """(On dbus-daemon he does.)"""
+    rules = '<deny own="test.sasl.Mine"/><deny send_interface="test.sasl" send_member="No"/>'
+    bus = start_for_anybody(f'<policy user="{os.geteuid()}">{rules}</policy>')
+    client = anonymous(bus)
+    with pytest.raises(BusError, match="AccessDenied"):
+        client.request_name("test.sasl.Mine")
+    with pytest.raises(BusError, match="AccessDenied"):
+        client.call(client.name, "/", "test.sasl", "No")
+    client.close()
+
+
+@pytest.mark.kbusd_only
+def test_anonymous_clients_count_for_their_users(start_bus: Callable[..., Bus]) -> None:
+    """(On dbus-daemon for nobody.)"""
+    shape = configuration(
+        "unix:tmpdir=/tmp",
+        extra="<allow_anonymous/><auth>ANONYMOUS</auth>",
+        limits={"max_connections_per_user": 1},
+    )
+    bus = start_bus(config=shape)
+    client = anonymous(bus)
+    with pytest.raises(BusError, match="LimitsExceeded"):
+        anonymous(bus)
+    client.close()
 
 
 def test_message_size_before_auth_is_not_trusted(bus: Bus) -> None:

@@ -179,6 +179,42 @@ def test_policy_decides_who_connects() -> None:
     assert world.client(2, uid=7).unique_name == ":1.1"
 
 
+def anonymous(world: World, uid: int) -> e.Reply | e.Failure:
+    """What a worker is answered which says that its client of this user is anonymous."""
+    world.bus.worker_started(1, 11)
+    world.bus.assigned(1, credentials(1, uid))
+    world.ask(world.bus.connections[1], e.Hello(1, anonymous=True))
+    return next(event[1] for event in world.taken() if event[0] == 1)
+
+
+def test_a_worker_whose_client_it_says_is_anonymous_gets_nowhere_unless_anybody_may_be() -> None:
+    for settings in (
+        {},
+        {"allow_anonymous": True, "auth": ("EXTERNAL",)},
+        {"auth": ("ANONYMOUS",)},
+    ):
+        world = World(policy=Policy(), **settings)
+        answer = anonymous(world, uid=7)
+        assert isinstance(answer, e.Failure) and answer.error == ERROR + "AccessDenied"
+    assert anonymous(World(policy=Policy(), allow_anonymous=True), uid=7) == e.Reply(1, 1)
+
+
+def test_a_worker_loses_privileges_by_saying_that_its_client_is_anonymous() -> None:
+    for uid in (0, 500):
+        world = World(allow_anonymous=True)
+        assert anonymous(world, uid) == e.Reply(1, 1)
+        (answer,) = world.ask(world.bus.connections[1], e.BecomeMonitor(2, ()))
+        assert answer[1].error == ERROR + "AccessDenied"
+
+
+def test_no_client_of_kdbus_is_anonymous() -> None:
+    world = World(allow_anonymous=True)
+    world.bus.worker_started(1, 11)
+    world.bus.assigned(1, credentials(1))
+    with pytest.raises(Violation):
+        world.ask(world.bus.connections[1], e.Hello(1, 0, anonymous=True))
+
+
 def test_limits_of_connections() -> None:
     world = World(limits={"max_completed_connections": 3, "max_connections_per_user": 2})
     a, _ = world.client(1, uid=1), world.client(2, uid=1)

@@ -64,6 +64,7 @@ class Person(NamedTuple):
     uid: int
     gid: int
     groups: tuple[int, ...]
+    anonymous: bool = False
 
 
 ROOT = Person(os.geteuid(), os.getegid(), tuple(os.getgroups()))

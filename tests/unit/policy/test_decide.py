@@ -18,6 +18,7 @@ class Who(NamedTuple):
     uid: int = 1000
     gid: int = 1000
     groups: tuple[int, ...] = ()
+    anonymous: bool = False
 
 
 USER = Who()
@@ -332,6 +333,21 @@ def test_only_what_concerns_the_client_applies(
 def test_connect(policies: Policies, body: str, uid: int, allowed: bool) -> None:
     who = Who(uid=uid, gid=uid, groups=(2000,))
     assert policies.of(body, who, owner=1000).can_connect().allowed is allowed
+
+
+def test_an_anonymous_client_has_what_all_have_less_what_it_is_denied(policies: Policies) -> None:
+    body = """<policy context="default"><allow own="all.a"/><allow own="all.b"/></policy>
+      <policy group="2000"><deny own="all.b"/><allow own="groups"/></policy>
+      <policy user="1000"><allow own="users"/></policy>
+      <policy at_console="false"><allow own="console"/></policy>
+      <policy context="mandatory"><allow own="must"/></policy>"""
+    names = "all.a", "all.b", "groups", "users", "console", "must"
+    who = Who(groups=(2000,))
+    known = policies.of(body, who)
+    hidden = known.of(who._replace(anonymous=True))
+    assert [n for n in names if known.can_own(n).allowed] == [n for n in names if n != "all.b"]
+    assert [n for n in names if hidden.can_own(n).allowed] == ["all.a", "must"]
+    assert hidden.can_connect().allowed
 
 
 # -- what callers may skip or cache -----------------------------------------------------------
