@@ -563,3 +563,18 @@ def test_reader_reads_a_descriptor_wherever_its_offset_is(tmp_path: Path) -> Non
     finally:
         os.close(fd)
     assert configuration.decode(done.stdout).user == "daemon"
+
+
+def test_names_that_are_not_utf8_ended_the_reader(tmp_path: Path) -> None:
+    """It could not tell the bus of them: nothing was read at all."""
+    included = tmp_path / "d"
+    included.mkdir()
+    (included / "\udcff.conf").write_text("<busconfig/>")
+    path = tmp_path / "t.conf"
+    path.write_text(
+        f"<busconfig>{LISTEN}<includedir>{included}</includedir><standard_session_servicedirs/></busconfig>"
+    )
+    loaded = configuration.load(str(path), environment={"XDG_DATA_DIRS": "/\udcff"})
+    assert loaded.service_dirs == ("/usr/share/dbus-1/services",)
+    assert [line.rpartition(": ")[2] for line in loaded.warnings] == ["its name is not UTF-8"] * 2
+    assert configuration.decode(configuration.encode(loaded)) == loaded
