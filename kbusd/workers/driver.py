@@ -688,13 +688,14 @@ class Driver:
                 signals = [self._broadcast("ActivatableServicesChanged")]
         replica.apply(entry)
         sent: list[Action] = [signal for signal in signals if signal is not None]
+        if isinstance(entry, ActivatableChanged):
+            self._unknown.difference_update(replica.activatable)  # they are started now
         if self._held_back is not None:
             self._held_back += sent
             return []
-        if isinstance(entry, ActivatableChanged):
-            self._unknown.difference_update(replica.activatable)  # they are started now
-            sent += self._resume()
-        elif isinstance(entry, ConnectionAdded) and entry.id == self.me:
+        if isinstance(entry, ActivatableChanged) or (
+            isinstance(entry, ConnectionAdded) and entry.id == self.me
+        ):
             sent += self._resume()
         return sent
 
