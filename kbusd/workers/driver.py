@@ -724,6 +724,10 @@ class Driver:
 
     def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
         """The order is dbus-daemon's: the loser first, then everybody, then the winner."""
+        if old == self.me in self.replica.monitors:
+            return [
+                self._unicast("NameLost", name, old)
+            ]  # of what others are told it sees none yet
         if self.replica.deaf and self.me not in (old, new):
             return []  # as most are whose log is replayed at Hello
         return [
