@@ -621,8 +621,11 @@ class Bus:
             parse(rule)
         for rule in self.matches.remove_all(connection):
             self._outside.append(MatchRemoved(connection.id, rule))
-        self._release(connection, connection.names.copy())
-        self._outside.append(MonitorAttached(connection.id, rules))
+        held = connection.names.copy()
+        owned = [each for each in held if self.registry.owner(each) is connection]
+        self._release(connection, [each for each in held if each not in owned])
+        self._outside.append(MonitorAttached(connection.id, rules))  # and it loses its names
+        self._release(connection, owned)
         connection.monitor = rules
         self.monitors.add(connection)
         name = connection.unique_name

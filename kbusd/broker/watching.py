@@ -37,6 +37,7 @@ class Watching:
         self._settled = settled
         self._launcher = False
         self._times: dict[str, int] = {}  # of the directories, before they were read last
+        self._watched: frozenset[str] = frozenset()  # by this launcher, since it has looked last
         self._first = True
         self._looks: deque[bool] = (
             deque()
@@ -69,6 +70,7 @@ class Watching:
     def launcher_gone(self) -> None:
         """Nobody watches."""
         self._launcher = self._waited_for = False
+        self._watched = frozenset()
         self._looks.clear()
         self._settled()
 
@@ -79,8 +81,13 @@ class Watching:
         if self._first:  # what was not there yet may have been made by ourselves
             self._first = False
             self._times = {path: at or times[path] for path, at in self._times.items()}
-        changed = message.changed or times != self._times
-        self._times = times  # of before reading: what changes meanwhile is seen next
+        watched, self._watched = self._watched, frozenset(message.times)
+        changed = message.changed
+        # What was watched already, we have been told of. A directory changes by much that is not read, and
+        # were that enough, each reading would be followed by the next while there is a busy one.
+        if waited_for or watched != self._watched:
+            changed |= times != self._times
+            self._times = times  # of before reading: what changes meanwhile is seen next
         now = self._outside.now()
         if waited_for and (changed or self._due is not None):
             self._waited_for = True

@@ -270,7 +270,8 @@ class _Builder:
         self.not_at_console: list[Rule] = []
 
     def warn(self, file: str, line: int, text: str) -> None:
-        self.warnings.append(f"{file}:{line}: {text}" if line else f"{file}: {text}")
+        warning = f"{file}:{line}: {text}" if line else f"{file}: {text}"
+        self.warnings.append(warning.encode(errors="backslashreplace").decode())
 
     def read(self, path: str, by_file: str, by_line: int) -> tuple[bytes, _Identity]:
         """The file's contents, and which file it is. Raises ConfigurationError, naming who asked."""
@@ -328,7 +329,9 @@ class _Builder:
     def finish(self) -> Configuration:
         system = self.settings.get("type") == "system"
         directories = [
-            Directory(d.path, strict=d.strict or system) for d in self.directories.values()
+            Directory(d.path, strict=d.strict or system)
+            for d in self.directories.values()
+            if services.is_told(d.path, self.warn)
         ]
         for directory in directories:
             self.watch(directory.path)
@@ -344,7 +347,7 @@ class _Builder:
             listen=tuple(self.listen),
             listen_at=tuple(self.listen_at),
             auth=tuple(dict.fromkeys(self.auth)),
-            service_dirs=tuple(self.directories),
+            service_dirs=tuple(d.path for d in directories),
             service_helper=self.settings.get("servicehelper", ""),
             limits=self.limits,
             policy=Policy(
@@ -636,7 +639,10 @@ class _Document:
             raise self.fail(f"cannot read {directory}: {error.strerror}", element.line) from error
         for name in names:
             if name.endswith(".conf"):
-                self.include(os.path.join(directory, name), element.line, True)
+                path = os.path.join(directory, name)
+                if not services.is_utf8(path):
+                    raise self.fail(f"{path!a}: the name of a file must be UTF-8", element.line)
+                self.include(path, element.line, True)
 
     def include(self, path: str, line: int, ignore_missing: bool) -> None:
         try:

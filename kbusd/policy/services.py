@@ -78,7 +78,25 @@ def _files(directory: str, warn: Warn) -> list[str]:
     except OSError as error:
         warn(directory, 0, f"service directory skipped: {error.strerror}")
         return []
-    return [os.path.join(directory, name) for name in names if name.endswith(".service")]
+    paths = [os.path.join(directory, name) for name in names if name.endswith(".service")]
+    return [path for path in paths if is_told(path, warn)]
+
+
+def is_utf8(path: str) -> bool:
+    """As all must be that is said of it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_told(path: str, warn: Warn) -> bool:
+    """Whether the bus can be told of it; else its admin is."""
+    told = is_utf8(path)
+    if not told:
+        warn(path, 0, "skipped: its name is not UTF-8")
+    return told
 
 
 def _load_file(path: str, warn: Warn) -> Service | None:

@@ -16,12 +16,12 @@ from contextlib import suppress
 
 _CLOSE_WRITE, _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x8, 0x40, 0x80, 0x100, 0x200
 _DELETE_SELF, _MOVE_SELF = 0x400, 0x800
-_Q_OVERFLOW = 0x4000
+_UNMOUNT, _Q_OVERFLOW = 0x2000, 0x4000
 _MASK_ADD = (
     0x2000_0000  # the same directory may be watched for what is in it, and for what is to come
 )
 _INSIDE = _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
-_ITSELF = _DELETE_SELF | _MOVE_SELF | _Q_OVERFLOW
+_ITSELF = _DELETE_SELF | _MOVE_SELF | _UNMOUNT | _Q_OVERFLOW
 _EVENT = struct.Struct("iIII")
 _READ = (".conf", ".service")
 

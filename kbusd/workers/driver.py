@@ -695,13 +695,14 @@ class Driver:
                 signals = [self._broadcast("ActivatableServicesChanged")]
         replica.apply(entry)
         sent: list[Action] = [signal for signal in signals if signal is not None]
+        if isinstance(entry, ActivatableChanged):
+            self._unknown.difference_update(replica.activatable)  # they are started now
         if self._held_back is not None:
             self._held_back += sent
             return []
-        if isinstance(entry, ActivatableChanged):
-            self._unknown.difference_update(replica.activatable)  # they are started now
-            sent += self._resume()
-        elif isinstance(entry, ConnectionAdded) and entry.id == self.me:
+        if isinstance(entry, ActivatableChanged) or (
+            isinstance(entry, ConnectionAdded) and entry.id == self.me
+        ):
             sent += self._resume()
         return sent
 
@@ -730,6 +731,10 @@ class Driver:
 
     def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
         """The order is dbus-daemon's: the loser first, then everybody, then the winner."""
+        if old == self.me in self.replica.monitors:
+            return [
+                self._unicast("NameLost", name, old)
+            ]  # of what others are told it sees none yet
         if self.replica.deaf and self.me not in (old, new):
             return []  # as most are whose log is replayed at Hello
         return [

@@ -350,7 +350,7 @@ class Port:
     def _flags(self, name: str, id: int) -> int:
         """NAME flags of a name that this connection has some part in."""
         replica = self._replica
-        primary = replica.names.get(name) == id
+        primary = replica.given_up.get(name, replica.names.get(name)) == id
         if replica.activators.get(name) == id:
             return ownership.activator_flags(primary)
         return ownership.claim_flags(replica.claim(name, id), primary)

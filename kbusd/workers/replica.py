@@ -281,6 +281,7 @@ class Replica:
         self.me = NOBODY
         self.connections: dict[int, Connection] = {}
         self.names: dict[str, int] = {}
+        self.given_up: dict[str, int] = {}  # names by monitors, of which the log speaks next
         self.queues: dict[str, tuple[int, ...]] = {}  # who waits, of names that somebody waits for
         self.claims: dict[str, tuple[int, ...]] = {}  # flags, of names where they are not all 0
         self.activators: dict[str, int] = {}
@@ -310,6 +311,7 @@ class Replica:
         """Forget everything and start from `snapshot`. `me` stays. Raises ReplicaError."""
         self.connections = {}
         self.names = {}
+        self.given_up = {}
         self.queues = {}
         self.claims = {}
         self.activators = {}
@@ -437,6 +439,9 @@ class Replica:
             self.my_version += 1
 
     def _change_owner(self, name: str, old: int, new: int) -> None:
+        if old != NOBODY and self.given_up.get(name) == old:
+            del self.given_up[name]
+            old = NOBODY
         if self.names.get(name, NOBODY) != old:
             raise ReplicaError(f"{name} changed owner from {old}, who did not own it")
         if old != NOBODY:
@@ -447,12 +452,15 @@ class Replica:
             winner = self._connection(new)
             winner.names |= {name}
             self.names[name] = new
+        self._moved(name)
+        if self.monitors:
+            self.monitors_version += 1
+
+    def _moved(self, name: str) -> None:
         if self._index is not None and name in self._index.senders:
             self.matches_version += 1
         if name in self._mine.senders:
             self.my_version += 1
-        if self.monitors:
-            self.monitors_version += 1
 
     def _change_queue(
         self, name: str, waiting: tuple[int, ...], claims: tuple[int, ...], activator: int
@@ -533,9 +541,16 @@ class Replica:
     ) -> None:
         connection = self.connections.get(id)
         if connection is not None:
-            if connection.names or connection.waits_for or connection.matches:  # nor eavesdrops
-                raise ReplicaError(f"connection {id} became a monitor with names or match rules")
+            if connection.waits_for or connection.matches:  # nor eavesdrops
+                raise ReplicaError(
+                    f"connection {id} became a monitor and waits for names or signals"
+                )
             del self.connections[id]
+            for name in connection.names:
+                del self.names[name]
+                self.given_up[name] = id
+                self._moved(name)
+            connection.names = _NO_NAMES
         try:
             self.monitors[id] = tuple(eavesdropping(parse(rule)) for rule in rules)
         except ValueError as error:
@@ -610,6 +625,8 @@ class Replica:
     def claim(self, name: str, id: int) -> int:
         """The flags with which a connection asked for a name that it owns or waits for."""
         claims, owners = self.claims.get(name, ()), self.owners(name)
+        if name in self.given_up:
+            owners = [self.given_up[name], *self.queues.get(name, ())]
         at = owners.index(id) if id in owners else len(claims)
         return claims[at] if at < len(claims) else 0
 

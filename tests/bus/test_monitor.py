@@ -153,6 +153,26 @@ def test_loses_its_names_and_its_rules(bus: Bus) -> None:
         watcher.call(client.name, "/", "test.I", "M")
 
 
+def test_loses_its_unique_name_first_then_the_others_in_order(bus: Bus) -> None:
+    watcher, next_, client = bus.connect(), bus.connect(), bus.connect()
+    names = ["test.monitor.B", "test.monitor.A", "test.monitor.C"]
+    for name in names:
+        client.request_name(name)
+    watcher.request_name("test.monitor.Queued")
+    client.request_name("test.monitor.Queued")
+    next_.request_name("test.monitor.A")
+    watcher.add_match("member='NameOwnerChanged'")
+    client.driver("BecomeMonitor", "asu", (["member='Never'"], 0), interface=MONITORING)
+    lost = [client.wait(lambda m: m.member == "NameLost").args[0] for _ in range(4)]
+    assert lost == [client.name, *names]
+    owner = {"test.monitor.A": next_.name}
+    changes = [watcher.wait(lambda m: m.member == "NameOwnerChanged").args for _ in range(4)]
+    assert changes == [[name, client.name, owner.get(name, "")] for name in lost]
+    assert watcher.driver("ListQueuedOwners", "s", ("test.monitor.Queued",)) == [[watcher.name]]
+    watcher.send_call("test.monitor.A", "/", "test.I", "Called")
+    assert next_.wait_call("Called").sender == watcher.name
+
+
 def test_only_what_its_rules_match(bus: Bus) -> None:
     monitor, a = bus.connect(), bus.connect()
     become_monitor(monitor, "type='signal',interface='test.Wanted'", "member='AlsoWanted'")

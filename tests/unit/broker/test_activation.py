@@ -350,3 +350,18 @@ def test_a_directory_that_the_bus_makes_at_its_start_is_no_change() -> None:
     world.bus.activation.watching.launcher_ready()
     looked(world, 5)
     assert world.bus.deadline() is None
+
+
+def test_a_busy_directory_had_the_configuration_read_again_and_again() -> None:
+    """What changes in it is not read; so each reading found it changed since the last, for ever."""
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    assert looked(world, 6) == [("reload",)]
+    reads(world, "a.b", mtime=6)
+    assert looked(world, 7) == []
+    assert world.bus.deadline() is None
+    world.time += 60
+    world.ask(a, e.StartService(3, "a.c", False))
+    assert looked(world, 8) == [("reload",)]  # where nobody tells of changes it may be a service
+    assert reads(world, "a.b", mtime=8)[-1] == (1, failure(3, "ServiceUnknown", UNKNOWN))

@@ -503,8 +503,8 @@ def test_a_monitor_loses_names_and_rules_and_then_is_one() -> None:
     world.ask(root, e.AddMatch(3, "member='X'"))
     assert world.ask(root, e.BecomeMonitor(4, ("type='signal'",))) == [
         ("log", e.MatchRemoved(1, "member='X'")),
-        ("log", e.NameOwnerChanged("a.b", 1, 0)),
         ("log", e.MonitorAttached(1, ("type='signal'",))),
+        ("log", e.NameOwnerChanged("a.b", 1, 0)),
         (1, e.Reply(4)),
     ]
     assert world.bus.snapshot(5, 6).monitors == ((1, ("type='signal'",)),)

@@ -563,3 +563,24 @@ def test_reader_reads_a_descriptor_wherever_its_offset_is(tmp_path: Path) -> Non
     finally:
         os.close(fd)
     assert configuration.decode(done.stdout).user == "daemon"
+
+
+def test_a_service_directory_whose_name_is_not_utf8_ended_the_reader(tmp_path: Path) -> None:
+    """It could not tell the bus of it: nothing was read at all."""
+    path = tmp_path / "t.conf"
+    path.write_text(f"<busconfig>{LISTEN}<standard_session_servicedirs/></busconfig>")
+    loaded = configuration.load(str(path), environment={"XDG_DATA_DIRS": "/\udcff"})
+    assert loaded.service_dirs == ("/usr/share/dbus-1/services",)
+    assert [line.rpartition(": ")[2] for line in loaded.warnings] == ["its name is not UTF-8"]
+    assert configuration.decode(configuration.encode(loaded)) == loaded
+
+
+def test_a_policy_file_whose_name_is_not_utf8_is_refused_not_left_out(tmp_path: Path) -> None:
+    included = tmp_path / "d"
+    included.mkdir()
+    (included / "\udcff.conf").write_text("<busconfig/>")
+    path = tmp_path / "t.conf"
+    path.write_text(f"<busconfig>{LISTEN}\n<includedir>{included}</includedir></busconfig>")
+    with pytest.raises(configuration.ConfigurationError, match=r"t\.conf:2: .*UTF-8") as refused:
+        configuration.load(str(path))
+    str(refused.value).encode()

@@ -107,6 +107,14 @@ def test_an_unreadable_file_is_skipped(directories: Directories) -> None:
     assert directories.warnings == [("a.service", 0, "skipped: No such file or directory")]
 
 
+def test_a_name_that_is_not_utf8_ended_the_reader(directories: Directories) -> None:
+    """None but its own service is lost, and nothing else that is read."""
+    directories.add("d", "\udcff.service", "[D-BUS Service]\nName=a.a\nExec=x\n")
+    directories.add("d", "b.service", "[D-BUS Service]\nName=a.b\nExec=x\n")
+    assert list(directories.load("d")) == ["a.b"]
+    assert directories.warnings == [("\udcff.service", 0, "skipped: its name is not UTF-8")]
+
+
 def test_broken_quoting_leaves_the_name_activatable(directories: Directories) -> None:
     directories.add("d", "a.b.service", text("a.b", "/bin/prog 'oops"))
     service = directories.load("d")["a.b"]

@@ -401,3 +401,17 @@ def test_a_monitor_that_is_refused_misses_nothing() -> None:
     error, signal = made.answer(ask.token, e.Failure(1, "x.y", "no"))
     assert isinstance(error, Error)
     assert said([signal]) == [(NOC, ["a.b", ":1.2"])]
+
+
+def test_a_service_that_came_while_a_monitor_was_refused_held_its_client_up() -> None:
+    """Not till the service has started, which may take long: it is known that there is one."""
+    made = bare(1, 2)
+    made.credentials = person(0)
+    (ask,) = made.call(
+        call("BecomeMonitor", "asu", b"\0\0\0\0\0\0\0\0")._replace(interface=MONITORING)
+    )
+    assert isinstance(ask, driver.Ask)
+    made.look_for("a.b")
+    made.entry(e.ActivatableChanged(("a.b",)))
+    made.answer(ask.token, e.Failure(1, "x.y", "no"))
+    assert not made.busy
