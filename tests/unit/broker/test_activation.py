@@ -365,3 +365,18 @@ def test_a_busy_directory_had_the_configuration_read_again_and_again() -> None:
     world.ask(a, e.StartService(3, "a.c", False))
     assert looked(world, 8) == [("reload",)]  # where nobody tells of changes it may be a service
     assert reads(world, "a.b", mtime=8)[-1] == (1, failure(3, "ServiceUnknown", UNKNOWN))
+
+
+def test_changes_put_off_what_somebody_waited_for() -> None:
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    looked(world, 6)
+    reads(world, "a.b")
+    looked(world, 6)
+    world.ask(a, e.StartService(3, "a.c", False))
+    looked(world, 7)
+    deadline = world.bus.deadline()
+    world.time += READ_SECONDS - 0.01
+    world.bus.activation.watching.changed()
+    assert world.bus.deadline() == deadline
