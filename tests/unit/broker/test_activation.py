@@ -380,3 +380,22 @@ def test_changes_put_off_what_somebody_waited_for() -> None:
     world.time += READ_SECONDS - 0.01
     world.bus.activation.watching.changed()
     assert world.bus.deadline() == deadline
+
+
+def test_who_asked_for_an_unknown_name_waited_for_a_launcher_that_hung() -> None:
+    """With all that it sent since. It may hang at a directory of a server that is gone."""
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.ask(b, e.StartService(3, "a.c", False))
+    world.events.clear()
+    for answered in (failure(2, "ServiceUnknown", UNKNOWN), failure(3, "ServiceUnknown", UNKNOWN)):
+        deadline = world.bus.deadline()
+        assert deadline is not None
+        world.time = deadline
+        world.bus.tick()
+        assert world.taken()[-1][1] == answered
+        world.events.clear()
+    assert world.bus.deadline() is None
+    world.ask(a, e.StartService(4, "a.b", False))
+    assert looked(world, 5) == []
