@@ -38,6 +38,7 @@ from kbusd.rings.entries import Failure, Launch, Reply, StartService
 STARTED = 1
 RUNNING = 2
 MAX_LOOKING = 256
+LOOK_SECONDS = 5.0  # a directory may be of a server that is gone
 MAX_VARIABLES = 4096
 MAX_VARIABLE_BYTES = 128 * 1024  # execve(2): MAX_ARG_STRLEN
 
@@ -83,6 +84,7 @@ class Activation:
         self._next = 1
         self._looking: list[Waiter] = []
         self._to_look: list[Waiter] = []
+        self._look_until = 0.0
 
     def configure(self, configuration: Configuration) -> None:
         """Take up a configuration; services that are being started go on."""
@@ -193,10 +195,13 @@ class Activation:
 
     def deadline(self) -> float | None:
         """When `tick` has something to do."""
-        return min((each.deadline for each in self._pending.values()), default=None)
+        deadlines = [each.deadline for each in self._pending.values()]
+        if self._looking:
+            deadlines.append(self._look_until)
+        return min(deadlines, default=None)
 
     def tick(self, now: float) -> None:
-        """Kill what takes too long."""
+        """Kill what takes too long, and let nobody wait any longer for us to look."""
         for pending in [each for each in self._pending.values() if each.deadline <= now]:
             self._outside.end_launch(pending.job)
             self._fail(
@@ -205,6 +210,9 @@ class Activation:
                 f"Failed to activate service '{pending.name}': timed out"
                 f" (service_start_timeout={self._timeout_ms}ms)",
             )
+        if self._looking and self._look_until <= now:
+            self._outside.say(f"service directories not looked at within {LOOK_SECONDS:.0f} s")
+            self._retry()
 
     # -- services that came after the configuration was read ------------------------------------
 
@@ -217,12 +225,14 @@ class Activation:
             )  # the one who looks may have done so before there was what this one wants
         elif self.watching.look():
             self._looking.append(waiter)
+            self._look_until = self._outside.now() + LOOK_SECONDS
         else:
             raise unknown(waiter.message.name)
 
     def _retry(self) -> None:
         """All that there was is known: those who waited for that get their answer."""
         looking, self._looking, self._to_look = self._looking, self._to_look, []
+        self._look_until = self._outside.now() + LOOK_SECONDS
         if self._looking and not self.watching.look():
             looking, self._looking = looking + self._looking, []
         for waiter in looking:

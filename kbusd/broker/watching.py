@@ -100,6 +100,8 @@ class Watching:
 
     def changed(self) -> None:
         """The launcher says that something has."""
+        if self._waited_for:
+            return  # it is read as soon as it may be
         now = self._outside.now()
         if self._due is None:
             self._since = now

@@ -203,7 +203,7 @@ def modified(directory: str) -> int:
     """When the directory last changed, ns; 0 if there is none."""
     try:
         return os.stat(directory).st_mtime_ns
-    except OSError:
+    except (OSError, ValueError):  # no path at all
         return 0
 
 

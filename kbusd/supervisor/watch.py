@@ -94,7 +94,7 @@ class Watch:
             )
             if watch < 0:
                 number = ctypes.get_errno()
-                if os.path.exists(above) or above == "/":
+                if os.path.exists(above) or above == os.path.dirname(above):
                     return self._complain(above, number)
                 above, awaited = os.path.split(above)
             elif not awaited:

@@ -365,3 +365,37 @@ def test_a_busy_directory_had_the_configuration_read_again_and_again() -> None:
     world.ask(a, e.StartService(3, "a.c", False))
     assert looked(world, 8) == [("reload",)]  # where nobody tells of changes it may be a service
     assert reads(world, "a.b", mtime=8)[-1] == (1, failure(3, "ServiceUnknown", UNKNOWN))
+
+
+def test_changes_put_off_what_somebody_waited_for() -> None:
+    world = looking_world()
+    a = world.client(1)
+    world.ask(a, e.StartService(2, "a.c", False))
+    looked(world, 6)
+    reads(world, "a.b")
+    looked(world, 6)
+    world.ask(a, e.StartService(3, "a.c", False))
+    looked(world, 7)
+    deadline = world.bus.deadline()
+    world.time += READ_SECONDS - 0.01
+    world.bus.activation.watching.changed()
+    assert world.bus.deadline() == deadline
+
+
+def test_who_asked_for_an_unknown_name_waited_for_a_launcher_that_hung() -> None:
+    """With all that it sent since. It may hang at a directory of a server that is gone."""
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.ask(b, e.StartService(3, "a.c", False))
+    world.events.clear()
+    for answered in (failure(2, "ServiceUnknown", UNKNOWN), failure(3, "ServiceUnknown", UNKNOWN)):
+        deadline = world.bus.deadline()
+        assert deadline is not None
+        world.time = deadline
+        world.bus.tick()
+        assert world.taken()[-1][1] == answered
+        world.events.clear()
+    assert world.bus.deadline() is None
+    world.ask(a, e.StartService(4, "a.b", False))
+    assert looked(world, 5) == []

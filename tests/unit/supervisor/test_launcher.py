@@ -164,6 +164,13 @@ def test_looks_when_directories_changed(launcher: Launcher, tmp_path: Path) -> N
     assert launcher.answer() == e.Looked(times, False)
 
 
+@pytest.mark.parametrize("path", ["", "relative/missing", "//missing", "/\0"])
+def test_what_is_no_absolute_path_kept_it_busy_for_ever(launcher: Launcher, path: str) -> None:
+    """An honest broker asks for no such path."""
+    launcher.ask(e.Look((path,)))
+    assert launcher.answer() == e.Looked({path: 0}, False)
+
+
 def test_services_outlive_the_launcher(launcher: Launcher, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     script = f"echo $$ > {tmp_path}/pid; read line < {tmp_path}/fifo"
