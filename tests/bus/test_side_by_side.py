@@ -443,7 +443,10 @@ class Stage:
             args = sorted(self.known.get(each, each) for each in args[0])
         if m.sender == DRIVER and m.signature == "a{sas}":
             args = sorted(
-                (self.known.get(each, each), sorted(r for r in rules if not self._of_the_gone(r)))
+                (
+                    self.known.get(each, each),
+                    sorted(self._named(r) for r in rules if not self._of_the_gone(r)),
+                )
                 for each, rules in args[0].items()
             )
         text = str(
@@ -459,6 +462,9 @@ class Stage:
             + (self.pid.sub("<bus>", str(args)),)
             + (len(m.fds) if m.sender != DRIVER else 0,)
         )
+        return self._named(text)
+
+    def _named(self, text: str) -> str:
         return re.sub(r":1\.\d+", lambda name: self.known.get(name[0], ":1.?"), text)
 
     def _of_the_gone(self, rule: str) -> bool:
