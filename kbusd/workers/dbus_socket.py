@@ -85,13 +85,28 @@ FULL_TEXT = "The sender's share of the destination's queue is full (limit max_ou
 @cython.exceptval(check=False)
 def _store(place: cython.pointer(uint8_t), value: uint32_t, big: cython.bint) -> cython.void:
     if big:
-        value = (
-            ((value & 0xFF) << 24)
-            | ((value & 0xFF00) << 8)
-            | ((value >> 8) & 0xFF00)
-            | (value >> 24)
-        )
+        value = _swapped(value)
     memcpy(place, cython.address(value), 4)
+
+
+@cython.cfunc
+@cython.exceptval(check=False)
+def _swapped(value: uint32_t) -> uint32_t:
+    return (value << 24) | ((value & 0xFF00) << 8) | ((value >> 8) & 0xFF00) | (value >> 24)
+
+
+@cython.cfunc
+@cython.exceptval(check=False)
+def _insert_reply_serial(
+    place: cython.pointer(uint8_t), source: cython.p_char, length: cython.size_t, big: cython.bint
+) -> cython.void:
+    """The header at `source` with the field REPLY_SERIAL before the others, its value still to come."""
+    fields: uint32_t
+    memcpy(cython.address(fields), source + 12, 4)
+    memcpy(place, source, 16)
+    memcpy(place + 16, cython.cast(cython.p_char, b"\x05\x01u\0"), 4)
+    memcpy(place + 24, source + 16, length - 16)
+    _store(place + 12, (_swapped(fields) if big else fields) + 8, big)
 
 
 @cython.cclass
@@ -443,7 +458,10 @@ class DBusSocket(Engine):
 
         If that stands in `view`, its peer can still write to it: what must be valid is copied and
         the copy checked; where any bytes are valid they are sent from there."""
-        n: cython.size_t = template.header_length
+        # The header of an answer has room for the field REPLY_SERIAL; others seldom carry it.
+        answers: cython.bint = template.type == RETURN or template.type == ERROR
+        added: cython.size_t = 8 if head.reply_serial and not answers else 0
+        n: cython.size_t = template.header_length + added
         length: cython.size_t = head.body_length
         source: cython.p_char = template.header
         signature: cython.p_char = template.signature
@@ -471,7 +489,10 @@ class DBusSocket(Engine):
             own = view.piped_at
             self.tidy_later()  # it takes a pipe
         place = self.output.reserve(n if mapping != cython.NULL else n + own)
-        memcpy(place, source, n)
+        if added:
+            _insert_reply_serial(place, source, n - added, template.big_endian)
+        else:
+            memcpy(place, source, n)
         area: Area = None
         if view is not None:
             self._widen()
@@ -517,8 +538,7 @@ class DBusSocket(Engine):
         place[2] = head.flags
         _store(place + 4, length, template.big_endian)
         _store(place + 8, head.serial, template.big_endian)
-        # A call or a signal may carry the field, too; their header has no room for it.
-        if head.reply_serial and (template.type == RETURN or template.type == ERROR):
+        if head.reply_serial:
             _store(place + 20, head.reply_serial, template.big_endian)
         if mapping != cython.NULL:
             self.output.commit(n)

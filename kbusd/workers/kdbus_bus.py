@@ -838,7 +838,7 @@ class Port:
             if self._replica.owner(name) != self._replica.me:
                 return  # it has moved meanwhile, and comes to the new owner as well
         cookie = 0
-        if reply_serial:
+        if reply_serial and envelope.type in (2, 3):  # others may carry the field, too
             sent = self._sent.pop(reply_serial, None)
             if sent is None:
                 return

@@ -65,20 +65,29 @@ def test_call_to_oneself(bus: Bus) -> None:
     assert client.wait_reply(serial).args == [7]
 
 
-def test_fields_that_a_message_has_no_use_for_hurt_nobody(bus: Bus) -> None:
-    """A call or a signal with a reply serial is valid; receivers get a valid message, too."""
-    sender, receiver, monitor = (bus.connect() for _ in range(3))
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_a_reply_serial_goes_with_a_call_or_a_signal(bus: Bus, endian: str) -> None:
+    """It is valid there, and was dropped on the way."""
+    sender, receiver, eavesdropper, monitor = (bus.connect() for _ in range(4))
     receiver.add_match("interface='test.Odd'")
+    eavesdropper.add_match("interface='test.Odd',eavesdrop='true'")
     monitor.driver("BecomeMonitor", "asu", (["interface='test.Odd'"], 0), interface=MONITORING)
-    fields = {w.PATH: "/odd", w.INTERFACE: "test.Odd", w.MEMBER: "M", w.REPLY_SERIAL: 7}
-    sender.send(w.SIGNAL, fields)
-    sender.send(w.SIGNAL, {**fields, w.DESTINATION: receiver.name})
-    sender.send(w.CALL, {**fields, w.DESTINATION: receiver.name}, flags=w.NO_REPLY_EXPECTED)
-    for client in (receiver, monitor):
-        got = [client.wait(lambda m: m.interface == "test.Odd") for _ in range(3)]
-        assert [(m.type, m.path, m.sender) for m in got] == [
-            (type_, "/odd", sender.name) for type_ in (w.SIGNAL, w.SIGNAL, w.CALL)
-        ]
+    fields = {w.PATH: "/odd", w.INTERFACE: "test.Odd", w.MEMBER: "M"}
+    to = {**fields, w.DESTINATION: receiver.name}
+    large = "x" * 300_000
+    for type_, to_whom in ((w.SIGNAL, fields), (w.SIGNAL, to), (w.CALL, to)):
+        for text, reply_serial in (("", 0xFFFF_FFFE), (large, 7), ("", None)):
+            odd = {} if reply_serial is None else {w.REPLY_SERIAL: reply_serial}
+            flags = w.NO_REPLY_EXPECTED
+            sender.send(type_, {**to_whom, **odd}, "s", (text,), flags=flags, endian=endian)
+            for client in (receiver, eavesdropper, monitor):
+                got = client.wait(lambda m: m.interface == "test.Odd")
+                assert (got.type, got.reply_serial, got.sender) == (
+                    type_,
+                    reply_serial,
+                    sender.name,
+                )
+                assert (got.path, got.args) == ("/odd", [text])
 
 
 def test_a_message_of_unknown_type_is_not_passed_on(bus: Bus) -> None:

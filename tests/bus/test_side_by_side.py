@@ -34,10 +34,12 @@ PATHS = ["/", "/t", "/t/u", "/tt"]
 INTERFACES = ["t.I", "t.I.J", "t.K"]
 MEMBERS = ["M", "N"]
 KINDS = {"request": 2, "release": 1, "match": 2, "unmatch": 1, "signal": 3, "unicast": 1}
-KINDS |= {"call": 3, "reply": 2, "error": 1, "ask": 2, "fds": 1, "leave": 1}  # how often
-KINDS |= {"driver": 2, "odd": 1, "broken": 1}
+KINDS |= {"call": 3, "reply": 2, "error": 1, "ask": 2, "fds": 2, "leave": 1}  # how often
+KINDS |= {"driver": 2, "odd": 1, "broken": 1, "rules": 1}
 TEXTS = ["", "t", "t.A", "t.A.B", "/", "/t", "/t/", "/t/u", "x'y"]
-NO_REPLY = f"'{DRIVER}.Error.NoReply'"
+UNANSWERED, NOT_SUPPORTED = f"{DRIVER}.Error.NoReply", f"{DRIVER}.Error.NotSupported"
+NO_REPLY = f"'{UNANSWERED}'"
+STATS = f"{DRIVER}.Debug.Stats"
 PROPERTIES, MONITORING = f"{DRIVER}.Properties", f"{DRIVER}.Monitoring"
 PEER, INTROSPECTABLE = f"{DRIVER}.Peer", f"{DRIVER}.Introspectable"
 ABOUT = ["NameHasOwner", "GetNameOwner", "ListQueuedOwners", "GetConnectionUnixUser"]
@@ -234,8 +236,15 @@ def session(dice: random.Random) -> Iterator[Step]:
                 yield Step(
                     "fds",
                     actor % (CLIENTS - 1),
-                    (*header, dice.choice([None, to]), dice.randrange(1, 3)),
+                    (
+                        dice.choice([w.CALL, w.CALL, w.SIGNAL, w.RETURN, w.ERROR]),
+                        *header,
+                        dice.choice([None, to]),
+                        dice.randrange(1, 3),
+                    ),
                 )
+            case "rules":
+                yield Step("rules", actor, ())
             case "leave":
                 yield Step("leave", actor, ())
             case "driver":
@@ -252,6 +261,11 @@ def _one(pair: tuple[int, str]) -> tuple[int, tuple[str]]:
     return pair[0], (pair[1],)
 
 
+def _asked(m: Message) -> tuple[str | None, int | None]:
+    """What a message answers: who asked, and with which serial."""
+    return m.destination, m.reply_serial
+
+
 class Stage:
     """One bus with its clients."""
 
@@ -261,6 +275,7 @@ class Stage:
         self.clients: list[RawClient] = []
         self.calls: list[list[Message]] = [[] for _ in range(CLIENTS)]
         self.answered: list[list[Message]] = [[] for _ in range(CLIENTS)]
+        self.refused: set[tuple[str | None, int | None]] = set()
         self.janitor = RawClient(self.address)
         self.janitor.add_match("member='NameOwnerChanged',arg2=''")
         for n in range(CLIENTS):
@@ -303,14 +318,9 @@ class Stage:
                 path, interface, member, to, body, flags = filled
                 client.send_call(to, path, interface, member, "s" * len(body), body, flags=flags)
             case "fds":
-                path, interface, member, to, count = filled
-                read, write = os.pipe()
-                args = tuple(range(count))
-                client.signal(
-                    path, interface, member, "h" * count, args, to=to, fds=[write] * count
-                )
-                os.close(read)
-                os.close(write)
+                self._send_fds(client, step.actor, *filled)
+            case "rules":
+                client.send_call(DRIVER, DRIVER_PATH, STATS, "GetAllMatchRules")
             case "driver":
                 client.send_call(DRIVER, *filled)
             case "odd":
@@ -324,6 +334,34 @@ class Stage:
                 self.calls[step.actor].clear()
                 self.answered[step.actor].clear()
                 self.clients[step.actor] = self._enter(step.actor)
+
+    def _send_fds(
+        self,
+        client: RawClient,
+        n: int,
+        type_: int,
+        path: str,
+        interface: str,
+        member: str,
+        to: str | None,
+        count: int,
+    ) -> None:
+        """A signal to anybody, a call or the answer to one, with descriptors."""
+        read, write = os.pipe()
+        args = tuple(range(count))
+        options: dict[str, Any] = {"fds": [write] * count}
+        if type_ == w.SIGNAL:
+            client.signal(path, interface, member, "h" * count, args, to=to, **options)
+        elif type_ == w.CALL or not self.calls[n]:
+            client.send_call(to or DRIVER, path, interface, member, "h" * count, args, **options)
+        else:
+            call = self.calls[n].pop(0)  # and not again: see `comparable`
+            fields = {w.REPLY_SERIAL: call.serial, w.DESTINATION: call.sender}
+            if type_ == w.ERROR:
+                fields[w.ERROR_NAME] = "t.Error"
+            client.send(type_, fields, "h" * count, args, **options)
+        os.close(read)
+        os.close(write)
 
     def _answer(self, client: RawClient, n: int, what: str, which: str, body: Any) -> None:
         if which == "known" and self.calls[n]:
@@ -363,13 +401,21 @@ class Stage:
         got = [client.drain(self.clients[actor]) for client in self.clients]
         for client in self.clients:
             got[actor] += self.clients[actor].drain(client)
+        # dbus-daemon says of a call with descriptors that it was refused, and later that nobody answers.
+        for messages in got:
+            self.refused |= {_asked(m) for m in messages if m.error_name == NOT_SUPPORTED}
         for n, messages in enumerate(got):
             self.calls[n] += [m for m in messages if m.type == w.CALL and m.destination]
         self.clients[actor].signal("/", "test.Marker", "End")
         got += [self._overheard(self.watcher), self._overheard(self.monitor)]
         # Eavesdroppers see the markers of others, too.
         return [
-            [self._told(m) for m in messages if m.fields.get(w.INTERFACE) != "test.Marker"]
+            [
+                self._told(m)
+                for m in messages
+                if m.fields.get(w.INTERFACE) != "test.Marker"
+                and (m.error_name != UNANSWERED or _asked(m) not in self.refused)
+            ]
             for messages in got
         ]
 
@@ -395,6 +441,14 @@ class Stage:
             args[0].pop("ProcessFD", None)
         if m.sender == DRIVER and m.signature == "as":  # in no order
             args = sorted(self.known.get(each, each) for each in args[0])
+        if m.sender == DRIVER and m.signature == "a{sas}":
+            args = sorted(
+                (
+                    self.known.get(each, each),
+                    sorted(self._named(r) for r in rules if not self._of_the_gone(r)),
+                )
+                for each, rules in args[0].items()
+            )
         text = str(
             (
                 m.type,
@@ -404,11 +458,19 @@ class Stage:
                 m.fields.get(w.PATH),
                 m.fields.get(w.INTERFACE),
             )
-            + (m.member, m.error_name, m.reply_serial, m.signature, args)
+            + (m.member, m.error_name, m.reply_serial, m.signature)
+            + (self.pid.sub("<bus>", str(args)),)
             + (len(m.fds) if m.sender != DRIVER else 0,)
         )
-        text = re.sub(r":1\.\d+", lambda name: self.known.get(name[0], ":1.?"), text)
-        return self.pid.sub("<bus>", text)
+        return self._named(text)
+
+    def _named(self, text: str) -> str:
+        return re.sub(r":1\.\d+", lambda name: self.known.get(name[0], ":1.?"), text)
+
+    def _of_the_gone(self, rule: str) -> bool:
+        """Whether it names a connection that has ended: dbus-daemon drops such rules."""
+        there = {client.name for client in self.clients}
+        return any(name not in there for name in re.findall(r":1\.\d+", rule))
 
     def close(self) -> None:
         for client in [*self.clients, self.janitor, self.watcher, self.monitor]:
