@@ -129,9 +129,8 @@ class Activation:
             self._launch(service, waiter)
         connection.waiting += 1
         if service is not None:
-            self._outside.wake(
-                connection.worker
-            )  # till it knows that there is one, its client waits
+            # Till it knows that there is one, its client waits.
+            self._outside.wake(connection.worker)
 
     def update_environment(self, variables: dict[str, str]) -> None:
         """UpdateActivationEnvironment; what execve(2) cannot carry is left out. Raises Refused."""
@@ -211,7 +210,11 @@ class Activation:
                 f" (service_start_timeout={self._timeout_ms}ms)",
             )
         if self._looking and self._look_until <= now:
-            self._outside.say(f"service directories not looked at within {LOOK_SECONDS:.0f} s")
+            self._outside.say(
+                f"the launcher has not said within {LOOK_SECONDS:.0f} s whether there are new services: it hangs,"
+                f" as on a <servicedir> whose file server is gone; {len(self._looking)} calls are answered"
+                " by what was known"
+            )
             self._retry()
 
     # -- services that came after the configuration was read ------------------------------------
@@ -220,9 +223,8 @@ class Activation:
         if len(self._looking) + len(self._to_look) >= MAX_LOOKING:
             raise unknown(waiter.message.name)
         if self._looking:
-            self._to_look.append(
-                waiter
-            )  # the one who looks may have done so before there was what this one wants
+            # Who looks now may have done so before there was what this one wants.
+            self._to_look.append(waiter)
         elif self.watching.look():
             self._looking.append(waiter)
             self._look_until = self._outside.now() + LOOK_SECONDS
