@@ -38,7 +38,6 @@ class Watching:
         self._launcher = False
         self._times: dict[str, int] = {}  # of the directories, before they were read last
         self._watched: frozenset[str] = frozenset()  # by this launcher, since it has looked last
-        self._first = True
         self._looks: deque[bool] = (
             deque()
         )  # that were not answered yet; whether somebody waits for that
@@ -78,9 +77,6 @@ class Watching:
         """The launcher has looked."""
         waited_for = self._looks.popleft() if self._looks else False
         times = {path: message.times.get(path, at) for path, at in self._times.items()}
-        if self._first:  # what was not there yet may have been made by ourselves
-            self._first = False
-            self._times = {path: at or times[path] for path, at in self._times.items()}
         watched, self._watched = self._watched, frozenset(message.times)
         changed = message.changed
         # What was watched already, we have been told of. A directory changes by much that is not read, and

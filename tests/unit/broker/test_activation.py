@@ -345,11 +345,14 @@ def test_what_changed_before_the_launcher_watched_is_read() -> None:
     assert world.taken() == [("reload",)]
 
 
-def test_a_directory_that_the_bus_makes_at_its_start_is_no_change() -> None:
+def test_a_directory_that_came_before_the_first_look_was_never_read() -> None:
+    """It was taken for the one for this session's services, which the bus itself makes at its start."""
     world = world_with("a.b", watched=(File("/s", 0),))
     world.bus.activation.watching.launcher_ready()
     looked(world, 5)
-    assert world.bus.deadline() is None
+    world.time += 1
+    world.bus.tick()
+    assert world.taken() == [("reload",)]
 
 
 def test_a_busy_directory_had_the_configuration_read_again_and_again() -> None:
