@@ -181,9 +181,10 @@ class Mailbox:
         offset: uint64_t = self.pool.size
         size: uint64_t = 0
         incomplete: uint64_t = 0
+        has_fds: cython.bint = False
         if len(self.queue):
             ticket, entry = self.queue.peek()
-            has_fds: cython.bint = entry.incomplete or entry.fds
+            has_fds = entry.incomplete or entry.fds
             if entry.kept is not None or (has_fds and self.hand is None):
                 return None
         lost: uint64_t = self.queue.take_lost()

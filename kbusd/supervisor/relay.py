@@ -96,7 +96,7 @@ _OPEN = cython.declare(uint32_t, abi.OPEN)
 _CREATE = cython.declare(uint32_t, abi.CREATE)
 _TMPFILE = cython.declare(uint32_t, abi.TMPFILE)
 _OPENDIR = cython.declare(uint32_t, abi.OPENDIR)
-_OUT = cython.declare(cython.size_t, cython.sizeof(OutHeader))
+_OUT = cython.declare(cython.Py_ssize_t, cython.sizeof(OutHeader))
 _OPENED = cython.declare(cython.size_t, cython.sizeof(OutHeader) + 8)  # with a handle
 _NOTIFY_POLL = cython.declare(cython.int, abi.NOTIFY_POLL)
 _NOTIFY_STORE = cython.declare(cython.int, abi.NOTIFY_STORE)
@@ -258,7 +258,7 @@ class Relay:
         length: uint32_t = htobe32(route.head.length)
         size: cython.size_t = _REQUEST_AT + route.head.length
         unique = route.head.unique
-        sent: cython.bint
+        sent: cython.bint = False
         memcpy(room.data, asked, _REQUEST_AT - 4)
         memcpy(room.data + _REQUEST_AT - 4, cython.address(length), 4)
         self.held[unique] = end, PyBytes_FromStringAndSize(head, _KEPT)

@@ -137,7 +137,7 @@ class DBusSocket(Engine):
         self.max_outgoing = self.shares.limit = limits["max_outgoing_bytes"]
         self.uncounted = min(self.max_outgoing // 8, UNCOUNTED)
         self.max_outgoing_fds = limits["max_outgoing_unix_fds"]
-        self.fd_cost = self.max_outgoing // max(self.max_outgoing_fds, 1)
+        self.fd_cost = self.max_outgoing // (self.max_outgoing_fds or 1)
 
     def from_client(self, events) -> cython.void:
         """The socket is ready."""
@@ -243,7 +243,7 @@ class DBusSocket(Engine):
             total = message_length(data)
             if total < 0:
                 raise Gone(f"sent an invalid message: {wire_header.reason(total)}")
-            if total > self.max_message:
+            if cython.cast(cython.size_t, total) > self.max_message:
                 raise Gone(
                     f"sent a message of {total} bytes, over the limit max_message_size"
                     f" of {self.max_message}"

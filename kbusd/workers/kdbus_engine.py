@@ -38,7 +38,7 @@ READY = cython.declare(cython.int, 2)
 CLIENT = cython.declare(cython.uint, 0)  # as the engine has it
 WATCHED = cython.declare(cython.uint, 16)  # and above: a descriptor of our client's, by its number
 
-LARGE_BODY = cython.declare(cython.size_t, 65536)  # vectors above this travel as a memfd
+LARGE_BODY = cython.declare(cython.Py_ssize_t, 65536)  # vectors above this travel as a memfd
 MAX_ACKS = cython.declare(cython.size_t, 1 << 20)  # bytes that wait for a peer that does not run
 PROMISED_NS = cython.declare(uint64_t, 5_000_000)
 MAX_MESSAGE = 128 << 20
@@ -334,7 +334,7 @@ class DeviceEngine(DBusSocket):
         try:
             if head.kind == LARGE:
                 data = memfd.read(fds[len(fds) - 1], MAX_MESSAGE)
-                if len(data) != head.aux:
+                if cython.cast(uint64_t, len(data)) != head.aux:
                     raise HostilePeer("a large body that is not as long as it says")
             elif head.kind == BULK:
                 data = peer.bulk_view.whole(body, head.aux & 0xFFFFFFFF)

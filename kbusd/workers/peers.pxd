@@ -49,7 +49,7 @@ cdef class Peer:
     cdef bint _write(self, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except -1
     cpdef int flush(self) except -2
     cdef object _send_fds(self, object stamp, tuple fds)
-    cdef tuple receive_fds(self, size_t count)
+    cdef tuple receive_fds(self, Py_ssize_t count)
     cdef void note(self, unsigned int serial) noexcept
     cdef bint take_note(self, unsigned int serial) noexcept
     cdef const uint8_t *bulk_body(self, FrameHead *head) except NULL

@@ -261,7 +261,7 @@ class Peer:
             raise HostilePeer(f"the side socket failed: {error.strerror}") from None
         return True
 
-    def receive_fds(self, count: cython.size_t) -> tuple:
+    def receive_fds(self, count: cython.Py_ssize_t) -> tuple:
         """The descriptors of the frame that is being read. Raises HostilePeer."""
         try:
             _, ancillary, flags, _ = self.side.recvmsg(
