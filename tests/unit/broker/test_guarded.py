@@ -17,6 +17,7 @@ from kbusd.rings import entries as e
 from kbusd.rings.line import Line, LineError, close_all, pair
 from kbusd.rings.unread import ready
 from tests.bus.lingering import lingering
+from tests.unit.descriptors import descriptors
 
 SECONDS = 10.0
 
@@ -113,12 +114,12 @@ def test_descriptors_of_a_record_were_lost_when_its_worker_ended_meanwhile(
     Line(theirs, e.BrokerMessage).send(e.Introduce(1, 2, 3, 4), memory)
     sock: Any = Ending(ours)
     line = Guarded(sock, e.WorkerMessage, closers, 1)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(descriptors())
     received = line.receive()
     assert received is not None and received[0] == e.Introduce(1, 2, 3, 4)
-    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(descriptors()) == before + 3
     line.release(received[1])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(descriptors()) == before
     assert line.receive() is None
     close_all(memory)
     theirs.close()

@@ -26,6 +26,7 @@ from kbusd.supervisor.aside import MAX_STUCK_PER_UID, MAX_THREADS, Aside, Crowde
 from kbusd.supervisor.holder import MAX_LENT, Holder
 from kbusd.supervisor.relay import MAX_OWED, Relay, Room, Wish
 from tests.unit.cuse.requests_of import request
+from tests.unit.descriptors import descriptors
 
 FILE, UNIQUE, COMMAND, KERNEL_HANDLE = 7, 33, 0x9501, 99
 POOL_SIZE = 263_000
@@ -481,7 +482,7 @@ def test_descriptors_that_nobody_wants_were_closed_by_who_listens(record: bytes)
 
 
 def test_of_what_comes_with_a_pool_one_is_taken() -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with Player() as player:
         pool = os.memfd_create("pool")
         socket.send_fds(player.line.sock, [encode(entries.Pool())], [pool] * 200)
@@ -491,7 +492,7 @@ def test_of_what_comes_with_a_pool_one_is_taken() -> None:
         (taken,) = player.connection.came
         os.close(taken)
         assert player.connection.stuck.stuck == {}
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_a_sparse_pool_could_be_pushed_for_years() -> None:

@@ -20,6 +20,7 @@ from kbusd.rings.line import Line
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.made import Several
 from kbusd.supervisor.supervisor import LAUNCHER, STOP_SECONDS, ZYGOTE, Supervisor, Worker
+from tests.unit.descriptors import descriptors
 
 SETTINGS = {"user": "", "limits": {}, "sockets": {"": ""}}
 
@@ -203,7 +204,7 @@ def room_for(more: int, there: set[int]) -> int:
 
 def test_descriptors_are_not_lost_by_what_can_not_be_started() -> None:
     """Each try that failed half-way kept some, for good."""
-    before = os.listdir("/proc/self/fd")
+    before = descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         for more in range(8):
@@ -214,7 +215,7 @@ def test_descriptors_are_not_lost_by_what_can_not_be_started() -> None:
                 spawn_reader(["--session"], dict.fromkeys(range(3, 10), 0), 2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors() == before
 
 
 def test_the_end_waited_for_each_process_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """What a worker does before its client comes reaches as far as a real client gets."""
 
-import gc
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from kbusd.sandbox.compiled import Compiled
 from kbusd.workers import worker
 from kbusd.workers.context import Context
 from kbusd.workers.rehearsal import Rehearsal
+from tests.unit.descriptors import descriptors
 
 GUID = "00112233445566778899aabbccddeeff"
 EVERYTHING = """<busconfig><listen>unix:tmpdir=/tmp</listen><policy context="default">
@@ -31,10 +31,6 @@ def context(directory: Path, text: str = EVERYTHING) -> Context:
     return Context.make(GUID, os.getpid(), data, nothing, log_fd=-1)
 
 
-def descriptors() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
-
-
 @pytest.mark.parametrize("text", [EVERYTHING, NOTHING], ids=["all allowed", "nothing allowed"])
 def test_the_play_ends_with_the_answer_to_hello(tmp_path: Path, text: str) -> None:
     got = Rehearsal(context(tmp_path, text)).play(worker.serve)
@@ -53,8 +49,6 @@ def test_it_is_played_as_well_once_the_configuration_was_read_again(tmp_path: Pa
 
 def test_nothing_of_it_stays_open(tmp_path: Path) -> None:
     made = context(tmp_path)
-    gc.collect()  # what other tests have left
     before = descriptors()
     Rehearsal(made).play(worker.serve)
-    gc.collect()
     assert descriptors() == before
