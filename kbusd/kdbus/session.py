@@ -119,6 +119,11 @@ class Session:
         """Whether messages with descriptors may be handed to `receive`."""
         return self._accept_fd
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether any are left that others have sent, or that are to be sent once more."""
+        return self.kept > 0 or self._kept.fds > 0 or self._left.fds > 0
+
     # -- poll(2) -------------------------------------------------------------------------------
 
     def poll(self) -> int:

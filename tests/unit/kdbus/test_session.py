@@ -411,8 +411,9 @@ def test_descriptors_of_a_message_that_is_never_received_are_closed(
     assert len(b.port.open) == 6
     b.recv(flags=abi.RECV_DROP)
     assert len(b.port.open) == 3
+    assert b.session.has_descriptors and not a.session.has_descriptors
     b.session.end()
-    assert not b.port.open
+    assert not b.port.open and not b.session.has_descriptors
 
 
 def test_sixteen_descriptors_of_one_user_wait_at_a_receiver(
