@@ -1068,7 +1068,7 @@ class Session:
 
     def _notice(self, what: tuple[message.Header, bytes], no_reply: bool = False) -> None:
         header, item = what
-        attached = metadata.timestamp(metadata.Timestamp(0, *self.bus.clock()))
+        attached = metadata.timestamp(metadata.Timestamp(self.bus.seqnum(), *self.bus.clock()))
         fields = msgspec.structs.astuple(header)
         try:
             entry = self.box.place(fields, (), 0, None, item, attached, KERNEL_USER, True)

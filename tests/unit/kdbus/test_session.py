@@ -824,7 +824,8 @@ def test_what_the_bus_announces(world: World) -> None:
     while readable(watcher):
         got = watcher.recv()
         assert (got.src_id, got.payload_type) == (abi.SRC_ID_KERNEL, abi.PAYLOAD_KERNEL)
-        assert got.all(abi.ITEM_TIMESTAMP)
+        (stamp,) = got.all(abi.ITEM_TIMESTAMP)
+        assert layout.TIMESTAMP.unpack(stamp.data)[0] == world.now + 1
         item = got.items[0]
         if item.type in kinds:
             seen.append((item.type, layout.ID_CHANGE.unpack(item.data)[0]))
