@@ -46,6 +46,7 @@ class Spec(msgspec.Struct, frozen=True):
     needed: tuple[int, ...] = ()
     returns_flags: bool = True
     most: int = abi.MAX_COMMAND_SIZE
+    told: int = 0  # flags that mean nothing here, and are taken as they are told in an answer
 
 
 _POLICY = frozenset({abi.ITEM_NAME, abi.ITEM_POLICY_ACCESS})
@@ -106,6 +107,7 @@ SPECS = {
         abi.NAME_REPLACE_EXISTING | abi.NAME_ALLOW_REPLACEMENT | abi.NAME_QUEUE,
         _NAME,
         needed=(abi.ITEM_NAME,),
+        told=abi.NAME_IN_QUEUE | abi.NAME_PRIMARY | abi.NAME_ACQUIRED,
     ),
     abi.CMD_NAME_RELEASE: Spec("NAME_RELEASE", layout.PLAIN, once=_NAME, needed=(abi.ITEM_NAME,)),
     abi.CMD_MATCH_ADD: Spec(
@@ -194,7 +196,7 @@ def parse(spec: Spec, data: bytes) -> Parsed:
     try:
         if size != len(data):
             raise Errno(errno.EINVAL, f"{spec.name}: the size changed while it was copied")
-        if unknown := flags & ~(spec.flags | abi.FLAG_NEGOTIATE):
+        if unknown := flags & ~(spec.flags | spec.told | abi.FLAG_NEGOTIATE):
             raise Errno(errno.EINVAL, f"{spec.name} with unknown flags {unknown:#x}")
         found = _items(spec, data)
         pokes = _negotiate(spec, flags, found) + pokes
@@ -606,12 +608,13 @@ class NameAcquire(msgspec.Struct, frozen=True):
 
 
 def decode_name_acquire(data: bytes) -> Decoded[NameAcquire]:
-    """NAME_ACQUIRE."""
+    """NAME_ACQUIRE. It may bring the flags that the one before has returned: kdbus's first versions returned none that
+    they did not take, and a program of theirs gives them back."""
 
     def value(parsed: Parsed) -> NameAcquire:
         name = _text(parsed, abi.ITEM_NAME)
         names.check_well_known(name)
-        return NameAcquire(name, parsed.flags)
+        return NameAcquire(name, parsed.flags & SPECS[abi.CMD_NAME_ACQUIRE].flags)
 
     return _decode(abi.CMD_NAME_ACQUIRE, data, value)
 

@@ -36,7 +36,9 @@ class Kept:
     def __init__(self, close: Callable[[Sequence[int]], None]) -> None:
         self._close = close
         self._sent: list[Sent] = []
-        self._bytes = self._fds = 0
+        self._bytes = 0
+        self.fds = 0
+        """How many descriptors are kept."""
 
     def __contains__(self, sent: Sent) -> bool:
         return sent in self._sent
@@ -46,8 +48,8 @@ class Kept:
         sent = Sent(parcel, data, fds)
         self._sent.append(sent)
         self._bytes += len(data)
-        self._fds += len(fds)
-        while len(self._sent) > MAX_MESSAGES or self._bytes > MAX_BYTES or self._fds > MAX_FDS:
+        self.fds += len(fds)
+        while len(self._sent) > MAX_MESSAGES or self._bytes > MAX_BYTES or self.fds > MAX_FDS:
             self.drop(self._sent[0])
         return sent
 
@@ -56,7 +58,7 @@ class Kept:
         if sent in self._sent:
             self._sent.remove(sent)
             self._bytes -= len(sent.data)
-            self._fds -= len(sent.fds)
+            self.fds -= len(sent.fds)
             self._close(sent.fds)
 
     def read(self, cookie: int) -> None:

@@ -183,7 +183,8 @@ def build_items(data: Metadata, mask: int, uids: IdMap = SAME, gids: IdMap = SAM
     if mask & abi.ATTACH_SECLABEL and data.label is not None:
         parts.append(string(abi.ITEM_SECLABEL, data.label))
     if mask & abi.ATTACH_AUDIT and (audit := data.audit) is not None:
-        packed = layout.AUDIT.pack(audit.session, uids.shown(audit.login_uid))
+        login_uid = uids.inside(audit.login_uid)  # unlike a user's, no overflow id
+        packed = layout.AUDIT.pack(audit.session, NO_ID if login_uid is None else login_uid)
         parts.append(build(abi.ITEM_AUDIT, packed))
     if mask & abi.ATTACH_NAMES:
         parts.extend(map(owned_name, data.names))

@@ -124,6 +124,9 @@ class Bus(Protocol):
     def clock(self) -> tuple[int, int]:
         """CLOCK_MONOTONIC and CLOCK_REALTIME in nanoseconds."""
 
+    def seqnum(self) -> int:
+        """Of what is announced now: its place among all that happens on the bus."""
+
     def make_pool(self, size: int) -> Memory:
         """Zeroes. Raises Errno ENOMEM."""
 

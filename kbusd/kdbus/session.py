@@ -119,6 +119,11 @@ class Session:
         """Whether messages with descriptors may be handed to `receive`."""
         return self._accept_fd
 
+    @property
+    def has_descriptors(self) -> bool:
+        """Whether any are left that others have sent, or that are to be sent once more."""
+        return self.kept > 0 or self._kept.fds > 0 or self._left.fds > 0
+
     # -- poll(2) -------------------------------------------------------------------------------
 
     def poll(self) -> int:
@@ -1063,7 +1068,7 @@ class Session:
 
     def _notice(self, what: tuple[message.Header, bytes], no_reply: bool = False) -> None:
         header, item = what
-        attached = metadata.timestamp(metadata.Timestamp(0, *self.bus.clock()))
+        attached = metadata.timestamp(metadata.Timestamp(self.bus.seqnum(), *self.bus.clock()))
         fields = msgspec.structs.astuple(header)
         try:
             entry = self.box.place(fields, (), 0, None, item, attached, KERNEL_USER, True)

@@ -191,6 +191,9 @@ class Port:
     def clock(self) -> tuple[int, int]:
         return time.monotonic_ns(), time.time_ns()
 
+    def seqnum(self) -> int:
+        return int(self.engine.stamp())
+
     def make_pool(self, size: int) -> Memory:
         return self.device.make_pool(size)
 

@@ -40,6 +40,7 @@ from kbusd.workers.kdbus_engine import DeviceEngine
 from kbusd.workers.kdbus_requests import Request, Requests
 
 MAX_COMPLAINTS = 16  # lines in the log about one file
+LINGER_MS = 100
 BAD_INPUT = {
     errno.EINVAL, errno.EFAULT, errno.EBADF, errno.EBADFD, errno.EBADMSG, errno.EDOM, errno.EMSGSIZE,
     errno.EMEDIUMTYPE, errno.ENAMETOOLONG, errno.ENOTUNIQ, errno.EOPNOTSUPP, errno.ETXTBSY,
@@ -250,6 +251,10 @@ def serve(
     # The supervisor answers what else there is from here on; our end may take a while longer.
     line.discard()
     part(line.sock.detach())
+    # It takes a processor as long as all that was done before. Of many files that are closed at once, all are to be
+    # told as gone first: somebody waits for that. But what others have sent is let go now.
+    if not port.session.has_descriptors:
+        select.poll().poll(LINGER_MS)
 
 
 def serve_control(device: entries.Device, sock: socket.socket) -> None:

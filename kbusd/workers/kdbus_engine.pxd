@@ -8,6 +8,7 @@ from kbusd.workers.peers cimport Peer
 cdef class DeviceEngine(DBusSocket):
     cdef object front
     cdef public uint64_t promised_ns  # how long `catch_up` waits for what peers have promised
+    cdef uint64_t telling  # the stamp of the entry of the log that the front is told of
     cdef int _timeout(self) except -2
     cdef void from_client(self, uint32_t events) except *
     cdef void other(self, unsigned int source) except *

@@ -282,7 +282,13 @@ class DeviceEngine(DBusSocket):
     def _log_entry(self, raw):
         self.front.before_entry(raw)
         DBusSocket._log_entry(self, raw)
+        self.telling = self.log_stamp
         self.front.after_entry()
+        self.telling = 0
+
+    def stamp(self):
+        """Of what the bus tells our client now: that of the entry, or of what happens by itself."""
+        return self.telling if self.telling else self.clock.next()
 
     def _deliver(
         self,

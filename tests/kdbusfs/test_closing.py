@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from kbusd.kdbus import abi, items, layout
 from kbusd.supervisor import closing
 from kbusd.supervisor.domains import HOST
 from kbusd.supervisor.relay import Room
+from kbusd.workers.kdbus_device import LINGER_MS
 from tests.bus import procs
 from tests.bus.daemon import STRICT_POLICY
 from tests.kdbusfs.kclient import KdbusClient
@@ -108,6 +111,18 @@ def test_who_waits_for_the_end_of_a_process_finds_its_connections_gone(bus: Kdbu
         os.waitpid(pid, 0)
         other.acquire(NAME)
         other.release(NAME)
+
+
+def test_a_worker_whose_connection_is_gone_lets_others_tell_so_first(bus: KdbusBus) -> None:
+    before = {worker.pid for worker in bus.serving()}
+    client = bus.kdbus()
+    (worker,) = [each for each in bus.serving() if each.pid not in before]
+    pidfd = os.pidfd_open(worker.pid)
+    since = time.monotonic_ns()
+    client.close()
+    assert select.select([pidfd], [], [], 20)[0], "it ends at last"
+    assert time.monotonic_ns() - since >= LINGER_MS * 1_000_000
+    os.close(pidfd)
 
 
 def test_a_custom_endpoint_is_gone_when_its_file_is_closed(bus: KdbusBus) -> None:

@@ -880,7 +880,8 @@ def test_quota_of_an_activator(node: str) -> None:
         assert got == "EAGAIN"
         assert sender.fill(conn.id, MOST) == MOST
         assert sender.post(conn.id) == "ENOBUFS"
-        assert conn.want(name, REPLACE) == ""
+        assert conn.got & abi.NAME_ACQUIRED
+        assert conn.want(name, conn.got) == ""  # what was returned before
         assert conn.take(free=False) == ""
         assert conn.dropped == waiting
 

@@ -17,7 +17,7 @@ import pytest
 from kbusd.kdbus import abi, items, layout
 from tests.bus import procs
 from tests.bus.daemon import STRICT_POLICY
-from tests.kdbusfs.kclient import LIBC, KdbusClient
+from tests.kdbusfs.kclient import LIBC, KdbusClient, Message
 from tests.kdbusfs.test_clients import (
     EXPECT,
     KdbusBus,
@@ -105,6 +105,28 @@ def test_a_connection_hears_itself_if_its_matches_say_so(bus: KdbusBus) -> None:
         got = each.recv()
         assert (got.src, got.payload) == (a.id, b"to all")
         assert not each.readable()
+
+
+def test_what_the_bus_announces_has_its_place_among_all_messages(bus: KdbusBus) -> None:
+    a, b, c = bus.kdbus(), bus.kdbus(recv=abi.ATTACH_TIMESTAMP), bus.kdbus(recv=0)
+    for each in (b, c):
+        each.add_match(any_name(abi.ITEM_NAME_ADD))
+    a.send(b.id, b"before")
+    a.acquire(NAME)
+    a.send(b.id, b"after")
+    before, added, after = [b.recv() for _ in range(3)]
+    numbers = [seqnum(each) for each in (before, added, after)]
+    assert 0 < numbers[0] < numbers[1] < numbers[2]
+    assert seqnum(c.recv()) == numbers[1]  # asked for or not
+    b.send(a.id, b"?", flags=abi.MSG_EXPECT_REPLY, cookie=1, reply=time.monotonic_ns() + 1)
+    assert seqnum(b.recv(seconds=5)) > numbers[2]
+
+
+def seqnum(got: Message) -> int:
+    stamp = got.item(abi.ITEM_TIMESTAMP)
+    assert stamp
+    number: int = layout.TIMESTAMP.unpack(stamp)[0]
+    return number
 
 
 def test_a_broadcast_has_arrived_when_send_returns(bus: KdbusBus) -> None:

@@ -399,6 +399,16 @@ def test_names_and_matches() -> None:
     flags = abi.NAME_QUEUE | abi.NAME_REPLACE_EXISTING
     acquire = make(abi.CMD_NAME_ACQUIRE, NAME, flags=flags)
     assert commands.decode_name_acquire(acquire).value == commands.NameAcquire("a.b", flags)
+    returned = abi.NAME_QUEUE | abi.NAME_IN_QUEUE | abi.NAME_PRIMARY | abi.NAME_ACQUIRED
+    again = commands.decode_name_acquire(make(abi.CMD_NAME_ACQUIRE, NAME, flags=returned))
+    assert again.value == commands.NameAcquire("a.b", abi.NAME_QUEUE)
+    asked = make(abi.CMD_NAME_ACQUIRE, NAME, flags=returned | abi.FLAG_NEGOTIATE)
+    known = abi.NAME_REPLACE_EXISTING | abi.NAME_ALLOW_REPLACEMENT | abi.NAME_QUEUE
+    assert Poke(8, u64(known)) in commands.decode_name_acquire(asked).pokes
+    with refused("EINVAL"):
+        commands.decode_name_acquire(
+            make(abi.CMD_NAME_ACQUIRE, NAME, flags=returned | abi.NAME_ACTIVATOR)
+        )
     for name in ("foo", ".foo.bar", "a.*"):
         bad = items.string(abi.ITEM_NAME, name)
         with refused("EINVAL"):

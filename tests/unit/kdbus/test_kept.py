@@ -39,7 +39,7 @@ def test_what_was_read_is_forgotten_with_its_descriptors(keeper: Keeper) -> None
         keeper.keep(cookie, fds=(10 * cookie, 10 * cookie + 1))
     keeper.kept.read(1)
     assert keeper.cookies == [0, 2]
-    assert keeper.closed == [10, 11]
+    assert keeper.closed == [10, 11] and keeper.kept.fds == 4
     keeper.kept.read(1)
     assert keeper.closed == [10, 11]
 

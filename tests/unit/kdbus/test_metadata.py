@@ -81,6 +81,14 @@ def test_ids_are_the_receivers() -> None:
     assert struct.unpack("=2Q", found[abi.ITEM_AUXGROUPS]) == (0, OVERFLOW_ID)
 
 
+@pytest.mark.parametrize(("login_uid", "told"), [(1, 0), (77, NO_ID), (NO_ID, NO_ID)])
+def test_a_login_uid_that_the_receiver_does_not_have_is_none(login_uid: int, told: int) -> None:
+    """kdbus_meta_write: from_kuid, where creds have from_kuid_munged."""
+    data = Metadata(audit=metadata.Audit(5, login_uid))
+    (item,) = items.split(metadata.build_items(data, abi.ATTACH_AUDIT, IdMap(((0, 1, 3),))), 0)
+    assert struct.unpack("=2I", item.data) == (5, told)
+
+
 @given(st.integers(0, NO_ID - 1))
 def test_maps_go_both_ways(id: int) -> None:
     assert metadata.SAME.inside(id) == metadata.SAME.outside(id) == id

@@ -411,8 +411,9 @@ def test_descriptors_of_a_message_that_is_never_received_are_closed(
     assert len(b.port.open) == 6
     b.recv(flags=abi.RECV_DROP)
     assert len(b.port.open) == 3
+    assert b.session.has_descriptors and not a.session.has_descriptors
     b.session.end()
-    assert not b.port.open
+    assert not b.port.open and not b.session.has_descriptors
 
 
 def test_sixteen_descriptors_of_one_user_wait_at_a_receiver(
@@ -823,7 +824,8 @@ def test_what_the_bus_announces(world: World) -> None:
     while readable(watcher):
         got = watcher.recv()
         assert (got.src_id, got.payload_type) == (abi.SRC_ID_KERNEL, abi.PAYLOAD_KERNEL)
-        assert got.all(abi.ITEM_TIMESTAMP)
+        (stamp,) = got.all(abi.ITEM_TIMESTAMP)
+        assert layout.TIMESTAMP.unpack(stamp.data)[0] == world.now + 1
         item = got.items[0]
         if item.type in kinds:
             seen.append((item.type, layout.ID_CHANGE.unpack(item.data)[0]))

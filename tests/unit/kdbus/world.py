@@ -131,6 +131,9 @@ class Port:
     def clock(self) -> tuple[int, int]:
         return self.world.now, self.world.now + 7
 
+    def seqnum(self) -> int:
+        return self.world.now + 1
+
     def make_pool(self, size: int) -> Memory:
         self.memory = Memory(size)
         return self.memory
