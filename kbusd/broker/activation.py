@@ -83,8 +83,10 @@ class Activation:
         self._jobs: dict[int, Pending] = {}
         self._next = 1
         self._looking: list[Waiter] = []
-        self._to_look: list[Waiter] = []
-        self._look_until = 0.0
+        self._to_look: list[Waiter] = []  # when that is over
+        self._look_until: float | None = (
+            None  # the launcher looks, though all who wanted it may be gone
+        )
 
     def configure(self, configuration: Configuration) -> None:
         """Take up a configuration; services that are being started go on."""
@@ -195,7 +197,7 @@ class Activation:
     def deadline(self) -> float | None:
         """When `tick` has something to do."""
         deadlines = [each.deadline for each in self._pending.values()]
-        if self._looking:
+        if self._look_until is not None:
             deadlines.append(self._look_until)
         return min(deadlines, default=None)
 
@@ -209,7 +211,7 @@ class Activation:
                 f"Failed to activate service '{pending.name}': timed out"
                 f" (service_start_timeout={self._timeout_ms}ms)",
             )
-        if self._looking and self._look_until <= now:
+        if self._look_until is not None and self._look_until <= now:
             self._outside.say(
                 f"the launcher has not said within {LOOK_SECONDS:.0f} s whether there are new services: it hangs,"
                 f" as on a <servicedir> whose file server is gone; {len(self._looking)} calls are answered"
@@ -222,7 +224,7 @@ class Activation:
     def _look(self, waiter: Waiter) -> None:
         if len(self._looking) + len(self._to_look) >= MAX_LOOKING:
             raise unknown(waiter.message.name)
-        if self._looking:
+        if self._look_until is not None:
             # Who looks now may have done so before there was what this one wants.
             self._to_look.append(waiter)
         elif self.watching.look():
@@ -234,8 +236,10 @@ class Activation:
     def _retry(self) -> None:
         """All that there was is known: those who waited for that get their answer."""
         looking, self._looking, self._to_look = self._looking, self._to_look, []
-        self._look_until = self._outside.now() + LOOK_SECONDS
-        if self._looking and not self.watching.look():
+        self._look_until = None
+        if self._looking and self.watching.look():
+            self._look_until = self._outside.now() + LOOK_SECONDS
+        else:
             looking, self._looking = looking + self._looking, []
         for waiter in looking:
             if waiter.message.name not in self._services:

@@ -91,7 +91,7 @@ class Watching:
             self.tick(now)
         elif changed:
             self.changed()
-        elif waited_for and not self._reading():
+        elif waited_for and not (self._reading() or True in self._looks):
             self._settled()
 
     def changed(self) -> None:

@@ -286,15 +286,17 @@ class Engine:
     def _timeout(self) -> cython.int:
         """How long to wait, in ms; -1 as long as it takes."""
         timeout: cython.int = -1
-        if self.more:
+        # What came up since its turn in this loop, as while a message of our client's was passed on:
+        # nothing will wake us for that.
+        if self.more or self.said or self.peers.lost or self.peers.unmet:
             return 0
         now: uint64_t
-        if self.stopped and not self.waits():
+        if self.merge.holding:
+            return 1  # a peer has promised something and does not ring when it has come
+        if self.answer is not None or (self.stopped and not self.waits()):
             return 0
         if self.calls.due:
             timeout = self.calls.left()
-        if self.merge.holding:
-            return 1  # a peer has promised something and does not ring when it has come
         if self.leaving or self.peers.full or self.retry:
             timeout = 50
         elif self.peers.stall_until:
@@ -352,9 +354,13 @@ class Engine:
         return True
 
     def _up_to_date(self) -> cython.bint:
-        """Read on in the log, before we decide by it; False if something has to be fetched first."""
+        """Read on in the log, before we decide by it; False if something has to be fetched first, or what
+        stands there is still held back, for what a peer has promised."""
         if self.loaded and self.log.head() != self.log.position:
+            head: uint64_t = self.log.head()
             self._inbound()
+            if self.log.position < head:
+                return False
         return self.fetching == 0
 
     def bulk_for(self, data, header) -> Bulk:

@@ -488,14 +488,16 @@ class Peers:
         return place
 
     def _join(self, peer: Peer):
-        """From the MARK on, the peer reads our Broadcast."""
+        """From the MARK on, the peer reads our Broadcast. Not if there is no room for that: a MARK that waits,
+        of a peer that is not spared yet, would have it read what is overwritten by then."""
         head: FrameHead
         if peer.backlog or peer.subscriber.broken or peer.apart:
             return
         memset(cython.address(head), 0, cython.sizeof(FrameHead))
         head.kind = MARK
         head.aux = self.broadcast.position
-        if peer.put(cython.address(head), b"", cython.NULL, (), self.clock):
+        head.stamp = self.clock.next()
+        if peer._write(cython.address(head), b"", cython.NULL, ()):
             self.fanout.join(peer.subscriber)
 
     def _demote(self, subscriber: Subscriber):

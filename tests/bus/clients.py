@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Self
 
+from . import aftermath
 from .daemon import STOP_SECONDS, Bus, clean_environment, read_line
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,6 +52,7 @@ class Program:
     """A program that runs meanwhile; a context manager that ends it."""
 
     def __init__(self, bus: Bus, *command: str, output: Path | None = None) -> None:
+        self.bus = bus
         out = output.open("wb") if output else subprocess.PIPE
         self.process = subprocess.Popen(
             command,
@@ -72,14 +74,21 @@ class Program:
 
     def line(self) -> str:
         """The next line (or lines) that it writes."""
+        return self._line("")
+
+    def _line(self, seen: str) -> str:
         assert self.process.stdout
-        return read_line(self.process.stdout, SECONDS)
+        try:
+            return read_line(self.process.stdout, SECONDS)
+        except AssertionError as error:
+            error.add_note(f"after {seen!r}; {aftermath.of_program(self.bus, self.process.pid)}")
+            raise
 
     def lines_until(self, text: str) -> str:
         """What it writes until a line that contains `text`."""
         seen = ""
         while text not in seen:
-            line = self.line()
+            line = self._line(seen)
             assert line or self.process.poll() is None, f"ended after {seen!r}"
             seen += line + "\n"
         return seen

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from .clients import Program, glib_service, run
+from .clients import SECONDS, Program, glib_service, run
 from .daemon import Bus
 from .procs import eventually
 from .rawclient import DRIVER, DRIVER_PATH
 from .wireformat import NO_REPLY_EXPECTED
 
+STATS = "org.freedesktop.DBus.Debug.Stats"
 NAME = "test.tools.Service"
 OBJECT = "/test/Object"
 INTERFACE = "test.Interface"
@@ -199,8 +200,17 @@ def test_gdbus_emit(bus: Bus) -> None:
 
 
 def test_gdbus_monitor(bus: Bus, service: str) -> None:
+    """It says who the owner is, and only then has a match rule for his signals."""
+    asker = bus.connect()
+    (owner,) = asker.driver("GetNameOwner", "s", (service,))
+
+    def is_ready() -> bool:
+        (rules,) = asker.driver("GetAllMatchRules", interface=STATS)
+        return any(f"sender='{owner}'" in rule for each in rules.values() for rule in each)
+
     with Program(bus, "gdbus", "monitor", "--session", "--dest", service) as monitor:
-        monitor.lines_until("is owned by")
+        monitor.lines_until(f"is owned by {owner}")
+        eventually(is_ready, "gdbus has a match rule", SECONDS)
         gdbus(
             bus,
             "call",

@@ -402,3 +402,41 @@ def test_who_asked_for_an_unknown_name_waited_for_a_launcher_that_hung() -> None
     assert world.bus.deadline() is None
     world.ask(a, e.StartService(4, "a.b", False))
     assert looked(world, 5) == []
+
+
+def test_who_waited_for_the_next_look_waited_for_ever_if_the_one_before_him_had_left() -> None:
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.ask(b, e.StartService(3, "a.c", False))
+    world.bus.gone(1)
+    for _ in range(2):
+        deadline = world.bus.deadline()
+        assert deadline is not None
+        world.time = deadline
+        world.events.clear()
+        world.bus.tick()
+    assert world.taken() == [(2, failure(3, "ServiceUnknown", UNKNOWN))]
+
+
+def test_who_asked_once_the_one_before_him_had_left_got_the_answer_of_before() -> None:
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.StartService(2, "a.c", False))
+    world.bus.gone(1)
+    assert world.ask(b, e.StartService(3, "a.c", False)) == []
+    assert looked(world, 5) == [("look", ("/s",))]
+    assert looked(world, 6) == [("reload",)]
+
+
+def test_who_asked_after_the_launcher_had_hung_got_the_answer_of_before() -> None:
+    world = looking_world()
+    a, b = world.client(1), world.client(2)
+    world.ask(a, e.StartService(2, "a.c", False))
+    deadline = world.bus.deadline()
+    assert deadline is not None
+    world.time = deadline
+    world.bus.tick()
+    assert world.ask(b, e.StartService(3, "a.c", False)) == [("look", ("/s",))]
+    assert looked(world, 5) == []
+    assert looked(world, 6) == [("reload",)]
