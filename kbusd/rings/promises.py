@@ -27,8 +27,8 @@ from cython.cimports.kbusd.rings.atomics import (
     load_acquire,
     store_release,
 )
-from cython.cimports.kbusd.rings.memfd import PAGE, add_seals, map_whole, sealed_size, unmap_whole
 from cython.cimports.kbusd.rings.libc import F_SEAL_GROW, F_SEAL_SHRINK
+from cython.cimports.kbusd.rings.memfd import PAGE, add_seals, map_whole, sealed_size, unmap_whole
 from cython.cimports.libc.stdint import int64_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcmp, memcpy, memset
 
