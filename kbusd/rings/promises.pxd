@@ -11,9 +11,11 @@ cdef struct Step:
     uint32_t asked    # bytes of `request`
     uint32_t length   # bytes of `reply`
     uint32_t padding
+    uint64_t word     # for `keep`
     uint64_t offset   # in the pool, what is to be renewed in the client's page cache
     uint64_t size
     uint8_t request[64]
+    uint64_t head[2]  # room for what comes before the reply
     uint8_t reply[96]
 
 cdef class Promises:
@@ -21,7 +23,6 @@ cdef class Promises:
     cdef uint64_t *word
     cdef Step *steps
     cdef public bint offered  # the worker's own note
-    cdef bint find(self, uint32_t command, const uint8_t *request, size_t size, Step *step,
-                   uint64_t *seen) noexcept
+    cdef bint find(self, uint32_t command, const uint8_t *request, size_t size, Step *step) noexcept
     cdef bint keep(self, uint64_t seen) noexcept
     cdef bint begun(self) noexcept

@@ -39,6 +39,8 @@ KEPT = cython.declare(uint64_t, 0xFF)
 RECALLED = cython.declare(uint64_t, 0x100)
 OFFER = cython.declare(uint64_t, 0x10000)
 STEPS_AT = cython.declare(cython.int, 64)
+# With one answer, and where: no worker can map a larger pool.
+MAX_RANGE = cython.declare(uint64_t, 16 << 30)
 SEALS = cython.declare(cython.int, F_SEAL_SHRINK | F_SEAL_GROW)
 
 
@@ -112,20 +114,22 @@ class Promises:
 
     # -- the supervisor's --------------------------------------------------------------------------
 
-    def find(self, command, request, size, step, seen) -> cython.bint:
-        """Whether that is the next request of a promise: its step, and what `keep` needs."""
+    def find(self, command, request, size, step) -> cython.bint:
+        """Whether that is the next request of a promise: its step, and the word as `keep` needs it."""
         word: uint64_t = load_acquire(self.word)
         at: uint64_t = word & KEPT
         if word & RECALLED or at >= STEPS or self.steps[at].command != command:
             return False
         # A worker that writes meanwhile has recalled it before: then `keep` fails.
         copy_words(step, cython.address(self.steps[at]), cython.sizeof(Step) // 8)
-        seen[0] = word
+        step.word = word
         return (
             step.command == command
             and 0 < size == step.asked
             and step.asked <= MAX_REQUEST
             and step.length <= MAX_REPLY
+            and step.offset <= MAX_RANGE
+            and step.size <= MAX_RANGE
             and memcmp(step.request, request, size) == 0
         )
 

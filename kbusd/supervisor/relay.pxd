@@ -22,10 +22,6 @@ cdef struct Store:
     uint32_t size
     uint32_t padding
 
-cdef struct Promised:
-    OutHeader head
-    uint8_t reply[96]
-
 # A record of a line, in msgpack (entries.py), as far as it has been read.
 cdef struct Reader:
     const uint8_t *data

@@ -237,14 +237,11 @@ class Relay:
             if size < _BEHIND + cython.sizeof(IoctlIn):
                 raise ValueError(f"an ioctl of {size} bytes")
             memcpy(cython.address(ioctl), request + _BEHIND, cython.sizeof(IoctlIn))
-            if 0 < ioctl.in_size == size - _BEHIND - cython.sizeof(IoctlIn):
-                came: cython.pointer(uint8_t) = request + _BEHIND + cython.sizeof(IoctlIn)
-                if self._promised(
-                    end, room, route.head.unique, cython.address(ioctl), came, ioctl.in_size
-                ):
-                    return 0
-            wish: Wish = end.ahead.get(ioctl.command)
-            self._ask(end, room, cython.address(route), wish, cython.address(ioctl))
+            at: cython.size_t = _BEHIND + cython.sizeof(IoctlIn)
+            asks = cython.address(ioctl)
+            if not self._promised(end, room, route.head.unique, asks, request + at, size - at):
+                wish: Wish = end.ahead.get(ioctl.command)
+                self._ask(end, room, cython.address(route), wish, asks)
         else:
             if size < _BEHIND + cython.sizeof(PollIn):
                 raise ValueError(f"a poll of {size} bytes")
@@ -280,10 +277,9 @@ class Relay:
             self.aside.let_go()
             struct: cython.pointer(uint8_t) = room.data + size + 1 + _PART_HEAD
             size = self._look(end, room, size, route.head.thread, wish, ioctl.argument)
-            if struct + wish.at_argument <= room.data + size and self._promised(
-                end, room, unique, ioctl, struct, wish.at_argument
-            ):
-                return 0
+            if struct + wish.at_argument <= room.data + size:
+                if self._promised(end, room, unique, ioctl, struct, wish.at_argument):
+                    return 0
         with end.lock:  # an interrupt comes before all of this, or to its worker behind the request
             if wish is not None and not self.copying.pop(unique, False):
                 end.owed -= self.held.pop(unique, None) is not None  # it hears nothing of this one
@@ -335,44 +331,28 @@ class Relay:
     def _promised(self, end: End, room: Room, unique, ioctl, struct, size) -> cython.bint:
         """Whether this was to be answered so and so, and now is. `size` bytes of its struct are at `struct`."""
         step: Step
-        answer: Promised
-        seen: uint64_t
-        kept: cython.bint = False
-        if (
-            end.promises is None
-            or end.gone
-            or end.why == ESHUTDOWN
-            or ioctl.argument & 7
-            or not end.promises.find(
-                ioctl.command, struct, size, cython.address(step), cython.address(seen)
-            )
-            or step.offset >= _NEVER
-            or step.size > _MOST_PUSHED
-        ):
+        if end.promises is None or end.gone or end.why == ESHUTDOWN or ioctl.argument & 7:
             return False
+        if not end.promises.find(ioctl.command, struct, size, cython.address(step)):
+            return False
+        held: cython.bint = unique in self.held
         self.aside.let_go()
         try:
-            self.aside.enter(~end.uid)  # as for an answer's pages
+            with self.aside.work(~end.uid):  # as for an answer's pages
+                with end.lock:  # an interrupt comes before it, or too late
+                    if (held and unique not in self.copying) or not end.promises.keep(step.word):
+                        return False
+                    self.copying.pop(unique, None)
+                self._push(end, room, step.offset, step.size)
         except Crowded:
             return False
-        try:
-            with end.lock:  # an interrupt comes before it, or too late
-                held: cython.bint = unique in self.held
-                if not held or unique in self.copying:
-                    kept = end.promises.keep(seen)
-                    if kept and held:
-                        del self.copying[unique]
-            if kept:
-                self._push(end, room, step.offset, step.size)
-        finally:
-            self.aside.leave(~end.uid)
-        if kept and (not held or self.held.pop(unique, None) is not None):
-            answer.head.length = _OUT + step.length
-            answer.head.error = 0
-            answer.head.unique = unique
-            memcpy(answer.reply, step.reply, step.length)
-            self._write(cython.address(answer), answer.head.length)
-        return kept
+        if not held or self.held.pop(unique, None) is not None:
+            head = cython.cast(cython.pointer(OutHeader), step.head)
+            head.length = _OUT + step.length
+            head.error = 0
+            head.unique = unique
+            self._write(head, head.length)
+        return True
 
     def take_back(self, unique: uint64_t):
         """Whether a thread is stuck at the memory of this request's caller, who is interrupted: that may be for ever,

@@ -722,7 +722,7 @@ WORDS = st.sampled_from((0, 1, 2, 3, 0xFF, 0x100, 0x10000, COMMAND, (1 << 64) - 
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 57), WORDS), max_size=20),
+    st.lists(st.tuples(st.integers(0, 63), WORDS), max_size=20),
     st.binary(max_size=70),
     st.booleans(),
 )

@@ -256,10 +256,11 @@ class Page:
         if self.page[1]:
             return []
         found = []
-        for at in (64, 256)[self.page[0] :]:
-            command, asked, length, _, offset, size = struct.unpack_from("=4I2Q", self.page, at)
-            request = self.page[at + 32 : at + 32 + asked]
-            found.append((command, request, self.page[at + 96 : at + 96 + length], offset, size))
+        for at in (64, 64 + 216)[self.page[0] :]:
+            command, asked, length, _, _, offset, size = struct.unpack_from("=4I3Q", self.page, at)
+            request = self.page[at + 40 : at + 40 + asked]
+            answer = self.page[at + 120 : at + 120 + length]
+            found.append((command, request, answer, offset, size))
         return [each for each in found if each[0]]
 
     def keep(self) -> tuple[int, bytes, bytes, int, int]:
