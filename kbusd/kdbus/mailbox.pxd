@@ -24,3 +24,6 @@ cdef class Mailbox:
     cpdef Entry unqueue(self, object ticket)
     cpdef recv(self, bytes command)
     cpdef free(self, bytes command)
+    cdef _read(self, object ticket, Entry entry)
+    cpdef promise(self, bytes command)
+    cpdef received(self, bint freed)

@@ -194,10 +194,8 @@ class Mailbox:
             size = entry.slice.size
             if has_fds:
                 incomplete = self.hand(entry)
-            self.unqueue(ticket)
             self.memory.push(offset, size)
-            self.pool.publish(entry.slice)
-            self.pool.release(entry.slice)
+            self._read(ticket, entry)
         result: bytes = PyBytes_FromStringAndSize(cython.NULL, 32)
         place = cython.cast(cython.pointer(uint64_t), PyBytes_AS_STRING(result))
         place[0] = lost
@@ -206,6 +204,37 @@ class Mailbox:
         place[3] = incomplete
         flags = DROPPED.to_bytes(8, "little") if lost else NO_FLAGS
         return number, ((RETURN_FLAGS_AT, flags), (RESULT_AT, result))
+
+    def _read(self, ticket, entry: Entry):
+        self.unqueue(ticket)
+        self.pool.publish(entry.slice)
+        self.pool.release(entry.slice)
+
+    def promise(self, command):
+        """The slice that an ordinary RECV would get now, and the struct as it leaves that behind; None if more
+        would have to be done for it than `received`."""
+        entry: Entry
+        if not len(self.queue) or self.queue.lost:
+            return None
+        _, entry = self.queue.peek()
+        if entry.kept is not None or entry.incomplete or entry.fds:
+            return None
+        result: bytes = PyBytes_FromStringAndSize(PyBytes_AS_STRING(command), 64)
+        place = cython.cast(cython.pointer(uint64_t), PyBytes_AS_STRING(result))
+        place[2] = 0
+        place[4] = 0
+        place[5] = entry.slice.offset
+        place[6] = entry.slice.size
+        place[7] = 0
+        return entry.slice.offset, entry.slice.size, result
+
+    def received(self, freed: cython.bint):
+        """What was promised was kept: the message was received, and its slice freed, or not."""
+        entry: Entry
+        ticket, entry = self.queue.peek()
+        self._read(ticket, entry)
+        if freed:
+            self.pool.free(entry.slice.offset)
 
     def free(self, command):
         """The same for FREE."""

@@ -36,6 +36,11 @@ class Queue:
         """Whether poll(2) is to say POLLIN: there is a message, or the loss of one to be told."""
         return bool(self._entries) or self._lost > 0
 
+    @property
+    def lost(self):
+        """How many were lost since this was last told."""
+        return self._lost
+
     def push(self, message, priority):
         """Queue a message; returns its ticket."""
         ticket: int64_t = self._arrivals

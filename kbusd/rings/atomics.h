@@ -18,6 +18,13 @@ static inline void store_release(uint64_t *p, uint64_t v)
     atomic_store_explicit((_Atomic uint64_t *)p, v, memory_order_release);
 }
 
+/* Whether `*p` was `expected` and is `wanted` now. */
+static inline int exchange_if(uint64_t *p, uint64_t expected, uint64_t wanted)
+{
+    return atomic_compare_exchange_strong_explicit((_Atomic uint64_t *)p, &expected, wanted,
+                                                   memory_order_acq_rel, memory_order_acquire);
+}
+
 static inline uint32_t load_acquire32(const uint32_t *p)
 {
     return atomic_load_explicit((const _Atomic uint32_t *)p, memory_order_acquire);

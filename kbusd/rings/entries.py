@@ -904,7 +904,11 @@ class Made(msgspec.Struct, frozen=True, array_like=True, tag="made"):
     errno: int
 
 
-ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made
+class Promising(msgspec.Struct, frozen=True, array_like=True, tag="promising"):
+    """supervisor -> worker, once there is a Pool. fd: a page by which it may promise answers (promises.py)."""
+
+
+ToDeviceWorker = Asked | Copied | Stored | Given | Facts | Made | Promising
 
 
 class Answered(msgspec.Struct, frozen=True, array_like=True, tag="answered"):

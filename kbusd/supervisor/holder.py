@@ -6,6 +6,7 @@ One end of its line, what is known of its file, and what is needed of the superv
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import socket
@@ -18,9 +19,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kbusd.rings import entries
+from kbusd.rings import entries, promises
 from kbusd.rings.entries import Credentials
 from kbusd.rings.line import Line, LineError
+from kbusd.rings.memfd import RingError
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.journal import Journal
 from kbusd.supervisor.relay import End
@@ -160,6 +162,13 @@ class Holder(End):
         if not -1 <= events_at < 1 << 62:
             raise LineError(f"has its events at {events_at}")
         self.pool, self.events_at = fd, events_at
+        with suppress(OSError, RingError):
+            page = promises.make()
+            try:
+                self.promises = promises.Promises(page)
+                self.lend(entries.Promising(), [page], mmap.PAGESIZE)
+            finally:
+                os.close(page)
 
     def may_make(self, order: Order, control: str) -> bool:
         """Whether a file of this node is one that makes such a thing; `control`: the bus of control nodes."""

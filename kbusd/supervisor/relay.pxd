@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from kbusd.cuse.routing cimport OutHeader, Route
+from kbusd.cuse.routing cimport IoctlIn, OutHeader, Route
+from kbusd.rings.promises cimport Promises
 from kbusd.supervisor.aside cimport Aside
 from kbusd.supervisor.libc cimport iovec
 
@@ -41,6 +42,7 @@ cdef class End:
     cdef public object line, lock
     cdef public object late  # called with it when a message waits for it
     cdef public dict ahead  # Wishes, by command
+    cdef public Promises promises  # its worker's; None: it can't make any
     cdef public int64_t uid
     cdef public uint64_t node
     cdef public uint64_t kernel_handle  # of who is to be woken; 0: nobody
@@ -63,7 +65,9 @@ cdef class Relay:
     cdef Aside aside
     cdef bint _postponed(self, Room room, size_t size) except -1
     cdef int _deal(self, Room room, size_t size) except -1
-    cdef int _ask(self, End end, Room room, Route *route, Wish wish, uint64_t argument) except -1
+    cdef int _ask(self, End end, Room room, Route *route, Wish wish, IoctlIn *ioctl) except -1
+    cdef bint _promised(self, End end, Room room, uint64_t unique, IoctlIn *ioctl,
+                        const uint8_t *struct, size_t size) except -1
     cdef size_t _look(self, End end, Room room, size_t size, int thread, Wish wish,
                       uint64_t argument) except 0
     cdef object _hear(self, End end, Room room)

@@ -3,6 +3,7 @@
 """What passes between the kernel's FUSE and the workers all the time, from one buffer into the other.
 
     IOCTL, POLL of an open file    -> Asked, on the line of the worker that serves it
+    the same, if that has said so  -> what it has promised (rings/promises.py), or the events behind the pool
     Answered                       -> pages that are new, then the answer, to the kernel
     Nudge                          -> whoever polls is woken
     all else                       -> Python (connection.py)
@@ -22,6 +23,7 @@ from cython.cimports.cpython.bytearray import PyByteArray_AS_STRING
 from cython.cimports.cpython.bytes import PyBytes_FromStringAndSize
 from cython.cimports.kbusd.cuse import routing
 from cython.cimports.kbusd.cuse.routing import InHeader, IoctlIn, OutHeader, PollIn, Route
+from cython.cimports.kbusd.rings.promises import Step
 from cython.cimports.kbusd.supervisor.libc import (
     CMSG_DATA,
     CMSG_FIRSTHDR,
@@ -165,6 +167,8 @@ class End:
         events: uint8_t[4]
         if self.events_at < 0 or self.gone or self.why == ESHUTDOWN:
             return 0
+        if self.promises is not None and self.promises.begun():
+            return 0  # what was promised has changed them
         if pread(self.pool, events, 4, self.events_at) != 4 or not events[0] & POLLIN:
             return 0
         return events[0] | events[1] << 8
@@ -233,8 +237,11 @@ class Relay:
             if size < _BEHIND + cython.sizeof(IoctlIn):
                 raise ValueError(f"an ioctl of {size} bytes")
             memcpy(cython.address(ioctl), request + _BEHIND, cython.sizeof(IoctlIn))
-            wish: Wish = end.ahead.get(ioctl.command)
-            self._ask(end, room, cython.address(route), wish, ioctl.argument)
+            at: cython.size_t = _BEHIND + cython.sizeof(IoctlIn)
+            asks = cython.address(ioctl)
+            if not self._promised(end, room, route.head.unique, asks, request + at, size - at):
+                wish: Wish = end.ahead.get(ioctl.command)
+                self._ask(end, room, cython.address(route), wish, asks)
         else:
             if size < _BEHIND + cython.sizeof(PollIn):
                 raise ValueError(f"a poll of {size} bytes")
@@ -248,10 +255,10 @@ class Relay:
                 answer.padding = 0
                 self._write(cython.address(answer), cython.sizeof(PollOut))
             else:
-                self._ask(end, room, cython.address(route), None, 0)
+                self._ask(end, room, cython.address(route), None, cython.NULL)
         return 0
 
-    def _ask(self, end: End, room: Room, route, wish: Wish, argument) -> cython.int:
+    def _ask(self, end: End, room: Room, route, wish: Wish, ioctl) -> cython.int:
         """Pass it on, with memory of the caller if that is wished; for it we may be asked in between."""
         asked: cython.p_char = _ASKED
         head: cython.p_char = cython.cast(cython.p_char, room.data + _REQUEST_AT)
@@ -268,7 +275,11 @@ class Relay:
         else:
             self.copying[unique] = True
             self.aside.let_go()
-            size = self._look(end, room, size, route.head.thread, wish, argument)
+            struct: cython.pointer(uint8_t) = room.data + size + 1 + _PART_HEAD
+            size = self._look(end, room, size, route.head.thread, wish, ioctl.argument)
+            if struct + wish.at_argument <= room.data + size:
+                if self._promised(end, room, unique, ioctl, struct, wish.at_argument):
+                    return 0
         with end.lock:  # an interrupt comes before all of this, or to its worker behind the request
             if wish is not None and not self.copying.pop(unique, False):
                 end.owed -= self.held.pop(unique, None) is not None  # it hears nothing of this one
@@ -316,6 +327,32 @@ class Relay:
             parts += 1
         room.data[size] = _NO_PARTS + parts
         return at
+
+    def _promised(self, end: End, room: Room, unique, ioctl, struct, size) -> cython.bint:
+        """Whether this was to be answered so and so, and now is. `size` bytes of its struct are at `struct`."""
+        step: Step
+        if end.promises is None or end.gone or end.why == ESHUTDOWN or ioctl.argument & 7:
+            return False
+        if not end.promises.find(ioctl.command, struct, size, cython.address(step)):
+            return False
+        held: cython.bint = unique in self.held
+        self.aside.let_go()
+        try:
+            with self.aside.work(~end.uid):  # as for an answer's pages
+                with end.lock:  # an interrupt comes before it, or too late
+                    if (held and unique not in self.copying) or not end.promises.keep(step.word):
+                        return False
+                    self.copying.pop(unique, None)
+                self._push(end, room, step.offset, step.size)
+        except Crowded:
+            return False
+        if not held or self.held.pop(unique, None) is not None:
+            head = cython.cast(cython.pointer(OutHeader), step.head)
+            head.length = _OUT + step.length
+            head.error = 0
+            head.unique = unique
+            self._write(head, head.length)
+        return True
 
     def take_back(self, unique: uint64_t):
         """Whether a thread is stuck at the memory of this request's caller, who is interrupted: that may be for ever,

@@ -595,6 +595,10 @@ class Port:
         self.engine.catch_up()
         self.session.send_again()
 
+    def recall(self) -> None:
+        """The engine is about to do something."""
+        self.device.recall()
+
     def closed(self) -> None:
         """The file is closed."""
         if self._replica.me:
@@ -611,6 +615,7 @@ class Port:
         if deadline is not None or self._until:
             self._expire(deadline)
         self.device.nudge()
+        self.device.promise()
         self.device.line.flush()
 
     def _expire(self, deadline: int | None) -> None:

@@ -12,6 +12,7 @@ cdef class DeviceEngine(DBusSocket):
     cdef int _timeout(self) except -2
     cdef void from_client(self, uint32_t events) except *
     cdef void other(self, unsigned int source) except *
+    cdef void _inbound(self) except *
     cdef void watch_client(self) except *
     cdef void flush(self) except *
     cdef void relieve(self) except *

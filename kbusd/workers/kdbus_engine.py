@@ -102,7 +102,16 @@ class DeviceEngine(DBusSocket):
 
     def other(self, source) -> cython.void:
         """One of our client's descriptors is readable."""
+        self.front.recall()
         self.front.readable(source - WATCHED)
+
+    def _from_broker(self):
+        self.front.recall()
+        DBusSocket._from_broker(self)
+
+    def _inbound(self) -> cython.void:
+        self.front.recall()
+        DBusSocket._inbound(self)
 
     def watch_client(self) -> cython.void:
         """Listen to the supervisor, but while policy is fetched: our client's next command is for the new one."""

@@ -1,5 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from kbusd.rings.promises cimport Promises
+
 cdef class Request:
     cdef readonly uint64_t unique, argument
     cdef readonly uint32_t tid, command, out_size
@@ -25,6 +27,11 @@ cdef class Requests:
     cdef dict _guesses
     cdef uint32_t _told, _shown  # events: to who polls, and behind the pool
     cdef object _told_of        # how many had arrived then
+    cdef Promises _promises     # to the supervisor; None: it makes none
+    cdef bytes _recv            # the last ordinary RECV
+    cdef _may_promise(self, object fds)
+    cpdef promise(self)
+    cpdef recall(self)
     cdef _request(self, bytes raw, tuple ahead)
     cdef _at_once(self, Request held)
     cdef _send(self, Request held)

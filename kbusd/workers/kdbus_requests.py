@@ -15,6 +15,7 @@ import cython
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.cimports.kbusd.kdbus.mailbox import Mailbox
 from cython.cimports.kbusd.kdbus.scan import scan
+from cython.cimports.kbusd.rings.promises import Promises
 from cython.cimports.libc.stdint import int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy, memset
 
@@ -52,6 +53,7 @@ MESSAGE_SIZE = cython.declare(uint64_t, layout.MESSAGE.size)
 RECV_SIZE = cython.declare(cython.Py_ssize_t, layout.RECV.size)
 FREE_SIZE = cython.declare(cython.Py_ssize_t, layout.FREE.size)
 GONE = State.GONE
+NO_RESULT = bytes(fuse.IOCTL_OUT.size)
 _SIZES = {command: spec.fixed.size for command, spec in SPECS.items()}
 
 
@@ -231,13 +233,16 @@ class Requests:
 
     def requests(self, catch_up):
         """Take up the next thing that has come; False if the file is closed. Raises LineError."""
+        self.recall()
         try:
             received = self.line.receive()
         except EOFError:
             return False
         if received is not None:
             message, fds = received
-            if type(message) is entries.Asked:
+            if type(message) is entries.Promising:
+                self._may_promise(fds)
+            elif type(message) is entries.Asked:
                 catch_up()  # what others have done before is to be seen by this
                 try:
                     self._request(message.request, message.ahead)
@@ -318,6 +323,8 @@ class Requests:
                 return None
             data = data[:size]
         done = box.recv(data) if held.command == RECV else box.free(data)
+        if held.command == RECV and done is not None:
+            self._recv = data
         if done is not None and not came:
             held._looked(held.argument, size, data)
         return done
@@ -433,6 +440,43 @@ class Requests:
         if events & ~self._told or arrived != self._told_of:
             self._told, self._told_of = events, arrived
             self.line.send(entries.Nudge())
+
+    def _may_promise(self, fds):
+        """A page for promises has come."""
+        try:
+            for fd in fds:
+                self._promises = Promises(fd)
+        except RingError:
+            pass  # no memory: it goes without
+        finally:
+            close_all(fds)
+
+    def promise(self):
+        """Nothing is done till something comes: what RECV and FREE will be answered with till then, if they are
+        as they were the last time."""
+        box: Mailbox
+        if self._promises is None or self._recv is None or self.session.ordinary is None:
+            return
+        box = self.session.ordinary
+        found = box.promise(self._recv)
+        if found is not None:
+            offset, size, struct = found
+            self._promises.offer(
+                (
+                    (RECV, self._recv, NO_RESULT + struct, offset, size),
+                    (FREE, layout.FREE.pack(FREE_SIZE, 0, 0, offset), NO_RESULT, 0, 0),
+                )
+            )
+
+    def recall(self):
+        """Something has come: what was promised is not any more, and what was kept of it is done."""
+        if self._promises is None or not self._promises.offered:
+            return
+        kept = self._promises.recall()
+        if kept:
+            self.session.box.received(kept > 1)
+            self.show_events()
+            self._promises.settle()
 
     def push(self, offset, size):
         self._pushed.append((offset, size))

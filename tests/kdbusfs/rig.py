@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from kbusd.cuse import abi, replies, requests
 from kbusd.rings import entries
 from kbusd.rings.line import MAX_RECORD, Line, pair
+from kbusd.rings.promises import Promises
 from kbusd.supervisor.clients import Clients
 from kbusd.supervisor.cuse import Nodes
 from kbusd.supervisor.device import Devices
@@ -73,10 +74,16 @@ class Player:
     def receive(self) -> tuple[Any, list[int]]:
         """Raises EOFError."""
         deadline = time.monotonic() + SECONDS
-        while (received := self.line.receive()) is None:
-            left = max(0.0, deadline - time.monotonic())
-            assert select.select([self.line], [], [], left)[0], f"nothing is said for {SECONDS} s"
-        return received
+        while True:
+            if (received := self.line.receive()) is None:
+                left = max(0.0, deadline - time.monotonic())
+                heard = select.select([self.line], [], [], left)[0]
+                assert heard, f"nothing is said for {SECONDS} s"
+            elif isinstance(received[0], entries.Promising):
+                self.promises = Promises(received[1][0])
+                os.close(received[1][0])
+            else:
+                return received
 
     def asked(self, kind: type[Message]) -> tuple[int, Message]:
         """The number and the body of the next request, which has to be of this kind."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import select
 import signal
 import struct
@@ -585,6 +586,120 @@ def test_a_kdbus_client_that_came_after_a_reload_was_judged_by_the_policy_from_b
     finally:
         bus.close_clients()
         bus.stop()
+
+
+def wait_till_it_sleeps(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline, "it never sleeps"
+        os.sched_yield()
+
+
+def test_what_was_sent_is_received_while_the_worker_does_nothing(bus: KdbusBus) -> None:
+    """It has promised what RECV and FREE will be answered with; all else waits for it."""
+    if Path(bus.node).is_char_device():
+        pytest.skip("of CUSE nothing is promised")
+    before = {each.pid for each in bus.serving()}
+    b = bus.kdbus()
+    (worker,) = {each.pid for each in bus.serving()} - before
+    a = bus.kdbus()
+    for number in range(4):  # till it knows what this client's RECV looks like
+        a.send(b.id, b"before", cookie=number)
+        assert b.recv().cookie == number
+    for number in range(20):
+        a.send(b.id, b"now", cookie=number)
+        wait_till_it_sleeps(worker)
+        os.kill(worker, signal.SIGSTOP)
+        too_long = threading.Timer(5, os.kill, (worker, signal.SIGCONT))
+        too_long.start()
+        try:
+            got = b.recv(seconds=0)
+            assert too_long.is_alive(), "it had to answer"
+        finally:
+            too_long.cancel()
+            os.kill(worker, signal.SIGCONT)
+        assert (got.cookie, got.payload) == (number, b"now")
+        assert not b.readable()
+        assert fails(b.recv_now) == "EAGAIN"
+
+
+def test_promises_change_nothing_of_what_a_client_is_told(bus: KdbusBus) -> None:
+    """All kinds of RECV by turns, against a queue that is a list."""
+    chance = random.Random(7)
+    a, b = bus.kdbus(), bus.kdbus()
+    queue: list[tuple[int, int]] = []  # priority, cookie
+    slices: list[int] = []
+    cookie = 0
+
+    def recv(flags: int, priority: int = 0) -> tuple[int, int] | str:
+        try:
+            got = b.do(abi.CMD_RECV, struct.pack("=2Qq4Q", flags, 0, priority, 0, 0, 0, 0))
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        offset, size = struct.unpack_from("=2Q", got, 40)
+        if not size:
+            return 0, 0
+        slices.append(offset)
+        message = Message(b.pool, offset)
+        return message.priority, message.cookie
+
+    for _ in range(3000):
+        kind = chance.choice(
+            ("send", "send", "recv", "recv", "recv", "free", "free", "other", "poll")
+        )
+        if kind == "send" and len(queue) < 20:
+            cookie += 1
+            queue.append((chance.randrange(3), cookie))
+            a.send(b.id, bytes(chance.randrange(1, 100)), cookie=cookie, priority=queue[-1][0])
+        elif kind == "recv":
+            assert recv(0) == (queue.pop(0) if queue else "EAGAIN")
+        elif kind == "free" and slices:
+            at = slices.pop(chance.randrange(len(slices)))
+            b.free(at)
+            assert fails(lambda at=at: b.free(at)) == "ENXIO"  # type: ignore[misc]
+        elif kind == "poll":
+            assert b.readable() == bool(queue)
+        elif kind == "other" and queue:
+            best = min(queue, key=lambda each: each[0])
+            match chance.randrange(3):
+                case 0:
+                    assert recv(abi.RECV_PEEK) == queue[0]
+                    assert recv(0) == queue.pop(0)
+                    at = slices.pop()
+                    if slices.pop() == at:  # the same slice is published once
+                        slices.append(at)
+                case 1:
+                    assert recv(abi.RECV_USE_PRIORITY, 5) == best
+                    queue.remove(best)
+                case _:
+                    assert recv(abi.RECV_DROP) == (0, 0)
+                    queue.pop(0)
+
+
+def test_threads_that_receive_at_once_get_each_message_once(bus: KdbusBus) -> None:
+    a, b = bus.kdbus(), bus.kdbus()
+    count, got = 600, []
+
+    def receive() -> None:
+        while len(got) < count:
+            buffer = Buffer(struct.pack("=8Q", 64, *(0,) * 7))
+            try:
+                ioctl(b.fd, abi.CMD_RECV, buffer.address)
+            except BlockingIOError:
+                continue
+            (offset,) = struct.unpack_from("=Q", buffer.bytes, 40)
+            got.append(Message(b.pool, offset).cookie)
+            free = Buffer(struct.pack("=4Q", 32, 0, 0, offset))
+            ioctl(b.fd, abi.CMD_FREE, free.address)
+
+    threads = [threading.Thread(target=receive) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(count):
+        a.send(b.id, b"x", cookie=number)
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == list(range(count))
 
 
 def test_a_worker_that_dies_takes_its_client_along_and_nobody_else(bus: KdbusBus) -> None:

@@ -32,6 +32,7 @@ from kbusd.supervisor.device import Devices
 from kbusd.supervisor.kdbusfs import MAX_TREES
 from tests.bus.lingering import lingering
 
+from .kclient import Buffer, ioctl
 from .places import NATIVE, everywhere
 from .rig import BUS, NODE, SECONDS, Player, Rig, command, errno_of
 
@@ -938,6 +939,59 @@ def test_who_polls_what_can_be_read_is_answered_without_the_worker() -> None:
     player.die()
     both, dead = select.POLLIN | select.POLLOUT, select.POLLERR
     assert rig.end() == ["", [both], "", [select.POLLIN], "ECONNRESET", [dead]]
+
+
+@everywhere(NATIVE)
+def test_what_a_worker_has_promised_is_answered_without_it_and_nonsense_is_its_clients() -> None:
+    def client(path: str) -> Any:
+        told: list[Any] = []
+        asks = Buffer(b"eight by")
+        with opened(path) as fd, opened(path) as other:
+            fcntl.ioctl(fd, PLAIN)
+            with mmap.mmap(fd, PAGE, mmap.MAP_SHARED, mmap.PROT_READ) as pool:
+                told.append(pool[:4].decode())
+                fcntl.ioctl(fd, PLAIN)
+                told.append(ioctl(fd, WRITES, asks.address))
+                told.append(pool[:4].decode())
+            for _ in NONSENSE:
+                fcntl.ioctl(fd, PLAIN)
+                told.append(errno_of(lambda: ioctl(fd, WRITES, asks.address)))
+            told.append(fcntl.ioctl(other, PLAIN))
+        return told
+
+    rig = Rig(client)
+    player, other = rig.hire(), rig.hire()
+    pool = memfd.make("pool", PAGE)
+    os.pwrite(pool, b"old.", 0)
+    player.say(entries.Pool(), os.dup(pool))
+    player.serve_ioctl()
+    unique, _ = player.asked(requests.Ioctl)
+    os.pwrite(pool, b"new!", 0)
+    answer = abi.IOCTL_OUT.pack(5, 0, 0, 0)
+    player.promises.offer(((WRITES, b"eight by", answer, 0, 4),))
+    player.answer(unique)
+    for reply, offset, size in NONSENSE:
+        unique, _ = player.asked(requests.Ioctl)
+        kept = player.promises.recall()
+        assert kept == 1
+        player.promises.offer(((WRITES, b"eight by", reply, offset, size),))
+        player.answer(unique)
+    other.serve_ioctl(7)
+    told = rig.end()
+    assert told[:3] == ["old.", 5, "new!"] and told[-1] == 7, told
+    assert set(told[3:-1]) <= {"", "EIO", "EINVAL", "ENOMEM"}
+    assert (rig.killed, rig.warnings) == ([], [])
+
+
+WRITES = 1 << 30 | 8 << 16 | 0x95 << 8 | 2  # _IOW
+NONSENSE = [
+    (bytes(96), 0, 0),
+    (b"\xff" * 96, 0, 0),
+    (b"", 0, 0),
+    (abi.IOCTL_OUT.pack(0, 1, 9, 9), 0, 0),  # begin again, with other memory
+    (abi.IOCTL_OUT.pack(0, 0, 0, 0), 1 << 33, 16 << 30),
+    (abi.IOCTL_OUT.pack(0, 0, 0, 0), 0, 16 << 30),
+]
 
 
 @everywhere(NATIVE)

@@ -161,3 +161,48 @@ def test_recv_and_free_are_what_the_general_code_makes_of_them(
         assert after[0] == after[1]
         assert quick.box.pool.statistics() == general.box.pool.statistics()
         assert len(quick.box.queue) == len(general.box.queue)
+
+
+@given(st.integers(1, 3), st.booleans(), st.integers(0, 1 << 40))
+def test_what_is_promised_is_what_recv_and_free_would_do(
+    messages: int, freed: bool, priority: int
+) -> None:
+    promising, other = Pool(), Pool()
+    for pool in (promising, other):
+        for number in range(messages):
+            pool.box.queue.push(pool.place([bytes([number]) * 8]), 0)
+    raw = struct.pack("=8Q", 64, 0, 99, priority, 99, 99, 99, 99)
+    promised = promising.box.promise(raw)
+    assert promised is not None and promising.box.promise(raw) == promised
+    assert len(promising.box.queue) == messages
+    done = other.box.recv(raw)
+    assert done is not None and done[0] == 0
+    after = bytearray(raw)
+    for at, data in done[1]:
+        after[at : at + len(data)] = data
+    offset, size, struct_after = promised
+    assert struct_after == after
+    assert struct.unpack_from("=2Q", after, 40) == (offset, size)
+    promising.box.received(freed)
+    if freed:
+        other.box.free(struct.pack("=4Q", 32, 0, 0, offset))
+    assert promising.box.pool.statistics() == other.box.pool.statistics()
+    assert len(promising.box.queue) == len(other.box.queue) == messages - 1
+    assert not any(promising.memory.seen), "it is renewed by who keeps the promise"
+    assert any(other.memory.seen)
+
+
+def test_only_the_plain_case_is_promised() -> None:
+    raw = struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)
+    pool = Pool()
+    assert pool.box.promise(raw) is None, "there is nothing"
+    entry = pool.place([b"x"])
+    pool.box.queue.push(entry, 0)
+    assert pool.box.promise(raw) is not None
+    for name, value in (("fds", [3]), ("incomplete", True), ("kept", (None, None, ()))):
+        before = getattr(entry, name)
+        setattr(entry, name, value)
+        assert pool.box.promise(raw) is None, name
+        setattr(entry, name, before)
+    pool.box.queue.lose()
+    assert pool.box.promise(raw) is None, "what was lost is to be told first"

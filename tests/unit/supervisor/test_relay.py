@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
+import select
 import socket
 import struct
 import threading
@@ -19,8 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbusd.cuse import abi, replies
-from kbusd.rings import entries
+from kbusd.rings import entries, promises
 from kbusd.rings.line import Line, pair
+from kbusd.rings.memfd import RingError
+from kbusd.rings.promises import Promises
 from kbusd.supervisor import reach
 from kbusd.supervisor.aside import MAX_STUCK_PER_UID, MAX_THREADS, Aside, Crowded
 from kbusd.supervisor.holder import MAX_LENT, Holder
@@ -124,7 +128,31 @@ def poll() -> bytes:
     return request(abi.POLL, unique=UNIQUE, data=abi.POLL_IN.pack(FILE, KERNEL_HANDLE, 0, 1))
 
 
+class Promising(Player):
+    """Its worker can promise something, and its file has a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.page = promises.make()
+        self.promises, self.holder.promises = Promises(self.page), Promises(self.page)
+        self.holder.pool = os.memfd_create("pool")
+        os.write(self.holder.pool, DATA)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        os.close(self.page)
+
+    def passed_on(self) -> bool:
+        """Whether the worker got what the kernel sent last; then it answers."""
+        if self.line.receive() is None:
+            return False
+        assert self.says(encode(entries.Answered(ANSWER))) == [ANSWER]
+        return True
+
+
 encode = msgspec.msgpack.encode
+DATA = b"0123456789"
+STEP = COMMAND, b"request!", bytes(16) + b"done", 0, 0
 ANSWER = replies.ioctl(UNIQUE, 5, b"data")
 
 
@@ -572,3 +600,195 @@ def test_what_a_file_had_made_was_ended_twice() -> None:
         os.close(player.holder.end(gone=True))
         assert ended == [True]
         player.holder.end = lambda **_: os.dup(0)  # type: ignore[method-assign]
+
+
+# -- promises --------------------------------------------------------------------------------------
+
+
+def test_what_was_promised_is_answered_without_the_worker_step_by_step() -> None:
+    other = COMMAND, b"another.", bytes(16), 0, 0
+    kept = replies.reply(UNIQUE, bytes(16) + b"done")
+    with Promising() as player:
+        player.promises.offer((STEP, other))
+        for data in (b"another.", b"request?", b"request", b"request!!", b""):
+            player.connection.give(ioctl(data=data))
+            assert player.passed_on() and player.written() == []
+        player.connection.give(ioctl(data=b"request!"))
+        assert not player.passed_on() and player.written() == [kept]
+        player.connection.give(ioctl(data=b"request!"))
+        assert player.passed_on()
+        player.connection.give(ioctl(data=b"another."))
+        assert not player.passed_on() and player.written() == [replies.reply(UNIQUE, bytes(16))]
+        player.connection.give(ioctl(data=b"another."))
+        assert player.passed_on()
+        assert player.promises.recall() == 2
+        assert player.connection.held == player.connection.copying == {}
+
+
+def test_what_was_recalled_is_not_kept() -> None:
+    with Promising() as player:
+        player.promises.offer((STEP,))
+        assert player.promises.offered
+        assert player.promises.recall() == 0
+        assert not player.promises.offered
+        player.connection.give(ioctl(data=b"request!"))
+        assert player.passed_on()
+        player.promises.offer((STEP,))
+        player.connection.give(ioctl(data=b"request!"))
+        assert not player.passed_on()
+        assert player.promises.recall() == 1
+
+
+def test_nothing_is_promised_for_memory_that_no_struct_can_be_at() -> None:
+    with Promising() as player:
+        player.promises.offer((STEP,))
+        player.connection.give(ioctl(argument=4, data=b"request!"))
+        assert player.passed_on()
+
+
+def test_a_struct_that_came_along_is_compared_too_and_pages_are_renewed_first() -> None:
+    memory = array("B", b"request!" + bytes(8))
+    at, _ = memory.buffer_info()
+    with Promising() as player:
+        player.holder.ahead[COMMAND] = Wish(8, ())
+        player.promises.offer(((*STEP[:3], 2, 5),))
+        memory[0] = 0
+        player.connection.give(ioctl(at))
+        assert player.passed_on()
+        memory[0] = ord("r")
+        player.connection.give(ioctl(at))
+        assert not player.passed_on()
+        stored, answered = player.written()
+        assert stored.endswith(DATA[2:7])
+        assert answered == replies.reply(UNIQUE, bytes(16) + b"done")
+        assert player.connection.held == player.connection.copying == {}
+        assert player.promises.recall() == 1
+
+
+def test_who_was_interrupted_is_kept_no_promise() -> None:
+    memory = array("B", b"request!")
+    at, _ = memory.buffer_info()
+    with Promising() as player:
+        player.holder.ahead[COMMAND] = Wish(8, ())
+        player.promises.offer((STEP,))
+
+        class Lock:
+            """Another thread says something first."""
+
+            def __enter__(self) -> None:
+                interrupted.append(player.connection.take_back(UNIQUE))
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        interrupted: list[bool] = []
+        lock, player.holder.lock = player.holder.lock, Lock()  # type: ignore[assignment]
+        player.connection.give(ioctl(at))
+        player.holder.lock = lock
+        assert interrupted[0]
+        assert player.written() == [] and player.line.receive() is None
+        assert player.connection.held == player.connection.copying == {}
+        assert player.promises.recall() == player.holder.owed == 0
+
+
+def test_a_dead_workers_promise_is_not_kept() -> None:
+    with Promising() as player:
+        player.promises.offer((STEP,))
+        player.holder.gone = True
+        player.connection.give(ioctl(data=b"request!"))
+        player.holder.gone = False
+        assert player.promises.recall() == 0
+
+
+def test_what_poll_says_is_asked_for_once_something_was_kept() -> None:
+    with Promising() as player:
+        player.holder.events_at = len(DATA)
+        os.pwrite(player.holder.pool, (1).to_bytes(4, "little"), len(DATA))
+        player.promises.offer((STEP,))
+        player.connection.give(poll())
+        assert not player.passed_on() and player.written() == [replies.poll(UNIQUE, 1)]
+        player.connection.give(ioctl(data=b"request!"))
+        player.written()
+        player.connection.give(poll())
+        assert player.passed_on()
+        assert player.promises.recall() == 1
+        player.connection.give(poll())
+        assert player.passed_on(), "what the worker did not show yet was told"
+        player.promises.settle()
+        player.connection.give(poll())
+        assert not player.passed_on()
+
+
+WORDS = st.sampled_from((0, 1, 2, 3, 0xFF, 0x100, 0x10000, COMMAND, (1 << 64) - 1, 1 << 63))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 63), WORDS), max_size=20),
+    st.binary(max_size=70),
+    st.booleans(),
+)
+def test_a_hostile_page_reaches_nobody_but_its_own_client(
+    writes: list[tuple[int, int]], data: bytes, there: bool
+) -> None:
+    with Promising() as player:
+        with mmap.mmap(player.page, mmap.PAGESIZE) as page:
+            player.promises.offer((STEP, (COMMAND, data[:64], b"", 3, 4)))
+            for at, word in writes:
+                page[8 * at : 8 * at + 8] = word.to_bytes(8, "little")
+        for each in (b"request!", data):
+            player.connection.give(ioctl(data=each))
+            for written in player.written():
+                length, error, unique = abi.OUT_HEADER.unpack_from(written)
+                if error == abi.NOTIFY_STORE:
+                    assert unique == 0 and int.from_bytes(written[16:24], "little") == 5
+                    continue
+                assert (length, error, unique) == (len(written), 0, UNIQUE)
+                assert length <= abi.OUT_HEADER.size + 96
+            while player.line.receive() is not None:
+                pass
+            player.connection.held.clear()
+        assert player.connection.said == []
+
+
+def test_a_page_of_promises_cannot_be_made_smaller() -> None:
+    page = promises.make()
+    with pytest.raises(PermissionError):
+        os.ftruncate(page, 0)
+    os.close(page)
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, mmap.PAGESIZE)
+    with pytest.raises(RingError):
+        Promises(loose)
+    os.close(loose)
+
+
+def test_each_step_is_kept_or_recalled_and_never_both() -> None:
+    """The worker, a process of its own, recalls and offers without end: what it is told was kept is what was."""
+    rounds = 20_000
+    with Promising() as player:
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            kept = bytearray()
+            for number in range(rounds):
+                step = COMMAND, b"request!", number.to_bytes(8, "little"), 0, 0
+                player.promises.offer((step, step))
+                for _ in range(number % 50):
+                    pass
+                if count := player.promises.recall():
+                    kept += number.to_bytes(8, "little") * count
+                player.promises.settle()
+            os.close(read)
+            with open(write, "wb") as pipe:
+                pipe.write(kept)
+            os._exit(0)
+        os.close(write)
+        answered = []
+        data = ioctl(data=b"request!")
+        with open(read, "rb") as pipe:
+            while not select.select([pipe], [], [], 0)[0]:
+                player.connection.give(data)
+                answered += [int.from_bytes(each[16:24], "little") for each in player.written()]
+                player.line.receive()
+            told = pipe.read()
+        os.waitpid(child, 0)
+        assert answered == [each for (each,) in struct.iter_unpack("=Q", told)]

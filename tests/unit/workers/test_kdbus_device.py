@@ -4,6 +4,7 @@ and the client's memory; the bus is one in memory."""
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import struct
@@ -19,7 +20,7 @@ from kbusd.cuse import requests
 from kbusd.kdbus import abi, layout
 from kbusd.kdbus.errors import Errno
 from kbusd.kdbus.session import Session
-from kbusd.rings import entries
+from kbusd.rings import entries, promises
 from kbusd.rings.line import Line, pair
 from kbusd.workers.kdbus_device import Device, FileLine
 from kbusd.workers.kdbus_requests import Request, Requests
@@ -235,3 +236,113 @@ def test_a_message_that_comes_when_the_file_was_just_closed_does_not_end_the_wor
     file.device.nudge()
     assert not file.device.requests(lambda: None)
     assert file.device.line.flush()
+
+
+RECV = struct.pack("=8Q", 64, 0, 0, 0, 0, 0, 0, 0)
+
+
+class Page:
+    """The supervisor's side of a file's promises."""
+
+    def __init__(self, file: File) -> None:
+        self.fd = promises.make()
+        self.page = mmap.mmap(self.fd, mmap.PAGESIZE)
+        file.line.send(entries.Promising(), [self.fd])
+        file.device.requests(lambda: None)
+        os.close(self.fd)
+
+    def steps(self) -> list[tuple[int, bytes, bytes, int, int]]:
+        """What is promised now: command, request, answer, offset, size."""
+        if self.page[1]:
+            return []
+        found = []
+        for at in (64, 64 + 216)[self.page[0] :]:
+            command, asked, length, _, _, offset, size = struct.unpack_from("=4I3Q", self.page, at)
+            request = self.page[at + 40 : at + 40 + asked]
+            answer = self.page[at + 120 : at + 120 + length]
+            found.append((command, request, answer, offset, size))
+        return [each for each in found if each[0]]
+
+    def keep(self) -> tuple[int, bytes, bytes, int, int]:
+        step = self.steps()[0]
+        self.page[0] += 1
+        return step
+
+
+def messages(file: File, count: int) -> None:
+    for _ in range(count):
+        file.other.send(file.device.session.id)  # type: ignore[union-attr]
+
+
+def receive(file: File) -> int:
+    """RECV by the worker; the offset."""
+    file.memory = {COMMAND: RECV}
+    assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == 0
+    return int.from_bytes(file.reply[32 + 40 : 32 + 48], "little")
+
+
+def comes_along(file: File) -> None:
+    """The struct of RECV, unasked, from now on."""
+    file.memory = {COMMAND: RECV}
+    while abi.CMD_RECV not in file.ahead:
+        assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == -errno.EAGAIN
+    assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == -errno.EAGAIN
+
+
+def test_recv_and_free_are_promised_as_they_were_the_last_time(file: File) -> None:
+    page = Page(file)
+    box = file.device.session.box  # type: ignore[union-attr]
+    messages(file, 1)
+    file.device.promise()
+    assert page.steps() == [], "nobody knows yet what RECV looks like"
+    receive(file)
+    comes_along(file)
+    messages(file, 2)
+    file.device.promise()
+    (recv, asked, answer, at, size), (free, freed, done, *pages) = page.steps()
+    assert (recv, asked, free, pages) == (abi.CMD_RECV, RECV, abi.CMD_FREE, [0, 0])
+    assert freed == struct.pack("=4Q", 32, 0, 0, at) and done == bytes(16)
+    used = box.pool.statistics().used
+    page.keep()
+    file.device.recall()
+    assert len(box.queue) == 1 and page.steps() == [] and page.page[0] == 0
+    assert box.pool.statistics().used == used, "it was not freed"
+    assert file.ioctl(abi.CMD_FREE, COMMAND, freed) == 0
+    assert receive(file) == at + size, "the next one"
+    assert file.reply[32:72] == answer[16:56], "what was promised is what it answers"
+
+
+def test_what_was_kept_is_done_before_all_else(file: File) -> None:
+    page = Page(file)
+    comes_along(file)
+    messages(file, 1)
+    file.device.promise()
+    *_, at, _ = page.keep()
+    page.keep()
+    file.memory = {COMMAND: RECV}
+    assert file.ioctl(abi.CMD_RECV, COMMAND, out=64) == -errno.EAGAIN
+    assert file.ioctl(abi.CMD_FREE, COMMAND, struct.pack("=4Q", 32, 0, 0, at)) == -errno.ENXIO
+    assert not int.from_bytes(os.pread(file.pool, 4, file.events_at), "little") & select.POLLIN
+    assert page.steps() == []
+
+
+def test_a_page_of_promises_that_is_none_is_done_without(file: File) -> None:
+    loose = os.memfd_create("loose")
+    file.line.send(entries.Promising(), [loose])
+    file.line.send(entries.Promising())
+    os.close(loose)
+    file.device.requests(lambda: None)
+    file.device.requests(lambda: None)
+    comes_along(file)
+    messages(file, 1)
+    file.device.promise()
+    file.device.recall()
+    receive(file)
+
+
+def test_after_byebye_nothing_is_promised(file: File) -> None:
+    page = Page(file)
+    comes_along(file)
+    assert file.ioctl(abi.CMD_BYEBYE, COMMAND, struct.pack("=2Q", 16, 0)) in (0, -errno.EINVAL)
+    file.device.promise()
+    assert page.steps() == []
