@@ -606,6 +606,7 @@ class Port:
 
     def turn(self, drained: bool) -> None:
         """Once in a round of the engine; `drained`: nothing of ours waits in its input."""
+        self.device.recall()  # of the round before, if this one took in nothing
         if drained and self._sending:
             for wait in list(self._sending.values()):
                 wait.done(None)

@@ -623,6 +623,17 @@ def test_what_was_sent_is_received_while_the_worker_does_nothing(bus: KdbusBus) 
         assert fails(b.recv_now) == "EAGAIN"
 
 
+def test_what_was_received_by_a_promise_counts_no_more_when_the_next_message_comes(
+    bus: KdbusBus,
+) -> None:
+    """The receiver's worker is not woken for RECV and FREE: it has to know of them before it judges."""
+    a, b = bus.kdbus(), bus.kdbus(size=1 << 16)
+    for number in range(20):  # two at a time are more than a user may have in this pool
+        a.send(b.id, bytes(8000), cookie=number)
+        assert fails(lambda: a.send(b.id, bytes(8000))) == "ENOBUFS"
+        assert b.recv().cookie == number
+
+
 def test_promises_change_nothing_of_what_a_client_is_told(bus: KdbusBus) -> None:
     """All kinds of RECV by turns, against a queue that is a list."""
     chance = random.Random(7)

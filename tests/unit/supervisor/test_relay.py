@@ -691,6 +691,32 @@ def test_who_was_interrupted_is_kept_no_promise() -> None:
         assert player.promises.recall() == player.holder.owed == 0
 
 
+@pytest.mark.parametrize("again", [(), (STEP,), ((COMMAND, b"request!", b"another answer", 0, 0),)])
+def test_what_is_recalled_between_a_look_and_the_answer_is_not_kept(again: tuple[Any, ...]) -> None:
+    with Promising() as player:
+        player.promises.offer((STEP,))
+
+        class Lock:
+            """The worker is at it at the same time."""
+
+            def __enter__(self) -> None:
+                if not recalled:
+                    recalled.append(player.promises.recall())
+                    if again:
+                        player.promises.offer(again)
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        recalled: list[int] = []
+        lock, player.holder.lock = player.holder.lock, Lock()  # type: ignore[assignment]
+        player.connection.give(ioctl(data=b"request!"))
+        player.holder.lock = lock
+        assert recalled == [0]
+        assert player.passed_on()
+        assert player.promises.recall() == 0
+
+
 def test_a_dead_workers_promise_is_not_kept() -> None:
     with Promising() as player:
         player.promises.offer((STEP,))
