@@ -4,12 +4,15 @@ Nothing here decides anything. Every function raises OSError as the kernel says.
 system call numbers are the same on every architecture (uapi asm-generic/unistd.h).
 """
 
+import math
 import os
 from array import array
 
 import cython
 from cython.cimports.kbusd.sandbox.libc import (
+    ENOENT,
     ERANGE,
+    ESRCH,
     O_CLOEXEC,
     O_RDONLY,
     SOCK_CLOEXEC,
@@ -228,9 +231,31 @@ def getsockopt(fd: cython.int, option: cython.int, most: cython.uint):
 def uid_map(pid):
     """How the user namespace of a process has the uids (user_namespaces(7)); b"" if it has gone. Another
     may be in its place by now: good enough to compare with what it says of itself."""
+    return _of(pid, b"uid_map")
+
+
+def delayed(pid):
+    """For how many seconds a process that could run has waited for a processor, up to when it last got one
+    (schedstat, proc(5)); no end of it, if it has ended itself. And how long it has run, ns, or -1 if it sleeps now.
+    0 and -1 if that is not known. Another may be in its place by now."""
+    stat: bytes = _of(pid, b"stat")
+    if not stat:
+        return math.inf if errno == ENOENT or errno == ESRCH else 0.0, -1
+    state = stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3]
+    if state in (b"Z", b"X"):
+        return math.inf, -1
+    times = _of(pid, b"schedstat").split()
+    if len(times) < 2:
+        return 0.0, -1
+    return int(times[1]) / 1e9, int(times[0]) if state == b"R" else -1
+
+
+@cython.cfunc
+def _of(pid, name: bytes) -> bytes:
+    """What /proc has of a process; b"" if nothing, and why in errno."""
     buffer: cython.char[4096]
     size: cython.Py_ssize_t
-    path: bytes = b"/proc/%d/uid_map" % pid
+    path: bytes = b"/proc/%d/%b" % (pid, name)
     fd: cython.int = c_open(path, O_RDONLY | O_CLOEXEC)
     if fd < 0:
         return b""

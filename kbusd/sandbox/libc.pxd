@@ -5,6 +5,8 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 cdef extern from "<errno.h>" nogil:
     int errno
     int ERANGE
+    int ENOENT
+    int ESRCH
 
 cdef extern from "<fcntl.h>" nogil:
     int O_RDONLY

@@ -8,7 +8,8 @@ workers read before they answer. A CUSE node's close(2) does wait for us, till t
     it made something   -> that is withdrawn, in the supervisor's thread
 
 Nobody waits for much more than WAIT_SECONDS, as the worker may have been taken over; a user whose worker took
-longer is not waited for by others for a while, nor is one who closes many files at once.
+longer is not waited for by others for a while, nor is one who closes many files at once. What a worker waits for
+a processor does not count, up to BUSY_SECONDS, nor what the broker takes once the worker has ended.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from typing import Protocol
 
 from kbusd.cuse import abi, routing
+from kbusd.sandbox import kernel
 from kbusd.supervisor import caller
 from kbusd.supervisor.domains import Domain
 from kbusd.supervisor.holder import Holder
 from kbusd.supervisor.relay import Room
 
 WAIT_SECONDS = 1.0
+BUSY_SECONDS = 9.0  # more, where it is that others run
 MORE_SECONDS = 0.02  # for each file that was closed before, as their workers end one after another
 TARDY_SECONDS = 60.0
 MAX_FOR_OTHERS = 8  # of one uid that are going at a time, for requests of others to wait for them
@@ -51,18 +53,26 @@ class Asked(Protocol):
 
 @dataclass
 class _Going:
-    uid: int
+    holder: Holder
     domain: Domain
-    bus: str
+    delayed: tuple[float, int]  # before (kernel.py)
     until: float
     missing: int  # of what has to happen
     owned: bool  # something ends with it that is in the tree
     done: Callable[[], object] | None  # closed by a client that waits for it
 
+    def is_delayed(self, now: float) -> bool:
+        """Whether it is not its worker's fault that it takes so long."""
+        (before, had_run), (delayed, has_run) = self.delayed, kernel.delayed(self.holder.pid)
+        self.delayed = before, has_run
+        # Has it waited ever since we looked last? That does not count as delay before it is over.
+        waits = has_run >= 0 and had_run in (-1, has_run)
+        return now < self.until + (BUSY_SECONDS if waits else min(delayed - before, BUSY_SECONDS))
+
     def lanes(self) -> tuple[_LaneKey, ...]:
         """Of which it is one."""
-        mine = self.domain, self.uid, False
-        return (mine, (self.domain, self.uid, True)) if self.owned else (mine,)
+        mine = self.domain, self.holder.uid, False
+        return (mine, (self.domain, self.holder.uid, True)) if self.owned else (mine,)
 
 
 @dataclass
@@ -98,7 +108,6 @@ class Closings:
         self._going: dict[int, _Going] = {}
         self._of: Counter[int] = Counter()  # how many of them, by uid
         self._lanes: dict[_LaneKey, _Lane] = {}
-        self._turns = count(1)
         self._turn = 0
         self._tardy: dict[int, float] = {}  # uids, until when
         self._look_at = 0.0
@@ -136,17 +145,12 @@ class Closings:
 
     def left(self, number: int) -> None:
         """The broker says so: whatever this connection had is nobody's or another's."""
-        with self._lock:  # whole: whoever closes it meanwhile counts this as done, or waits for it
-            if number in self._open:
-                self._open[number] = True
-            done = self._counted(number)
-        if done:
-            self._finish(number)
+        self._step(number, left=True)
 
     def over(self, bus: str) -> None:
         """This bus has ended: of its connections nothing is said any more."""
         for number, each in list(self._going.items()):
-            if each.bus == bus:
+            if each.holder.bus == bus:
                 self._finish(number)
 
     def expire(self) -> None:
@@ -157,8 +161,8 @@ class Closings:
         self._look_at = now + LOOK_SECONDS
         self._tardy = {uid: until for uid, until in self._tardy.items() if until > now}
         for number, each in list(self._going.items()):
-            if each.until <= now:
-                self._tardy[each.uid] = now + TARDY_SECONDS
+            if each.until <= now and not each.is_delayed(now):
+                self._tardy[each.holder.uid] = now + TARDY_SECONDS
                 self._finish(number)
 
     def postpone(self, connection: Asked, request: bytes) -> bool:
@@ -166,10 +170,9 @@ class Closings:
         opcode, unique, _, number = routing.route(request)
         with self._lock:
             if opcode == routing.INTERRUPT:
-                if (waiting := self._waiting.get((connection, number))) is None:
-                    return False
-                waiting.requests.append(request)
-                return True
+                if (waiting := self._waiting.get((connection, number))) is not None:
+                    waiting.requests.append(request)
+                return waiting is not None
             if opcode not in (_OF_FILES if number else _OF_TREES):
                 return False
             after = self._awaited(connection.domain, caller.ids(request)[0], number == 0)
@@ -198,34 +201,30 @@ class Closings:
         before = self._going.get(holder.number)
         patience = WAIT_SECONDS + len(self._going) * MORE_SECONDS
         until = before.until if before else time.monotonic() + patience
-        going = self._going[holder.number] = _Going(
-            holder.uid, domain, holder.bus, until, missing, holder.owned is not None, done
-        )
+        delayed = before.delayed if before else (kernel.delayed(holder.pid)[0], -1)
+        going = _Going(holder, domain, delayed, until, missing, holder.owned is not None, done)
+        self._going[holder.number] = going
         self._of[holder.uid] += before is None
-        self._turn = next(self._turns)
+        self._turn += 1
         for key in going.lanes():
             self._lanes.setdefault(key, _Lane()).going.setdefault(holder.number, self._turn)
         self.busy = True
 
-    def _counted(self, number: int) -> bool:
-        """One thing less is missing; whether it was the last."""
-        if (going := self._going.get(number)) is None:
-            return False
-        going.missing -= 1
-        return going.missing <= 0
-
-    def _step(self, number: int) -> None:
-        with self._lock:
-            done = self._counted(number)
+    def _step(self, number: int, left: bool = False) -> None:
+        """One thing less is missing."""
+        with self._lock:  # whole: whoever closes it meanwhile counts this as done, or waits for it
+            if left and number in self._open:
+                self._open[number] = True
+            if (going := self._going.get(number)) is not None:
+                going.missing -= 1
+            done = going is not None and going.missing <= 0
         if done:
             self._finish(number)
 
     def _finish(self, number: int) -> None:
         with self._lock:
             if (going := self._going.pop(number, None)) is not None:
-                self._of[going.uid] -= 1
-                if not self._of[going.uid]:
-                    del self._of[going.uid]
+                self._of -= Counter([going.holder.uid])  # those of whom none is left are forgotten
                 for key in going.lanes():
                     self._pass(key, number)
             if self._ready:

@@ -48,6 +48,7 @@ class Worker(Protocol):
     """What is needed of the supervisor's."""
 
     number: int
+    pid: int
     line: Line
 
 
@@ -80,7 +81,7 @@ class Holder(End):
     ) -> None:
         """`late`: called with it when it is to be flushed. The worker's line is ours from now on."""
         super().__init__()
-        self.number = worker.number
+        self.number, self.pid = worker.number, worker.pid
         self.uid = uid
         self.node = node
         # Only ours: what is left unread in it is closed with it (Aside.close).

@@ -55,7 +55,7 @@ class Player:
     def __init__(self, number: int) -> None:
         ours, theirs = pair()
         self.number = number
-        self.supervisors = SimpleNamespace(number=number, line=Line(ours, entries.Answered))
+        self.supervisors = SimpleNamespace(number=number, pid=1, line=Line(ours, entries.Answered))
         self.line = Line(theirs, TO_WORKER, bytearray(MAX_RECORD))
         self.device: entries.Device | None = None
 

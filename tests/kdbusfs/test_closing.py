@@ -189,7 +189,7 @@ class Kernel:
     def close(self, number: int, uid: int) -> None:
         self.closings.opened(number)
         file: Any = SimpleNamespace(
-            number=number, uid=uid, bus="0-x", owned=None, end=lambda **_: 0
+            number=number, uid=uid, pid=os.getpid(), bus="0-x", owned=None, end=lambda **_: 0
         )
         self.closings.close(file, HOST)
 
@@ -221,6 +221,7 @@ def test_a_user_whose_worker_did_not_end_keeps_only_himself_waiting(
 ) -> None:
     kernel, now = Kernel(), [1000.0]
     monkeypatch.setattr(closing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(closing.kernel, "delayed", lambda _: (0.0, -1))  # it sleeps
     kernel.close(1, uid=1)
     assert kernel.waits(100, uid=2)
     now[0] += closing.WAIT_SECONDS

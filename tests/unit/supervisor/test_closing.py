@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from kbusd.cuse import abi
+from kbusd.sandbox import kernel
 from kbusd.supervisor import closing
 from kbusd.supervisor.closing import MAX_FOR_OTHERS, MAX_LANES, Closings
 from kbusd.supervisor.domains import HOST
+from tests.bus import procs
 from tests.unit.cuse.requests_of import request
 
 LOOKUP, IOCTL = abi.LOOKUP, abi.IOCTL
@@ -38,7 +41,8 @@ class Play:
     def opened(self, number: int, uid: int = 1, owned: bool = False) -> Any:
         self.closings.opened(number)
         owns = (lambda: None) if owned else None
-        return SimpleNamespace(number=number, uid=uid, bus="", owned=owns, end=lambda **_: -1)
+        end, pid = (lambda **_: -1), os.getpid()
+        return SimpleNamespace(number=number, uid=uid, pid=pid, bus="", owned=owns, end=end)
 
     def close(self, number: int, uid: int = 1, owned: bool = False) -> None:
         self.closings.close(self.opened(number, uid, owned), HOST)
@@ -135,20 +139,98 @@ def test_nobody_waits_for_many_users(play: Play) -> None:
     assert play.asks(3)
 
 
+class Machine:
+    """What the clock says, and for how long a worker has waited for a processor, and run; -1: it sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.delayed, self.ran = 1000.0, 50.0, -1
+        monkeypatch.setattr(closing.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(closing.kernel, "delayed", lambda _: (self.delayed, self.ran))
+
+
 def test_who_was_slow_once_was_remembered_for_ever(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(closing.time, "monotonic", lambda: now[0])
+    machine = Machine(monkeypatch)
     play.close(1)
     own = play.asks(1)
-    now[0] += closing.WAIT_SECONDS + 1
+    machine.now += closing.WAIT_SECONDS + 1
     play.closings.expire()
     assert play.goes_on() == [own]
     play.close(2)
     assert play.asks(2) == 0 and play.asks(1)
-    now[0] += closing.TARDY_SECONDS
+    machine.now += closing.TARDY_SECONDS
     play.closings.expire()  # gives up on that, too
-    now[0] += closing.TARDY_SECONDS
+    machine.now += closing.TARDY_SECONDS
     play.closings.expire()
     assert play.closings._tardy == {}
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_asked_on_a_busy_machine_saw_what_was_closed_a_second_ago(
+    play: Play, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Its worker had hardly run yet, or had ended, and the broker had not."""
+    machine = Machine(monkeypatch)
+    play.close(1)
+    waits = play.asks(2)
+    for _ in range(8):
+        machine.now += 1
+        machine.delayed = math.inf if ended else machine.delayed + 0.9
+        play.closings.expire()
+        assert play.goes_on() == []
+    play.closings.left(1)
+    assert play.goes_on() == [waits]
+    play.close(2)
+    assert play.asks(2)  # and no other waits the less for that user
+
+
+def waited(play: Play, machine: Machine, delayed: float, ran: int) -> float:
+    """How long somebody waits for a worker that waits so much of the time, and runs so much in between."""
+    play.close(1)
+    waits, begun = play.asks(1), machine.now
+    while not (given := play.goes_on()):
+        machine.now += closing.LOOK_SECONDS
+        machine.delayed += delayed * closing.LOOK_SECONDS
+        machine.ran += ran
+        play.closings.expire()
+    assert given == [waits]
+    return machine.now - begun
+
+
+@pytest.mark.parametrize(("delayed", "waits"), [(0.0, 1.0), (0.3, 1.0 / 0.7), (1.0, 10.0)])
+def test_who_is_waited_for_must_not_sleep_nor_run_for_long(
+    play: Play, monkeypatch: pytest.MonkeyPatch, delayed: float, waits: float
+) -> None:
+    machine = Machine(monkeypatch)
+    assert waited(play, machine, delayed, 0) == pytest.approx(waits, abs=0.05)
+    machine.ran = 5
+    assert waited(play, machine, delayed, 1) == pytest.approx(waits, abs=0.05)
+
+
+def test_who_has_not_got_a_processor_yet_is_waited_for(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel counts that when it is over."""
+    machine = Machine(monkeypatch)
+    machine.ran = 5
+    assert waited(play, machine, 0.0, 0) == pytest.approx(10.0, abs=0.05)
+
+
+def test_a_process_that_has_ended_is_delayed_for_ever() -> None:
+    """Its parent may not have seen it yet."""
+    delayed, ran = kernel.delayed(os.getpid())
+    assert 0 <= delayed < 3600 and ran > 0
+    asleep, awake = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(awake)
+        os.read(asleep, 1)
+        os._exit(0)
+    os.close(asleep)
+    procs.eventually(lambda: kernel.delayed(pid)[1] == -1, "it sleeps")
+    os.close(awake)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert kernel.delayed(pid) == (math.inf, -1)
+    os.waitpid(pid, 0)
+    assert kernel.delayed(pid) == (math.inf, -1)

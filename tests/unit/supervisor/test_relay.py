@@ -76,7 +76,7 @@ class Player:
         self.fuse = fuse
         self.connection = Connection(fuse.fileno())
         self.line = Line(theirs, entries.Asked)
-        worker: Any = SimpleNamespace(number=FILE, line=Line(ours, entries.FromDeviceWorker))
+        worker: Any = SimpleNamespace(number=FILE, pid=1, line=Line(ours, entries.FromDeviceWorker))
         self.late: list[Holder] = []
         self.holder = Holder(worker, entries.FromDeviceWorker, 0, 5, self.late.append)
         self.connection.files[FILE] = self.holder
