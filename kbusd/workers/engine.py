@@ -274,7 +274,7 @@ class Engine:
 
     def _leave(self):
         """End, if nothing that the client sent waits any more, or has waited too long."""
-        if not (self.peers.meeting or self.peers.backlogged or self.busy):
+        if not (self.peers.meeting or self.peers.backlogged or self.busy or self.stopped):
             raise Gone("")
         if monotonic() > self.leave_until:
             raise Gone("left while what it had sent could not be delivered")

@@ -6,6 +6,7 @@ import os
 import select
 
 import msgspec
+import pytest
 
 from kbusd.policy import configuration
 from kbusd.rings import entries, memfd
@@ -76,10 +77,12 @@ def test_what_the_broker_said_while_a_message_was_passed_on_was_left_till_someth
         engine.gather(ONE, [serial])
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 def test_a_signal_was_sent_by_the_rules_of_before_while_a_peer_promised_something(
-    context: Context,
+    context: Context, leaves: bool
 ) -> None:
-    """Who has heard, by whatever way, that a rule was added, and then sends what it matches, may rely on it."""
+    """Who has heard, by whatever way, that a rule was added, and then sends what it matches, may rely on it,
+    and then leave."""
     with alone(context, [ONE, OTHER], ELSE) as engine:
         for id in (ONE, OTHER):
             engine.gather(id, [engine.send(w.SIGNAL, f":1.{id}", "First")])
@@ -87,7 +90,10 @@ def test_a_signal_was_sent_by_the_rules_of_before_while_a_peer_promised_somethin
         engine.workers[OTHER].fanout.broadcast.open_many(promised)
         engine.clock.see(promised)
         engine.enter(entries.MatchAdded(ONE, RULE))
-        engine.gather(ONE, [engine.send(w.SIGNAL, None, "S")])
+        serial = engine.send(w.SIGNAL, None, "S")
+        if leaves:
+            engine.client.close()
+        engine.gather(ONE, [serial])
 
 
 def test_who_could_not_join_for_want_of_room_read_what_was_not_kept_for_it(
