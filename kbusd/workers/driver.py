@@ -164,6 +164,14 @@ class Ask(NamedTuple):
     token: Token
 
 
+UNKNOWN_OF_PEER = f"Unknown method invoked on {PEER} interface"
+
+
+def not_of_peer(serial: int) -> Alone:
+    """What libdbus answers to anything of the interface Peer that goes to nobody, as it takes that for a call."""
+    return Alone(Error(serial, errors.UNKNOWN_METHOD, UNKNOWN_OF_PEER))
+
+
 Action = Return | Error | Alone | Signal | Ask
 
 
@@ -298,7 +306,7 @@ class Driver:
                 return ("",)
             if call.member == "GetMachineId":
                 return ("s", self.bus.machine_id)
-            raise Refusal(errors.UNKNOWN_METHOD, f"Unknown method invoked on {PEER} interface")
+            raise Refusal(errors.UNKNOWN_METHOD, UNKNOWN_OF_PEER)
         interface = call.interface if call.interface is not None else "(null)"
         raise Refusal(
             errors.UNKNOWN_METHOD,
