@@ -298,8 +298,9 @@ class Bus:
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
+        if self.matches.remove_all(connection):  # else dbus-daemon does not look for any
+            self._forget_rules_naming(connection)
         self._close(self.endpoints.gone(connection))
-        self.matches.remove_all(connection)
         self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
         was_monitor = connection in self.monitors
@@ -621,6 +622,7 @@ class Bus:
             parse(rule)
         for rule in self.matches.remove_all(connection):
             self._outside.append(MatchRemoved(connection.id, rule))
+        self._forget_rules_naming(connection)
         held = connection.names.copy()
         owned = [each for each in held if self.registry.owner(each) is connection]
         self._release(connection, [each for each in held if each not in owned])
@@ -633,6 +635,13 @@ class Bus:
         self._wake(self.monitors)
         self._wake(connection.introduced)
         self._outside.say(f"{connection} became a monitor")
+
+    def _forget_rules_naming(self, gone: Connection) -> None:
+        """Nobody will hear from it any more, nor see what is sent to it."""
+        for owner, rule in self.matches.remove_naming(
+            gone.unique_name, lambda asker: self._may_know(asker, gone)
+        ):
+            self._outside.append(MatchRemoved(owner.id, rule))
 
     def _check_introduction(self, asker: Connection, peer: Connection | None) -> None:
         """Who may never send anything to the peer gets no ring to it, whatever its worker says. An
@@ -817,8 +826,11 @@ class Bus:
         other = self.by_id.get(id)
         if other is None or other is asker:
             return other
+        return other if self._may_know(asker, other) else None
+
+    def _may_know(self, asker: Connection, other: Connection) -> bool:
         seen = self.endpoints.may_see(asker, other) or self.introductions.know(asker, other)
-        return other if seen and self.custom.may_see(asker, other) else None
+        return seen and self.custom.may_see(asker, other)
 
     def _serial(self, what: str) -> int:
         self._asked[what] += 1
