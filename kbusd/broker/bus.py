@@ -155,6 +155,7 @@ class Bus:
         self.labels = Labels(outside)
         self.endpoints = Endpoints(outside, self._discard_knowing)
         self.generation = 0
+        self._missed = False  # the one of this generation could not be had
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
         self._reload_asked = False
@@ -235,10 +236,14 @@ class Bus:
         self._reload_again = self._reload_asked
         self._read_configuration()
 
-    def reconfigure(self, configuration: Configuration | None) -> None:
-        """A configuration was read (None: it was no good); who asked for it is answered."""
-        if configuration is not None:
-            before, sockets = self.activation.names, self._configured.sockets
+    def reconfigure(self, configuration: Configuration | None, generation: int = 0) -> None:
+        """A configuration was read (None: it was no good); who asked for it is answered. If it says what the one in
+        force says, it has the same generation, and nobody has to fetch it."""
+        if configuration is None:
+            self._missed = self._missed or generation > self.generation
+            self.generation = max(self.generation, generation)
+        else:
+            sockets = self._configured.sockets
             self._configure(configuration)
             moved = [
                 each.name
@@ -246,10 +251,10 @@ class Bus:
                 if sockets.get(each.name) != configuration.sockets.get(each.name)
             ]
             self._close(self.endpoints.configure(configuration.endpoints, moved))
-            self.generation += 1
-            self._outside.append(PolicyChanged(self.generation))
-            if self.activation.names != before:
-                self._activatable_changed()
+            if self._missed or generation != self.generation:
+                self._missed, self.generation = False, generation
+                self._outside.append(PolicyChanged(generation))
+            self._activatable_changed()  # said each time, as dbus-daemon does
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
         again, self._reload_again = self._reload_again, False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import grp
+import hashlib
 import os
 import pwd
 import re
@@ -104,7 +105,7 @@ class Configuration(msgspec.Struct, frozen=True):
     where `sockets` says, by name, or else at what that has for "", with its name behind. `limits` has every name of DEFAULT_LIMITS.
     `selinux` maps a bus name to the context that owning it is checked against. `watched` are the
     directories whose files were read, as they were before. `warnings` are lines for the log, each with
-    file and line.
+    file and line. `digest` tells one from another that says something else.
     """
 
     type: str = ""
@@ -130,6 +131,7 @@ class Configuration(msgspec.Struct, frozen=True):
     files: tuple[File, ...] = ()
     watched: tuple[File, ...] = ()
     warnings: tuple[str, ...] = ()
+    digest: bytes = b""
 
     @property
     def lets_anonymous_in(self) -> bool:
@@ -139,6 +141,12 @@ class Configuration(msgspec.Struct, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Configuration)
+
+
+def digest(configuration: Configuration) -> bytes:
+    """Of all but when its files were written, and what there is to say of them."""
+    said = msgspec.structs.replace(configuration, files=(), watched=(), warnings=(), digest=b"")
+    return hashlib.sha256(encode(said)).digest()
 
 
 def encode(configuration: Configuration) -> bytes:

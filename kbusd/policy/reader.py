@@ -21,6 +21,7 @@ from kbusd.policy.configuration import (
     SESSION_FILE,
     SYSTEM_FILE,
     ConfigurationError,
+    digest,
     encode,
     load,
     selinux_policy_root,
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **{each.endpoint.name: each.socket for each in files if each.socket},
         },
     )
+    configuration = msgspec.structs.replace(configuration, digest=digest(configuration))
     sys.stdout.buffer.write(encode(configuration))
     sys.stdout.buffer.flush()
     return 0

@@ -15,6 +15,7 @@ from kbusd.policy.rules import OWN, USER, Policy, Rule
 from kbusd.rings import entries as e
 from tests.unit.broker.world import OPEN, World, credentials, service
 
+ANNOUNCED = ("log", e.ActivatableChanged(()))
 ERROR = "org.freedesktop.DBus.Error."
 
 
@@ -615,10 +616,34 @@ def test_reload_is_answered_by_the_next_configuration_and_judged_by_it() -> None
     world.events.clear()
     policy = Policy(default=(*OPEN.default, Rule(False, OWN, "t.conf", 9, name="a.b")))
     new = World(policy=policy).configuration
-    world.bus.reconfigure(new)
-    assert world.taken() == [("log", e.PolicyChanged(1)), (1, e.Reply(2))]
+    world.bus.reconfigure(new, 1)
+    assert world.taken() == [("log", e.PolicyChanged(1)), ANNOUNCED, (1, e.Reply(2))]
     assert world.ask(a, e.RequestName(3, "a.b", 0))[0][1].error == ERROR + "AccessDenied"
     assert world.ask(a, e.FetchPolicy(4)) == [(1, e.Reply(4, 1), 88)]
+
+
+def test_a_configuration_that_says_the_same_is_fetched_by_nobody() -> None:
+    """Each worker did, and judged everything anew. The signal is said all the same, as dbus-daemon says it."""
+    world = World()
+    a = world.client(1)
+    world.ask(a, e.ReloadConfig(2))
+    world.events.clear()
+    world.bus.reconfigure(world.configuration, 0)
+    assert world.taken() == [ANNOUNCED, (1, e.Reply(2))]
+
+
+def test_a_configuration_that_could_not_be_had_is_fetched_by_all_once_it_can() -> None:
+    """Workers that started meanwhile have it, the others don't."""
+    world = World()
+    world.client(1)
+    for generation in (0, 1):
+        world.events.clear()
+        world.bus.reconfigure(None, generation)
+        assert world.taken() == []
+    for expected in ([("log", e.PolicyChanged(1)), ANNOUNCED], [ANNOUNCED]):
+        world.events.clear()
+        world.bus.reconfigure(world.configuration, 1)
+        assert world.taken() == expected
 
 
 def test_a_reload_asked_while_one_is_under_way_waits_for_another() -> None:
