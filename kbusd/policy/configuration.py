@@ -97,6 +97,15 @@ class File(msgspec.Struct, frozen=True, array_like=True):
     mtime: int
 
 
+def state(path: str) -> File:
+    """A file or directory as it is, before it is read."""
+    path = os.path.abspath(path)
+    try:
+        return File(path, os.stat(path).st_mtime_ns)
+    except OSError:
+        return File(path, 0)
+
+
 class Configuration(msgspec.Struct, frozen=True):
     """What the configuration says. Of settings given more than once the last wins.
 
@@ -376,12 +385,8 @@ class _Builder:
 
     def watch(self, directory: str) -> None:
         """Whoever changes something in it from now on has it read again."""
-        path = os.path.abspath(directory)
-        try:
-            modified = os.stat(path).st_mtime_ns
-        except OSError:
-            modified = 0
-        self.watched.setdefault(path, File(path, modified))
+        now = state(directory)
+        self.watched.setdefault(now.path, now)
 
     def add_directory(self, directory: Directory) -> None:
         known = self.directories.get(directory.path)

@@ -156,9 +156,9 @@ def test_what_a_service_writes_to_its_stdout_is_in_the_log(bus: Bus) -> None:
 @pytest.mark.kbusd_only
 def test_files_that_say_the_same_are_announced_and_what_comes_then_counts(bus: Bus) -> None:
     client = listens(bus)
-    os.utime(bus.config)
-    (bus.services / "nothing").touch()
-    client.wait_signal("ActivatableServicesChanged")
+    for _ in range(2):  # the second time it is the same file
+        add_service(bus, "test.watch.Same")
+        client.wait_signal("ActivatableServicesChanged")
     assert may_own(client)
     (bus.directory / "more.d").mkdir()
     (bus.directory / "more.d" / "deny.conf").write_text(DENY)
