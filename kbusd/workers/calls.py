@@ -61,6 +61,11 @@ class Calls:
         for key in [key for key in self.asked if key & 0xFFFFFFFF == serial]:
             del self.asked[key]
 
+    def clear(self) -> cython.void:
+        """Our client wants no answers any more."""
+        self.asked.clear()
+        self.due.clear()
+
     def close_all_of(self, callee) -> list:
         """Nobody will answer what `callee` was asked: the serials."""
         first: object = _key(0, callee)

@@ -49,6 +49,7 @@ cdef class Engine:
     cdef uint64_t answer_at
     cdef uint64_t log_stamp  # of the last entry of the log that was read
     cdef list later     # answers behind that one
+    cdef list retired   # who has become a monitor, and has names still
 
     cdef void _loop(self) except *
     cdef void has_joined(self) except *

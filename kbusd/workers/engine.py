@@ -148,6 +148,7 @@ class Engine:
         self.routes = {}
         self.said = []
         self.later = []
+        self.retired = []
         self.calls = Calls()
 
     def descriptors(self) -> list:
@@ -1046,9 +1047,12 @@ class Engine:
         elif kind is entries.MonitorAttached:
             if entry.id == self.id:
                 self.monitor = True
+                self.calls.clear()
             elif entry.id in self.peers.known:
-                self._fail_pending(entry.id, NO_REPLY, NO_REPLY_DISCONNECTED)
+                self.retired.append(entry.id)
         self._act_and_note(actions)
+        if self.retired:
+            self._answer_for_the_retired()
         if kind is entries.ConnectionRemoved:
             self._peer_left(entry.id)  # the client hears first who went, then what nobody answers
 
@@ -1086,6 +1090,13 @@ class Engine:
     def _peer_left(self, id):
         """A connection ended; what it had sent is delivered, what we asked of it will not be."""
         if self.peers.left(id):
+            self._fail_pending(id, NO_REPLY, NO_REPLY_DISCONNECTED)
+
+    def _answer_for_the_retired(self):
+        """Who became a monitor answers nobody; our client hears that once it has heard which names that one has lost."""
+        waited_for = set(self.replica.given_up.values())
+        for id in [id for id in self.retired if id not in waited_for]:
+            self.retired.remove(id)
             self._fail_pending(id, NO_REPLY, NO_REPLY_DISCONNECTED)
 
     def _answer_for_the_lost(self):
