@@ -155,6 +155,7 @@ class Bus:
         self.labels = Labels(outside)
         self.endpoints = Endpoints(outside, self._discard_knowing)
         self.generation = 0
+        self._missed = False  # the one of this generation could not be had
         self._reloading: list[tuple[Connection, int]] = []  # answered by the next configuration
         self._reload_next: list[tuple[Connection, int]] = []  # asked while that was being read
         self._reload_asked = False
@@ -235,10 +236,14 @@ class Bus:
         self._reload_again = self._reload_asked
         self._read_configuration()
 
-    def reconfigure(self, configuration: Configuration | None) -> None:
-        """A configuration was read (None: it was no good); who asked for it is answered."""
-        if configuration is not None:
-            before, sockets = self.activation.names, self._configured.sockets
+    def reconfigure(self, configuration: Configuration | None, generation: int = 0) -> None:
+        """A configuration was read (None: it was no good); who asked for it is answered. If it says what the one in
+        force says, it has the same generation, and nobody has to fetch it."""
+        if configuration is None:
+            self._missed = self._missed or generation > self.generation
+            self.generation = max(self.generation, generation)
+        else:
+            sockets = self._configured.sockets
             self._configure(configuration)
             moved = [
                 each.name
@@ -246,10 +251,10 @@ class Bus:
                 if sockets.get(each.name) != configuration.sockets.get(each.name)
             ]
             self._close(self.endpoints.configure(configuration.endpoints, moved))
-            self.generation += 1
-            self._outside.append(PolicyChanged(self.generation))
-            if self.activation.names != before:
-                self._activatable_changed()
+            if self._missed or generation != self.generation:
+                self._missed, self.generation = False, generation
+                self._outside.append(PolicyChanged(generation))
+            self._activatable_changed()  # said each time, as dbus-daemon does
         waiting, self._reloading, self._reload_next = self._reloading, self._reload_next, []
         self._reload_asked = False
         again, self._reload_again = self._reload_again, False
@@ -298,8 +303,9 @@ class Bus:
         self._reloading = [each for each in self._reloading if each[0] is not connection]
         self._reload_next = [each for each in self._reload_next if each[0] is not connection]
         self.activation.gone(connection)
+        if self.matches.remove_all(connection):  # else dbus-daemon does not look for any
+            self._forget_rules_naming(connection)
         self._close(self.endpoints.gone(connection))
-        self.matches.remove_all(connection)
         self.name_policy.remove(connection)
         self._release(connection, reversed(connection.names.copy()))
         was_monitor = connection in self.monitors
@@ -621,6 +627,7 @@ class Bus:
             parse(rule)
         for rule in self.matches.remove_all(connection):
             self._outside.append(MatchRemoved(connection.id, rule))
+        self._forget_rules_naming(connection)
         held = connection.names.copy()
         owned = [each for each in held if self.registry.owner(each) is connection]
         self._release(connection, [each for each in held if each not in owned])
@@ -633,6 +640,13 @@ class Bus:
         self._wake(self.monitors)
         self._wake(connection.introduced)
         self._outside.say(f"{connection} became a monitor")
+
+    def _forget_rules_naming(self, gone: Connection) -> None:
+        """Nobody will hear from it any more, nor see what is sent to it."""
+        for owner, rule in self.matches.remove_naming(
+            gone.unique_name, lambda asker: self._may_know(asker, gone)
+        ):
+            self._outside.append(MatchRemoved(owner.id, rule))
 
     def _check_introduction(self, asker: Connection, peer: Connection | None) -> None:
         """Who may never send anything to the peer gets no ring to it, whatever its worker says. An
@@ -817,8 +831,11 @@ class Bus:
         other = self.by_id.get(id)
         if other is None or other is asker:
             return other
+        return other if self._may_know(asker, other) else None
+
+    def _may_know(self, asker: Connection, other: Connection) -> bool:
         seen = self.endpoints.may_see(asker, other) or self.introductions.know(asker, other)
-        return other if seen and self.custom.may_see(asker, other) else None
+        return seen and self.custom.may_see(asker, other)
 
     def _serial(self, what: str) -> int:
         self._asked[what] += 1

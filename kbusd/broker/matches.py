@@ -9,7 +9,7 @@ waking.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
 
@@ -37,6 +37,7 @@ class Matches:
         self.count = 0
         self._plain: Counter[tuple[Connection, match.MatchRule]] = Counter()
         self._by_arg0: dict[str, Counter[tuple[Connection, match.MatchRule]]] = {}
+        self._naming: dict[str, set[tuple[Connection, match.MatchRule]]] = {}  # by unique name
 
     def add(self, connection: Connection, text: str, limit: int) -> None:
         """AddMatch. Raises Refused."""
@@ -50,6 +51,8 @@ class Matches:
         rule = parse(text)
         connection.matches.setdefault(rule, []).append(text)
         self.count += 1
+        for name in _named(rule):
+            self._naming.setdefault(name, set()).add((connection, rule))
         if may_match_driver(rule):
             arg0 = first_argument(rule)
             watchers = self._plain if arg0 is None else self._by_arg0.setdefault(arg0, Counter())
@@ -58,27 +61,32 @@ class Matches:
     def remove(self, connection: Connection, text: str) -> str:
         """RemoveMatch: forget one rule equal to `text`, returned as written. Raises Refused."""
         rule = parse(text)
-        texts = connection.matches.get(rule)
-        if texts is None:
+        if rule not in connection.matches:
             raise Refused(
                 MATCH_RULE_NOT_FOUND,
                 "The given match rule wasn't found and can't be removed",
             )
-        written = texts.pop()
-        if not texts:
-            del connection.matches[rule]
-        self._forget(connection, rule)
-        return written
+        return self._drop(connection, rule)
 
     def remove_all(self, connection: Connection) -> list[str]:
         """Forget every rule of the connection; returns them as written."""
         removed: list[str] = []
-        for rule, texts in connection.matches.items():
-            for text in texts:
-                self._forget(connection, rule)
-                removed.append(text)
-        connection.matches.clear()
+        for rule in list(connection.matches):
+            while rule in connection.matches:
+                removed.append(self._drop(connection, rule))
         return removed
+
+    def remove_naming(
+        self, name: str, sees: Callable[[Connection], bool]
+    ) -> list[tuple[Connection, str]]:
+        """Forget every rule about what the connection `name` sends or gets, as that has ended and nobody will have
+        its name again; returns whose they were, and they as written. Not those of whom `sees` keeps out: they are
+        not to find out that there was such a connection."""
+        removed: list[tuple[Connection, str]] = []
+        for connection, rule in self._naming.get(name, set()).copy():
+            while rule in connection.matches and sees(connection):
+                removed.append((connection, self._drop(connection, rule)))
+        return sorted(removed, key=lambda each: each[0].id)
 
     def watching(self, member: str, args: tuple[str, ...]) -> Iterator[Connection]:
         """Whose rules match the bus's own signal `member`; a connection may come twice."""
@@ -87,10 +95,22 @@ class Matches:
             if rule.matches(_SIGNAL, (DRIVER,), None, DRIVER_PATH, DRIVER, member, args):
                 yield connection
 
-    def _forget(self, connection: Connection, rule: match.MatchRule) -> None:
+    def _drop(self, connection: Connection, rule: match.MatchRule) -> str:
+        """Forget a rule once; returns it as written."""
+        texts = connection.matches[rule]
+        written = texts.pop()
         self.count -= 1
-        if not may_match_driver(rule):
-            return
+        if not texts:
+            del connection.matches[rule]
+            for name in _named(rule):
+                self._naming[name].discard((connection, rule))
+                if not self._naming[name]:
+                    del self._naming[name]
+        if may_match_driver(rule):
+            self._stop_watching(connection, rule)
+        return written
+
+    def _stop_watching(self, connection: Connection, rule: match.MatchRule) -> None:
         arg0 = first_argument(rule)
         watchers = self._plain if arg0 is None else self._by_arg0[arg0]
         watchers[connection, rule] -= 1
@@ -98,6 +118,11 @@ class Matches:
             del watchers[connection, rule]
             if arg0 is not None and not watchers:
                 del self._by_arg0[arg0]
+
+
+def _named(rule: match.MatchRule) -> set[str]:
+    """The unique names in a rule, of which each is given out once."""
+    return {name for name in (rule.sender, rule.destination) if name and name[0] == ":"}
 
 
 def may_match_driver(rule: match.MatchRule) -> bool:

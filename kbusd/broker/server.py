@@ -301,10 +301,11 @@ class Server:
                     self._start_launcher(adopt(fds.pop()))
                 case LauncherLine() if self._supervisor.lost:
                     self.say("the launcher's line is lost: no more descriptors (RLIMIT_NOFILE)")
-                case Reconfigured() if len(fds) == 1:
-                    self._reconfigure(fds.pop())
-                case Reconfigured() if self._supervisor.lost:
-                    self._keep_configuration("can have no more descriptors (RLIMIT_NOFILE)")
+                case Reconfigured(generation) if len(fds) == 1:
+                    self._reconfigure(fds.pop(), generation)
+                case Reconfigured(generation) if self._supervisor.lost:
+                    why = "can have no more descriptors (RLIMIT_NOFILE)"
+                    self._keep_configuration(why, generation)
                 case Reconfigured() if not fds:
                     self._bus.reconfigure(None)
                 case ReloadAsked() if not fds:
@@ -316,21 +317,20 @@ class Server:
         finally:
             close_all(fds)
 
-    def _reconfigure(self, fd: int) -> None:
+    def _reconfigure(self, fd: int, generation: int) -> None:
         try:
             new = read_configuration(fd)
         except (msgspec.MsgspecError, OSError, ValueError) as error:
             os.close(fd)
-            self._keep_configuration(error)
+            self._keep_configuration(error, generation)
             return
         os.close(self._configuration)
         self._configuration = fd
-        self._bus.reconfigure(new)
+        self._bus.reconfigure(new, generation)
 
-    def _keep_configuration(self, why: object) -> None:
+    def _keep_configuration(self, why: object, generation: int) -> None:
         self.say(f"the new configuration cannot be read, the one in force stays: {why}")
-        self._bus.generation += 1  # as the supervisor counts
-        self._bus.reconfigure(None)
+        self._bus.reconfigure(None, generation)
 
     def _start_launcher(self, sock: socket.socket) -> None:
         if self._launcher is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import grp
+import hashlib
 import os
 import pwd
 import re
@@ -96,6 +97,15 @@ class File(msgspec.Struct, frozen=True, array_like=True):
     mtime: int
 
 
+def state(path: str) -> File:
+    """A file or directory as it is, before it is read."""
+    path = os.path.abspath(path)
+    try:
+        return File(path, os.stat(path).st_mtime_ns)
+    except OSError:
+        return File(path, 0)
+
+
 class Configuration(msgspec.Struct, frozen=True):
     """What the configuration says. Of settings given more than once the last wins.
 
@@ -104,7 +114,7 @@ class Configuration(msgspec.Struct, frozen=True):
     where `sockets` says, by name, or else at what that has for "", with its name behind. `limits` has every name of DEFAULT_LIMITS.
     `selinux` maps a bus name to the context that owning it is checked against. `watched` are the
     directories whose files were read, as they were before. `warnings` are lines for the log, each with
-    file and line.
+    file and line. `digest` tells one from another that says something else.
     """
 
     type: str = ""
@@ -130,6 +140,7 @@ class Configuration(msgspec.Struct, frozen=True):
     files: tuple[File, ...] = ()
     watched: tuple[File, ...] = ()
     warnings: tuple[str, ...] = ()
+    digest: bytes = b""
 
     @property
     def lets_anonymous_in(self) -> bool:
@@ -139,6 +150,12 @@ class Configuration(msgspec.Struct, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Configuration)
+
+
+def digest(configuration: Configuration) -> bytes:
+    """Of all but when its files were written, and what there is to say of them."""
+    said = msgspec.structs.replace(configuration, files=(), watched=(), warnings=(), digest=b"")
+    return hashlib.sha256(encode(said)).digest()
 
 
 def encode(configuration: Configuration) -> bytes:
@@ -368,12 +385,8 @@ class _Builder:
 
     def watch(self, directory: str) -> None:
         """Whoever changes something in it from now on has it read again."""
-        path = os.path.abspath(directory)
-        try:
-            modified = os.stat(path).st_mtime_ns
-        except OSError:
-            modified = 0
-        self.watched.setdefault(path, File(path, modified))
+        now = state(directory)
+        self.watched.setdefault(now.path, now)
 
     def add_directory(self, directory: Directory) -> None:
         known = self.directories.get(directory.path)

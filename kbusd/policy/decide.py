@@ -59,8 +59,9 @@ class Message(NamedTuple):
     """The header fields that rules may look at; an absent field is None.
 
     `type` is the specification's number; `destination` is as the client wrote it; `fds` counts its
-    descriptors. Whether it is a reply follows from the type: dbus-daemon goes by REPLY_SERIAL, so
-    that there a method call which carries one can slip past a <deny>.
+    descriptors. `answers`: it is a call or a signal and has a REPLY_SERIAL. To dbus-daemon's policy that is
+    a reply, and so it is here: a configuration means here what it means there. One that nobody asked for
+    needs a rule for such replies; one that was asked for passes a <deny> as a reply does, once for each call.
     """
 
     type: int
@@ -70,6 +71,12 @@ class Message(NamedTuple):
     error_name: str | None = None
     destination: str | None = None
     fds: int = 0
+    answers: bool = False
+
+    @property
+    def is_reply(self) -> bool:
+        """Whether rules take it for one."""
+        return self.answers or self.type in _REPLIES
 
 
 class Verdict(NamedTuple):
@@ -285,8 +292,8 @@ class ClientPolicy:
         `requested_reply`: the message answers a call of that very receiver that was open."""
         if self.allows_everything_to_send:
             return _ALLOWED
-        type_, path, interface, member, error, destination, fds = message
-        reply = type_ in _REPLIES
+        type_, path, interface, member, error, destination, fds, _ = message
+        reply = message.is_reply
         broadcast = destination is None and type_ == _SIGNAL
 
         def matches(rule: Rule) -> bool:
@@ -324,8 +331,8 @@ class ClientPolicy:
         itself always do). `eavesdropping`: it is addressed to someone else."""
         if self.allows_everything_to_receive:
             return _ALLOWED
-        type_, path, interface, member, error, _, fds = message
-        reply = type_ in _REPLIES
+        type_, path, interface, member, error, _, fds, _ = message
+        reply = message.is_reply
 
         def matches(rule: Rule) -> bool:
             return (

@@ -36,6 +36,11 @@ class File(NamedTuple):
     socket: str
 
 
+def directories(files: Sequence[str], directory: str = DIRECTORY) -> list[str]:
+    """Where `load_all` finds what it reads; who changes something there has it read again."""
+    return sorted({directory, *(os.path.dirname(os.path.abspath(file)) for file in files)})
+
+
 def load_all(files: Sequence[str], bus: str, directory: str = DIRECTORY) -> tuple[File, ...]:
     """Those of `files`, and of the files in `directory` that are for a bus of this type. Raises
     ConfigurationError."""

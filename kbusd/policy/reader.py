@@ -21,11 +21,13 @@ from kbusd.policy.configuration import (
     SESSION_FILE,
     SYSTEM_FILE,
     ConfigurationError,
+    digest,
     encode,
     load,
     selinux_policy_root,
+    state,
 )
-from kbusd.policy.endpoint_files import load_all
+from kbusd.policy.endpoint_files import directories, load_all
 from kbusd.sandbox import apply, compiled
 from kbusd.sandbox.errors import SandboxError
 from kbusd.sandbox.selinux import enabled as selinux_enabled
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for address in resolve(text, where, os.environ, entry)
         ]
         addresses, warnings = _once(addresses)
+        watched = {each.path: each for each in map(state, directories(options.endpoint))}
         files = load_all(options.endpoint, configuration.type)
     except (ConfigurationError, AddressError) as error:
         # File names and text come from outside: keep it to the promised one line.
@@ -70,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         addresses=tuple(addresses),
         warnings=(*configuration.warnings, *warnings),
         endpoints=tuple(each.endpoint for each in files),
+        watched=tuple((watched | {each.path: each for each in configuration.watched}).values()),
         sockets={
             "": _beside(configuration.type, addresses),
             **{each.endpoint.name: each.socket for each in files if each.socket},
         },
     )
+    configuration = msgspec.structs.replace(configuration, digest=digest(configuration))
     sys.stdout.buffer.write(encode(configuration))
     sys.stdout.buffer.flush()
     return 0

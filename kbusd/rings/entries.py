@@ -593,7 +593,9 @@ class LauncherLine(msgspec.Struct, frozen=True, array_like=True, tag="launcher")
 
 class Reconfigured(msgspec.Struct, frozen=True, array_like=True, tag="reconfigured"):
     """supervisor -> broker. fd: a sealed memfd with a new compiled configuration; none if the files
-    are faulty and the configuration in force stays."""
+    are faulty and the configuration in force stays. Its generation is a new one if it says something else."""
+
+    generation: int = 0
 
 
 class Entering(msgspec.Struct, frozen=True, array_like=True, tag="entering"):
@@ -746,6 +748,8 @@ class Fork(msgspec.Struct, frozen=True, array_like=True, tag="fork"):
 
 class Configured(msgspec.Struct, frozen=True, array_like=True, tag="configured"):
     """supervisor -> zygote. fds: the new configuration in a sealed memfd; for workers to come."""
+
+    generation: int
 
 
 ToZygote = Fork | Configured

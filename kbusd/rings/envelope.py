@@ -21,6 +21,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     member: str | None
     error_name: str | None
     signature: str
+    answers: bool = False
+    """A call or a signal that has a REPLY_SERIAL; answers always have."""
 
 
 encode = msgspec.msgpack.Encoder().encode

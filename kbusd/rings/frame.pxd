@@ -10,6 +10,7 @@ cdef enum:
     COPY = 5     # of a D-Bus message, for a monitor; `aux`: its true sender
     BULK = 7     # a D-Bus message whose body is in the bulk area; `aux`: where, see bulk.py
     PARCEL = 9   # a kdbus message (kdbus/parcel.py) for another kdbus client; `serial`: wants an ACK
+    SPENT = 11   # `reply_serial`: policy has refused the answer to this call, and nobody else may answer it
     ACK = 10     # `reply_serial`: that parcel is in the pool, or (`aux`) its errno; 0: a call is dropped
 
 cdef struct FrameHead:

@@ -73,6 +73,7 @@ class Settings(msgspec.Struct, frozen=True):
     user: str
     limits: dict[str, int]
     sockets: dict[str, str]  # of endpoints; "": what the paths of others begin with
+    digest: bytes = b""
 
 
 @dataclass(eq=False)
@@ -114,15 +115,15 @@ class Supervisor:
         self.guid = uuid.uuid4().hex
         self.address = ";".join(f"{each.address},guid={self.guid}" for each in reversed(listeners))
         self.journal, self.signals, self.read = journal, signals, read
-        # How often the configuration was read again; the memfd of a reader at work.
-        self.generation, self.reading = 0, -1
+        # How often the configuration has become another; the memfds of a reader at work, and of the log.
+        self.generation, self.reading, self.log_fd = 0, -1, -1
         self.exit_status: int | None = None
         self.children: dict[int, str] = {}  # process id -> module
         self.lines: dict[str, Line] = {}  # to broker and zygote
         self.profiles: dict[str, int] = {}  # sealed memfds
-        self.log_fd = -1
         self.missing: set[str] = set()  # modules that are to run and do not
-        self.retry_at = 0.0  # when to start them, and spare workers, again
+        # When to start them, and spare workers, again; till when to accept nobody.
+        self.retry_at = self.pause_until = 0.0
         self.delay = RETRY_SECONDS
         self.workers: dict[int, Worker] = {}
         self.clients = Clients()  # by sockets
@@ -130,7 +131,6 @@ class Supervisor:
         self.forking: dict[int, Pool] = {}  # by the number of the worker
         self.numbers = count(1)  # of workers
         self.incomplete: dict[int, entries.Share] = {}  # worker -> of whom no Hello has come
-        self.pause_until = 0.0
         self.kinds: tuple[str, ...] = ()  # what workers can be, besides for sockets
 
     # -- start and end -------------------------------------------------------------------------
@@ -416,16 +416,17 @@ class Supervisor:
 
     def _configuration_read(self, code: int) -> None:
         if code == 0:
-            self.generation += 1
+            before = self.settings.digest
             os.close(self.configuration)  # one descriptor, for the new one
             self._configure(os.pread(self.reading, os.fstat(self.reading).st_size, 0))
             self.journal.say("configuration read again")
-            self._tell(ZYGOTE, entries.Configured(), [self.configuration])
+            self.generation += self.settings.digest != before  # else nobody needs to fetch it
+            self._tell(ZYGOTE, entries.Configured(self.generation), [self.configuration])
         else:
             self.journal.warn("configuration not read again; the one in force stays")
         os.close(self.reading)
         self.reading = -1
-        self._tell(BROKER, entries.Reconfigured(), [self.configuration] if code == 0 else [])
+        self._tell(BROKER, entries.Reconfigured(self.generation), [self.configuration][code != 0 :])
 
     # -- signals and children ------------------------------------------------------------------
 

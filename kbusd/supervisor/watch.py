@@ -1,6 +1,6 @@
 """What changes in the directories of the configuration: inotify(7), for the launcher.
 
-Watched is what dbus-daemon watches, the directories of policy files and of service files. Otherwise than
+Watched is what dbus-daemon watches, the directories of policy files and of service files, and those of endpoints. Otherwise than
 there one that is not there yet is noticed when it comes, by the nearest directory above it, and what is not
 called as a file that is read, an editor's copy, say, is nothing. Nothing is opened or read: to be told
 takes the right to list a directory, and who has asked learns only that something has changed.
@@ -23,7 +23,7 @@ _MASK_ADD = (
 _INSIDE = _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
 _ITSELF = _DELETE_SELF | _MOVE_SELF | _UNMOUNT | _Q_OVERFLOW
 _EVENT = struct.Struct("iIII")
-_READ = (".conf", ".service")
+_READ = (".conf", ".service", ".toml")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -9,7 +9,9 @@ cdef class Calls:
     cdef bint open(self, uint32_t serial, long long callee) except -1
     cdef bint wait_for(self, uint32_t serial, long long callee) except -1
     cdef bint close(self, uint32_t serial, long long callee) except -1
+    cdef bint fail(self, uint32_t serial, long long callee) except -1
     cdef void forget(self, uint32_t serial) except *
+    cdef void clear(self) except *
     cdef list close_all_of(self, long long callee)
     cdef list late(self)
     cdef int left(self) except -2

@@ -34,7 +34,7 @@ class Calls:
         key = _key(serial, callee)
         if key in self.asked:
             return False
-        self.asked[key] = serial
+        self.asked[key] = True
         if self.reply_ns:
             self.due.append((monotonic() + self.reply_ns, key))
         return True
@@ -47,16 +47,32 @@ class Calls:
         """`callee` has answered call `serial`; False if it was not open."""
         return self.asked.pop(_key(serial, callee), None) is not None
 
+    def fail(self, serial, callee) -> cython.bint:
+        """Our client is told that `callee` did not get call `serial`, which stays open, as it does on dbus-daemon;
+        False if it was told so before, or it is not open."""
+        key = _key(serial, callee)
+        if not self.asked.get(key, False):
+            return False
+        self.asked[key] = False
+        return True
+
     def forget(self, serial) -> cython.void:
         """Whoever was asked, nobody waits for the answer any more."""
-        for key in [key for key, each in self.asked.items() if each == serial]:
+        for key in [key for key in self.asked if key & 0xFFFFFFFF == serial]:
             del self.asked[key]
+
+    def clear(self) -> cython.void:
+        """Our client wants no answers any more."""
+        self.asked.clear()
+        self.due.clear()
 
     def close_all_of(self, callee) -> list:
         """Nobody will answer what `callee` was asked: the serials."""
         first: object = _key(0, callee)
         keys = [key for key in self.asked if first <= key <= first + 0xFFFFFFFF]
-        return [self.asked.pop(key) for key in keys]
+        for key in keys:
+            del self.asked[key]
+        return [key & 0xFFFFFFFF for key in keys]
 
     def late(self) -> list:
         """Serials of calls that were not answered in time; they are closed."""
@@ -64,8 +80,8 @@ class Calls:
         serials = []
         while self.due and self.due[0][0] <= now:
             _, key = self.due.popleft()
-            if key in self.asked:
-                serials.append(self.asked.pop(key))
+            if self.asked.pop(key, None) is not None:
+                serials.append(key & 0xFFFFFFFF)
         return serials
 
     def left(self) -> cython.int:

@@ -16,6 +16,7 @@ cdef class Route:
     cdef bint met
     cdef object error
     cdef object activate
+    cdef Peer spends  # whose call is answered by what policy refuses; else None
     cdef object moves  # the name that it is sent to, if that has an activator; else None
     cdef tuple refusals
     cdef long long epoch
@@ -31,7 +32,9 @@ cdef class Template:
     cdef bint broadcast
     cdef bint subscribed
     cdef bint depends
+    cdef bint answers       # a call or a signal with a reply serial
     cdef object refusal
+    cdef object unasked     # why it is refused if it answers nothing
     cdef long long epoch
     cdef long long mine
 

@@ -23,6 +23,7 @@ from kbusd.rings.memfd import RingError
 from kbusd.wire import body as wire_body
 from kbusd.wire import header as wire_header
 from kbusd.workers.errors import ACCESS_DENIED, Gone
+from kbusd.workers.introspection import PEER
 from kbusd.workers.peers import HostilePeer
 from kbusd.workers.replica import BUS_ID, BUS_NAME
 
@@ -76,13 +77,16 @@ def decide(router, peers, epoch, key, reply_at, flags, fds, body, big_endian) ->
         parsed.member,
         parsed.error_name,
         parsed.signature or "",
+        answers=reply_at != 0 and (parsed.type == CALL or parsed.type == SIGNAL),
     )
     route = Route()
     route.facts = envelope
     route.envelope = envelopes.encode(envelope)
     route.epoch = epoch
     route.matches = replica.matches_version
-    to_nobody = envelope.destination is None and envelope.type != SIGNAL
+    to_nobody = envelope.destination is None and (
+        envelope.type != SIGNAL or envelope.interface == PEER
+    )
     if replica.me == 0 and envelope.destination != BUS_NAME and not to_nobody:
         raise Gone("sent a message other than Hello before Hello")
     decision = router.decide(
@@ -94,6 +98,8 @@ def decide(router, peers, epoch, key, reply_at, flags, fds, body, big_endian) ->
     route.error = decision.error
     route.activate = decision.activate
     route.refusals = decision.refusals
+    if decision.spends is not None:
+        route.spends = peers.peer(decision.spends)
     route.broadcast = decision.broadcast
     route.depends = decision.depends
     if decision.eavesdroppers:
@@ -132,6 +138,8 @@ def judge(router, peer: Peer, epoch, key, raw, fds, body, large_fd) -> Template:
     )
     looked = router.looked
     template.broadcast = envelope.destination is None
+    if envelope.answers and template.refusal is None and not template.broadcast:
+        template.unasked = router.refuses_unasked(envelope, peer.connection, fds)
     if template.broadcast:
         if envelope.type != SIGNAL:
             raise HostilePeer("a broadcast that is not a signal")
@@ -219,6 +227,7 @@ def _fill(template: Template, raw, sender, fds):
     template.header_length = len(header)
     template.signature = envelope.signature.encode()
     template.type = envelope.type
+    template.answers = envelope.answers
     template.big_endian = envelope.big_endian
     return envelope
 

@@ -164,6 +164,14 @@ class Ask(NamedTuple):
     token: Token
 
 
+UNKNOWN_OF_PEER = f"Unknown method invoked on {PEER} interface"
+
+
+def not_of_peer(serial: int) -> Alone:
+    """What libdbus answers to anything of the interface Peer that goes to nobody, as it takes that for a call."""
+    return Alone(Error(serial, errors.UNKNOWN_METHOD, UNKNOWN_OF_PEER))
+
+
 Action = Return | Error | Alone | Signal | Ask
 
 
@@ -298,7 +306,7 @@ class Driver:
                 return ("",)
             if call.member == "GetMachineId":
                 return ("s", self.bus.machine_id)
-            raise Refusal(errors.UNKNOWN_METHOD, f"Unknown method invoked on {PEER} interface")
+            raise Refusal(errors.UNKNOWN_METHOD, UNKNOWN_OF_PEER)
         interface = call.interface if call.interface is not None else "(null)"
         raise Refusal(
             errors.UNKNOWN_METHOD,
@@ -688,12 +696,16 @@ class Driver:
             case ConnectionAdded(id):
                 if id != self.me:
                     signals = self._owner_changed(unique_name(id), NOBODY, id)
+            case MonitorAttached(id) if id == self.me and id in replica.connections:
+                replica.apply(entry)  # it sees itself go, if it wants to
+                signals = self._owner_changed(unique_name(id), id, NOBODY)
             case ConnectionRemoved(id) | MonitorAttached(id):
                 if id in replica.connections:
                     signals = self._owner_changed(unique_name(id), id, NOBODY)
             case ActivatableChanged():
                 signals = [self._broadcast("ActivatableServicesChanged")]
-        replica.apply(entry)
+        if not (isinstance(entry, MonitorAttached) and entry.id in replica.monitors):
+            replica.apply(entry)
         sent: list[Action] = [signal for signal in signals if signal is not None]
         if isinstance(entry, ActivatableChanged):
             self._unknown.difference_update(replica.activatable)  # they are started now
@@ -731,10 +743,6 @@ class Driver:
 
     def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
         """The order is dbus-daemon's: the loser first, then everybody, then the winner."""
-        if old == self.me in self.replica.monitors:
-            return [
-                self._unicast("NameLost", name, old)
-            ]  # of what others are told it sees none yet
         if self.replica.deaf and self.me not in (old, new):
             return []  # as most are whose log is replayed at Hello
         return [

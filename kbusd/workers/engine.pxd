@@ -49,6 +49,7 @@ cdef class Engine:
     cdef uint64_t answer_at
     cdef uint64_t log_stamp  # of the last entry of the log that was read
     cdef list later     # answers behind that one
+    cdef list retired   # who has become a monitor, and has names still
 
     cdef void _loop(self) except *
     cdef void has_joined(self) except *
@@ -66,7 +67,8 @@ cdef class Engine:
     cdef void _forward(self, Route route, Header *header, const uint8_t *body, tuple fds, int large_fd, Bulk bulk) except *
     cdef void _let_overhear(self, tuple eavesdroppers, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
     cdef void _to_myself(self, bytes envelope, FrameHead *head, const uint8_t *body, tuple fds) except *
-    cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds) except *
+    cdef void _send(self, Peer peer, FrameHead *head, bytes envelope, const uint8_t *body, tuple fds, bint wants_reply) except *
+    cdef object _spend(self, Peer peer, reply_serial)
     cdef object _send_held(self, object held, FrameHead *head, bint again)
     cdef void _inbound(self) except *
     cdef void _deliver(self, Peer peer, FrameHead *head, const uint8_t *payload, tuple own_fds) except *

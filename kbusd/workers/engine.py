@@ -55,6 +55,7 @@ from kbusd.workers.errors import (
     SAME_SERIAL,
     Gone,
 )
+from kbusd.workers.introspection import PEER
 from kbusd.workers.peers import STALL_NS, HostilePeer
 from kbusd.workers.replica import BUS_NAME, Replica, ReplicaError, eavesdrops
 from kbusd.workers.routing import Router
@@ -70,6 +71,7 @@ MESSAGE = cython.declare(cython.int, 1)
 LARGE = cython.declare(cython.int, 4)
 COPY = cython.declare(cython.int, 5)
 REFUSED = cython.declare(cython.int, 6)
+SPENT = cython.declare(cython.int, 11)
 ACK = cython.declare(cython.int, 10)
 BULK = cython.declare(cython.int, 7)
 LARGE_COPY = cython.declare(cython.int, 8)
@@ -146,6 +148,7 @@ class Engine:
         self.routes = {}
         self.said = []
         self.later = []
+        self.retired = []
         self.calls = Calls()
 
     def descriptors(self) -> list:
@@ -475,8 +478,9 @@ class Engine:
                 self.peers.begin(head.stamp)  # a monitor is not to see the answer first
         elif not self.loaded:
             self.hello = (route.facts, _raw(cython.address(head)))
+        wants: cython.bint = header.type == CALL and not header.flags & WANTS_NO_REPLY
         if route.peer is not None:
-            if header.type == CALL and not header.flags & WANTS_NO_REPLY:
+            if wants:
                 if self.calls.are_many():
                     self.error(
                         header.serial,
@@ -490,9 +494,8 @@ class Engine:
             else:
                 route.peer.note(header.serial)
             if route.moves is not None:
-                wants_reply = header.type == CALL and not header.flags & WANTS_NO_REPLY
                 content = _bytes(body, header.body_length)
-                held = Held(route.facts, wants_reply, _raw(cython.address(head)), content, fds)
+                held = Held(route.facts, wants, _raw(cython.address(head)), content, fds)
                 self.kept.keep(route.moves, header.serial, held)
             if large_fd >= 0:
                 head.kind = LARGE
@@ -502,7 +505,7 @@ class Engine:
             elif bulk is not None:
                 head.kind = BULK
                 head.body_length = 0
-            self._send(route.peer, cython.address(head), route.envelope, body, fds)
+            self._send(route.peer, cython.address(head), route.envelope, body, fds, wants)
         elif route.broadcast:
             for text in route.refusals:
                 self.monitors.show_refusal(self.driver.name, header.serial, text)
@@ -533,24 +536,26 @@ class Engine:
                     route.eavesdroppers, cython.address(head), route.envelope, body, fds
                 )
         elif route.to_self:
-            if header.type == CALL and not header.flags & WANTS_NO_REPLY:
+            if wants:
                 if not self.calls.open(header.serial, self.id):
                     self.error(header.serial, ACCESS_DENIED, SAME_SERIAL)
                     return
             self._to_myself(route.envelope, cython.address(head), body, fds)
         elif route.activate is not None:
-            wants_reply = header.type == CALL and not header.flags & WANTS_NO_REPLY
             content = _bytes(body, header.body_length)
             self._activate(
                 route.activate,
-                Held(route.facts, wants_reply, _raw(cython.address(head)), content, fds),
+                Held(route.facts, wants, _raw(cython.address(head)), content, fds),
             )
-        elif route.error is not None:  # whatever it is, and whether it wants a reply or not
+        elif route.error is not None:
+            if route.spends is not None:
+                self._spend(route.spends, header.reply_serial)
+            # whatever it is, and whether it wants a reply or not
             self.error(header.serial, route.error[0], route.error[1])
 
     def _is_shown(self, route: Route, type: cython.int, serial) -> cython.bint:
         """Whether monitors see it: once, and not what is said to nobody, as dbus-daemon has it."""
-        if route.facts.destination is None and type != SIGNAL:
+        if route.facts.destination is None and (type != SIGNAL or route.to_bus):
             return False
         return self.again is None or serial not in self.again
 
@@ -581,11 +586,22 @@ class Engine:
             tuple([os.dup(fd) for fd in fds]),
         )
 
-    def _send(self, peer, head, envelope, body, fds) -> cython.void:
-        """One of our client's messages to one peer. Raises Gone."""
+    def _spend(self, peer: Peer, reply_serial):
+        """Policy has refused our client's answer to a call of the peer's, which nobody may answer any more."""
+        head: FrameHead
+        if peer is self.peers.me:
+            self.calls.close(reply_serial, self.id)
+        elif peer.state == READY:  # or it has never called us
+            memset(cython.address(head), 0, cython.sizeof(FrameHead))
+            head.kind = SPENT
+            head.reply_serial = reply_serial
+            self._send(peer, cython.address(head), b"", cython.NULL, (), False)
+
+    def _send(self, peer, head, envelope, body, fds, wants_reply) -> cython.void:
+        """One of our client's messages to one peer, or what our worker says to that of the peer. Raises Gone."""
         if self.peers.send(peer, head, envelope, body, fds):
             return
-        if head.reply_serial == 0 and self.calls.close(head.serial, peer.id):
+        if wants_reply and self.calls.close(head.serial, peer.id):
             self.error(head.serial, LIMITS_EXCEEDED, f"too much waits for {peer.name}")
         else:
             self.peers.must_send(peer, head, envelope, body, fds)  # which says why it can't
@@ -596,7 +612,9 @@ class Engine:
         """False if it has failed already, None if the broker is asked first whether it does."""
         facts = route.facts
         if type != CALL:
-            if self.driver.me == 0 and facts.destination is not None:
+            if facts.destination is None and facts.interface == PEER:
+                self.act([drivers.not_of_peer(serial)])
+            elif self.driver.me == 0 and facts.destination is not None:
                 self.error(serial, ACCESS_DENIED, NOT_REGISTERED)
             return True  # the bus expects no signals and no replies
         actions = self.driver.call(
@@ -793,6 +811,8 @@ class Engine:
             lambda: wire_body.match_arguments(held.body, facts.signature, facts.big_endian),
         )
         if decision.error is not None:
+            if decision.spends is not None:
+                self._spend(self.peers.peer(decision.spends), head.reply_serial)
             self.error(head.serial, decision.error[0], decision.error[1])
             return
         envelope: bytes = envelopes.encode(held.envelope)
@@ -812,7 +832,7 @@ class Engine:
         if peer is self.peers.me:
             self._to_myself(envelope, head, place, held.fds)
         else:
-            self._send(peer, head, envelope, place, held.fds)
+            self._send(peer, head, envelope, place, held.fds, held.wants_reply)
 
     def _send_again(self, name, old):
         """A name went from its activator to an owner, or back: so does what nobody has read of it."""
@@ -838,6 +858,7 @@ class Engine:
                 b"again:" + name.encode(),
                 cython.NULL,
                 (),
+                False,
             )
 
     # -- the broker ----------------------------------------------------------------------------
@@ -1032,9 +1053,12 @@ class Engine:
         elif kind is entries.MonitorAttached:
             if entry.id == self.id:
                 self.monitor = True
+                self.calls.clear()
             elif entry.id in self.peers.known:
-                self._fail_pending(entry.id, NO_REPLY, NO_REPLY_DISCONNECTED)
+                self.retired.append(entry.id)
         self._act_and_note(actions)
+        if self.retired:
+            self._answer_for_the_retired()
         if kind is entries.ConnectionRemoved:
             self._peer_left(entry.id)  # the client hears first who went, then what nobody answers
 
@@ -1072,6 +1096,13 @@ class Engine:
     def _peer_left(self, id):
         """A connection ended; what it had sent is delivered, what we asked of it will not be."""
         if self.peers.left(id):
+            self._fail_pending(id, NO_REPLY, NO_REPLY_DISCONNECTED)
+
+    def _answer_for_the_retired(self):
+        """Who became a monitor answers nobody; our client hears that once it has heard which names that one has lost."""
+        waited_for = set(self.replica.given_up.values())
+        for id in [id for id in self.retired if id not in waited_for]:
+            self.retired.remove(id)
             self._fail_pending(id, NO_REPLY, NO_REPLY_DISCONNECTED)
 
     def _answer_for_the_lost(self):
@@ -1129,6 +1160,10 @@ class Engine:
             close_all(fds)
             self._peer_refused(peer, head.reply_serial, _bytes(payload, head.envelope_length))
             return
+        if head.kind == SPENT:
+            close_all(fds)
+            self.calls.close(head.reply_serial, peer.id)
+            return
         if head.serial == 0:
             close_all(fds)
             raise HostilePeer("a message without a serial")
@@ -1164,6 +1199,16 @@ class Engine:
                 self.refuse(peer, head.serial, ACCESS_DENIED, text)
                 return
             self.calls.close(head.reply_serial, peer.id)
+        elif template.answers != (head.reply_serial != 0):
+            close_all(fds)
+            raise HostilePeer("an envelope and a frame that do not agree on the reply serial")
+        elif template.answers and not template.broadcast:
+            # The call that it answers is answered, and a reply to it one that nobody asked for.
+            if not self.calls.close(head.reply_serial, peer.id) and template.unasked is not None:
+                close_all(fds)
+                self.peers.say(template.unasked)
+                self.refuse(peer, head.serial, ACCESS_DENIED, template.unasked)
+                return
         if template.refusal is not None:
             close_all(fds)
             if template.type == CALL and not head.flags & WANTS_NO_REPLY:
@@ -1272,7 +1317,8 @@ class Engine:
             self.kept.read(int.from_bytes(note[5:], "little"))
 
     def _peer_refused(self, peer: Peer, serial, raw):
-        if not (self.calls.wait_for(serial, peer.id) or peer.take_note(serial)):
+        waits: cython.bint = self.calls.wait_for(serial, peer.id)
+        if not (waits or peer.take_note(serial)):
             return
         self.kept.read(serial)
         try:
@@ -1281,7 +1327,10 @@ class Engine:
             raise HostilePeer("a refusal that does not decode") from None
         if error not in (ACCESS_DENIED, LIMITS_EXCEEDED, NOT_SUPPORTED) or "\0" in text:
             raise HostilePeer(f"a refusal with the error {error!r}, {text!r}")
-        self.calls.close(serial, peer.id)
+        if error != NOT_SUPPORTED:
+            self.calls.close(serial, peer.id)
+        elif waits and not self.calls.fail(serial, peer.id):
+            return
         self.error(serial, error, text)
 
     # -- what a front end says -----------------------------------------------------------------

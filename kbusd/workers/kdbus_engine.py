@@ -214,6 +214,7 @@ class DeviceEngine(DBusSocket):
                 raw,
                 cython.cast(cython.pointer(cython.const[uint8_t]), text),
                 fds,
+                token != 0,
             )
         finally:
             if own >= 0:
@@ -233,7 +234,7 @@ class DeviceEngine(DBusSocket):
         head.kind = ACK
         head.reply_serial = token
         head.aux = code
-        self._send(peer, cython.address(head), note, cython.NULL, ())
+        self._send(peer, cython.address(head), note, cython.NULL, (), False)
 
     def refuse_call(self, id: int, serial: int, error: str, text: str) -> None:
         """A D-Bus call that our client got will not be answered."""

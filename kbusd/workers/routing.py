@@ -16,6 +16,7 @@ from kbusd.policy import decide as policy
 from kbusd.policy.endpoints import Asked
 from kbusd.rings.envelope import Envelope
 from kbusd.workers.behind import Sight
+from kbusd.workers.introspection import PEER
 from kbusd.workers.replica import (
     BUS_ID,
     BUS_NAME,
@@ -44,7 +45,8 @@ class Decision(NamedTuple):
     """`targets`: connection ids (-1 the bus itself). `error`: name and text of a refusal.
     `activate`: the name to be started first. `depends`: on the message's arguments, or each is logged.
     `refusals`: why subscribers do not get a broadcast; only monitors are told. `eavesdroppers`: who
-    sees a message that is addressed to another."""
+    sees a message that is addressed to another. `spends`: whose call is answered by what policy refuses: as on
+    dbus-daemon, no other answer to it is let through then."""
 
     targets: tuple[int, ...] = ()
     broadcast: bool = False
@@ -53,6 +55,7 @@ class Decision(NamedTuple):
     activate: str | None = None
     refusals: tuple[str, ...] = ()
     eavesdroppers: tuple[int, ...] = ()
+    spends: int | None = None
 
 
 class Router:
@@ -103,7 +106,7 @@ class Router:
 
     def _decide(self, envelope: Envelope, flags: int, fds: int, args: Args) -> Decision:
         if envelope.destination is None:
-            if envelope.type == SIGNAL:
+            if envelope.type == SIGNAL and not self._is_for_the_bus_alone(envelope):
                 return self._broadcast(envelope, fds, args)
             return Decision(targets=(BUS_ID,))
         id = self.replica.owner(envelope.destination)
@@ -120,8 +123,15 @@ class Router:
         names = self.replica.policy_names(id)
         refusal = self._may_send(envelope, id, names, fds) or self._may_receive(envelope, id, fds)
         if refusal is not None:
-            return Decision(error=(ACCESS_DENIED, refusal))
+            spends = id if _carries(envelope) and id != BUS_ID else None
+            return Decision(error=(ACCESS_DENIED, refusal), spends=spends)
         return Decision(targets=(id,))
+
+    def _is_for_the_bus_alone(self, envelope: Envelope) -> bool:
+        """Whether libdbus keeps a signal to itself: all that is of this interface and has no destination it takes for
+        calls. kdbus has no libdbus."""
+        me = self.replica.connections.get(self.replica.me)
+        return envelope.interface == PEER and (me is None or me.kdbus is None)
 
     def _broadcast(self, envelope: Envelope, fds: int, args: Args) -> Decision:
         ids, depends = self.replica.subscribers(
@@ -270,14 +280,16 @@ class Router:
         receiver: int,
         names: Sequence[str],
         fds: int,
+        asked: bool = True,
     ) -> str | None:
+        """What its sender's policy says. `asked`: if it is an answer, its receiver waits for it. Only the receiver's
+        worker knows that; the sender's takes it for granted."""
         if self.replica.apart and (labels := self.replica.kept_apart(sender, receiver)):
             return self._kept_apart(envelope, sender, receiver, labels)
         if senders.allows_everything_to_send:
             return None
         message = as_message(envelope, fds)
-        # The bus itself calls nobody.
-        requested = envelope.type in (RETURN, ERROR) and receiver != BUS_ID
+        requested = asked and _may_be_asked_for(envelope, receiver)
         verdict = senders.can_send(message, names, requested_reply=requested)
         logged = verdict.log and sender == self.replica.me  # once, by the sender's worker
         if verdict.allowed and not logged:
@@ -314,8 +326,9 @@ class Router:
         other = self.replica.connections.get(receiver)
         if other is None:  # the bus itself
             return None
+        requested = _may_be_asked_for(envelope, receiver)
         return self._received(
-            self.policy.of(other.credentials), envelope, self.replica.me, receiver, fds
+            self.policy.of(other.credentials), envelope, self.replica.me, receiver, fds, requested
         )
 
     def _may_hear(self, receiver: Connection, sender: int, envelope: Envelope, args: Args) -> bool:
@@ -365,12 +378,23 @@ class Router:
                 self.replica.policy_names(me),
                 fds,
             )
-            or self._received(self.policy, envelope, sender.id, me, fds)
+            or self._received(
+                self.policy, envelope, sender.id, me, fds, _may_be_asked_for(envelope, me)
+            )
             or self._may_talk(envelope, sender, self.replica.connections.get(me))
         )
         if refusal is not None:
             self._say(refusal)
         return refusal
+
+    def refuses_unasked(self, envelope: Envelope, sender: Connection, fds: int) -> str | None:
+        """Why our client does not get a call or a signal that says that it answers one of our client's, but does not.
+        Its policy is that for replies which nobody has asked for."""
+        me = self.replica.me
+        names, senders = self.replica.policy_names(me), self.policy.of(sender.credentials)
+        return self._sent(
+            senders, envelope, sender.id, me, names, fds, asked=False
+        ) or self._received(self.policy, envelope, sender.id, me, fds, requested=False)
 
     def unasked(self, envelope: Envelope, sender: Connection, fds: int) -> str:
         """Why our client does not get a reply of `sender`: it asked for none. dbus-daemon says so
@@ -394,7 +418,7 @@ class Router:
 
     def admit_from_bus(self, envelope: Envelope) -> str | None:
         """The same for a message of the bus itself to our client."""
-        return self._received(self.policy, envelope, BUS_ID, self.replica.me, 0)
+        return self._received(self.policy, envelope, BUS_ID, self.replica.me, 0, _carries(envelope))
 
     def refused_from_bus(self, envelope: Envelope, args: Args) -> list[str]:
         """Why clients do not get a signal of the bus that our client, a monitor, sees; nothing if it
@@ -411,7 +435,7 @@ class Router:
             )
         receivers = [self.replica.connections[id] for id in ids]
         texts = [
-            self._received(self.policy.of(each.credentials), envelope, BUS_ID, each.id, 0)
+            self._received(self.policy.of(each.credentials), envelope, BUS_ID, each.id, 0, False)
             for each in receivers
         ]
         return [text for text in texts if text is not None]
@@ -423,13 +447,13 @@ class Router:
         sender: int,
         receiver: int,
         fds: int,
+        requested: bool,
     ) -> str | None:
         if sender == BUS_ID and (labels := self.replica.kept_apart(sender, receiver)):
             return self._kept_apart(envelope, sender, receiver, labels)
         if receivers.allows_everything_to_receive:
             return None
         message = as_message(envelope, fds)
-        requested = envelope.type in (RETURN, ERROR)
         names = self.replica.policy_names(sender)
         verdict = receivers.can_receive(message, names, requested_reply=requested)
         if verdict.allowed:
@@ -454,6 +478,19 @@ class Router:
         return policy.login_info(credentials.uid, credentials.pid, "", label)
 
 
+def _carries(envelope: Envelope) -> bool:
+    """Whether it has a REPLY_SERIAL."""
+    return envelope.answers or envelope.type in (RETURN, ERROR)
+
+
+def _may_be_asked_for(envelope: Envelope, receiver: int) -> bool:
+    """Whether it may answer a call of the receiver's. The bus itself calls nobody, nor does who is not there yet, and
+    what goes to all is no answer."""
+    return (
+        _carries(envelope) and envelope.destination is not None and receiver not in (BUS_ID, NOBODY)
+    )
+
+
 def as_message(envelope: Envelope, fds: int) -> policy.Message:
     return policy.Message(
         envelope.type,
@@ -463,4 +500,5 @@ def as_message(envelope: Envelope, fds: int) -> policy.Message:
         envelope.error_name,
         envelope.destination,
         fds,
+        envelope.answers,
     )

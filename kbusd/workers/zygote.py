@@ -129,9 +129,10 @@ class Zygote:
                 case entries.Fork():
                     self.wanted.append(message)
                     self.hurry |= message.hurry
-                case entries.Configured():
-                    number = self.context.generation + 1
-                    self.context = self.context.with_configuration(read_all(fds[0]), number)
+                case entries.Configured(generation):
+                    if generation != self.context.generation:
+                        new = read_all(fds[0])
+                        self.context = self.context.with_configuration(new, generation)
                     os.close(fds[0])
                     gc.collect()
                     gc.freeze()

@@ -510,6 +510,15 @@ def test_a_file_that_is_read_again(own_place: Place) -> None:
     assert app.driver("GetId")  # who is there already stays
 
 
+def test_a_file_that_changes_is_read_again(own_place: Place) -> None:
+    """Nobody has to tell the bus."""
+    own_place.owner("t.Talk")
+    app = own_place.app()
+    assert ask(app, "NameHasOwner", "t.Talk") == [True]
+    own_place.file.write_text('talk = ["t.Other"]\n')
+    procs.eventually(lambda: ask(app, "NameHasOwner", "t.Talk") == [False], "it is hidden")
+
+
 def test_a_mistake_keeps_the_bus_from_starting(
     start_bus: Callable[..., Bus], tmp_path: Path
 ) -> None:

@@ -248,3 +248,41 @@ def test_calls_are_not_broadcast(bus: Bus) -> None:
     caller.send_call(callee.name, "/", "test.I", "Secret", flags=w.NO_REPLY_EXPECTED)
     callee.wait_call("Secret")
     assert nosy.drain(caller) == []
+
+
+STATS, MONITORING = f"{DRIVER}.Debug.Stats", f"{DRIVER}.Monitoring"
+
+
+@pytest.mark.parametrize("how", ["ends", "ends without rules", "becomes a monitor"])
+@pytest.mark.parametrize(
+    "text",
+    ["sender='{}'", "destination='{}'", "sender='{}',member='M',arg0='x',destination=':1.9'"],
+)
+def test_a_rule_that_names_a_connection_goes_with_it(bus: Bus, text: str, how: str) -> None:
+    """Nobody will have the name again. As dbus-daemon has it, it stays if the other has no rules itself."""
+    client, other, named = bus.connect(), bus.connect(), bus.connect()
+    for one in (client, other):
+        one.add_match("member='NameOwnerChanged',arg2=''")
+    rule = text.format(named.name)
+    for one, times in ((client, 2), (other, 1)):
+        for _ in range(times):
+            one.add_match(rule)
+    client.add_match("sender='test.Kept'")
+    if how == "ends":
+        named.add_match("member='M'")
+    if how == "becomes a monitor":
+        named.driver("BecomeMonitor", "asu", (["type='error'"], 0), interface=MONITORING)
+    else:
+        named.close()
+    for one in (client, other):
+        one.wait(lambda m: bool(m.args) and m.args[0] == named.name)
+    stay = how == "ends without rules"
+    listed = client.driver("GetAllMatchRules", interface=STATS)[0][client.name]
+    assert len(listed) == (4 if stay else 2) and "sender='test.Kept'" in listed
+    if not stay:
+        for one in (client, other):
+            with pytest.raises(BusError) as caught:
+                one.driver("RemoveMatch", "s", (rule,))
+            assert caught.value.name == f"{DRIVER}.Error.MatchRuleNotFound"
+        client.add_match(rule)  # it may be added once more
+    client.driver("RemoveMatch", "s", (rule,))

@@ -151,3 +151,22 @@ def test_what_a_service_writes_to_its_stdout_is_in_the_log(bus: Bus) -> None:
     with pytest.raises(BusError):
         bus.connect().driver("StartServiceByName", "su", ("test.watch.Words", 0))
     procs.eventually(lambda: "words of a service\n" in bus.log(), "they are")
+
+
+@pytest.mark.kbusd_only
+def test_files_that_say_the_same_are_announced_and_what_comes_then_counts(bus: Bus) -> None:
+    client = listens(bus)
+    for _ in range(2):  # the second time it is the same file
+        add_service(bus, "test.watch.Same")
+        client.wait_signal("ActivatableServicesChanged")
+    assert may_own(client)
+    (bus.directory / "more.d").mkdir()
+    (bus.directory / "more.d" / "deny.conf").write_text(DENY)
+    procs.eventually(lambda: not may_own(client), "the new policy is in force")
+
+
+def test_a_reload_is_announced_though_nothing_has_changed(bus: Bus) -> None:
+    client = listens(bus)
+    for _ in range(2):
+        client.driver("ReloadConfig")
+        client.wait_signal("ActivatableServicesChanged")

@@ -219,7 +219,7 @@ def looked(world: World, mtime: int, changed: bool = False) -> list[Event]:
 def reads(world: World, *names: str, mtime: int = 6) -> list[Event]:
     """A configuration with these services was read; what happened because of that."""
     world.events.clear()
-    world.bus.reconfigure(later(world, *names, mtime=mtime))
+    world.bus.reconfigure(later(world, *names, mtime=mtime), world.bus.generation + 1)
     return world.taken()
 
 

@@ -15,11 +15,84 @@ from kbusd.policy.rules import OWN, USER, Policy, Rule
 from kbusd.rings import entries as e
 from tests.unit.broker.world import OPEN, World, credentials, service
 
+ANNOUNCED = ("log", e.ActivatableChanged(()))
 ERROR = "org.freedesktop.DBus.Error."
 
 
 def refused(request: int, error: str, text: str) -> e.Failure:
     return e.Failure(request, ERROR + error, text)
+
+
+# -- rules that name a connection -------------------------------------------------------------------
+
+
+def test_rules_that_name_a_connection_go_with_it() -> None:
+    """They stayed, counted for the limit, and were listed."""
+    world = World(limits={"max_match_rules_per_connection": 4})
+    one, other, gone = (world.client(worker) for worker in (1, 2, 3))
+    name = gone.unique_name
+    mine = [f"sender='{name}'", f"destination='{name}',sender={name}", f"sender={name}"]
+    for rule in (*mine, "sender=':1.33'"):
+        world.ask(one, e.AddMatch(2, rule))
+    world.ask(other, e.AddMatch(2, mine[0]))
+    world.ask(gone, e.AddMatch(2, mine[0]))  # its own goes as all of its own do, without a word
+    assert world.bus.matches.count == 6
+    world.events.clear()
+    world.bus.gone(gone.worker)
+    events = world.taken()
+    removed = [event[1] for event in events[:-1]]
+    assert sorted(removed, key=lambda entry: (entry.id, entry.rule)) == [
+        *(e.MatchRemoved(one.id, rule) for rule in sorted(mine)),
+        e.MatchRemoved(other.id, mine[0]),
+    ]
+    assert events[-1] == ("log", e.ConnectionRemoved(gone.id))
+    assert world.bus.matches.count == 1
+    not_found = "The given match rule wasn't found and can't be removed"
+    assert world.ask(one, e.RemoveMatch(3, mine[0])) == [
+        (one.worker, refused(3, "MatchRuleNotFound", not_found))
+    ]
+    for rule in "abc":  # and there is room
+        world.ask(one, e.AddMatch(4, f"member='{rule}'"))
+    assert world.bus.matches.count == 4
+
+
+def test_rules_that_name_who_becomes_a_monitor_go() -> None:
+    world = World()
+    one, monitor = world.client(1), world.client(2, uid=0)
+    rule = f"sender='{monitor.unique_name}'"
+    world.ask(one, e.AddMatch(2, rule))
+    events = world.ask(monitor, e.BecomeMonitor(3, ()))
+    assert events[0] == ("log", e.MatchRemoved(one.id, rule))
+
+
+def test_a_rule_that_was_removed_by_its_owner_is_not_looked_for_again() -> None:
+    world = World()
+    one, other, gone = (world.client(worker) for worker in (1, 2, 3))
+    rule = f"sender='{gone.unique_name}'"
+    world.ask(gone, e.AddMatch(2, "member='M'"))
+    for _ in range(2):
+        world.ask(one, e.AddMatch(2, rule))
+    world.ask(one, e.RemoveMatch(3, rule))
+    world.ask(other, e.AddMatch(4, rule))
+    world.bus.gone(other.worker)
+    world.events.clear()
+    world.bus.gone(gone.worker)
+    assert world.taken()[0] == ("log", e.MatchRemoved(one.id, rule))
+    assert len(world.taken()) == 2 and world.bus.matches.count == 0
+
+
+def test_a_rule_does_not_tell_those_behind_an_endpoint_who_was_there() -> None:
+    """It stays, as if nobody had had that name."""
+    world = World()
+    world.bus.endpoints.configure([Endpoint("app")])
+    app, gone = world.client(1, endpoint="app"), world.client(2)
+    world.ask(gone, e.AddMatch(2, "member='M'"))
+    world.ask(app, e.AddMatch(2, f"sender='{gone.unique_name}'"))
+    world.events.clear()
+    world.bus.gone(gone.worker)
+    assert world.taken() == [("log", e.ConnectionRemoved(gone.id))]
+    answer = world.ask(app, e.RemoveMatch(3, f"sender='{gone.unique_name}'"))[-1]
+    assert isinstance(answer[1], e.Reply)
 
 
 # -- Hello -----------------------------------------------------------------------------------------
@@ -543,10 +616,34 @@ def test_reload_is_answered_by_the_next_configuration_and_judged_by_it() -> None
     world.events.clear()
     policy = Policy(default=(*OPEN.default, Rule(False, OWN, "t.conf", 9, name="a.b")))
     new = World(policy=policy).configuration
-    world.bus.reconfigure(new)
-    assert world.taken() == [("log", e.PolicyChanged(1)), (1, e.Reply(2))]
+    world.bus.reconfigure(new, 1)
+    assert world.taken() == [("log", e.PolicyChanged(1)), ANNOUNCED, (1, e.Reply(2))]
     assert world.ask(a, e.RequestName(3, "a.b", 0))[0][1].error == ERROR + "AccessDenied"
     assert world.ask(a, e.FetchPolicy(4)) == [(1, e.Reply(4, 1), 88)]
+
+
+def test_a_configuration_that_says_the_same_is_fetched_by_nobody() -> None:
+    """Each worker did, and judged everything anew. The signal is said all the same, as dbus-daemon says it."""
+    world = World()
+    a = world.client(1)
+    world.ask(a, e.ReloadConfig(2))
+    world.events.clear()
+    world.bus.reconfigure(world.configuration, 0)
+    assert world.taken() == [ANNOUNCED, (1, e.Reply(2))]
+
+
+def test_a_configuration_that_could_not_be_had_is_fetched_by_all_once_it_can() -> None:
+    """Workers that started meanwhile have it, the others don't."""
+    world = World()
+    world.client(1)
+    for generation in (0, 1):
+        world.events.clear()
+        world.bus.reconfigure(None, generation)
+        assert world.taken() == []
+    for expected in ([("log", e.PolicyChanged(1)), ANNOUNCED], [ANNOUNCED]):
+        world.events.clear()
+        world.bus.reconfigure(world.configuration, 1)
+        assert world.taken() == expected
 
 
 def test_a_reload_asked_while_one_is_under_way_waits_for_another() -> None:

@@ -39,7 +39,8 @@ def again(of: World, *configured: Endpoint, sockets: dict[str, str] | None = Non
     of.events.clear()
     limits = of.configuration.limits
     of.bus.reconfigure(
-        Configuration(limits=limits, policy=OPEN, endpoints=configured, sockets=sockets or {})
+        Configuration(limits=limits, policy=OPEN, endpoints=configured, sockets=sockets or {}),
+        of.bus.generation + 1,
     )
     return of.events
 

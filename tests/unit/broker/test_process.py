@@ -453,7 +453,7 @@ def test_the_bus_ended_when_the_limit_of_descriptors_was_lowered() -> None:
         first.line.send(e.ReloadConfig(2))
         assert broker.hear()[0] == e.ReloadWanted()
         data = sealed("configuration", configuration.encode(World().configuration))
-        broker.line.send(e.Reconfigured(), [data])
+        broker.line.send(e.Reconfigured(1), [data])
         os.close(data)
         assert isinstance(hear(first.line)[0], e.Failure)
         ours, theirs = pair()
@@ -506,9 +506,9 @@ def test_a_new_configuration_is_in_force_once_the_reload_is_answered(broker: Bro
     fd = sealed(
         "new", configuration.encode(World(limits={"max_names_per_connection": 1}).configuration)
     )
-    broker.line.send(e.Reconfigured(), [fd])
+    broker.line.send(e.Reconfigured(1), [fd])
     assert hear(a.line)[0] == e.Reply(2)
-    assert broker.entries() == [e.PolicyChanged(1)]
+    assert broker.entries() == [e.PolicyChanged(1), e.ActivatableChanged(())]
     assert isinstance(a.ask(e.RequestName(3, "a.b", 0))[0], e.Failure)
     reply, (policy,) = a.ask(e.FetchPolicy(4))
     assert reply.value == 1

@@ -258,8 +258,14 @@ def test_a_zygote_that_was_started_anew_counted_reloads_from_0(
         lambda _, arguments, *__: started.append(arguments) or len(started),
     )
     one.profiles = dict.fromkeys(("zygote", "worker", "kdbus-worker"), -1)
-    for code in (0, 1, 0):
-        one.reading = memfd.sealed("test", msgspec.msgpack.encode(SETTINGS))
+    for code, digest in (
+        (0, b"1"),
+        (1, b"2"),
+        (0, b"2"),
+        (0, b"2"),
+    ):  # what says the same is the same
+        settings = msgspec.msgpack.encode(SETTINGS | {"digest": digest})
+        one.reading = memfd.sealed("test", settings)
         one._configuration_read(code)
     one._start_zygote()
     assert started == [[one.guid, str(os.getpid()), "2"]]

@@ -62,7 +62,7 @@ class Model:
                 self.broker.endpoints.listening({name: f"unix:path=/{name}" for name in names})
             if self.reloading:
                 self.reloading = False
-                self.broker.reconfigure(self.configuration)
+                self.broker.reconfigure(self.configuration, self.broker.generation + 1)
             while self.launches:
                 self.broker.activation.ended(self.launches.pop(), 256, "")
             if not self.sent:

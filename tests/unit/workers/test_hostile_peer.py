@@ -42,7 +42,7 @@ from tests.unit.workers.test_rehearsal import EVERYTHING, context
 
 OPEN = EVERYTHING.replace("</policy>", '<allow receive_sender="*"/></policy>')
 CALL, RETURN, ERROR, SIGNAL = 1, 2, 3, 4
-MESSAGE, LOG, COPY, REFUSED, BULK = 1, 2, 5, 6, 7
+MESSAGE, LOG, COPY, REFUSED, BULK, SPENT = 1, 2, 5, 6, 7, 11
 VICTIM, PEER = 1, 2
 HELD = 3  # descriptors of a peer: bell, side socket, carrier
 FRESH = 1 << 63  # in `aux`
@@ -245,6 +245,10 @@ def facts(type: int = SIGNAL, member: str = "Odd", to: str | None = f":1.{VICTIM
     return Envelope(type, False, to, "/odd", "a.b", member, None, "")
 
 
+def answering(type: int) -> Envelope:
+    return msgspec.structs.replace(facts(type), answers=True)
+
+
 def test_an_honest_frame_arrives(start: Start) -> None:
     stage = start()
     stage.write(facts(member="Good"), serial=1)
@@ -253,9 +257,45 @@ def test_an_honest_frame_arrives(start: Start) -> None:
 
 @pytest.mark.parametrize("type", [CALL, SIGNAL])
 def test_a_reply_serial_does_not_spoil_a_header(start: Start, type: int) -> None:
-    stage = start()
-    stage.write(facts(type), serial=1, reply_serial=7)
+    unasked = '<allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/></policy>'
+    stage = start(OPEN.replace("</policy>", unasked))
+    stage.write(answering(type), serial=1, reply_serial=7)
     assert stage.member() == "Odd"
+
+
+@pytest.mark.parametrize("type", [CALL, SIGNAL])
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_peer_cant_hide_from_policy_that_there_is_a_reply_serial(
+    start: Start, type: int, answers: bool
+) -> None:
+    stage = start()
+    stage.write(answering(type) if answers else facts(type), serial=1, reply_serial=7 - 7 * answers)
+    eventually(stage.dropped, "the peer is dropped")
+    stage.ping()
+
+
+def test_what_says_that_it_answers_is_judged_by_the_receiver(start: Start) -> None:
+    """Its sender's worker lets it through, as it can't know what was asked."""
+    stage = start()
+    stage.call(5)
+    stage.ping()
+    for serial in (6, 5, 5):
+        stage.write(answering(SIGNAL), serial=serial, reply_serial=serial)
+    stage.write(facts(RETURN), serial=9, reply_serial=5)
+    stage.write(facts(member="After"), serial=10)
+    assert [stage.member(), stage.member()] == ["Odd", "After"]
+
+
+def test_a_call_whose_answer_was_refused_is_answered(start: Start) -> None:
+    """The peer's word counts for what the peer was asked."""
+    stage = start()
+    stage.call(5)
+    stage.ping()
+    for serial in (4, 5):
+        stage.write(b"", kind=SPENT, reply_serial=serial)
+    stage.write(facts(RETURN), serial=9, reply_serial=5)
+    stage.write(facts(member="After"), serial=10)
+    assert stage.member() == "After"
 
 
 @pytest.mark.parametrize(
@@ -368,6 +408,22 @@ def test_only_what_was_sent_to_a_peer_can_be_refused_by_it(start: Start) -> None
     while (message := stage.read()).member != "After":
         answers.append(message.reply_serial)
     assert answers == [6]
+
+
+def test_a_call_is_said_not_to_have_arrived_once(start: Start) -> None:
+    """It stays open, so that its caller is also told that the peer has gone."""
+    stage = start()
+    stage.call(5)
+    stage.ping()
+    refusal = msgspec.msgpack.encode(("org.freedesktop.DBus.Error.NotSupported", "no"))
+    for _ in range(3):
+        stage.write(refusal, kind=REFUSED, reply_serial=5)
+    stage.write(b"not an envelope", serial=1)
+    eventually(stage.dropped, "the peer is dropped")
+    answers = []
+    while (message := stage.read()).error_name != "org.freedesktop.DBus.Error.NoReply":
+        answers.append((message.reply_serial, message.error_name))
+    assert answers == [(5, "org.freedesktop.DBus.Error.NotSupported")]
 
 
 @pytest.mark.parametrize(
