@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,6 +51,13 @@ def bus_owner(user: str | None) -> int:
     return os.geteuid()
 
 
+def most_files(profile: Compiled) -> int:
+    """How many descriptors a process that this profile confines may have."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    limits = [each.value for each in profile.limits if each.resource == resource.RLIMIT_NOFILE]
+    return min(each for each in (hard, *limits) if each >= 0)
+
+
 class Settings(msgspec.Struct, frozen=True):
     """The part of the compiled configuration that a worker acts on."""
 
@@ -78,13 +86,14 @@ def _settings(configuration: bytes) -> Settings:
 class Context(msgspec.Struct, frozen=True):
     """`configuration` is replaced when the bus reads it again; workers keep theirs. `maker`: of a bus
     that a program has made; `kdbus`: there may be clients of kdbus. `generation` is the configuration's, as
-    the log counts them."""
+    the log counts them. `files`: how many descriptors a worker may have."""
 
     guid: str
     bus: Bus
     configuration: Settings
     profile: Compiled
     log_fd: int
+    files: int
     maker: Maker | None = None
     kdbus: bool = False
     generation: int = 0
@@ -112,7 +121,7 @@ class Context(msgspec.Struct, frozen=True):
             selinux=selinux.enabled(),
             label=selinux.label(),
         )
-        return cls(guid, bus, decoded, profile, log_fd, made, kdbus)
+        return cls(guid, bus, decoded, profile, log_fd, most_files(profile), made, kdbus)
 
     @property
     def closed(self) -> bool:

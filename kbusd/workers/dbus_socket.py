@@ -136,7 +136,8 @@ class DBusSocket(Engine):
         self.max_fds = min(limits["max_message_unix_fds"], 253)
         self.max_outgoing = self.shares.limit = limits["max_outgoing_bytes"]
         self.uncounted = min(self.max_outgoing // 8, UNCOUNTED)
-        self.max_outgoing_fds = limits["max_outgoing_unix_fds"]
+        # No more than we may have; the rest is for peers. What waits goes to the client before there are so many.
+        self.max_outgoing_fds = min(limits["max_outgoing_unix_fds"], self.context.files * 2 // 3)
         self.fd_cost = self.max_outgoing // (self.max_outgoing_fds or 1)
 
     def from_client(self, events) -> cython.void:
@@ -412,7 +413,7 @@ class DBusSocket(Engine):
 
     def relieve(self) -> cython.void:
         """Send what the socket takes if much waits."""
-        if self.output.pending > self.uncounted:
+        if self._crowded():
             self.flush()
             self.tidy_later()
 

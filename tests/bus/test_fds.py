@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from . import procs
 from . import wireformat as w
 from .daemon import Bus
 from .rawclient import BusError, RawClient
@@ -258,6 +259,29 @@ def test_more_than_may_be_in_flight_wait_for_a_client_that_reads_late(
         sender.signal("/", "t.I", "S", "u", (n,), to=receiver.name, fds=[write] * 253)
     sender.drain()
     for n in range(60):
+        message = receiver.wait_signal("S")
+        assert (message.args, len(message.fds)) == ([n], 253)
+        close_all(message.fds)
+
+
+@pytest.mark.kbusd_only
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="the kernel counts those of an ordinary user together"
+)
+def test_more_than_a_worker_may_have_at_once_cost_its_client_the_sender(
+    start_bus: Callable[..., Bus], pipes: Pipes
+) -> None:
+    """It took all of them out of its ring before it sent the first on, with limits as a session bus has them."""
+    bus = start_bus(limits={"max_message_unix_fds": 253, "max_outgoing_unix_fds": 250_000_000})
+    sender, receiver = bus.connect(), bus.connect()
+    sender.signal("/", "t.I", "Met", to=receiver.name)
+    receiver.wait_signal("Met")
+    _, write = pipes[0]
+    with procs.stopped(bus.worker_of(receiver).pid):
+        for n in range(49):
+            sender.signal("/", "t.I", "S", "u", (n,), to=receiver.name, fds=[write] * 253)
+        sender.driver("GetId")  # all are in the ring
+    for n in range(49):
         message = receiver.wait_signal("S")
         assert (message.args, len(message.fds)) == ([n], 253)
         close_all(message.fds)
