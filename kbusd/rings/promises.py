@@ -47,6 +47,9 @@ SEALS = cython.declare(cython.int, F_SEAL_SHRINK | F_SEAL_GROW)
 def make() -> int:
     """A page for promises, for both sides to map. Raises OSError."""
     fd: cython.int = memfd.make("kbusd-promises", PAGE)
+    # Else a step could be found, and kept, while the first offer is being written.
+    recalled: uint64_t = RECALLED
+    os.pwrite(fd, recalled.to_bytes(8, "little"), 0)
     code: cython.int = add_seals(fd, SEALS)
     if code < 0:
         os.close(fd)
