@@ -696,16 +696,12 @@ class Driver:
             case ConnectionAdded(id):
                 if id != self.me:
                     signals = self._owner_changed(unique_name(id), NOBODY, id)
-            case MonitorAttached(id) if id == self.me and id in replica.connections:
-                replica.apply(entry)  # it sees itself go, if it wants to
-                signals = self._owner_changed(unique_name(id), id, NOBODY)
             case ConnectionRemoved(id) | MonitorAttached(id):
                 if id in replica.connections:
                     signals = self._owner_changed(unique_name(id), id, NOBODY)
             case ActivatableChanged():
                 signals = [self._broadcast("ActivatableServicesChanged")]
-        if not (isinstance(entry, MonitorAttached) and entry.id in replica.monitors):
-            replica.apply(entry)
+        replica.apply(entry)
         sent: list[Action] = [signal for signal in signals if signal is not None]
         if isinstance(entry, ActivatableChanged):
             self._unknown.difference_update(replica.activatable)  # they are started now
@@ -743,6 +739,10 @@ class Driver:
 
     def _owner_changed(self, name: str, old: int, new: int) -> list[Signal | None]:
         """The order is dbus-daemon's: the loser first, then everybody, then the winner."""
+        if old == self.me in self.replica.monitors:
+            return [
+                self._unicast("NameLost", name, old)
+            ]  # of what others are told it sees none yet
         if self.replica.deaf and self.me not in (old, new):
             return []  # as most are whose log is replayed at Hello
         return [
