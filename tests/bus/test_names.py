@@ -91,6 +91,8 @@ def test_name_that_is_free_at_once_does_not_come_before_the_word_that_it_is_queu
     def stopped(*pids: int) -> bool:
         return all(process.state == "T" for process in map(procs.look, pids) if process)
 
+    # Stopped before it has waited again it would hear `a`, whom it has heard last, before `b`.
+    procs.eventually(lambda: (p := procs.look(broker)) and p.state == "S", "the broker sleeps")
     os.kill(broker, signal.SIGSTOP)
     try:
         procs.eventually(lambda: stopped(broker), "the broker stops")
@@ -111,7 +113,7 @@ def test_name_that_is_free_at_once_does_not_come_before_the_word_that_it_is_queu
     finally:
         os.kill(worker, signal.SIGCONT)
     first, second = b.read(), b.read()
-    assert (first.reply_serial, first.args) == (asked, [IN_QUEUE])
+    assert (first.reply_serial, first.args) == (asked, [IN_QUEUE]), second
     assert (second.member, second.args) == ("NameAcquired", [name])
 
 
