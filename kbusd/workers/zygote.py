@@ -130,9 +130,8 @@ class Zygote:
                     self.wanted.append(message)
                     self.hurry |= message.hurry
                 case entries.Configured(generation):
-                    if generation != self.context.generation:
-                        new = read_all(fds[0])
-                        self.context = self.context.with_configuration(new, generation)
+                    new = read_all(fds[0])
+                    self.context = self.context.with_configuration(new, generation)
                     os.close(fds[0])
                     gc.collect()
                     gc.freeze()
